@@ -1,0 +1,1 @@
+"""Losses as pure functions: they return unreduced items, `training/step.py` divides."""

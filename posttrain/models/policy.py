@@ -1,0 +1,181 @@
+"""The module that accelerate wraps: a causal language model whose forward is one packed row -> log-probs.
+
+Three steps down, never an approximation, each said in one line (``choose_mode``):
+``shared`` prefix -> ``packed``, one segment per completion -> ``single``, one sequence per forward with the model's own attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.logprobs import logit_transform, token_logps
+from posttrain.packing import attention
+from posttrain.packing.batch import PackedBatch, PackingMode
+from posttrain.packing.plan import PackingConfig
+
+log = logging.getLogger(__name__)
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardMode:
+    """How sequences reach the model, and why."""
+
+    mode: PackingMode
+    backend: str | None
+    """Attention name registered with transformers; None: the model's own."""
+    reason: str
+    length_limit: int | None = None
+    """Long-RoPE threshold in tokens: rows never mix sequences on both sides of it."""
+
+
+def _base_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    config = _base_model(model).config.get_text_config()
+    named = any(float(getattr(config, name, 0) or 0) > 0 for name in ("attention_dropout", "attn_pdrop"))
+    return named or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def _needs_single(model: nn.Module) -> str | None:
+    """Why this model can only run one sequence per forward; None if it can be packed."""
+    base = _base_model(model)
+    config = base.config.get_text_config()
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+        return "prompt-learning adapters put virtual tokens before every sequence"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} does not dispatch its attention through transformers' AttentionInterface"
+    other = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if other:
+        return f"layers of type {sorted(other)} carry state along the row"
+    if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in base.named_parameters()):
+        return "attention sinks are not part of packed attention"
+    if _rope_types(config) & {"dynamic"}:
+        return "dynamic RoPE scales its frequencies with the length of the row"
+    return None
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _rope_types(config: Any) -> set[str]:
+    return {str(p.get("rope_type", "default")) for p in _rope_parameters(config)}
+
+
+def _long_rope_limit(config: Any) -> int | None:
+    for p in _rope_parameters(config):
+        if p.get("rope_type") == "longrope":
+            limit = p.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            return int(limit or config.max_position_embeddings)
+    return None
+
+
+def choose_mode(model: nn.Module, packing: PackingConfig, *, device_type: str) -> ForwardMode:
+    """The first exact mode for this model; an explicit ``packing.mode`` is honoured or refused, never quietly changed."""
+    config = _base_model(model).config.get_text_config()
+    limit = _long_rope_limit(config)
+    why_single = _needs_single(model)
+    dropout = _has_dropout(model)
+    if packing.mode in ("shared", "packed") and why_single:
+        raise ValueError(
+            f"packing.mode={packing.mode} is not exact for this model: {why_single}. Use --packing.mode single."
+        )
+    if packing.mode == "single" or why_single:
+        return ForwardMode(mode="single", backend=None, reason=why_single or "asked for", length_limit=limit)
+    backend = _choose_backend(packing, device_type=device_type, dropout=dropout)
+    if packing.mode == "shared" and dropout:
+        raise ValueError(
+            "packing.mode=shared is not exact with dropout > 0: completions would share one dropout mask on the prompt. "
+            "Set dropout to 0 or use --packing.mode packed."
+        )
+    if packing.mode == "packed" or dropout:
+        reason = (
+            "asked for" if packing.mode == "packed" else "dropout > 0 draws another mask for each completion's prompt"
+        )
+        return ForwardMode(mode="packed", backend=backend, reason=reason, length_limit=limit)
+    return ForwardMode(mode="shared", backend=backend, reason="exact for this model", length_limit=limit)
+
+
+def _choose_backend(packing: PackingConfig, *, device_type: str, dropout: bool) -> str:
+    if packing.backend == "flex" and device_type != "cuda":
+        raise ValueError(
+            "packing.backend=flex needs CUDA: FlexAttention has no backward on CPU. Use --packing.backend sdpa."
+        )
+    if packing.backend == "flex" and dropout:
+        raise ValueError("packing.backend=flex has no dropout. Use --packing.backend sdpa, or set dropout to 0.")
+    flex = packing.backend == "flex" or (packing.backend == "auto" and device_type == "cuda" and not dropout)
+    return attention.FLEX_NAME if flex else attention.SEGMENT_NAME
+
+
+class Policy(nn.Module):
+    """``Policy(model, packing)(batch) -> logps_T``: the backbone over one packed row, the head on trained tokens only."""
+
+    def __init__(self, model: nn.Module, packing: PackingConfig, *, device_type: str = "cpu") -> None:
+        super().__init__()
+        self.model = model
+        self.packing = packing
+        self.forward_mode = choose_mode(model, packing, device_type=device_type)
+        base = _base_model(model)
+        self.transform = logit_transform(base.config)
+        self._no_split_modules = getattr(base, "_no_split_modules", None)
+        if self.forward_mode.backend is not None:
+            attention.register()
+            base.set_attn_implementation(self.forward_mode.backend)
+        log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
+
+    @property
+    def config(self) -> Any:
+        """The model's config; accelerate and DeepSpeed read it."""
+        return _base_model(self.model).config
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """logps_T [T]: natural-log probability of each trained token under the model, at least float32."""
+        base = _base_model(self.model)
+        if self.forward_mode.backend is None and hasattr(self.model, "peft_config"):
+            return self._plain_logps(batch)
+        extra = {} if self.forward_mode.backend is None else {"packing": batch.layout}
+        output = base.get_decoder()(
+            input_ids=batch.input_ids_L[None], position_ids=batch.position_ids_L[None], use_cache=False, **extra
+        )
+        hidden_TH = output.last_hidden_state[0].index_select(0, batch.predictor_T)
+        head = base.get_output_embeddings()
+        return token_logps(hidden_TH, batch.targets_T, head, transform=self.transform, chunk=self.packing.logits_chunk)
+
+    def _plain_logps(self, batch: PackedBatch) -> Tensor:
+        """Through the whole model, adapters' virtual tokens included (prompt-learning PEFT): its own logits, from the end."""
+        logits = self.model(input_ids=batch.input_ids_L[None], use_cache=False).logits[0]
+        logits_TV = logits[-batch.input_ids_L.shape[0] :].index_select(0, batch.predictor_T)
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        return torch.log_softmax(logits_TV, dim=-1).gather(1, batch.targets_T[:, None]).squeeze(1)
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs as transformers ships it (generation, evaluation by others); outside, packed again."""
+    base = _base_model(model)
+    packed = base.config._attn_implementation
+    if packed not in (attention.SEGMENT_NAME, attention.FLEX_NAME):
+        yield
+        return
+    base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(packed)

@@ -1,0 +1,205 @@
+"""Attention over a packed row: each segment sees itself causally and the prefix it continues, nothing else.
+
+Registered with transformers' ``AttentionInterface`` under the names below, without a mask function, so that no dense
+mask is ever made and any model that dispatches its attention works unpatched. The row's ``Layout`` travels as the
+keyword argument ``packing`` of the model's forward, also through gradient checkpointing.
+
+    posttrain_segment  every device: one ``scaled_dot_product_attention`` per segment
+    posttrain_flex     CUDA: FlexAttention with a block mask (``flex_mask_mod``)
+
+Sliding windows and softcaps are computed exactly in both. Attention sinks are refused: such models run one sequence
+per forward (``models/policy.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from posttrain.packing.batch import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+SEGMENT_NAME = "posttrain_segment"  # without "sdpa": transformers refuses that substring for models with softcaps
+FLEX_NAME = "posttrain_flex"
+FLEX_BLOCK = 128
+
+
+def register() -> None:
+    """Makes both backends known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SEGMENT_NAME, segment_attention)
+    AttentionInterface.register(FLEX_NAME, flex_segment_attention)
+
+
+def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layout:
+    if packing is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was called with posttrain's packed attention but without its layout, so sequences "
+            "would see each other. Call the model through Policy, or inside `plain_attention(model)`."
+        )
+    if extra.get("s_aux") is not None or extra.get("sinks") is not None:
+        raise RuntimeError(f"{type(module).__name__} has attention sinks, which packed attention cannot do.")
+    if extra.get("position_bias") is not None:
+        raise RuntimeError(f"{type(module).__name__} has a position bias, which packed attention cannot do.")
+    return packing
+
+
+def segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Layout | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q k^T * scaling + mask) v for every segment of a row. query [1, heads, L, D], key and value [1, kv heads, L, D].
+
+    Returns [1, L, heads, D]. The row is cut once and joined once, so the backward costs O(L), not O(segments * L).
+    """
+    layout = _layout(module, packing, extra)
+    lengths = list(layout.lengths)
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    outputs = []
+    for i, prefix in enumerate(layout.prefixes):
+        q, k, v = queries[i], keys[i], values[i]
+        if prefix >= 0:
+            k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
+        mask = _segment_mask(layout, i, sliding_window, q)
+        outputs.append(_attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap))
+    return torch.cat([o.transpose(1, 2) for o in outputs], dim=1), None
+
+
+def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
+    """Additive mask [queries, keys] of a segment, or None where plain causal attention says the same."""
+    num_q, num_k = layout.lengths[segment], layout.length_with_prefix(segment)
+    windowed = sliding_window is not None and num_k > sliding_window
+    if num_q == num_k and not windowed:
+        return None
+    name = ("sdpa", num_q, num_k, sliding_window if windowed else None, like.dtype, like.device)
+    if name not in layout.cache:
+        q_position = torch.arange(num_k - num_q, num_k, device=like.device)[:, None]
+        k_position = torch.arange(num_k, device=like.device)[None, :]
+        seen = k_position <= q_position
+        if windowed:
+            seen &= k_position > q_position - sliding_window
+        layout.cache[name] = torch.zeros(num_q, num_k, dtype=like.dtype, device=like.device).masked_fill_(
+            ~seen, float("-inf")
+        )
+    return layout.cache[name]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None, dropout: float, softcap: float | None
+) -> Tensor:
+    """One segment; ``mask=None`` means causal with as many keys as queries."""
+    if softcap is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=gqa
+        )
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
+    weights = torch.softmax((scores + mask).to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(q.dtype)
+    return F.dropout(weights, p=dropout) @ v
+
+
+def flex_mask_mod(layout: Layout, *, sliding_window: int | None, device: Any) -> Callable[..., Tensor]:
+    """``mask_mod(batch, head, q, k) -> bool`` of FlexAttention for this layout, padded past the row to whole blocks."""
+    total = sum(layout.lengths)
+    padded = -(-total // FLEX_BLOCK) * FLEX_BLOCK
+    segment = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
+    prefix = torch.tensor(layout.prefixes)[segment]
+    offset = torch.tensor([layout.lengths[p] if p >= 0 else 0 for p in layout.prefixes])
+    first = torch.cumsum(torch.tensor(layout.lengths), 0) - torch.tensor(layout.lengths)
+    position = torch.arange(total) - first[segment] + offset[segment]
+
+    def pad(values: Tensor, fill: int) -> Tensor:
+        return F.pad(values, (0, padded - total), value=fill).to(device)
+
+    segment_L, prefix_L, position_L = pad(segment, -3), pad(prefix, -2), pad(position, 0)
+
+    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = ((segment_L[q] == segment_L[k]) & (q >= k)) | (prefix_L[q] == segment_L[k])
+        if sliding_window is not None:
+            seen = seen & (position_L[q] - position_L[k] < sliding_window)
+        return seen
+
+    return mask_mod
+
+
+def flex_block_mask(layout: Layout, *, sliding_window: int | None, device: Any) -> Any:
+    """The ``BlockMask`` of a layout; made once per row and window, shared by all layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    name = ("flex", sliding_window, str(device))
+    if name not in layout.cache:
+        total = sum(layout.lengths)
+        mask_mod = flex_mask_mod(layout, sliding_window=sliding_window, device=device)
+        layout.cache[name] = create_block_mask(mask_mod, None, None, total, total, device=device, BLOCK_SIZE=FLEX_BLOCK)
+    return layout.cache[name]
+
+
+def flex_segment_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Layout | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """As ``segment_attention``, through one compiled FlexAttention kernel (CUDA; its backward is not implemented on CPU)."""
+    layout = _layout(module, packing, extra)
+    if dropout > 0:
+        raise RuntimeError(f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa.")
+    block_mask = flex_block_mask(layout, sliding_window=sliding_window, device=query.device)
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    output = _flex_kernel(query.device)(
+        query,
+        key,
+        value,
+        score_mod=cap if softcap is not None else None,
+        block_mask=block_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2), None
+
+
+_COMPILED: dict[str, Any] = {}
+
+
+def _flex_kernel(device: torch.device) -> Any:
+    """FlexAttention, compiled on CUDA (uncompiled it materialises the scores); rows have many lengths, hence dynamic."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if device.type != "cuda":
+        return flex_attention
+    if "cuda" not in _COMPILED:
+        _COMPILED["cuda"] = torch.compile(flex_attention, dynamic=True)
+    return _COMPILED["cuda"]

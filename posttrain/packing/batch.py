@@ -1,0 +1,184 @@
+"""A packed row: groups laid end to end, with the indices that a forward and a loss need.
+
+    row       [ prompt 1 | completion 1a | completion 1b ][ prompt 2 | completion 2a ] ...
+    position    0 .. P-1    P .. P+Ca-1     P .. P+Cb-1      0 ..
+
+A completion continues the positions of its prompt and sees its prompt and itself, never a sibling or another group.
+Tokens that no trained token depends on (what follows the last trained token, and that token itself, which is only ever
+a target) are not part of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from posttrain.types import PromptGroup, TokenLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PackingMode = Literal["shared", "packed", "single"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """Segments of a row, in order. Segment i sees itself causally and all of segment ``prefixes[i]`` (-1: nothing)."""
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
+    cache: dict[Any, Any] = field(default_factory=dict)
+    """Masks made for this layout, by backend and window: every layer asks for the same ones."""
+
+    def length_with_prefix(self, segment: int) -> int:
+        """Keys that the last token of the segment sees."""
+        prefix = self.prefixes[segment]
+        return self.lengths[segment] + (self.lengths[prefix] if prefix >= 0 else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPart:
+    """Some completions of one group of the global batch; all of them unless the group is over the token budget."""
+
+    group: int
+    completions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch as the model sees it. Shapes: see the legend in ``posttrain.types``."""
+
+    input_ids_L: Tensor
+    position_ids_L: Tensor
+    layout: Layout
+    predictor_T: Tensor
+    """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all its completions."""
+    targets_T: Tensor
+    sequence_T: Tensor
+    group_S: Tensor
+    num_tokens_S: Tensor
+    group_size_S: Tensor
+    refs: tuple[tuple[int, int], ...]
+    """[S] (index of the group in the global batch, index of the completion in the group)."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with every tensor on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
+
+    def with_logps(self, logps_T: Tensor) -> TokenLogps:
+        """What the loss gets: the forward's result and where each entry belongs."""
+        return TokenLogps(
+            logps_T=logps_T,
+            targets_T=self.targets_T,
+            sequence_T=self.sequence_T,
+            group_S=self.group_S,
+            num_tokens_S=self.num_tokens_S,
+            group_size_S=self.group_size_S,
+        )
+
+
+def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
+    """Indices of the trained tokens of a completion."""
+    return [i for i, m in enumerate(loss_mask) if m]
+
+
+def num_input_tokens(loss_mask: Sequence[bool | int]) -> int:
+    """Tokens of a completion that must be computed: those before its last trained token (0 if none is trained)."""
+    trained = trained_positions(loss_mask)
+    return trained[-1] if trained else 0
+
+
+class _Row:
+    """Grows a row segment by segment."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.lengths: list[int] = []
+        self.prefixes: list[int] = []
+        self.predictor: list[int] = []
+        self.targets: list[int] = []
+        self.sequence: list[int] = []
+        self.num_tokens: list[int] = []
+        self.refs: list[tuple[int, int]] = []
+
+    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
+        start = len(self.ids)
+        self.ids.extend(ids)
+        self.positions.extend(range(first_position, first_position + len(ids)))
+        self.lengths.append(len(ids))
+        self.prefixes.append(prefix)
+        return start
+
+    def add_targets(self, group: PromptGroup, completion: int, ref: tuple[int, int], *, last: int, start: int) -> None:
+        """``last``: row index of the prompt's last token; ``start``: row index of the completion's first token."""
+        c = group.completions[completion]
+        trained = trained_positions(c.loss_mask)
+        self.predictor.extend(last if i == 0 else start + i - 1 for i in trained)
+        self.targets.extend(int(c.token_ids[i]) for i in trained)
+        self.sequence.extend([len(self.refs)] * len(trained))
+        self.num_tokens.append(len(trained))
+        self.refs.append(ref)
+
+    def add_shared(self, group: PromptGroup, part: GroupPart) -> None:
+        """[prompt | c1 | c2 | ...]: the prompt once."""
+        n = len(group.prompt_ids)
+        start = self.add_segment(group.prompt_ids, first_position=0, prefix=-1)
+        prompt_segment = len(self.lengths) - 1
+        for k in part.completions:
+            c = group.completions[k]
+            length = num_input_tokens(c.loss_mask)
+            c_start = len(self.ids)
+            if length:
+                self.add_segment(c.token_ids[:length], first_position=n, prefix=prompt_segment)
+            self.add_targets(group, k, (part.group, k), last=start + n - 1, start=c_start)
+
+    def add_separate(self, group: PromptGroup, part: GroupPart) -> None:
+        """[prompt c1][prompt c2]...: one segment per completion."""
+        n = len(group.prompt_ids)
+        for k in part.completions:
+            c = group.completions[k]
+            start = len(self.ids)
+            if c.num_trained:
+                ids = [*group.prompt_ids, *c.token_ids[: num_input_tokens(c.loss_mask)]]
+                self.add_segment(ids, first_position=0, prefix=-1)
+            self.add_targets(group, k, (part.group, k), last=start + n - 1, start=start + n)
+
+
+def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: PackingMode) -> PackedBatch:
+    """Lays the given parts of the global batch ``groups`` end to end in one row.
+
+    ``mode="shared"`` computes each prompt once per part; ``"packed"`` and ``"single"`` once per completion. Completions
+    without a trained token keep their place in S with ``num_tokens_S = 0`` and cost no token.
+    """
+    row = _Row()
+    group_S: list[int] = []
+    group_size_S: list[int] = []
+    for p, part in enumerate(parts):
+        group = groups[part.group]
+        if mode == "shared" and len(part.completions) > 1:
+            row.add_shared(group, part)
+        else:
+            row.add_separate(group, part)
+        group_S.extend([p] * len(part.completions))
+        group_size_S.extend([sum(c.num_trained > 0 for c in group.completions)] * len(part.completions))
+
+    def long(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long)
+
+    return PackedBatch(
+        input_ids_L=long(row.ids),
+        position_ids_L=long(row.positions),
+        layout=Layout(lengths=tuple(row.lengths), prefixes=tuple(row.prefixes)),
+        predictor_T=long(row.predictor),
+        targets_T=long(row.targets),
+        sequence_T=long(row.sequence),
+        group_S=long(group_S),
+        num_tokens_S=long(row.num_tokens),
+        group_size_S=long(group_size_S),
+        refs=tuple(row.refs),
+    )

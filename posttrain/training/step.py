@@ -1,0 +1,272 @@
+"""One optimizer step's gradient: the only place that divides by a denominator, and the only caller of ``backward``.
+
+    plan -> for every micro-batch of this rank: forward, loss terms, share of the global mean, backward
+         -> one reduction of the metrics -> finite check -> clip
+
+accelerate, DDP and FSDP each have an idea of averaging (over accumulation steps, over ranks). Accumulation is set to 1
+everywhere, the shares are multiplied by the world size because DDP and FSDP average over ranks, and what is left is the
+plain sum over the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.losses.reduce import reduce_term
+from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
+from posttrain.packing.plan import MicroBatch, StepPlan
+from posttrain.types import LossOutput, PromptGroup, TokenLogps
+
+Loss = Callable[[TokenLogps], LossOutput]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became inf or NaN; raised before the optimizer steps, so the weights are still good."""
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What a step's forwards and backwards produced; the same on every rank."""
+
+    loss: float
+    metrics: dict[str, float]
+    num_tokens: int
+    """Tokens computed on this rank (dummies included)."""
+    batches: list[tuple[PackedBatch, Tensor]] = field(default_factory=list)
+    """[micro-batch, its detached sums of log-probs by completion]: read when something is not finite."""
+
+
+@dataclass(kw_only=True)
+class _Totals:
+    """Sums of the step on this rank, reduced over ranks once at its end."""
+
+    loss: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def add_metrics(self, metrics: dict[str, Tensor]) -> None:
+        for name, values in metrics.items():
+            values = values.detach().to(self.loss.dtype)
+            self.sums[name] = self.sums.get(name, self.loss.new_zeros(())) + values.sum()
+            self.sizes[name] = self.sizes.get(name, 0) + values.numel()
+
+
+def couples_completions(loss: Loss) -> bool:
+    """Whether a loss mixes the completions of a group. A loss that does not say so is taken to: exact either way, only slower
+    for groups over the token budget. A loss of independent items says ``my_loss.couples_completions = False``."""
+    return bool(getattr(loss, "couples_completions", True))
+
+
+def step_gradient(
+    accelerator: Any,
+    policy: nn.Module,
+    groups: Sequence[PromptGroup],
+    plan: StepPlan,
+    loss: Loss,
+    *,
+    mode: PackingMode,
+) -> StepResult:
+    """Adds d(loss of the global batch)/d(parameters) to ``.grad``; the value does not depend on how ``plan`` splits the batch.
+
+    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on every rank. The dtype of the
+    result is float32 or wider. Raises ValueError for a loss that returns reduced items.
+    """
+    micro_batches = plan.ranks[accelerator.process_index]
+    precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    totals = _Totals(loss=torch.zeros((), dtype=precise, device=accelerator.device))
+    cache = _GradientCache(accelerator, policy, groups, plan, loss, mode=mode, totals=totals)
+    result = StepResult(loss=0.0, metrics={}, num_tokens=0)
+    for i, micro_batch in enumerate(micro_batches):
+        batch = pack(groups, micro_batch.parts, mode=mode).to(accelerator.device)
+        is_last = i == len(micro_batches) - 1
+        with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
+            logps_T = policy(batch)
+            if micro_batch.is_dummy:
+                share = 0.0 * logps_T.sum()
+            elif micro_batch.coupled_group is not None:
+                share = (logps_T * cache.gradient_of(batch)).sum()
+            else:
+                share = _share(loss, batch.with_logps(logps_T), plan, totals)
+            accelerator.backward(share * accelerator.num_processes)
+        result.num_tokens += int(batch.input_ids_L.shape[0])
+        if not micro_batch.is_dummy:
+            result.batches.append((batch, batch.with_logps(logps_T).sum_by_sequence(logps_T.detach())))
+    result.loss, result.metrics = _reduce_totals(accelerator, totals)
+    return result
+
+
+def _share(loss: Loss, logps: TokenLogps, plan: StepPlan, totals: _Totals) -> Tensor:
+    """This micro-batch's part of the loss of the global batch, and its metrics into the totals."""
+    output = loss(logps)
+    shares = [reduce_term(term, logps, plan.counts) for term in output.terms]
+    share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
+    totals.loss += share.detach()
+    totals.add_metrics(output.metrics)
+    return share
+
+
+def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
+    """Gradients of DDP are reduced once, with the last micro-batch. Sharded modules reduce every time."""
+    is_ddp = isinstance(policy, torch.nn.parallel.DistributedDataParallel)
+    return accelerator.no_sync(policy) if skip and is_ddp else nullcontext()
+
+
+def _reduce_totals(accelerator: Any, totals: _Totals) -> tuple[float, dict[str, float]]:
+    """Sums over ranks in one collective. A rank with only dummies has no metrics, so names come from all ranks."""
+    names = sorted(totals.sums)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        names = sorted({name for rank_names in gather_object([names]) for name in rank_names})
+    zero = totals.loss.new_zeros(())
+    sums = [totals.sums.get(name, zero) for name in names]
+    sizes = [zero + totals.sizes.get(name, 0) for name in names]
+    reduced = accelerator.reduce(torch.stack([totals.loss, *sums, *sizes]), reduction="sum").tolist()
+    means = {name: reduced[1 + i] / max(reduced[1 + len(names) + i], 1.0) for i, name in enumerate(names)}
+    return reduced[0], means
+
+
+class _GradientCache:
+    """d loss / d logps of groups that are over the token budget, for losses that couple the completions of a group.
+
+    Gao et al. 2021, arXiv:2101.06983: a forward without gradient of every part, the loss of the whole group on the joined
+    log-probs, its gradient with respect to them; each part then backpropagates its own slice. Same gradient as one forward
+    of the whole group. The random state of each part is kept, so that dropout draws the same masks twice.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        policy: nn.Module,
+        groups: Sequence[PromptGroup],
+        plan: StepPlan,
+        loss: Loss,
+        *,
+        mode: PackingMode,
+        totals: _Totals,
+    ) -> None:
+        self._rng: dict[int, Any] = {}
+        self._gradient: dict[tuple[int, int], Tensor] = {}
+        self._device = accelerator.device
+        mine = list(enumerate(plan.ranks[accelerator.process_index]))
+        coupled = [(i, m) for i, m in mine if m.coupled_group is not None]
+        num_forwards = max(sum(m.coupled_group is not None for m in rank) for rank in plan.ranks)
+        if num_forwards == 0:
+            return
+        logps: dict[tuple[int, int], Tensor] = {}
+        for i, micro_batch in coupled:
+            self._rng[i] = _rng_state(self._device)
+            batch = pack(groups, micro_batch.parts, mode=mode).to(self._device)
+            with torch.no_grad():
+                logps_T = policy(batch)
+            for s, ref in enumerate(batch.refs):
+                logps[ref] = logps_T[batch.sequence_T == s]
+        self._run_spare_forwards(policy, groups, mine[0][1], num_forwards - len(coupled), mode)
+        for group in sorted({m.coupled_group for _, m in coupled if m.coupled_group is not None}):
+            self._differentiate(groups, group, logps, plan, loss, mode, totals)
+
+    def _run_spare_forwards(
+        self, policy: nn.Module, groups: Sequence[PromptGroup], any_batch: MicroBatch, count: int, mode: PackingMode
+    ) -> None:
+        """Sharded modules gather parameters in every forward: all ranks run the same number of them."""
+        for _ in range(count):
+            with torch.no_grad():
+                policy(pack(groups, any_batch.parts, mode=mode).to(self._device))
+
+    def _differentiate(
+        self,
+        groups: Sequence[PromptGroup],
+        group: int,
+        logps: dict[tuple[int, int], Tensor],
+        plan: StepPlan,
+        loss: Loss,
+        mode: PackingMode,
+        totals: _Totals,
+    ) -> None:
+        trained = tuple(k for k, c in enumerate(groups[group].completions) if c.num_trained)
+        whole = pack(groups, [GroupPart(group=group, completions=trained)], mode=mode).to(self._device)
+        logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()
+        with torch.enable_grad():
+            share = _share(loss, whole.with_logps(logps_T), plan, totals)
+            (gradient_T,) = torch.autograd.grad(share, logps_T)
+        for s, ref in enumerate(whole.refs):
+            self._gradient[ref] = gradient_T[whole.sequence_T == s]
+
+    def gradient_of(self, batch: PackedBatch) -> Tensor:
+        """[T] d loss / d logps of a part."""
+        return torch.cat([self._gradient[ref] for ref in batch.refs])
+
+    def rng_of(self, index: int) -> Any:
+        """Replays the random state of the forward without gradient; nothing for other micro-batches."""
+        return _replay(self._rng[index], self._device) if index in self._rng else nullcontext()
+
+
+def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+class _replay:
+    """Inside, random numbers are those of ``state``; outside, the stream goes on as if nothing had been drawn."""
+
+    def __init__(self, state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+        self._state, self._device = state, device
+
+    def __enter__(self) -> None:
+        self._outer = _rng_state(self._device)
+        self._set(self._state)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._outer)
+
+    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self._device)
+
+
+def clip_and_check(
+    accelerator: Any,
+    policy: nn.Module,
+    result: StepResult,
+    groups: Sequence[PromptGroup],
+    *,
+    max_grad_norm: float,
+    step: int,
+) -> float:
+    """Global L2 norm of the gradient, clipped to ``max_grad_norm`` (0: measured only). Raises NonFiniteError on all ranks together.
+
+    Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers the scale.
+    """
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    norm = accelerator.clip_grad_norm_(policy.parameters(), limit)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    grad_norm = float(norm)
+    loss_ok = result.loss == result.loss and abs(result.loss) != float("inf")
+    grad_ok = grad_norm == grad_norm and grad_norm != float("inf")
+    if loss_ok and (grad_ok or accelerator.scaler is not None):
+        return grad_norm
+    raise NonFiniteError(
+        f"Step {step} stopped before the optimizer: loss={result.loss}, gradient norm={grad_norm}; both must be finite. "
+        f"{_suspects(policy, result, groups)} Lower --optimizer.lr, use --train.precision fp32, or look at the named samples; "
+        "the last checkpoint is intact."
+    )
+
+
+def _suspects(policy: nn.Module, result: StepResult, groups: Sequence[PromptGroup]) -> str:
+    """Names samples with a non-finite log-prob, or the parameters with a non-finite gradient."""
+    bad = [
+        groups[batch.refs[s][0]].where
+        for batch, sums_S in result.batches
+        for s in (~torch.isfinite(sums_S)).nonzero().flatten().tolist()
+    ]
+    if bad:
+        return f"Non-finite log-probs in {', '.join(dict.fromkeys(bad[:5]))}."
+    names = [n for n, p in policy.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    where = ", ".join(dict.fromkeys(groups[batch.refs[0][0]].where for batch, _ in result.batches[:3]))
+    return f"Log-probs are finite; non-finite gradient in {', '.join(names[:3]) or 'no parameter of this rank'} (batch from {where})."
