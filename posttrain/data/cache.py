@@ -1,0 +1,141 @@
+"""Tokenised sources on disk: one folder per key, complete or not there.
+
+The key is the sha256 of what decides the tokens: the content of the files, the tokenizer, the template, and the options
+``format, columns, max_length, overlong`` (and ``split`` for the hub). Nothing of the optimisation is in it, nor seed,
+weights or eval_fraction, which choose among rows. A folder holds ``tokens.arrow`` and ``manifest.json``, is written
+under a temporary name and renamed: of two processes that write the same key, the first to finish wins and both read
+its result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.config import DataConfig
+from posttrain.data.readers import HubSource, load_hub
+
+ENCODING_VERSION = 1
+"""Raise when the same rows would become different tokens or another file layout."""
+
+TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """data.cache_dir, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or ~/.cache; tokens under
+    ``data``."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = config.cache_dir or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
+    return Path(root).expanduser() / "data"
+
+
+def source_digests(source: Sequence[Path] | HubSource, *, split: str) -> list[str]:
+    """sha256 of every file's bytes; for the hub the fingerprint that `datasets` gives the loaded split."""
+    if isinstance(source, HubSource):
+        return [f"{source.name}:{source.config}[{split}] {load_hub(source, split=split)._fingerprint}"]
+    digests = []
+    for path in source:
+        with path.open("rb") as file:
+            suffixes = "".join(path.suffixes[-2:]).lower()  # the same bytes read as CSV are other rows
+            digests.append(f"{suffixes} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return digests
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of vocabulary, merges and special tokens. Padding and truncation, which calls leave behind, are left
+    out."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = {"vocab": tokenizer.get_vocab(), "name": type(tokenizer).__name__, "init": repr(tokenizer)}
+    else:
+        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+    return _digest([state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__])
+
+
+def cache_key(digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, format: str, config: DataConfig) -> str:
+    """32 hex digits; equal keys mean equal tokens."""
+    options = {
+        "format": format,
+        "columns": config.columns,
+        "max_length": config.max_length,
+        "overlong": config.overlong,
+    }
+    return _digest([ENCODING_VERSION, list(digests), tokenizer, encoder.template, encoder.mask_from, options])[:32]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete folder; None if there is none, or its tokens have not the size it states."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        size_bytes = (folder / TOKENS).stat().st_size
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if manifest.get("tokens_bytes") == size_bytes else None
+
+
+def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Fills ``folder`` atomically. ``write(tokens_path)`` writes the tokens and returns the manifest's entries.
+
+    Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there first.
+    """
+    temporary = _temporary_beside(folder)
+    try:
+        manifest = write(temporary / TOKENS)
+        manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        return _move(temporary, folder) or manifest
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder.parent}: cannot write tokenised data: {error}. Free space, or set --data.cache_dir."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_beside(folder: Path) -> Path:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder.parent}: cannot write tokenised data here: {error}. Set --data.cache_dir or POSTTRAIN_CACHE.",
+        ) from error
+
+
+def _move(temporary: Path, folder: Path) -> dict[str, Any] | None:
+    """Renames; returns the manifest of a valid folder that was there first. A damaged one is moved out of the way."""
+    for _ in range(2):
+        try:
+            temporary.rename(folder)
+            return None
+        except OSError:
+            there = read_manifest(folder)
+            if there is not None:
+                return there
+            if not folder.exists():
+                raise
+            folder.rename(temporary.with_name(temporary.name + ".damaged"))
+            shutil.rmtree(temporary.with_name(temporary.name + ".damaged"), ignore_errors=True)
+    raise OSError(f"{folder} reappeared damaged while it was being replaced")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

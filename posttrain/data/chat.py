@@ -1,0 +1,380 @@
+"""Conversations become token ids and an exact loss mask: assistant content and the end of its turn, nothing else.
+
+The text is rendered by the tokenizer's own template. Which characters are trained comes from
+
+1. the template's ``{% generation %}`` markers, if it has them;
+2. else the training variant of the template that TRL ships, if it knows the template (it has markers, and keeps what
+   some templates delete from earlier turns, such as reasoning);
+3. else from prefixes: the conversation before an assistant turn with the generation prompt, and the one up to the
+   turn's end, must both be prefixes of the whole text.
+
+The text is cut at these characters and tokenised so that no token lies on both sides of a cut. Where one of these steps
+cannot be exact, it is a ValueError, never a guess. Transformers' ``return_assistant_tokens_mask`` is not used: it loses
+the last bytes of a span that ends in a character of several tokens (an emoji), and needs a fast tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from posttrain.types import Completion, PromptGroup
+
+_PROBE = "reply7"  # survives every template: no markup, no space at the ends
+_GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class Span(NamedTuple):
+    """Characters ``start:end`` of the rendered text that the model must produce."""
+
+    start: int
+    end: int
+
+
+class ChatEncoder:
+    """What is fixed for a tokenizer (template, stop tokens, where masks come from), found once and used for every row.
+
+    Without a chat template only ``encode_text`` works.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template, self.mask_from = _training_template(tokenizer)
+        self.stop_ids = stop_token_ids(tokenizer) if self.template is None else _stops(self._render, tokenizer)
+        self.stops = [tokenizer.decode([i], skip_special_tokens=False) for i in self.stop_ids]
+        self._added = list(tokenizer.get_added_vocab())
+        self._header_in_turn = self.mask_from == "prefixes" and self._ignores_generation_prompt()
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        trained: Sequence[bool] | None = None,
+        tools: list[Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> PromptGroup:
+        """The conversation as a group of one completion; see ``encode_conversation``."""
+        if self.template is None:
+            raise ValueError(
+                f"{_where(meta)}: a conversation needs a chat template, and this tokenizer has none. Set "
+                "--data.chat_template to a jinja file, or use the tokenizer of an instruct model."
+            )
+        flags = [m["role"] == "assistant" for m in messages] if trained is None else list(trained)
+        self._check_no_stop_inside(messages, meta)
+        text, spans = self._spans(messages, tools, flags, meta)
+        _check_all_rendered(messages, text, meta)
+        pieces, mask = _cut(text, [self._close(text, span) for span, keep in spans if keep])
+        lengths, ids = _encode_pieces(pieces, self.tokenizer, where=_where(meta))
+        loss_mask = [m for m, n in zip(mask, lengths, strict=True) for _ in range(n)]
+        if 1 not in loss_mask or loss_mask[0] == 1:
+            raise ValueError(
+                f"{_where(meta)}: no prompt before the first trained token, or none trained. Check the template."
+            )
+        first = loss_mask.index(1)
+        completion = Completion(token_ids=ids[first:], loss_mask=loss_mask[first:])
+        return PromptGroup(prompt_ids=ids[:first], completions=[completion], meta=dict(meta or {}))
+
+    def encode_text(self, prompt: str, completion: str, *, meta: Mapping[str, Any] | None = None) -> PromptGroup:
+        """Raw text without turns: BOS if the tokenizer sets one, prompt | completion, EOS; all after the bar is
+        trained."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(
+                f"{_where(meta)}: the tokenizer has no EOS token, so no end can be trained. Set tokenizer.eos_token."
+            )
+        (prompt_length, _), ids = _encode_pieces([prompt, completion], self.tokenizer, where=_where(meta))
+        prompt_ids = _leading_special(self.tokenizer) + ids[:prompt_length]
+        if not prompt_ids:
+            raise ValueError(
+                f"{_where(meta)}: the prompt is empty and the tokenizer adds no BOS token, so the first token of the "
+                "completion is predicted from nothing. Give the row a prompt."
+            )
+        token_ids = [*ids[prompt_length:], eos]
+        group = Completion(token_ids=token_ids, loss_mask=[1] * len(token_ids))
+        return PromptGroup(prompt_ids=prompt_ids, completions=[group], meta=dict(meta or {}))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=self.template
+        )
+
+    def _spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, trained: list[bool], meta: Any
+    ) -> tuple[str, list[tuple[Span, bool]]]:
+        """Rendered text, and the raw span of every assistant turn with whether it is trained."""
+        from jinja2 import TemplateError
+
+        flags = [t for m, t in zip(messages, trained, strict=True) if m["role"] == "assistant"]
+        try:
+            if self.mask_from == "prefixes":
+                text, spans = self._prefix_spans(messages, tools)
+            else:
+                text, spans = self._marked_spans(messages, tools)
+                spans = self._after_prompt(messages, tools, text, spans)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(
+                f"{_where(meta)}: the chat template refuses the roles {[m['role'] for m in messages]}: {error}. "
+                "Change the row's turns, or set --data.chat_template."
+            ) from error
+        except _NotExact as error:
+            raise ValueError(f"{_where(meta)}: {error}") from error
+        if len(spans) == len(flags):
+            return text, list(zip(spans, flags, strict=True))
+        if not spans or not all(flags):
+            raise ValueError(
+                f"{_where(meta)}: the template marks {len(spans)} generated spans for {len(flags)} assistant turns, "
+                "so which of them to train cannot be told. Put {% generation %} around each assistant turn of the "
+                "template."
+            )
+        return text, [(span, True) for span in spans]
+
+    def _marked_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+        """The template's marked spans; `_after_prompt` takes off what is given to the model."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template  # annotated as returning one string, returns texts and spans
+        rendered, marked = render(
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return rendered[0], [Span(a, b) for a, b in sorted(marked[0]) if a < b]
+
+    def _after_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]
+    ) -> list[Span]:
+        """The spans less what the generation prompt gives to the model: some templates mark the header as generated.
+
+        Where the generation prompt is no prefix (it opens a <think> block that the row has not), the special tokens it
+        shares with the span are taken off.
+        """
+        ends = []
+        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+            prompt = self._render(messages[:i], tools, prompt=True)
+            shared = os.path.commonprefix([prompt, text])
+            special = max((shared.rfind(t) + len(t) for t in self._added if t in shared), default=0)
+            ends.append(len(prompt) if shared == prompt else special)
+        return [Span(min((e for e in ends if s.start < e < s.end), default=s.start), s.end) for s in spans]
+
+    def _prefix_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+        text = self._render(messages, tools)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:i], tools, prompt=True)
+            through = text if i + 1 == len(messages) else self._render(messages[: i + 1], tools)
+            if not (through.startswith(before) and text.startswith(through)):
+                raise _NotExact(
+                    "the loss mask cannot be derived exactly: the chat template renders what comes before the end of "
+                    f"message {i + 1} differently when more messages follow (some delete the reasoning of earlier "
+                    "turns). Put {% generation %} markers into the template and pass it with --data.chat_template, or "
+                    "keep one assistant turn per row."
+                )
+            lead = _before(through[len(before) :], message["content"].strip())
+            if self._header_in_turn and lead.strip():
+                raise _NotExact(
+                    f"the chat template ignores add_generation_prompt, so the header {lead!r} of the assistant turn "
+                    "would be trained. Put {% generation %} markers into the template and pass it with "
+                    "--data.chat_template."
+                )
+            spans.append(Span(len(before), len(through)))
+        return text, spans
+
+    def _close(self, text: str, span: Span) -> Span:
+        """The span up to and with the token that ends the turn: without what the template writes after it."""
+        body = text[span.start : span.end].rstrip()
+        if any(body.endswith(stop) for stop in self.stops):
+            return Span(span.start, span.start + len(body))
+        after = len(text[span.end :]) - len(text[span.end :].lstrip()) + span.end
+        for stop in self.stops:
+            if text.startswith(stop, after):
+                return Span(span.start, after + len(stop))
+        return span
+
+    def _ignores_generation_prompt(self) -> bool:
+        from jinja2 import TemplateError
+
+        user = [{"role": "user", "content": _PROBE}]
+        try:
+            return self._render(user) == self._render(user, prompt=True)
+        except (TemplateError, TypeError):  # such a template fails on every row, and is named there
+            return True
+
+    def _check_no_stop_inside(self, messages: Sequence[Mapping[str, Any]], meta: Any) -> None:
+        for message in messages:
+            found = [s for s in self.stops if message["role"] == "assistant" and s in message["content"]]
+            if found:
+                raise ValueError(
+                    f"{_where(meta)}: an assistant message contains {found[0]!r}, the token that ends a turn; the "
+                    "chat template adds it. Remove it from the text: trained inside, it teaches the model to stop "
+                    "early."
+                )
+
+
+class _NotExact(Exception):
+    """The mask cannot be derived; `_spans` adds the row."""
+
+
+def encode_conversation(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    trained: Sequence[bool] | None = None,
+    tools: list[Any] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> PromptGroup:
+    """One conversation as a group with K = 1: tokens before the first trained one are the prompt, the rest the
+    completion.
+
+    ``loss_mask`` is 1 on assistant content and on the token that ends the turn, 0 elsewhere. ``trained``: one flag per
+    message, default every assistant message. ``meta``: ``file`` and ``row`` for messages. Raises ValueError where the
+    mask cannot be exact. For many rows make one ``ChatEncoder``.
+    """
+    return ChatEncoder(tokenizer).encode(messages, trained=trained, tools=tools, meta=meta)
+
+
+def set_chat_template(tokenizer: Any, path: str | Path) -> None:
+    """Puts the jinja file's text into the tokenizer, so that it is saved and served with what it was trained with."""
+    try:
+        template = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file."
+        ) from error
+    if "messages" not in template:
+        raise ValueError(
+            f"data.chat_template={path}: no chat template, it never reads `messages`. Give a jinja template."
+        )
+    tokenizer.chat_template = template
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """Ids that end a turn: EOS, and the special token that the chat template writes after an assistant message."""
+    if tokenizer.chat_template is None:
+        return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    return _stops(render, tokenizer)
+
+
+def _stops(render: Any, tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    try:
+        text = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}])
+    except (TemplateError, TypeError):
+        return ids
+    _, found, tail = text.rpartition(_PROBE)
+    tail = tail.strip() if found else ""
+    added = {content: int(i) for content, i in tokenizer.get_added_vocab().items()}
+    closing = max((c for c in added if tail.startswith(c)), key=len, default=None)
+    if closing is not None and added[closing] not in ids:
+        ids.append(added[closing])
+    return ids
+
+
+def _training_template(tokenizer: Any) -> tuple[str | None, str]:
+    """(template, where the mask comes from: "markers", "trl" or "prefixes")."""
+    if tokenizer.chat_template is None:
+        return None, "none"
+    template = tokenizer.get_chat_template()
+    if _GENERATION_MARKER.search(template):
+        return template, "markers"
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        known = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL does not know this template
+        known = None
+    return (template, "prefixes") if known is None else (known, "trl")
+
+
+def _cut(text: str, spans: Sequence[Span]) -> tuple[list[str], list[int]]:
+    """The text between and inside the spans, in order, and 1 for the pieces inside."""
+    pieces, mask, at = [], [], 0
+    for span in spans:
+        pieces += [text[at : span.start], text[span.start : span.end]]
+        mask += [0, 1]
+        at = span.end
+    return [*pieces, text[at:]], [*mask, 0]
+
+
+def _encode_pieces(pieces: list[str], tokenizer: Any, *, where: str) -> tuple[list[int], list[int]]:
+    """Tokens per piece, and the ids of all. The first piece always gets the ids it has alone, as when it is a prompt.
+
+    Tried in this order: the pieces' ids, laid end to end, are the ids of the whole text; the ids of each beginning are
+    a beginning of the whole's (tokenizers that add a space to every text); the whole has a token across a cut (an
+    answer that starts with a line break), but the pieces' ids still decode to the same text: these are what a model
+    produces after the prompt. Else ValueError.
+    """
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    whole, *parts = encode(["".join(pieces), *pieces])
+    joined = [i for part in parts for i in part]
+    if joined == whole:
+        return [len(part) for part in parts], whole
+    beginnings = encode(["".join(pieces[: k + 1]) for k in range(len(pieces))])
+    if all(whole[: len(b)] == b for b in beginnings):
+        ends = [0, *(len(b) for b in beginnings)]
+        return [b - a for a, b in zip(ends, ends[1:], strict=False)], whole
+    decode = tokenizer.decode
+    if decode(joined, clean_up_tokenization_spaces=False) == decode(whole, clean_up_tokenization_spaces=False):
+        return [len(part) for part in parts], joined
+    raise ValueError(
+        f"{where}: the loss mask cannot be exact: a token lies across the border of an assistant turn, and the "
+        "tokenizer does not encode the parts alone. Remove white space from the start and end of the message, or "
+        "change the template."
+    )
+
+
+def _leading_special(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before a text by itself: BOS for most, none for GPT-2."""
+    plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    full = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    return list(full[:at])
+
+
+def _check_all_rendered(messages: Sequence[Mapping[str, Any]], text: str, meta: Any) -> None:
+    """All that the assistant says must stand in the text, message after message, up to white space."""
+    rest = "".join(text.split())
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        for part in _said(message):
+            at = rest.find("".join(part.split()))
+            if at < 0:
+                raise ValueError(
+                    f"{_where(meta)}: the chat template does not render all that the assistant says; this would be lost: "
+                    f"{part[:60]!r}. Some templates delete <think> blocks, at least those of earlier turns, or know no "
+                    "tool calls: set --data.chat_template to one that keeps them, or keep one assistant turn per row."
+                )
+        rest = rest[at:]
+
+
+def _said(message: Mapping[str, Any]) -> Iterator[str]:
+    """Reasoning, called functions and, last, content of an assistant message."""
+    yield from (str(message[k]) for k in ("reasoning_content", "reasoning", "thinking") if message.get(k))
+    yield from (str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ())
+    yield message["content"]
+
+
+def _before(text: str, content: str) -> str:
+    """What stands before the content; all of the text if the content is empty or not there as it is."""
+    return text[: text.find(content)] if content and content in text else text
+
+
+def _where(meta: Mapping[str, Any] | None) -> str:
+    meta = meta or {}
+    return f"{meta.get('file', '<memory>')}:{meta.get('row', '?')}"

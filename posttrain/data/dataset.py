@@ -1,0 +1,277 @@
+"""Sources to prompt groups on disk: read, tokenise once, memory-map, split, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.cache import (
+    TOKENS,
+    cache_folder,
+    cache_key,
+    publish,
+    read_manifest,
+    source_digests,
+    tokenizer_digest,
+)
+from posttrain.data.chat import ChatEncoder, set_chat_template
+from posttrain.data.config import DataConfig, Format
+from posttrain.data.readers import HubSource, Row, read_rows, resolve
+from posttrain.data.report import DataReport, SourceReport
+from posttrain.data.samples import check_stop_trained
+from posttrain.data.schema import detect_format
+from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows, prompt_hash
+from posttrain.types import Completion, PromptGroup
+
+_BATCH_ROWS = 4096  # rows of a record batch on disk
+
+
+@dataclass(kw_only=True, frozen=True)
+class Part:
+    """Rows of one tokenised source."""
+
+    table: Any
+    """`datasets.Dataset`, memory-mapped: prompt_ids, completion_ids, loss_mask, file, row, prompt_hash, num_tokens."""
+
+    files: Sequence[str]
+    """Names that the column ``file`` counts."""
+
+    rows: np.ndarray[Any, Any]
+    """Indices into the table that belong to this part."""
+
+
+class GroupDataset(Sequence[PromptGroup]):
+    """Prompt groups of one or more sources, laid end to end; read from disk as they are asked for."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = list(parts)
+        self.sizes = [len(p.rows) for p in self.parts]
+        """Groups of each source, as `batch_indices` takes them."""
+        lengths = [p.table.data.column("num_tokens").to_numpy()[p.rows] for p in self.parts]
+        self.lengths: np.ndarray[Any, Any] = np.concatenate(lengths).astype(np.int64)
+        """Prompt and completion tokens of each group."""
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= i < len(self):
+            raise IndexError(f"index {index} of a dataset of {len(self)} groups")
+        source = int(np.searchsorted(self._ends, i, side="right"))
+        return self.at(source, i - int(self._ends[source]) + self.sizes[source])
+
+    def at(self, source: int, index: int) -> PromptGroup:
+        """Group ``index`` of one source: what a pair of `batch_indices` names."""
+        part = self.parts[source]
+        row = int(part.rows[index])
+        columns = part.table.data
+
+        def ids(name: str) -> list[int]:
+            return columns.column(name)[row].values.to_numpy().tolist()
+
+        return PromptGroup(
+            prompt_ids=ids("prompt_ids"),
+            completions=[Completion(token_ids=ids("completion_ids"), loss_mask=ids("loss_mask"))],
+            meta={"file": part.files[columns.column("file")[row].as_py()], "row": columns.column("row")[row].as_py()},
+        )
+
+
+@dataclass(kw_only=True, frozen=True)
+class SFTData:
+    """What `load_sft_data` returns."""
+
+    train: GroupDataset
+    """Groups to train on."""
+
+    eval: GroupDataset | None
+    """Groups to evaluate on; None if neither data.eval nor data.eval_fraction asks for any."""
+
+    report: DataReport
+    """What became of every row."""
+
+
+def load_sft_data(config: DataConfig, tokenizer: Any, *, progress: bool = True) -> SFTData:
+    """Tokenised groups of ``config.train`` and ``config.eval``, from the cache where they are already there.
+
+    With ``config.chat_template`` the tokenizer's template is replaced in place. Several processes may call it at once;
+    to tokenise only once, let one call first. Raises ValueError for bad rows (file and row), and if no stop token is
+    trained.
+    """
+    if not config.train:
+        raise ValueError("data.train is empty: nothing to train on. Set --data.train '[rows.jsonl]'.")
+    if config.chat_template is not None:
+        set_chat_template(tokenizer, config.chat_template)
+    encoder, digest = ChatEncoder(tokenizer), tokenizer_digest(tokenizer)
+    loaded = [_load_source(s, config, encoder, digest, progress) for s in config.train]
+    held_out = [_load_source(s, config, encoder, digest, progress) for s in config.eval]
+    train_parts, eval_parts = [p for p, _ in loaded], [p for p, _ in held_out]
+    if config.eval_fraction:
+        train_parts, eval_parts = _hold_out(train_parts, config.eval_fraction, config.seed)
+    train = GroupDataset(train_parts)
+    evaluation = GroupDataset(eval_parts) if eval_parts else None
+    check_stop_trained(train, encoder.stop_ids)
+    report = DataReport(
+        train=[r for _, r in loaded],
+        eval=[r for _, r in held_out],
+        num_train_rows=len(train),
+        num_eval_rows=0 if evaluation is None else len(evaluation),
+    )
+    return SFTData(train=train, eval=evaluation, report=report)
+
+
+def groups_from_rows(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None
+) -> list[PromptGroup]:
+    """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups; dropped rows are left
+    out."""
+    config = config or DataConfig()
+    numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=dict(r)) for i, r in enumerate(rows, start=1))
+    format, numbered = _format_of(numbered, config)
+    encode = RowEncoder(encoder=ChatEncoder(tokenizer), format=format, config=config)
+    return [e.group for e in map(encode, numbered) if e.group is not None]
+
+
+def _load_source(
+    source: str, config: DataConfig, encoder: ChatEncoder, digest: str, progress: bool
+) -> tuple[Part, SourceReport]:
+    """One source from the cache, tokenised first if it is not there."""
+    import datasets
+
+    resolved = resolve(source)
+    files = [f"{source}[{config.split}]"] if isinstance(resolved, HubSource) else [str(p) for p in resolved]
+    format, rows = _format_of(read_rows(source, split=config.split), config)
+    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, format, config)
+    folder = cache_folder(config) / key
+    manifest = read_manifest(folder)
+    cached = manifest is not None
+    if manifest is None:
+        encode = RowEncoder(encoder=encoder, format=format, config=config)
+        results = _with_progress(encode_rows(rows, encode, num_proc=config.num_proc), source, progress)
+        manifest = publish(folder, lambda path: {"report": _write(path, results, encode, source=source, files=files)})
+    report = SourceReport(**manifest["report"] | {"source": source, "from_cache": cached})
+    table = datasets.Dataset.from_file(str(folder / TOKENS))
+    return Part(table=table, files=files, rows=np.arange(len(table))), report
+
+
+def _format_of(rows: Iterator[Row], config: DataConfig) -> tuple[Format, Iterator[Row]]:
+    """The source's format, from the config or its first row, and all rows again."""
+    first = next(rows, None)
+    if first is None:
+        raise ValueError("No rows were given: nothing to train on. Pass at least one.")
+    format = detect_format(first, config.columns) if config.format == "auto" else config.format
+    return format, itertools.chain([first], rows)
+
+
+def _write(
+    path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]
+) -> dict[str, Any]:
+    """Writes the kept rows and returns the report's entries. ValueError if no row is left."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        [("prompt_ids", ids), ("completion_ids", ids), ("loss_mask", pa.list_(pa.uint8())), ("file", pa.int32())]
+        + [("row", pa.int64()), ("prompt_hash", pa.uint64()), ("num_tokens", pa.int32())]
+    )
+    numbers = {name: i for i, name in enumerate(files)}
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+
+    def records() -> Iterator[dict[str, Any]]:
+        for result in results:
+            counts["num_read"] += 1
+            if result.group is None:
+                dropped[result.reason] += 1
+                continue
+            counts["num_kept"] += 1
+            counts["num_truncated"] += result.num_cut_tokens > 0
+            counts["num_cut_tokens"] += result.num_cut_tokens
+            counts["num_tokens"] += result.group.num_tokens_shared
+            counts["num_trained_tokens"] += result.group.num_trained
+            yield _record(result.group, numbers)
+
+    stream = records()
+    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while batch := list(itertools.islice(stream, _BATCH_ROWS)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    if not counts["num_kept"]:
+        raise ValueError(
+            f"{source}: no row is left to train on: {counts['num_read']} read, dropped: {dict(dropped)}. Raise "
+            f"--data.max_length (now {encode.config.max_length}) or correct the data."
+        )
+    names = ("num_read", "num_kept", "num_truncated", "num_cut_tokens", "num_tokens", "num_trained_tokens")
+    entries = {"format": encode.format, "mask_from": encode.encoder.mask_from, "dropped": dict(dropped)}
+    return entries | {name: counts[name] for name in names}
+
+
+def _record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:
+    (completion,) = group.completions
+    return {
+        "prompt_ids": group.prompt_ids,
+        "completion_ids": completion.token_ids,
+        "loss_mask": completion.loss_mask,
+        "file": file_numbers[group.meta["file"]],
+        "row": group.meta["row"],
+        "prompt_hash": prompt_hash(group),
+        "num_tokens": group.num_tokens_shared,
+    }
+
+
+def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """(train, eval): the fraction of the rows whose prompts come first in an order drawn by the seed, prompts kept
+    whole."""
+    hashes = [p.table.data.column("prompt_hash").to_numpy()[p.rows] for p in parts]
+    prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
+    order = np.argsort(_scramble(prompts, seed), kind="stable")
+    target = max(1, round(fraction * int(size.sum())))
+    num_prompts = int(np.searchsorted(np.cumsum(size[order]), target)) + 1
+    held_out = prompts[order[:num_prompts]]
+    masks = [np.isin(h, held_out) for h in hashes]
+    train = [dataclasses.replace(p, rows=p.rows[~m]) for p, m in zip(parts, masks, strict=True)]
+    empty = [i for i, p in enumerate(train) if len(p.rows) == 0]
+    if empty:
+        raise ValueError(
+            f"data.eval_fraction={fraction} holds out every row of training source {empty[0]} (rows with the same "
+            f"prompt stay together; {len(prompts)} different prompts in {int(size.sum())} rows). Lower it, or give "
+            "held-out rows with --data.eval."
+        )
+    kept = [dataclasses.replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
+    return train, [p for p in kept if len(p.rows)]
+
+
+def _scramble(hashes: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+    """64-bit finaliser of splitmix64 on hash xor seed: another order for every seed, on every machine the same."""
+    x = hashes ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
+def _with_progress(results: Iterator[Encoded], source: str, show: bool) -> Iterator[Encoded]:
+    """Passes the results on, with a line that counts rows and tokens while they come."""
+    if not show:
+        yield from results
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("tokenising {task.description}: {task.completed:,} rows, {task.fields[tokens]:,} tokens")
+    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), transient=True) as bar:
+        task = bar.add_task(source, total=None, tokens=0)
+        rows = tokens = 0
+        for result in results:
+            rows += 1
+            tokens += 0 if result.group is None else result.group.num_tokens_shared
+            if rows % 64 == 0:
+                bar.update(task, completed=rows, tokens=tokens)
+            yield result

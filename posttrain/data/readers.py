@@ -1,0 +1,252 @@
+"""Files, folders and hub datasets as a stream of rows. Every error names the file and the row.
+
+A row number is 1-based: the line in JSON lines, the record in CSV (without the header), JSON arrays, Parquet and the
+hub.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?$")
+_HELD_OUT = re.compile(r"^(test|valid|validation|val|dev|eval)([^a-z]|$)", re.IGNORECASE)
+_CSV_FIELD_LIMIT_BYTES = 2**31 - 1  # the module's default of 128 KiB rejects long documents
+
+
+@dataclass(kw_only=True, frozen=True)
+class Row:
+    """One record as it stands in the file."""
+
+    file: str
+    """Path of the file, or ``owner/name[split]`` on the hub."""
+
+    row_number: int
+    """1-based; see the module's docstring."""
+
+    values: dict[str, Any]
+    """Column name to value."""
+
+    @property
+    def where(self) -> str:
+        """``file:row`` for messages."""
+        return f"{self.file}:{self.row_number}"
+
+
+class HubSource(NamedTuple):
+    """A dataset on the hub: ``owner/name`` and an optional configuration."""
+
+    name: str
+    config: str | None
+
+
+def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
+    """The rows of a file, a folder (files in sorted order) or a hub id. A bad row is a ValueError, never skipped."""
+    resolved = resolve(source)
+    if isinstance(resolved, HubSource):
+        yield from _numbered(f"{source}[{split}]", load_hub(resolved, split=split))
+        return
+    for path in resolved:
+        yield from read_file(path)
+
+
+def resolve(source: str) -> list[Path] | HubSource:
+    """The files of a path or folder, or the hub id. Raises ValueError if the source is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder_files(path)
+    if path.exists():
+        return [path]
+    if _HUB_ID.match(source) and not source.lower().endswith(SUFFIXES):
+        name, _, config = source.partition(":")
+        return HubSource(name, config or None)
+    raise ValueError(
+        f"{source}: no such file or folder (looked in {Path.cwd()}), and not a hub id, which is written owner/name or "
+        "owner/name:config. Check the path."
+    )
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a failed export."""
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise ValueError(
+            f"{path}: unknown suffix {''.join(path.suffixes) or '(none)'!r}; rows are read from "
+            f"{', '.join(SUFFIXES)}. Rename or convert the file."
+        )
+    stem = name.removesuffix(".gz")
+    if stem.endswith(".parquet"):
+        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path), start=1)
+    elif stem.endswith(".csv"):
+        values = enumerate(_csv(path), start=1)
+    elif stem.endswith(".json"):
+        values = _json(path)
+    else:
+        values = _json_lines(path, _lines(path))
+    empty = True
+    for number, value in values:
+        empty = False
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}:{number}: a row is a JSON object with columns; got {_kind(value)}: {_short(value)}. Write "
+                "one object "
+                'per row, such as {"prompt": ..., "completion": ...}.'
+            )
+        yield Row(file=str(path), row_number=number, values=value)
+    if empty:
+        raise ValueError(f"{path}: no rows; the file is empty. Remove it from the sources or write it again.")
+
+
+def load_hub(source: HubSource, *, split: str) -> Any:
+    """The hub dataset as a `datasets.Dataset`; ValueError with the cause if it cannot be had."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, source.config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{source.name}: no such file or folder here (looked in {Path.cwd()}), and as a hub id it could not be "
+            f"loaded with config {source.config or 'default'!r}, split {split!r}: {error}. Check the spelling, "
+            "--data.split and the network, or download the data and pass its path."
+        ) from error
+
+
+def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    number = 0
+    for number, values in enumerate(rows, start=1):
+        yield Row(file=name, row_number=number, values=dict(values))
+    if number == 0:
+        raise ValueError(f"{name}: no rows; the split is empty. Choose another with --data.split.")
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    inside = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
+    files = sorted(p for p in inside if p.name.lower().endswith(SUFFIXES))
+    if not files:
+        found = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
+        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {found}.")
+    held_out = [p for p in files if any(_HELD_OUT.match(part) for part in p.relative_to(folder).parts)]
+    if held_out and len(held_out) < len(files):
+        raise ValueError(
+            f"{folder}: holds several splits, among them {held_out[0].relative_to(folder)}; reading all of them would "
+            f"train on held-out rows. Name the files instead, such as {next(p for p in files if p not in held_out)}."
+        )
+    return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Decoded lines, one at a time, so that an error knows its line."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, start=1):
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start} of the "
+            "line. Convert the file: iconv -f <its encoding> -t utf-8."
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path}:{number + 1}: the gzip file is damaged or cut short after {number} lines ({error}). Copy or "
+            "download it again; `gzip -t` checks it."
+        ) from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: not JSON: {error.msg} at column {error.colno}: {_short(line)}. Every line must be "
+                "one JSON object; correct or remove this line."
+            ) from error
+
+
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """A JSON array of objects; a ``.json`` file whose first line is an object by itself is read as JSON lines."""
+    text = "".join(_lines(path))
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path, text.split("\n"))
+        return
+    try:
+        yield from enumerate(json.loads(text), start=1)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Correct the "
+            "file; JSON lines belong in a .jsonl file."
+        ) from error
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    previous_limit = csv.field_size_limit(_CSV_FIELD_LIMIT_BYTES)
+    number = 0
+    try:
+        reader = csv.DictReader(_lines(path), strict=True)
+        for number, values in enumerate(reader, start=1):
+            if None in values or None in values.values():
+                raise ValueError(
+                    f"{path}:{number}: the record that ends on line {reader.line_num} has not the "
+                    f"{len(reader.fieldnames or ())} fields of the header {reader.fieldnames}. Quote fields that hold "
+                    "commas or line breaks."
+                )
+            yield values
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{number + 1}: not CSV: {error}. Quote fields, and double quotes inside them."
+        ) from error
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield values
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path}:{number + 1}: not a readable Parquet file: {error}. Copy or write it again."
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    names = {
+        list: "an array",
+        str: "a string",
+        int: "a number",
+        float: "a number",
+        bool: "a boolean",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _short(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

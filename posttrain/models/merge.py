@@ -1,0 +1,145 @@
+"""Adapters into a plain model: W' = W + (alpha / rank) * B A, written once, so that inference needs no peft."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MERGE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | None = None, dtype: str = "auto") -> Path:
+    """Merge a LoRA adapter into its base; ``out`` loads with ``AutoModelForCausalLM.from_pretrained`` alone.
+
+    The sum is computed in float32 and rounded once, to ``dtype``; ``auto`` is the dtype of the base's checkpoint.
+    ``base`` replaces the name that the adapter recorded (needed when that folder has moved). Adapters of QLoRA are
+    merged into the unquantised base. An adapter on one side of a tied embedding unties it: the two sides then differ.
+
+    ``out`` appears whole or not at all. Raises ValueError or FileNotFoundError if it is no adapter, its weights are
+    pickle only, its base is unknown, or ``out`` exists and is not empty.
+    """
+    if dtype not in MERGE_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(MERGE_DTYPES)}; got {dtype!r}.")
+    adapter = Path(adapter_folder).expanduser()
+    target = Path(out).expanduser()
+    recorded = _read_adapter_config(adapter)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"Output folder {target} exists and is not empty; nothing is overwritten. Give another --out.")
+    name = base or recorded.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{adapter} does not say which model it was trained on. Give it with --base NAME_OR_FOLDER.")
+    revision = None if base else recorded.get("revision")
+    config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
+    model, tokenizer = _load_with_adapter(adapter, config)
+    merged = _merge(model, _resolve_dtype(dtype, config))
+    _write_whole(merged, tokenizer, target)
+    logger.info("Merged %s into %s: %s", adapter, name, target)
+    return target
+
+
+def _read_adapter_config(adapter: Path) -> dict[str, Any]:
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"Adapter folder {adapter} does not exist.")
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        hint = " It looks like a plain model already." if (adapter / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{adapter} has no adapter_config.json, so it is not an adapter folder.{hint}")
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    kind = recorded.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{adapter} is a {kind} adapter; only LORA adds to weights in a way that is merged here.")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        found = "pickle only (adapter_model.bin)" if (adapter / "adapter_model.bin").is_file() else "missing"
+        raise ValueError(
+            f"The weights of adapter {adapter} are {found}; adapter_model.safetensors is wanted, because unpickling a "
+            "file can run code hidden in it. Save the adapter again with a current peft, which writes safetensors."
+        )
+    return recorded
+
+
+def _load_with_adapter(adapter: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    import torch
+    from peft import PeftModel
+
+    try:
+        base = load_model(config, dtype=torch.bfloat16)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The base model of {adapter} cannot be read. {error} Or give --base.") from error
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter))
+    except RuntimeError as error:  # load_state_dict reports different shapes this way
+        raise ValueError(f"Adapter {adapter} does not fit the base {config.name!r}: {error}") from error
+    _check_every_weight_found_its_place(model, adapter, config.name)
+    has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
+    return model.eval(), load_tokenizer(
+        ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None)
+    )
+
+
+def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:
+    """peft only warns about adapter weights that the file lacks, and says nothing of those the model lacks."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        in_file = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    lacking = sorted(wanted - in_file)
+    homeless = sorted(in_file - wanted - set(model.state_dict()))
+    if lacking or homeless:
+        raise ValueError(
+            f"Adapter {adapter} does not fit the base {base_name!r}: {len(lacking)} weights are missing from the "
+            f"adapter and {len(homeless)} have no place in the base (first: {(lacking + homeless)[0]}). Give the "
+            "model it was trained on with --base."
+        )
+
+
+def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Plain model with the same logits. One tied tensor cannot be an adapted head and a plain embedding: untie."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain: Any = model.get_base_model()
+    embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        if isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer):
+            bare: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+            bare.weight = torch.nn.Parameter(bare.weight.detach().clone(), requires_grad=False)
+    merged: Any = model.base_model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if merged.config.tie_word_embeddings and head.weight is not embedding.weight:
+        logger.warning("The adapter changes one side of the tied embedding: the merged model has two separate ones.")
+        merged.config.tie_word_embeddings = False
+    return merged.to(dtype)
+
+
+def _resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
+    import torch
+
+    resolved = read_config(config).dtype or torch.float32 if dtype == "auto" else dtype
+    return getattr(torch, resolved) if isinstance(resolved, str) else resolved
+
+
+def _write_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_model(model, tokenizer, temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed

@@ -1,0 +1,1 @@
+"""One thin trainer per method: what is special about it, nothing else."""

@@ -1,0 +1,176 @@
+"""Supervised fine-tuning: K = 1, the loss on assistant tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.data import DataConfig, SFTData, batch_indices, groups_from_rows, highlight_sample, load_sft_data
+from posttrain.losses.sft import sft
+from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.packing.plan import PackingConfig
+from posttrain.training.config import TrainConfig, resolve_loss, to_dict
+from posttrain.training.launch import make_accelerator
+from posttrain.training.loop import Loop, TrainResult, longest_sequence
+from posttrain.training.optimizer import OptimizerConfig
+from posttrain.types import LossOutput, PromptGroup, TokenLogps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Everything that decides an SFT run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model, full or LoRA"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Rows to train and evaluate on"""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """Micro-batches: memory and speed, never the gradient"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, cadence and place of the run"""
+    loss: str = "posttrain.losses.sft.sft"
+    """Dotted path of the loss function; any function (TokenLogps, *, options) -> LossOutput."""
+    loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
+    """Keyword options of the loss, e.g. --loss_options.aggregation sequence_mean."""
+
+
+Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
+
+
+class SFTTrainer:
+    """``SFTTrainer(model="smollm2-135m", train_dataset=rows).train()``.
+
+    ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
+    groups, or rows in any format that ``posttrain.data`` reads; without them ``config.data`` says where the rows are.
+    ``loss``: a function ``TokenLogps -> LossOutput``; without it ``config.loss``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        config: SFTConfig | None = None,
+        loss: Callable[[TokenLogps], LossOutput] | None = None,
+    ) -> None:
+        config = config or SFTConfig()
+        if isinstance(model, str):
+            config, model = replace(config, model=replace(config.model, name=model)), None
+        if model is not None and tokenizer is None:
+            raise ValueError("SFTTrainer(model=<a loaded model>) needs its tokenizer too: pass tokenizer=...")
+        if loss is not None and (config.loss_options or config.loss != SFTConfig.loss):
+            raise ValueError("SFTTrainer got loss=... and config.loss or config.loss_options, which would be ignored. Give one.")
+        self.config = config
+        self.loss = loss or resolve_loss(config.loss, dict(config.loss_options))
+        self._model, self._tokenizer = model, tokenizer
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
+        config = self.config
+        import torch
+
+        accelerator, precision = make_accelerator(
+            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+        )
+        torch.manual_seed(config.train.seed)
+        tokenizer = self._tokenizer or load_tokenizer(config.model)
+        with accelerator.main_process_first():
+            train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
+            model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
+        check_vocabulary(model, tokenizer)
+        _check_budget(train, evaluation, config.packing)
+        if config.train.trackers:
+            accelerator.init_trackers("posttrain", config=_flat_settings(to_dict(config)))
+        if accelerator.is_main_process:
+            _show_sample(train[0], tokenizer)
+
+        def batches(step: int) -> list[PromptGroup]:
+            picked = batch_indices(
+                step, seed=config.train.seed, batch_size=config.train.batch_size, sizes=sizes, weights=config.data.weights
+            )
+            return [train.at(d, i) if hasattr(train, "at") else train[i] for d, i in picked]
+
+        loop = Loop(
+            accelerator=accelerator,
+            precision=precision,
+            model=model,
+            tokenizer=tokenizer,
+            loss=self.loss,
+            batches=batches,
+            num_steps=config.train.num_steps(len(train)),
+            train=config.train,
+            optimizer_config=config.optimizer,
+            packing=config.packing,
+            eval_groups=evaluation,
+            settings=to_dict(config),
+            data_counts=counts,
+        )
+        result = loop.run()
+        if accelerator.is_main_process:
+            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        return result
+
+    def _groups(self, tokenizer: Any, *, is_main: bool) -> tuple[Any, Any, dict[str, Any], list[int]]:
+        """(training groups, evaluation groups or None, counts, sizes of the sources)."""
+        if self._train_dataset is None:
+            data: SFTData = load_sft_data(self.config.data, tokenizer, progress=is_main)
+            if is_main:
+                from rich.console import Console
+
+                Console().print(data.report.render())
+            return data.train, data.eval, {**data.report.counts(), "dropped_by": data.report.dropped()}, data.train.sizes
+        train = _as_groups(self._train_dataset, tokenizer, self.config.data)
+        evaluation = None if self._eval_dataset is None else _as_groups(self._eval_dataset, tokenizer, self.config.data)
+        counts = {"read": len(self._train_dataset), "kept": len(train), "dropped": len(self._train_dataset) - len(train)}
+        return train, evaluation, counts, [len(train)]
+
+
+def _as_groups(rows: Rows, tokenizer: Any, data: DataConfig) -> list[PromptGroup]:
+    if len(rows) and isinstance(rows[0], PromptGroup):
+        return list(rows)  # type: ignore[arg-type]
+    return groups_from_rows(rows, tokenizer, config=data)  # type: ignore[arg-type]
+
+
+def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
+    """The longest sequence must fit into one row: said before training, with its place."""
+    for groups in (train, evaluation):
+        if groups is None:
+            continue
+        if hasattr(groups, "lengths"):
+            index = int(groups.lengths.argmax())
+            longest, where = int(groups.lengths[index]), groups[index].where
+        else:
+            longest, where = longest_sequence(groups)
+        if longest - 1 > packing.max_tokens:
+            raise ValueError(
+                f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
+                f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
+            )
+
+
+def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+
+    title = f"first sample ({group.where}): trained tokens are highlighted"
+    Console().print(Panel(highlight_sample(group, tokenizer), title=title))
+
+
+def _flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """One level, plain values: what trackers take."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{k}": v for k, v in _flat_settings(value).items()})
+        else:
+            flat[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+__all__ = ["SFTConfig", "SFTTrainer", "sft"]

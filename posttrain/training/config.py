@@ -1,0 +1,150 @@
+"""One run's settings from dataclasses, YAML and dotted command-line overrides, through jsonargparse.
+
+Each settings class lives beside the code it configures; this module has what the loop itself needs and the parser. An
+unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, cadence and place of a run."""
+
+    run_dir: str = "runs"
+    """Folder that holds the run folders."""
+    name: str = "sft"
+    """Name of the run; its files are in <run_dir>/<name>/."""
+    batch_size: int = 32
+    """Groups (prompts) per optimizer step, over all ranks; how they are split into micro-batches changes nothing."""
+    max_steps: int = 0
+    """Optimizer steps; 0 means num_epochs."""
+    num_epochs: float = 1.0
+    """Passes over the training data when max_steps is 0."""
+    seed: int = 0
+    """Seeds model initialisation, dropout and the order of the data."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-pure", "fp16"] = "auto"
+    """auto: bf16 (fp32 master weights) where the device is good at it, else fp32."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between held-out evaluations; 0: only at the start and the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    save_total_limit: int = 2
+    """Checkpoints kept (the newest); 0 keeps all."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
+    self_check: bool = True
+    """Compare two groups through the packed forward with the model's own forward before the first step."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"train.batch_size is a number of groups >= 1; got {self.batch_size}.")
+        for name in ("max_steps", "log_every", "eval_every", "save_every", "save_total_limit", "num_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be >= 0; got {getattr(self, name)}.")
+        if not re.fullmatch(r"[\w.=,+-]+", self.name):
+            raise ValueError(f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run_dir) / self.name
+
+    def num_steps(self, num_groups: int) -> int:
+        """Optimizer steps of the run for a training set of ``num_groups`` groups; at least 1."""
+        if self.max_steps:
+            return self.max_steps
+        return max(1, int(num_groups * self.num_epochs) // self.batch_size)
+
+
+def make_parser(config_class: type[C], *, description: str) -> Any:
+    """A command-line parser with one option per field, ``--config FILE.yaml`` and ``--print_config``."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; options given after it win")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, *, description: str) -> C:
+    """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
+    parser = make_parser(config_class, description=description)
+    try:
+        namespace = parser.parse_args(None if arguments is None else list(arguments))
+        return _instantiate(parser, namespace, config_class)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        message = str(error)
+    print(f"error: {message}{_suggestion(parser, message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _instantiate(parser: Any, namespace: Any, config_class: type[C]) -> C:
+    values = parser.instantiate(namespace)
+    names = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**{name: values[name] for name in names})
+
+
+def _suggestion(parser: Any, message: str) -> str:
+    """' Did you mean --x.y?' for an unknown option or YAML key."""
+    known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")})
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    nested = re.search(r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'", message)
+    plain = re.search(r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'", message)
+    wrong = unknown.group(1) if unknown else f"{nested.group(1)}.{nested.group(2)}" if nested else plain.group(1) if plain else None
+    if wrong is None:
+        return ""
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f" Did you mean --{near[0]}?" if near else " See --help for all options."
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, in declaration order."""
+    return dataclasses.asdict(config)
+
+
+def resolve_loss(path: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """``package.module.function`` with keyword options -> the loss; unknown options are an error, never ignored.
+
+    The function's own ``couples_completions`` declaration is kept.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--loss is a dotted path to a function such as my_losses.my_loss, importable from here; got {path!r} ({error})."
+        ) from error
+    accepted = {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    unknown = sorted(set(options) - accepted)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(accepted), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{path} has no option {unknown[0]!r}; it has {sorted(accepted) or 'none'}.{hint}")
+    if not options:
+        return function
+
+    def loss(logps: Any) -> Any:
+        return function(logps, **options)
+
+    loss.couples_completions = getattr(function, "couples_completions", True)  # type: ignore[attr-defined]
+    return loss

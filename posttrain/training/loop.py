@@ -1,0 +1,192 @@
+"""The loop of every method: global batch -> plan -> step gradient -> check -> AdamW -> metrics, evaluation, checkpoint.
+
+What differs between methods comes in from outside: where a step's groups come from (a pure function of the step), the
+loss, and what is evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.models.load import save_model
+from posttrain.models.policy import Policy
+from posttrain.packing.plan import PackingConfig, StepPlan, plan_step
+from posttrain.precision import PrecisionPlan
+from posttrain.training.config import TrainConfig
+from posttrain.training.evaluate import evaluate_loss, self_check
+from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
+from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from posttrain.training.run_folder import RunFolder
+from posttrain.training.step import Loss, StepResult, clip_and_check, couples_completions, step_gradient
+from posttrain.types import PromptGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    folder: Path
+    """The run folder."""
+    final: Path
+    """The trained model or adapter."""
+    step: int
+    """Optimizer steps done in total."""
+    metrics: dict[str, Any]
+    """The last step's metrics and the last evaluation's."""
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a pure function of the step."""
+
+    accelerator: Any
+    precision: PrecisionPlan
+    model: nn.Module
+    tokenizer: Any
+    loss: Loss
+    batches: Callable[[int], Sequence[PromptGroup]]
+    num_steps: int
+    train: TrainConfig
+    optimizer_config: OptimizerConfig
+    packing: PackingConfig
+    eval_groups: Sequence[PromptGroup] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Resolved settings, saved beside every checkpoint."""
+    data_counts: dict[str, Any] = field(default_factory=dict)
+    """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
+
+    def run(self) -> TrainResult:
+        """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run folder."""
+        folder = RunFolder(self.train, self.accelerator, self.settings, num_steps=self.num_steps)
+        self._prepare()
+        start = folder.resume(self.policy, self.optimizer, self.schedule)
+        metrics = MetricsLog(
+            folder.metrics_path,
+            num_steps=self.num_steps,
+            start=start,
+            accelerator=self.accelerator,
+            log_every=self.train.log_every,
+        )
+        last: dict[str, Any] = {}
+        try:
+            if start == 0:
+                metrics.evaluation(0, {"data": self.data_counts, **self._evaluate()})
+            for step in range(start + 1, self.num_steps + 1):
+                last.update(self._step(step))
+                metrics.step(step, {k: v for k, v in last.items() if not k.startswith("eval_")})
+                is_end = step == self.num_steps
+                if self.eval_groups and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
+                    evaluation = self._evaluate()
+                    last.update(evaluation)
+                    metrics.evaluation(step, evaluation)
+                if is_end or (self.train.save_every and step % self.train.save_every == 0):
+                    folder.save(step, self.policy, self.optimizer, self.schedule)
+        finally:
+            metrics.close()
+        final = folder.save_final(lambda path: save_model(self._unwrapped().model, self.tokenizer, path))  # type: ignore[arg-type]
+        if self.train.trackers:
+            self.accelerator.end_training()
+        return TrainResult(folder=folder.path, final=final, step=self.num_steps, metrics=last)
+
+    def _prepare(self) -> None:
+        """Policy, self-check, optimizer, and what accelerate makes of them."""
+        device = self.accelerator.device
+        policy = Policy(self.model.to(device), self.packing, device_type=device.type)
+        self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
+        self.flops = model_flops(self.model)
+        self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
+        if self.train.self_check:
+            first = [g for g in self.batches(0) if g.num_trained]
+            rms = self_check(policy, [first[0], max(first, key=lambda g: g.num_tokens_shared)])
+            if self.accelerator.is_main_process:
+                print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({policy.forward_mode.mode}: {policy.forward_mode.reason})")
+        torch.manual_seed(self.train.seed + self.accelerator.process_index)
+        optimizer = build_optimizer(policy, self.optimizer_config)
+        self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
+        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.policy.train()
+
+    def _unwrapped(self) -> Policy:
+        policy = self.accelerator.unwrap_model(self.policy)
+        assert isinstance(policy, Policy)
+        return policy
+
+    def _plan(self, groups: Sequence[PromptGroup]) -> StepPlan:
+        return plan_step(
+            groups,
+            world_size=self.accelerator.num_processes,
+            max_tokens=self.packing.max_tokens,
+            mode=self.mode,
+            coupled=couples_completions(self.loss),
+            length_limit=self.length_limit,
+        )
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One optimizer step: the whole of training, top to bottom."""
+        began = time.perf_counter()
+        groups = self.batches(step - 1)
+        plan = self._plan(groups)
+        result = step_gradient(self.accelerator, self.policy, groups, plan, self.loss, mode=self.mode)
+        grad_norm = clip_and_check(
+            self.accelerator, self.policy, result, groups, max_grad_norm=self.optimizer_config.max_grad_norm, step=step
+        )
+        lr = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = bool(self.accelerator.optimizer_step_was_skipped)
+        if not skipped:
+            self.schedule.step()
+        return self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
+
+    def _metrics(
+        self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl; names with their unit, timings last (``metrics.TIMING_KEYS``)."""
+        micro_batches = [m for rank in plan.ranks for m in rank if not m.is_dummy]
+        computed = sum(m.num_tokens for m in micro_batches)
+        mine = [self.flops.step(b.layout, num_trained=int(b.targets_T.shape[0])) for b, _ in result.batches]
+        flops_per_s = sum(mine) / seconds
+        skips = {"skipped_step": 1} if skipped else {}
+        return {
+            "loss": result.loss,
+            **result.metrics,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "trained_tokens": plan.counts.tokens,
+            "computed_tokens": computed,
+            "micro_batches": len(micro_batches),
+            **skips,
+            "step_s": seconds,
+            "tokens_per_s": plan.counts.tokens / seconds,
+            "tflops_per_s": flops_per_s / 1e12,
+            "peak_fraction": flops_per_s / self.peak_flops,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.eval_groups:
+            return {}
+        return evaluate_loss(
+            self.accelerator,
+            self.policy,
+            self.eval_groups,
+            mode=self.mode,
+            max_tokens=self.packing.max_tokens,
+            length_limit=self.length_limit,
+        )
+
+
+def longest_sequence(groups: Sequence[PromptGroup]) -> tuple[int, str]:
+    """Tokens and place of the longest prompt + completion, for the check against the token budget before anything is trained."""
+    longest = max(groups, key=lambda g: len(g.prompt_ids) + max(len(c.token_ids) for c in g.completions))
+    return len(longest.prompt_ids) + max(len(c.token_ids) for c in longest.completions), longest.where
+

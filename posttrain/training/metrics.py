@@ -1,0 +1,164 @@
+"""What a run reports: metrics.jsonl, a progress bar, trackers; model FLOPs and their fraction of a measured matmul peak."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.packing.batch import Layout
+
+TIMING_KEYS = ("step_s", "tokens_per_s", "tflops_per_s", "peak_fraction")
+"""Metrics that differ between two identical runs; everything else must be equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """Multiply-add counts of a model, 2 FLOPs each: matmul weights inside the layers, the head, and attention width."""
+
+    layer_weights: int
+    trainable_layer_weights: int
+    head_weights: int
+    trainable_head_weights: int
+    attention_width: int
+    """Sum over layers of heads * head_dim."""
+
+    def step(self, layout: Layout, *, num_trained: int) -> float:
+        """Model FLOPs of forward and backward of one row: 2 per weight and token forward, 2 for the gradient of the
+        input, 2 for the gradient of a trainable weight; attention 4 per width, query and visible key, three times. Recomputation is not
+        counted: this is the work the model needs, not the work done (Chowdhery et al. 2022, arXiv:2204.02311 appendix B).
+        """
+        tokens = sum(layout.lengths)
+        pairs = sum(n * layout.length_with_prefix(i) - n * (n - 1) // 2 for i, n in enumerate(layout.lengths))
+        layers = (4 * self.layer_weights + 2 * self.trainable_layer_weights) * tokens
+        head = (4 * self.head_weights + 2 * self.trainable_head_weights) * num_trained
+        return float(layers + head + 3 * 4 * self.attention_width * pairs)
+
+
+def model_flops(model: nn.Module) -> ModelFlops:
+    """Counts of a transformers (or PEFT) causal language model; mixture-of-experts weights by the share that is active."""
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = base.config.get_text_config()
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
+    head_weight = getattr(getattr(head, "base_layer", head), "weight")
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    layers = trainable = 0.0
+    for name, parameter in base.named_parameters():
+        if parameter.ndim < 2 or parameter is embedding or parameter is head_weight:
+            continue
+        weights = parameter.numel() * (active if ".experts." in name else 1.0)
+        layers += weights
+        trainable += weights if parameter.requires_grad else 0.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelFlops(
+        layer_weights=int(layers),
+        trainable_layer_weights=int(trainable),
+        head_weights=head_weight.numel(),
+        trainable_head_weights=head_weight.numel() if head_weight.requires_grad else 0,
+        attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
+    )
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matmul on this device with the threads of this process: the roof that `peak_fraction` refers to."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(7):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal and plain lines elsewhere. Main process only."""
+
+    def __init__(self, path: Path, *, num_steps: int, start: int, accelerator: Any, log_every: int) -> None:
+        self._accelerator = accelerator
+        self._every = max(log_every, 1)
+        self._num_steps = num_steps
+        self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
+        self._bar = _progress_bar(num_steps, start) if accelerator.is_main_process else None
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """One optimizer step done; ``values`` is what metrics.jsonl gets, in this order."""
+        if step % self._every == 0 or step == self._num_steps:
+            self._write({"step": step, **values})
+        if self._bar is not None:
+            self._bar.show(step, values)
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Held-out metrics after ``step`` steps."""
+        self._write({"step": step, **values})
+        if self._bar is not None:
+            self._bar.say(f"step {step}: " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+        self._accelerator.log(numbers, step=values["step"])
+
+    def close(self) -> None:
+        """Ends the bar and closes the file."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+
+class _progress_bar:
+    """rich's bar on a terminal; a line every few seconds where nobody watches."""
+
+    def __init__(self, total: int, start: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console()
+        self._last_line = 0.0
+        self._total = total
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._progress.add_task("training", total=total, completed=start, now="")
+        self._progress.start()
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        wanted = ("loss", "lr", "tokens_per_s")
+        now = "  ".join(f"{name} {_short(values[name])}" for name in wanted if name in values)
+        self._progress.update(self._task, completed=step, now=now)
+        if not self._console.is_terminal and (time.monotonic() - self._last_line > 10 or step == self._total):
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self._total}  {now}")
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_metrics(path: Path, *, drop: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without the given keys."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]

@@ -1,0 +1,125 @@
+"""The folder of a run: resolved settings, metrics, checkpoints, the final model. Everything in it survives a kill.
+
+    runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.training import checkpoint
+from posttrain.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Opens or continues ``<run_dir>/<name>``. Raises ValueError if it cannot be written or must not be continued."""
+
+    def __init__(self, train: TrainConfig, accelerator: Any, settings: dict[str, Any], *, num_steps: int) -> None:
+        self.path = train.folder
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self._train = train
+        self._accelerator = accelerator
+        self._settings = settings
+        self._fingerprint = {"num_steps": num_steps, "num_processes": accelerator.num_processes, "num_threads": torch.get_num_threads()}
+        if accelerator.is_main_process:
+            self._open()
+        accelerator.wait_for_everyone()
+
+    def _open(self) -> None:
+        import yaml
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"The run folder {self.path} cannot be written: {error}. Set --train.run_dir to a folder that can."
+            ) from error
+        if self._train.resume == "never" and any(self.checkpoints.glob("step_*")):
+            raise ValueError(
+                f"{self.checkpoints} already has checkpoints and train.resume is never. Set another --train.name, delete the "
+                "folder, or set --train.resume auto to continue it."
+            )
+        (self.path / "config.yaml").write_text(yaml.safe_dump(_plain(self._settings), sort_keys=False), encoding="utf-8")
+
+    def resume(self, policy: Any, optimizer: Any, schedule: Any) -> int:
+        """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one."""
+        found = [checkpoint.find_resumable(self.checkpoints)] if self._accelerator.is_main_process else [None]
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(found, from_process=0)
+        step = 0
+        if found[0] is not None:
+            folder, state = found[0]
+            step = int(state["step"])
+            self._warn_about_differences(state)
+            checkpoint.read_state(self._accelerator, policy, optimizer, schedule, folder)
+            log.warning("resumed from %s", folder)
+        if self._accelerator.is_main_process:
+            if step:
+                checkpoint.cut_metrics(self.metrics_path, step)
+            else:
+                self.metrics_path.unlink(missing_ok=True)
+        self._accelerator.wait_for_everyone()
+        return step
+
+    def _warn_about_differences(self, state: dict[str, Any]) -> None:
+        now = {**_flat(self._settings), **self._fingerprint}
+        before = {**_flat(state.get("settings", {})), **state.get("fingerprint", {})}
+        harmless = ("train.run_dir", "train.name", "train.log_every", "train.save", "train.resume", "train.trackers")
+        changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and not k.startswith(harmless)]
+        if changed and self._accelerator.is_main_process:
+            details = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
+            log.warning("the resumed run differs from the one that was saved, so it will not be bit-identical: %s", details)
+
+    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any) -> Path:
+        """Checkpoint of ``step``, whole or not at all; older ones beyond the limit go."""
+        return checkpoint.save_checkpoint(
+            self.checkpoints,
+            step,
+            lambda folder: checkpoint.write_state(self._accelerator, policy, optimizer, schedule, folder),
+            state={"settings": _plain(self._settings), "fingerprint": self._fingerprint},
+            keep=self._train.save_total_limit or None,
+            is_main=self._accelerator.is_main_process,
+            barrier=self._accelerator.wait_for_everyone,
+            all_ok=checkpoint.agree(self._accelerator),
+        )
+
+    def save_final(self, write: Callable[[Path], None]) -> Path:
+        """``final/``: written aside, then put in place by a rename."""
+        final, aside = self.path / "final", self.path / ".tmp_final"
+        if self._accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            write(aside)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(aside, final)
+        self._accelerator.wait_for_everyone()
+        return final
+
+
+def _plain(value: Any) -> Any:
+    """Only what YAML and JSON have: tuples as lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): _plain(value)}
+    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

@@ -1,0 +1,19 @@
+"""Supervised fine-tuning.
+
+    accelerate launch --config_file launch/cpu.yaml recipes/sft.py --config recipes/configs/sft_smollm2.yaml
+
+The loss is on assistant tokens only. Writes runs/<name>/: config.yaml, metrics.jsonl, checkpoints/, final/. A second
+start with the same name continues from the newest checkpoint.
+"""
+
+from posttrain.training.config import parse_config
+from posttrain.trainers.sft import SFTConfig, SFTTrainer
+
+
+def main() -> None:
+    config = parse_config(SFTConfig, description=__doc__)
+    SFTTrainer(config=config).train()
+
+
+if __name__ == "__main__":
+    main()
