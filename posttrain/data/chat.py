@@ -356,7 +356,7 @@ def _check_all_rendered(messages: Sequence[Mapping[str, Any]], text: str, meta: 
             at = rest.find("".join(part.split()))
             if at < 0:
                 raise ValueError(
-                    f"{_where(meta)}: the chat template does not render all that the assistant says; this would be lost: "
+                    f"{_where(meta)}: the chat template does not render all that the assistant says; would be lost: "
                     f"{part[:60]!r}. Some templates delete <think> blocks, at least those of earlier turns, or know no "
                     "tool calls: set --data.chat_template to one that keeps them, or keep one assistant turn per row."
                 )

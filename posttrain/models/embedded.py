@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WHERE_IT_CAME_FROM = ("quantization_config", "_name_or_path", "_model_name_or_path")
 _FILES_OF_A_WHOLE_FOLDER = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -86,6 +87,13 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
+def let_weights_be_read_like_the_rest(folder: Path) -> None:
+    """Give ``*.safetensors`` the mode of the other files: safetensors 0.8 makes them readable by their owner only."""
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def _find_gguf(name: str, model: EmbeddedModel) -> Path:
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
@@ -110,6 +118,7 @@ def _make_folder(model: EmbeddedModel, *, gguf_path: Path, folder: Path) -> None
         tokenizer = _read_tokenizer(model, gguf_path=gguf_path)
         _read_model(gguf_path, tokenizer=tokenizer).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        let_weights_be_read_like_the_rest(temporary)
         temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         temporary.rename(folder)
     finally:
@@ -143,11 +152,7 @@ def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTr
         str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
     )
     config = type(read.config).from_dict(
-        {
-            key: value
-            for key, value in read.config.to_dict().items()
-            if key not in ("quantization_config", "_name_or_path")
-        }
+        {key: value for key, value in read.config.to_dict().items() if key not in _WHERE_IT_CAME_FROM}
     )
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")  # GGUF keeps it in float32: 9.99999975e-06
     config.pad_token_id = tokenizer.pad_token_id

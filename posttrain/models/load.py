@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.models.embedded import EMBEDDED, embedded_folder
+from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
 
 if TYPE_CHECKING:
     import torch
@@ -210,6 +210,7 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     else:
         model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    let_weights_be_read_like_the_rest(Path(folder))
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:
@@ -348,8 +349,8 @@ def _nf4(dtype: torch.dtype) -> Any:
 def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
     """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward in eval mode.
 
-    It is never undone, and the kernel for repacked weights has no backward: after one evaluation, the layers below would
-    silently get no gradient.
+    Training does not undo it, and the kernel for repacked weights has no backward: after one evaluation, the layers
+    below would silently get no gradient.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -76,7 +76,7 @@ def _load_with_adapter(adapter: Path, config: ModelConfig) -> tuple[PeftModel, P
     from peft import PeftModel
 
     try:
-        base = load_model(config, dtype=torch.bfloat16)
+        base = load_model(config, dtype=torch.float32)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The base model of {adapter} cannot be read. {error} Or give --base.") from error
     try:
@@ -118,12 +118,9 @@ def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     if head is not None and head.weight is embedding.weight:
         if isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer):
             bare: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+            # peft sees the two tensors and records tie_word_embeddings=False
             bare.weight = torch.nn.Parameter(bare.weight.detach().clone(), requires_grad=False)
     merged: Any = model.base_model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if merged.config.tie_word_embeddings and head.weight is not embedding.weight:
-        logger.warning("The adapter changes one side of the tied embedding: the merged model has two separate ones.")
-        merged.config.tie_word_embeddings = False
     return merged.to(dtype)
 
 

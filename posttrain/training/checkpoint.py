@@ -8,9 +8,8 @@
                           schedule.json, scaler.json, rng_<rank>.json
 
 Written as ``.tmp_step_40`` in a folder that all ranks share, synced, renamed: ``step_40`` exists whole or not at all.
-What this module writes is read without pickle. Sharded runs are read by torch and DeepSpeed, which unpickle (``.metadata``
-of torch.distributed.checkpoint; DeepSpeed loads with ``weights_only=False``): resume those only from checkpoints you
-trust, the manifest finds damage and not malice.
+It is read without pickle. Sharded runs are read by torch and DeepSpeed, which unpickle (``.metadata``;
+DeepSpeed uses with ``weights_only=False``): resume those only from checkpoints you trust, a manifest finds no malice.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -40,6 +39,7 @@ logger = logging.getLogger(__name__)
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _FOLDER = re.compile(r"(?:\.old_)?step_(\d+)")
 _SHARDED = ("FSDP", "DEEPSPEED")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,12 +59,12 @@ def save_checkpoint(
     all_ok: Callable[[bool], bool],
     best: int | None = None,
 ) -> Path:
-    """Writes ``root/step_<step>`` whole or not at all; every rank calls it, and all return or all raise CheckpointError.
+    """Writes ``root/step_<step>`` whole or not at all; all ranks call it, and all return or all raise CheckpointError.
 
     ``write(folder)`` writes this rank's files; ``state`` is JSON and comes back from ``find_resumable``; ``all_ok`` is
     true on every rank iff its argument is true on every rank (``agree(accelerator)``). Then the main rank deletes older
-    ones beyond ``keep`` (None: none), never the one just written nor step ``best``. A rank that fails *inside* a collective
-    of ``write`` (sharded saves) leaves the others to the backend's timeout.
+    ones beyond ``keep`` (None: none), never the one just written nor step ``best``. A rank that fails *inside* a
+    collective of ``write`` (sharded saves) leaves the others to the backend's timeout.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"save_total_limit must be at least 1, or None to keep every checkpoint; got {keep}.")
@@ -116,7 +116,7 @@ def damage(folder: Path) -> str | None:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    return None if steps == 2 * [_step_of(folder)] else f"its files are of step {steps}"
+    return None if {f"step_{n}" for n in steps} == {folder.name.removeprefix(".old_")} else f"it is of step {steps}"
 
 
 def cut_metrics(path: Path, step: int) -> int:
@@ -149,10 +149,8 @@ def cut_metrics(path: Path, step: int) -> int:
 
 def _prepare(root: Path, temp: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    stale = [*root.glob(".tmp_*")]
-    stale += [old for old in root.glob(".old_*") if damage(root / old.name.removeprefix(".old_")) is None]
-    for folder in stale:
-        shutil.rmtree(folder)
+    for stale in root.glob(".tmp_*"):
+        shutil.rmtree(stale)
     temp.mkdir()
 
 
@@ -193,12 +191,8 @@ def _prune(root: Path, step: int, keep: int, best: int | None) -> None:
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder), newest first; of one step the folder in place before the one put aside."""
-    found = [(_step_of(f), f) for f in root.glob("*") if _FOLDER.fullmatch(f.name) and f.is_dir()]
+    found = [(int(m[1]), f) for f in root.glob("*") if (m := _FOLDER.fullmatch(f.name)) and f.is_dir()]
     return sorted(found, key=lambda item: (-item[0], item[1].name.startswith(".")))
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("_")[2])
 
 
 def _attempt(phase: Callable[[], None]) -> Exception | None:
@@ -211,8 +205,8 @@ def _attempt(phase: Callable[[], None]) -> Exception | None:
 
 
 def _explain(error: Exception | None, temp: Path, final: Path) -> str:
-    before = next((folder for n, folder in _checkpoints(final.parent) if n != _step_of(final)), None)
-    survives = f"{before} is intact: resume from it." if before else "There is no earlier checkpoint."
+    before = next((folder for _, folder in _checkpoints(final.parent)), None)
+    survives = f"{before} was not touched: resume from it." if before else "There is no earlier checkpoint."
     start = f"Checkpoint {final} was not written, its partial folder is removed"
     if error is None:
         return f"{start}: another process failed, its message says why. {survives}"
@@ -223,7 +217,7 @@ def _explain(error: Exception | None, temp: Path, final: Path) -> str:
     existing = next(p for p in (final.parent, *final.parent.parents) if p.exists())
     free = shutil.disk_usage(existing).free + sizes[0]
     return (
-        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes and {free:,} are free in {existing} "
+        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes; {free:,} are free in {existing} "
         f"(under a quota, less). {survives} Free space, lower save_total_limit, or move the output folder."
     )
 
@@ -250,32 +244,29 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) ->
 
     Frozen parameters are not saved (they are the model's own files): a fingerprint of them is.
     """
-    model = _unwrapped(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     names = _names(model, optimizer)
     state = {f"{kind}/{names[p]}": value for p, entry in optimizer.state.items() for kind, value in entry.items()}
     save_file(_own_storage(_saved_tensors(model)), folder / "model.safetensors")
     save_file(_own_storage(state), folder / "optimizer.safetensors")
-    about = {"frozen_sha256": _fingerprint(model), "options": _options(names, optimizer)}
-    _write_json(folder / "optimizer.json", about)
+    _write_json(folder / "optimizer.json", {"frozen weights": _fingerprint(model), **_options(names, optimizer)})
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Puts ``save_training_state``'s values into a model and an AdamW built the same way, whatever their order.
 
-    The present rate is not among them: it belongs to the schedule. Raises ValueError, before anything is changed, if names,
-    shapes, dtypes, options or frozen weights differ.
+    The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
+    names, shapes, dtypes, optimizer options or frozen weights differ.
     """
-    model = _unwrapped(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     names, own = _names(model, optimizer), _saved_tensors(model)
-    about = json.loads((folder / "optimizer.json").read_bytes())
     weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     steps = {name: moments.pop(f"step/{name}") for name in names.values() if f"step/{name}" in moments}
-    wanted = {f"{kind}/{name}": p for p, name in names.items() if name in steps for kind in ("exp_avg", "exp_avg_sq")}
-    _check_tensors(folder / "model.safetensors", weights, own)
-    _check_options(folder / "optimizer.json", about["options"], _options(names, optimizer))
-    _check_tensors(folder / "optimizer.safetensors", moments, wanted)
-    if about["frozen_sha256"] != _fingerprint(model):
-        raise ValueError(f"{folder} was trained on other frozen weights. Resume with the same base model.")
+    wanted = {f"{kind}/{name}": p for p, name in names.items() if name in steps for kind in _MOMENTS}
+    about = {"frozen weights": _fingerprint(model), **_options(names, optimizer)}
+    _check_same(folder / "optimizer.json", json.loads((folder / "optimizer.json").read_bytes()), about)
+    _check_same(folder / "model.safetensors", _specs(weights), _specs(own))
+    _check_same(folder / "optimizer.safetensors", _specs(moments), _specs(wanted))
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -283,16 +274,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) ->
     for p, name in names.items():
         optimizer.state.pop(p, None)
         if name in steps:  # without one it never had a gradient; only the fused kernel counts steps on the device
+            optimizer.state[p] = {kind: moments[f"{kind}/{name}"].to(p.device, copy=True) for kind in _MOMENTS}
             optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
-            for kind in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[p][kind] = moments[f"{kind}/{name}"].to(p.device, copy=True)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile: its names do not depend on how it runs."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
-    return model
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -304,8 +287,8 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, and a copy where two names view one storage: safetensors refuses to write that."""
     owner = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
-    alone = {name: owner[t.untyped_storage().data_ptr()] == name for name, t in tensors.items()}
-    return {name: (t if alone[name] else t.clone()).detach().contiguous() for name, t in tensors.items()}
+    shared = {name for name, t in tensors.items() if owner[t.untyped_storage().data_ptr()] != name}
+    return {name: (t.clone() if name in shared else t).detach().contiguous() for name, t in tensors.items()}
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -324,42 +307,32 @@ def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
     return {p: known[p] for group in optimizer.param_groups for p in group["params"]}
 
 
-def _options(names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Per parameter what must not change in a run: the options of its group, and the rate that the schedule multiplies."""
-    options = {}
+def _options(names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
+    """Per parameter what must not change in a run: its group's options and the rate that the schedule multiplies."""
+    options: dict[str, str] = {}
     for group in optimizer.param_groups:
-        fixed = {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
-        fixed["lr"] = group.get("initial_lr", group["lr"])
-        options |= {names[p]: json.loads(json.dumps(fixed)) for p in group["params"]}
+        fixed = {**group, "lr": group.get("initial_lr", group["lr"])}
+        text = ", ".join(f"{k}={v}" for k, v in sorted(fixed.items()) if k not in ("params", "initial_lr"))
+        options |= {names[p]: text for p in group["params"]}
     return options
 
 
-def _check_options(file: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    _check_names(file, was, now)
-    for name in now:
-        if changed := [f"{k}={v} (was {was[name].get(k)})" for k, v in now[name].items() if v != was[name].get(k)]:
-            raise ValueError(
-                f"The optimizer changed since {file} was written: {name} has {', '.join(changed)}. A resumed run equals an "
-                "uninterrupted one only with the old values: set them, or start a new run from the weights."
-            )
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
 
 
-def _check_names(file: Path, got: Iterable[str], wanted: Iterable[str]) -> None:
-    missing, extra = sorted({*wanted} - {*got}), sorted({*got} - {*wanted})
+def _check_same(file: Path, got: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(
-            f"{file} does not fit the model: {len(missing)} names are missing {missing[:3]}, {len(extra)} are "
+            f"{file} does not fit this run: {len(missing)} names are missing {missing[:3]}, {len(extra)} are "
             f"unexpected {extra[:3]}. Resume with the model and the adapters it was written with."
         )
-
-
-def _check_tensors(file: Path, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    _check_names(file, got, wanted)
-    for name, tensor in wanted.items():
-        if (got[name].shape, got[name].dtype) != (tensor.shape, tensor.dtype):
+    for name in wanted:
+        if got[name] != wanted[name]:
             raise ValueError(
-                f"{file}: {name} is {tuple(got[name].shape)} {got[name].dtype}, the model needs "
-                f"{tuple(tensor.shape)} {tensor.dtype}. Resume with the same model and precision."
+                f"{file}: {name} has [{got[name]}], this run has [{wanted[name]}]. Only with the same model, precision "
+                "and optimizer does a resumed run equal an uninterrupted one: set the old values, or start a new run."
             )
 
 
@@ -378,9 +351,7 @@ def capture_rng() -> dict[str, Any]:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Puts back what ``capture_rng`` took, also after a trip through JSON."""
     if state["cuda"] and not torch.cuda.is_available():
-        raise ValueError(
-            "The checkpoint holds the random state of a CUDA device; this process has none. Resume on one."
-        )
+        raise ValueError("The checkpoint holds the random state of a CUDA device; here is none. Resume on one.")
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -408,8 +379,8 @@ def read_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedu
     saved = json.loads((folder / "schedule.json").read_bytes())
     if saved["ranks"] != accelerator.num_processes:
         raise ValueError(
-            f"{folder} was written by {saved['ranks']} processes; this run has {accelerator.num_processes}. A resumed run "
-            f"equals an uninterrupted one only on the same topology: launch {saved['ranks']} processes."
+            f"{folder} was written by {saved['ranks']} processes, this run has {accelerator.num_processes} and could "
+            f"not equal an uninterrupted one. Launch {saved['ranks']} processes."
         )
     if accelerator.distributed_type in _SHARDED:
         accelerator.load_state(str(folder))  # it only logs when its random states fail to load: ours follow below

@@ -102,6 +102,17 @@ def test_merged_weight_is_w_plus_scaled_b_a(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-7)
 
 
+def test_adapter_trained_on_4_bit_weights_is_added_to_the_unquantised_ones(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantised = write_adapter(base, tmp_path / "adapter", quantize_4bit=True)
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+        expected = model.eval()(PROMPT).logits
+    assert (expected - quantised).abs().max() > 1e-3
+    out = merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
+    torch.testing.assert_close(plain_logits(out), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_trained_copy_of_a_tied_head_is_kept(base: Path, tmp_path: Path) -> None:
     """peft's modules_to_save trains a full copy of the head: the merged model must not be tied again when it is loaded."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")

@@ -102,6 +102,7 @@ def test_save_then_load_keeps_logits_dtype_and_tying(tmp_path: Path, dtype: torc
     assert again.generation_config.max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("t5")["input_ids"] == [5]
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # weights as readable as the rest
 
 
 def test_saved_config_does_not_name_an_attention_that_only_this_process_registered(tmp_path: Path) -> None:
@@ -412,7 +413,8 @@ def test_smollm2_answers_and_stops(smollm2: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert getattr(model.config, "quantization_config", None) is None
+    assert "gguf" not in Path(smollm2, "config.json").read_text().lower()
+    assert "_path" not in Path(smollm2, "config.json").read_text()
     check_vocabulary(model, tokenizer)
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,42 @@
+"""The gradient does not depend on the number of ranks, through a real two-process launch; and no launch shrinks silently."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from posttrain.training.launch import check_launch
+from tests.e2e.launching import REPO, check, run
+
+
+@pytest.mark.parametrize(("launch", "ranks"), [("cpu.yaml", 1), ("cpu2.yaml", 2)])
+def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
+    out = tmp_path / "results.json"
+    check(run(launch, "tests/e2e/gradient_script.py", str(out)))
+    results = json.loads(out.read_text())
+    assert len(results) == 72 and {r["ranks"] for r in results} == {ranks}
+    worst = max(results, key=lambda r: max(r["gradient"], r["loss"]))
+    assert max(worst["gradient"], worst["loss"]) < 1e-10, worst
+    if ranks == 2:
+        shapes = {tuple(sorted(r["micro_batches"])) for r in results}
+        assert any(0 in shape for shape in shapes), "one rank with only dummy micro-batches"
+        assert any(0 < shape[0] < shape[1] for shape in shapes), "one rank with more micro-batches"
+        assert any(r["coupled"] for r in results), "a group over the budget under a coupled loss"
+
+
+def test_a_launch_that_becomes_one_process_is_refused(tmp_path):
+    """accelerate's MULTI_CPU launcher starts one process where two were asked for."""
+    config = (REPO / "launch" / "cpu2.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU")
+    path = tmp_path / "silent.yaml"
+    path.write_text(config)
+    result = run(str(path), "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    assert result.returncode != 0
+    assert "asked for several processes and started one" in result.stderr
+
+
+def test_independent_processes_are_refused():
+    with pytest.raises(RuntimeError, match="started 2 processes, but they found only 1"):
+        check_launch({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, num_processes=1)
+    check_launch({}, num_processes=1)
+    check_launch({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, num_processes=2)
