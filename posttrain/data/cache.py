@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         size_bytes = (folder / TOKENS).stat().st_size
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):
         return None
     return manifest if manifest.get("tokens_bytes") == size_bytes else None
 

@@ -78,8 +78,8 @@ class ChatEncoder:
         return PromptGroup(prompt_ids=ids[:first], completions=[completion], meta=dict(meta or {}))
 
     def encode_text(self, prompt: str, completion: str, *, meta: Mapping[str, Any] | None = None) -> PromptGroup:
-        """Raw text without turns: BOS if the tokenizer sets one, prompt | completion, EOS; all after the bar is
-        trained."""
+        """Raw text without turns, (BOS) prompt | completion EOS: trained is what follows the bar. BOS as the tokenizer
+        does by itself."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError(
@@ -169,7 +169,14 @@ class ChatEncoder:
                 continue
             before = self._render(messages[:i], tools, prompt=True)
             through = text if i + 1 == len(messages) else self._render(messages[: i + 1], tools)
-            if not (through.startswith(before) and text.startswith(through)):
+            if not through.startswith(before):
+                raise _NotExact(
+                    "the loss mask cannot be derived exactly: the generation prompt of the chat template is not how "
+                    f"it begins message {i + 1} (it may open a <think> block that the row lacks). Put {{% generation "
+                    "%} markers into the template and pass it with --data.chat_template, or give the rows that "
+                    "beginning."
+                )
+            if not text.startswith(through):
                 raise _NotExact(
                     "the loss mask cannot be derived exactly: the chat template renders what comes before the end of "
                     f"message {i + 1} differently when more messages follow (some delete the reasoning of earlier "
@@ -229,8 +236,7 @@ def encode_conversation(
     tools: list[Any] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> PromptGroup:
-    """One conversation as a group with K = 1: tokens before the first trained one are the prompt, the rest the
-    completion.
+    """One conversation as a group with K = 1: prompt up to the first trained token, completion from there on.
 
     ``loss_mask`` is 1 on assistant content and on the token that ends the turn, 0 elsewhere. ``trained``: one flag per
     message, default every assistant message. ``meta``: ``file`` and ``row`` for messages. Raises ValueError where the
@@ -289,11 +295,12 @@ def _training_template(tokenizer: Any) -> tuple[str | None, str]:
     template = tokenizer.get_chat_template()
     if _GENERATION_MARKER.search(template):
         return template, "markers"
+    from jinja2 import TemplateError
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         known = get_training_chat_template(tokenizer)
-    except ValueError:  # TRL does not know this template
+    except (ValueError, TypeError, TemplateError):  # TRL does not know this template, or its probes do not render
         known = None
     return (template, "prefixes") if known is None else (known, "trl")
 
@@ -353,14 +360,16 @@ def _check_all_rendered(messages: Sequence[Mapping[str, Any]], text: str, meta: 
         if message["role"] != "assistant":
             continue
         for part in _said(message):
-            at = rest.find("".join(part.split()))
+            squeezed = "".join(part.split())
+            at = rest.find(squeezed)
             if at < 0:
                 raise ValueError(
                     f"{_where(meta)}: the chat template does not render all that the assistant says; would be lost: "
-                    f"{part[:60]!r}. Some templates delete <think> blocks, at least those of earlier turns, or know no "
-                    "tool calls: set --data.chat_template to one that keeps them, or keep one assistant turn per row."
+                    f"{part[:60]!r}. Some templates delete <think> blocks, at least those of earlier turns, or know "
+                    "no tool calls: set --data.chat_template to one that keeps them, or keep one assistant turn per "
+                    "row."
                 )
-        rest = rest[at:]
+        rest = rest[at + len(squeezed) :]
 
 
 def _said(message: Mapping[str, Any]) -> Iterator[str]:

@@ -71,7 +71,7 @@ class DataConfig:
     """Folder of tokenised data. Default None: $POSTTRAIN_CACHE, else ``posttrain`` in the user's cache folder."""
 
     num_proc: int = 1
-    """Processes that tokenise. Default 1: in this process."""
+    """Processes that tokenise; more than one take seconds to start. Default 1: in this process."""
 
     def __post_init__(self) -> None:
         self._check_sources()

@@ -200,5 +200,5 @@ def _deal(chains: list[list[MicroBatch]], world_size: int) -> tuple[tuple[MicroB
         loads[rank] += sum(m.num_tokens for m in chain)
     longest = max(len(rank) for rank in ranks)
     smallest = min((m for rank in ranks for m in rank), key=lambda m: m.num_tokens)
-    dummy = MicroBatch(parts=smallest.parts[:1], num_tokens=smallest.num_tokens, is_dummy=True)
+    dummy = replace(smallest, is_dummy=True, coupled_group=None)
     return tuple(tuple([*rank, *[dummy] * (longest - len(rank))]) for rank in ranks)

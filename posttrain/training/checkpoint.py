@@ -78,9 +78,10 @@ def save_checkpoint(
         error = _attempt(phase) if takes_part else None
         if not all_ok(error is None):
             message = _explain(error, temp, final)
+            barrier()  # until every rank has looked at the partial folder
             if is_main:
                 shutil.rmtree(temp, ignore_errors=True)
-            barrier()  # a rank that raised earlier could take the job down before the partial folder is gone
+            barrier()  # a rank that raised earlier could take the job down before it is gone
             raise CheckpointError(message) from error
     if is_main and keep is not None:
         _prune(root, step, keep, best)
@@ -94,8 +95,7 @@ def find_resumable(root: Path) -> tuple[Path, dict[str, Any]] | None:
     A damaged one is named in a warning and skipped. Reads every byte: call it on one rank and broadcast the answer.
     """
     for _, folder in _checkpoints(root):
-        reason = damage(folder)
-        if reason is None:
+        if (reason := damage(folder)) is None:
             return folder, json.loads((folder / _STATE).read_bytes())
         logger.warning("Checkpoint %s is damaged and was skipped: %s. Delete it to free its space.", folder, reason)
     return None
@@ -177,7 +177,7 @@ def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
 
 def _prune(root: Path, step: int, keep: int, best: int | None) -> None:
     """Deletes what ``keep`` does not cover. Of *later* steps, left by a run that was rewound, only damaged ones go."""
-    others = [(n, folder) for n, folder in _checkpoints(root) if n not in (step, best)]
+    others = [(n, folder) for n, folder in _checkpoints(root) if n != best]
     surplus = [folder for n, folder in others if n < step][keep - 1 :]
     surplus += [folder for n, folder in others if n > step and damage(folder)]
     for folder in surplus:
@@ -210,15 +210,16 @@ def _explain(error: Exception | None, temp: Path, final: Path) -> str:
     start = f"Checkpoint {final} was not written, its partial folder is removed"
     if error is None:
         return f"{start}: another process failed, its message says why. {survives}"
-    # safetensors and torch.save report a full disk as errors of their own, with the system's text inside
-    if getattr(error, "errno", None) not in _DISK_FULL and not any(os.strerror(n) in str(error) for n in _DISK_FULL):
+    existing = next(p for p in (final.parent, *final.parent.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    # safetensors wraps the system's text in an error of its own, torch.save drops it
+    full = getattr(error, "errno", None) in _DISK_FULL or any(os.strerror(n) in str(error) for n in _DISK_FULL)
+    if not full and free > 2**16:
         return f"{start}: {type(error).__name__}: {error}. {survives}"
     sizes = [sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (temp, before) if f]
-    existing = next(p for p in (final.parent, *final.parent.parents) if p.exists())
-    free = shutil.disk_usage(existing).free + sizes[0]
     return (
-        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes; {free:,} are free in {existing} "
-        f"(under a quota, less). {survives} Free space, lower save_total_limit, or move the output folder."
+        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes; {free + sizes[0]:,} are free in "
+        f"{existing} (under a quota, less). {survives} Free space, lower save_total_limit, or move the output folder."
     )
 
 
@@ -273,8 +274,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) ->
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for p, name in names.items():
         optimizer.state.pop(p, None)
-        if name in steps:  # without one it never had a gradient; only the fused kernel counts steps on the device
-            optimizer.state[p] = {kind: moments[f"{kind}/{name}"].to(p.device, copy=True) for kind in _MOMENTS}
+        if name in steps:  # fused: moments with the strides of p (else silently wrong), step on its device
+            optimizer.state[p] = {kind: torch.empty_like(p).copy_(moments[f"{kind}/{name}"]) for kind in _MOMENTS}
             optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
 
 
@@ -286,9 +287,9 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, and a copy where two names view one storage: safetensors refuses to write that."""
-    owner = {t.untyped_storage().data_ptr(): name for name, t in tensors.items()}
-    shared = {name for name, t in tensors.items() if owner[t.untyped_storage().data_ptr()] != name}
-    return {name: (t.clone() if name in shared else t).detach().contiguous() for name, t in tensors.items()}
+    storage = {name: t.untyped_storage().data_ptr() for name, t in tensors.items()}
+    owner = {pointer: name for name, pointer in storage.items()}
+    return {n: (t if owner[storage[n]] == n else t.clone()).detach().contiguous() for n, t in tensors.items()}
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -16,8 +16,6 @@ from posttrain.precision import PrecisionPlan
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
-# A peft embedding adapter keeps its matrices in ParameterDicts, where no module type tells what they are.
-_EMBEDDING_NAMES = ("lora_embedding", "trainable_tokens")
 _DEFAULT_WSD_DECAY_RATIO = 0.1
 
 
@@ -101,8 +99,8 @@ class OptimizerConfig:
             return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
         if self.warmup_steps >= num_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or the run never reaches "
-                f"lr; got {num_steps} steps. Set a warmup_ratio (0.1) instead, or train longer."
+                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or the run never "
+                f"reaches lr; got {num_steps} steps. Set a warmup_ratio (0.1) instead, or train longer."
             )
         return self.warmup_steps
 
@@ -144,7 +142,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             ndim < 2
             or id(p) in undecayed
             or name.rsplit(".", 1)[-1].endswith("bias")
-            or any(part in name for part in _EMBEDDING_NAMES)
             or getattr(p, "_no_weight_decay", False)  # set by state-space models on their 2-D A_log
         )
         (no_decay if keep else decay).append(p)
@@ -175,7 +172,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
         fused=fused,
-        foreach=not fused,
     )
 
 

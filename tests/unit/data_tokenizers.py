@@ -28,10 +28,10 @@ def marked(body: str) -> str:
 
 HEADER = "{{ '<|im_start|>assistant\n' }}"
 MARKED_WITH_END = marked(HEADER + "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
-MARKED_WITHOUT_END = marked(
-    HEADER + "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+MARKED_WITHOUT_END = marked(HEADER + "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}")
+MARKED_WITH_HEADER = marked(
+    "{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
 )
-MARKED_WITH_HEADER = marked("{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -45,7 +45,9 @@ FORGETS_THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
 ) + GENERATION_PROMPT
-ALTERNATING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+ALTERNATING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
 INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"

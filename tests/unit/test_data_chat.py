@@ -1,4 +1,14 @@
 import pytest
+
+from posttrain.data import (
+    ChatEncoder,
+    check_stop_trained,
+    encode_conversation,
+    highlight_sample,
+    set_chat_template,
+    stop_token_ids,
+)
+from posttrain.types import Completion, PromptGroup
 from tests.unit.data_tokenizers import (
     ALTERNATING,
     CHATML,
@@ -14,16 +24,6 @@ from tests.unit.data_tokenizers import (
     trained_text,
     whole_text,
 )
-
-from posttrain.data import (
-    ChatEncoder,
-    check_stop_trained,
-    encode_conversation,
-    highlight_sample,
-    set_chat_template,
-    stop_token_ids,
-)
-from posttrain.types import Completion, PromptGroup
 
 
 def talk(*contents):
@@ -93,16 +93,20 @@ def test_flags_choose_the_trained_turns_and_the_first_untrained_one_joins_the_pr
     assert "yes<|im_end|>" in tokenizer.decode(group.prompt_ids)
 
 
-@pytest.mark.parametrize("content", ["hello", "\nhello"])
-def test_a_tokenizer_that_adds_a_space_to_every_text(content):
+def test_a_tokenizer_that_adds_a_space_to_every_text():
     tokenizer = metaspace()
-    messages = talk("the question", content, "no", "five")
-    if content.startswith("\n"):
-        messages[1]["content"] = "hello"  # Metaspace knows no line break; the border here is the space of the template
+    messages = talk("the question", "hello", "no", "five")
     group = encode_conversation(messages, tokenizer)
     ids = [*group.prompt_ids, *group.completions[0].token_ids]
     assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
-    assert trained_text(group, tokenizer).replace(" ", "") == "hello</s>five</s>"
+    assert list(group.prompt_ids) == tokenizer.apply_chat_template(messages[:1], return_dict=False)
+    assert trained_text(group, tokenizer) == "hello</s> five</s>"
+
+
+def test_a_token_across_the_border_that_cannot_be_split_is_an_error():
+    template = INST.replace("' [/INST]'", "' ans'").replace("' ' + m['content']", "m['content']")  # "ans" + "wer"
+    with pytest.raises(ValueError, match="a token lies across the border of an assistant turn"):
+        encode_conversation(talk("the", "wer is four"), metaspace(template))
 
 
 def test_tool_turns_are_context():
@@ -141,15 +145,36 @@ def test_reasoning_that_the_template_deletes_from_earlier_turns_is_an_error_and_
     one = talk("hello", "<think>x</think>yes")
     assert trained_text(encode_conversation(one, tokenizer), tokenizer) == "<think>x</think>yes<|im_end|>"
     meta = {"file": "d.jsonl", "row": 9}
-    with pytest.raises(ValueError, match=r"^d\.jsonl:9: the loss mask cannot be derived exactly.*end of message 2 .*--data\.chat_template"):
+    with pytest.raises(
+        ValueError,
+        match=r"^d\.jsonl:9: the loss mask cannot be derived exactly.*end of message 2 .*--data\.chat_template",
+    ):
         encode_conversation(one + talk("question", "five"), tokenizer, meta=meta)
 
 
 META = {"file": "d.jsonl", "row": 9}
 THINK_LOST = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
 BAD = {
-    "header would be trained": (NO_GENERATION_PROMPT, talk("hello", "yes"), r"ignores add_generation_prompt, so the header '<\|im_start\|>assistant\\n'"),
-    "text is lost": (THINK_LOST, talk("hello", "<think>secret</think>yes"), "does not render all that the assistant says; would be lost: '<think>secret"),
+    "header would be trained": (
+        NO_GENERATION_PROMPT,
+        talk("hello", "yes"),
+        r"ignores add_generation_prompt, so the header '<\|im_start\|>assistant\\n'",
+    ),
+    "generation prompt opens what the row lacks": (
+        CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"),
+        talk("hello", "yes"),
+        "the generation prompt of the chat template is not how it begins message 2 .*{% generation %} markers",
+    ),
+    "text is lost": (
+        THINK_LOST,
+        talk("hello", "<think>secret</think>yes"),
+        "does not render all that the assistant says; would be lost: '<think>secret",
+    ),
+    "a repeated answer is lost": (
+        CHATML.replace("message['content'] +", "(message['content'] if loop.index < 4 else '') +"),
+        talk("hello", "yes", "question", "yes"),
+        "would be lost: 'yes'",
+    ),
     "reasoning field is lost": (
         CHATML,
         [talk("hello")[0], {"role": "assistant", "content": "yes", "reasoning_content": "because"}],
@@ -160,9 +185,21 @@ BAD = {
         [talk("hello")[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}],
         "would be lost: 'add'",
     ),
-    "template refuses": (ALTERNATING, [{"role": "system", "content": "x"}, *talk("hello", "yes")], r"refuses the roles \['system', 'user', 'assistant'\]: System role not supported"),
-    "stop token in the text": (CHATML, talk("hello", "yes<|im_end|>"), r"contains '<\|im_end\|>', the token that ends a turn"),
-    "no template": (None, talk("hello", "yes"), "needs a chat template, and this tokenizer has none. Set --data.chat_template"),
+    "template refuses": (
+        ALTERNATING,
+        [{"role": "system", "content": "x"}, *talk("hello", "yes")],
+        r"refuses the roles \['system', 'user', 'assistant'\]: System role not supported",
+    ),
+    "stop token in the text": (
+        CHATML,
+        talk("hello", "yes<|im_end|>"),
+        r"contains '<\|im_end\|>', the token that ends a turn",
+    ),
+    "no template": (
+        None,
+        talk("hello", "yes"),
+        "needs a chat template, and this tokenizer has none. Set --data.chat_template",
+    ),
 }
 
 
@@ -173,14 +210,15 @@ def test_what_cannot_be_exact_is_an_error_that_names_the_row(case):
         encode_conversation(messages, byte_level(template), meta=META)
 
 
-def test_markers_around_the_wrong_number_of_turns_cannot_tell_which_to_train():
-    template = MARKED_WITH_END.replace("{% generation %}", "{% generation %}{% endgeneration %}{% generation %}x")
-    with pytest.raises(ValueError, match="marks 0 generated spans for 1 assistant turns"):
-        encode_conversation(talk("a", "yes"), byte_level(MARKED_WITH_END.replace("== 'assistant'", "== 'bot'")), meta=META)
-    assert template != MARKED_WITH_END
+def test_markers_that_do_not_match_the_turns_cannot_tell_which_to_train():
+    other_role = MARKED_WITH_END.replace("== 'assistant'", "== 'bot'")
+    with pytest.raises(ValueError, match=r"^d\.jsonl:9: the template marks 0 generated spans for 1 assistant turns"):
+        encode_conversation(talk("a", "yes"), byte_level(other_role), meta=META)
+    twice = MARKED_WITH_END.replace("{% generation %}", "{% generation %}{{ 'x' }}{% endgeneration %}{% generation %}")
+    messages, tokenizer = talk("a", "yes", "b", "no"), byte_level(twice)
+    assert trained_text(encode_conversation(messages, tokenizer), tokenizer) == "xyes<|im_end|>xno<|im_end|>"
     with pytest.raises(ValueError, match="marks 4 generated spans for 2 assistant turns"):
-        twice = MARKED_WITH_END.replace("{% generation %}", "{% generation %}{{ 'x' }}{% endgeneration %}{% generation %}")
-        encode_conversation(talk("a", "yes", "b", "no"), byte_level(twice), trained=[False, False, False, True])
+        encode_conversation(messages, tokenizer, trained=[False, False, False, True])
 
 
 def test_stop_tokens_are_eos_and_the_end_of_turn():
@@ -189,12 +227,16 @@ def test_stop_tokens_are_eos_and_the_end_of_turn():
     assert stop_token_ids(byte_level(NO_END, eos="<|endoftext|>")) == [0]
     assert stop_token_ids(byte_level(None, eos=None)) == []
     assert stop_token_ids(metaspace(INST)) == [4]
+    says_nothing = CHATML.replace("message['content']", "''")
+    assert stop_token_ids(byte_level(says_nothing, eos="<|endoftext|>")) == [0]
 
 
 def test_a_run_whose_template_ends_no_turn_is_refused():
     tokenizer = byte_level(NO_END, eos="<|endoftext|>")
     groups = [encode_conversation(talk("hello", "yes"), tokenizer) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]"
+    ):
         check_stop_trained(groups, stop_token_ids(tokenizer))
 
 

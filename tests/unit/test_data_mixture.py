@@ -64,6 +64,13 @@ def test_a_mixed_dataset_repeats_no_row_before_all_came_once():
             assert max(seen.values()) - min(seen.get(i, 0) for i in range(size)) <= 1
 
 
+def test_a_mixed_dataset_comes_in_another_order_each_round():
+    options = {"seed": 0, "batch_size": 100, "sizes": [50, 50], "weights": [1.0, 3.0]}  # dataset 0: 25 rows an epoch
+    drawn = [{i for d, i in batch_indices(step, **options) if d == 0} for step in range(4)]
+    assert drawn[0] | drawn[1] == drawn[2] | drawn[3] == set(range(50))
+    assert drawn[2] not in (drawn[0], drawn[1])
+
+
 def test_the_datasets_of_an_epoch_are_shuffled_together():
     pairs = epoch(1, seed=0, batch_size=1000, sizes=[500, 500], weights=[1, 1])
     halves = [np.mean([d for d, _ in pairs[:500]]), np.mean([d for d, _ in pairs[500:]])]

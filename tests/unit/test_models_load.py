@@ -105,6 +105,14 @@ def test_save_then_load_keeps_logits_dtype_and_tying(tmp_path: Path, dtype: torc
     assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # weights as readable as the rest
 
 
+def test_weights_take_the_dtype_asked_for_and_rotary_frequencies_stay_exact(folder: Path) -> None:
+    model = load_model(ModelConfig(name=str(folder)), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    head_dim, theta = 16, 10_000.0
+    expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_saved_config_does_not_name_an_attention_that_only_this_process_registered(tmp_path: Path) -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
