@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,13 +134,25 @@ def load_sft_data(config: DataConfig, tokenizer: Any, *, progress: bool = True) 
 def groups_from_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None
 ) -> list[PromptGroup]:
-    """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups; dropped rows are left
-    out."""
+    """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups, without cache.
+
+    Cut and dropped rows are counted in one warning. Raises ValueError as `load_sft_data` does.
+    """
     config = config or DataConfig()
     numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=dict(r)) for i, r in enumerate(rows, start=1))
     format, numbered = _format_of(numbered, config)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), format=format, config=config)
-    return [e.group for e in map(encode, numbered) if e.group is not None]
+    results = list(map(encode, numbered))
+    groups = [r.group for r in results if r.group is not None]
+    dropped = Counter(r.reason for r in results if r.group is None)
+    cut = sum(r.num_cut_tokens > 0 for r in results)
+    if not groups:
+        raise ValueError(_nothing_left("<memory>", len(results), dropped, config))
+    if cut or dropped:
+        counts = f"{len(results)} rows, {cut} cut to data.max_length={config.max_length}, dropped: {dict(dropped)}"
+        warnings.warn(f"Of the rows in memory not all are trained on whole: {counts}.", stacklevel=2)
+    check_stop_trained(groups, encode.encoder.stop_ids)
+    return groups
 
 
 def _load_source(
@@ -206,13 +219,17 @@ def _write(
         while batch := list(itertools.islice(stream, _BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     if not counts["num_kept"]:
-        raise ValueError(
-            f"{source}: no row is left to train on: {counts['num_read']} read, dropped: {dict(dropped)}. Raise "
-            f"--data.max_length (now {encode.config.max_length}) or correct the data."
-        )
+        raise ValueError(_nothing_left(source, counts["num_read"], dropped, encode.config))
     names = ("num_read", "num_kept", "num_truncated", "num_cut_tokens", "num_tokens", "num_trained_tokens")
     entries = {"format": encode.format, "mask_from": encode.encoder.mask_from, "dropped": dict(dropped)}
     return entries | {name: counts[name] for name in names}
+
+
+def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config: DataConfig) -> str:
+    return (
+        f"{source}: no row is left to train on: {num_read} read, dropped: {dict(dropped)}. Raise "
+        f"--data.max_length (now {config.max_length}) or correct the data."
+    )
 
 
 def _record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:

@@ -340,12 +340,11 @@ def _check_same(file: Path, got: Mapping[str, str], wanted: Mapping[str, str]) -
 def capture_rng() -> dict[str, Any]:
     """State of the generators of python, numpy, torch and this rank's CUDA device, as JSON."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if on_cuda else None,
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_initialized() else None,
     }
 
 

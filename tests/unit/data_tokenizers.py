@@ -1,9 +1,13 @@
-"""Tiny tokenizers and templates for the data tests: byte-level BPE, and one that adds a space to every text."""
+"""Tiny tokenizers, templates and rows for the data tests: byte-level BPE, and one that adds a space to every text."""
 
+import dataclasses
+import json
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from posttrain.data import load_sft_data
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 CORPUS = ["user assistant system\n\n hello yes no the answer is four five\n\n\n question reply"] * 3
@@ -102,3 +106,20 @@ def trained_text(group, tokenizer) -> str:
 def whole_text(group, tokenizer) -> str:
     ids = [*group.prompt_ids, *group.completions[0].token_ids]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def pairs(n, start=0, words=1):
+    return [{"prompt": f"question {i}", "completion": " ".join(["four"] * words)} for i in range(start, start + n)]
+
+
+def load(config, tokenizer=None, **changes):
+    return load_sft_data(dataclasses.replace(config, **changes), tokenizer or byte_level(), progress=False)
+
+
+def everything(dataset):
+    return [(g.prompt_ids, g.completions[0].token_ids, g.completions[0].loss_mask, g.meta) for g in dataset]

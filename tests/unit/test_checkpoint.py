@@ -403,6 +403,23 @@ def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(
     assert names(tmp_path) == ["step_1"]
 
 
+def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (time.sleep(0.2), disk_usage(path))[1])
+
+    def action(rank: int, collectives: dict[str, Any]) -> Path:
+        def write(folder: Path) -> None:
+            if rank == 1:
+                (folder / "rank_1").write_bytes(bytes(12_345))
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return save(tmp_path, 2, write, **collectives)
+
+    assert "at least 12,345 bytes" in str(on_ranks(2, action)[1])
+
+
 def test_a_failure_while_publishing_reaches_the_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

