@@ -43,6 +43,10 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
 
 
+CPU_BLOCK_ELEMENTS = 2**21
+"""On a CPU the softmax of a chunk runs in blocks of about this many logits (8 MiB of float32): they stay in the cache."""
+
+
 class _ChunkedLogps(torch.autograd.Function):
     """logps_T = log_softmax(transform(hidden W^T + b))[target], chunk by chunk, softmax in at least float32."""
 
@@ -61,11 +65,13 @@ class _ChunkedLogps(torch.autograd.Function):
         out = torch.promote_types(compute, torch.float32)
         logps_T = torch.empty(targets_T.shape, dtype=out, device=hidden_TH.device)
         lse_T = torch.empty_like(logps_T)
-        for at in range(0, targets_T.shape[0], chunk):
-            part = slice(at, at + chunk)
-            logits = _logits(hidden_TH[part].to(compute), weight, bias_V, transform, out)
-            lse_T[part] = torch.logsumexp(logits, dim=-1)
-            logps_T[part] = logits.gather(1, targets_T[part, None]).squeeze(1) - lse_T[part]
+        for part in _chunks(targets_T.shape[0], chunk):
+            logits = _logits(hidden_TH[part].to(compute), weight, bias_V)
+            for rows in _blocks(logits):
+                here = slice(part.start + rows.start, part.start + rows.stop)
+                block = transform.apply(logits[rows].to(out))
+                lse_T[here] = torch.logsumexp(block, dim=-1)
+                logps_T[here] = block.gather(1, targets_T[here, None]).squeeze(1) - lse_T[here]
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, lse_T)
         ctx.transform, ctx.chunk, ctx.compute = transform, chunk, compute
         return logps_T
@@ -76,32 +82,54 @@ class _ChunkedLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         weight = weight_VH.detach().to(ctx.compute)
         grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VH) if need_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V) if need_bias else None
-        for at in range(0, targets_T.shape[0], ctx.chunk):
-            part = slice(at, at + ctx.chunk)
+        for part in _chunks(targets_T.shape[0], ctx.chunk):
             hidden = hidden_TH[part].to(ctx.compute)
-            logits = _logits(hidden, weight, bias_V, ctx.transform, lse_T.dtype)
-            # d logp / d logit_v = [v = target] - softmax_v, written into the logits' own storage where that is possible
-            slope = _transform_slope(logits, ctx.transform)
-            grad = logits.sub_(lse_T[part, None]).exp_().mul_(-grad_T[part, None])
-            grad.scatter_add_(1, targets_T[part, None], grad_T[part, None].to(grad.dtype))
-            grad = grad if slope is None else grad.mul_(slope)
+            grad = _logits(hidden, weight, bias_V)
+            _logits_to_gradient(grad, targets_T[part], lse_T[part], grad_T[part], ctx.transform)
             if grad_bias is not None:
                 grad_bias += grad.sum(0).to(grad_bias.dtype)
-            grad = grad.to(ctx.compute)
             if grad_hidden is not None:
                 grad_hidden[part] = (grad @ weight).to(grad_hidden.dtype)
-            if grad_weight is not None:
-                _accumulate_matmul(grad_weight, grad, hidden)
+            if need_weight:
+                grad_weight = _add_matmul(grad_weight, grad, hidden, weight_VH.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, out: torch.dtype) -> Tensor:
+def _chunks(total: int, size: int) -> list[slice]:
+    """As many slices as ``size`` asks for, all of about the same length: a short last one would cost a whole pass over W."""
+    count = -(-total // size)
+    ends = [total * (i + 1) // count for i in range(count)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows of a chunk whose softmax is computed at once."""
+    rows = logits.shape[0]
+    if logits.device.type != "cpu":
+        return [slice(0, rows)]
+    return _chunks(rows, max(1, CPU_BLOCK_ELEMENTS // logits.shape[1]))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias.to(logits.dtype)
-    return transform.apply(logits.to(out))
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
+
+
+def _logits_to_gradient(
+    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, transform: LogitTransform
+) -> None:
+    """Overwrites logits with d(sum grad * logp)/d(logits): grad * ([v = target] - softmax_v) * transform'."""
+    for rows in _blocks(logits):
+        raw = logits[rows]
+        block = transform.apply(raw.to(lse.dtype))
+        slope = _transform_slope(block, transform)
+        grad = block.sub_(lse[rows, None]).exp_().mul_(-grad_logps[rows, None])
+        grad.scatter_add_(1, targets[rows, None], grad_logps[rows, None].to(grad.dtype))
+        grad = grad if slope is None else grad.mul_(slope)
+        if grad.data_ptr() != raw.data_ptr():
+            raw.copy_(grad)
 
 
 def _transform_slope(logits: Tensor, transform: LogitTransform) -> Tensor | float | None:
@@ -111,12 +139,13 @@ def _transform_slope(logits: Tensor, transform: LogitTransform) -> Tensor | floa
     return None if transform.scale == 1.0 else transform.scale
 
 
-def _accumulate_matmul(total_VH: Tensor, grad_TV: Tensor, hidden_TH: Tensor) -> None:
-    """total += grad^T hidden, accumulated in the dtype of the total."""
-    if total_VH.dtype == grad_TV.dtype:
-        total_VH.addmm_(grad_TV.T, hidden_TH)
-    else:
-        total_VH += grad_TV.T @ hidden_TH
+def _add_matmul(total: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + grad^T hidden, accumulated in ``dtype``."""
+    if total is None:
+        return (grad_TV.T @ hidden_TH).to(dtype)
+    if dtype == grad_TV.dtype:
+        return total.addmm_(grad_TV.T, hidden_TH)
+    return total.add_(grad_TV.T @ hidden_TH)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

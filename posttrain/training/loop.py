@@ -111,7 +111,7 @@ class Loop:
             if self.accelerator.is_main_process:
                 print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({policy.forward_mode.mode}: {policy.forward_mode.reason})")
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
-        optimizer = build_optimizer(policy, self.optimizer_config)
+        optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy.train()
