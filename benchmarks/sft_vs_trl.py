@@ -104,11 +104,16 @@ def run_trl(rows: list[dict[str, str]], model_folder: str, args: argparse.Namesp
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    best = {} if args.contestant == "trl-default" else dict(gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+    best = (
+        {} if args.contestant == "trl-default" else dict(gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+    )
     per_device = 8 if args.contestant == "trl-default" else args.per_device
     chat = Dataset.from_list(
         [
-            {"prompt": [{"role": "user", "content": r["prompt"]}], "completion": [{"role": "assistant", "content": r["completion"]}]}
+            {
+                "prompt": [{"role": "user", "content": r["prompt"]}],
+                "completion": [{"role": "assistant", "content": r["completion"]}],
+            }
             for r in rows
         ]
     )
@@ -190,7 +195,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.contestant:
         lines = [line for dtype in args.dtype for line in compare(dtype, args)]
-        print("| dtype | | trained tokens/s | peak above model, GB | ours / it, speed | ours / it, memory |\n|---|---|---|---|---|---|")
+        print(
+            "| dtype | | trained tokens/s | peak above model, GB | ours / it, speed | ours / it, memory |\n"
+            "|---|---|---|---|---|---|"
+        )
         print("\n".join(lines))
         return
     from posttrain.models.load import resolve_source

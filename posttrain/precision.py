@@ -25,9 +25,7 @@ _FAST_BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 def bytes_per_element(dtype: str) -> int:
     """Bytes of one element of a floating dtype named as torch names it (``"bfloat16"``: 2)."""
     if dtype not in _BYTES:
-        raise ValueError(
-            f"bytes_per_element knows {', '.join(_BYTES)}; got {dtype!r}. Use the torch name without 'torch.'."
-        )
+        raise ValueError(f"bytes_per_element knows {', '.join(_BYTES)}; got {dtype!r}. Use the torch name without 'torch.'.")
     return _BYTES[dtype]
 
 
@@ -69,9 +67,7 @@ class PrecisionPlan:
         for field in ("weight", "gradient", "master", "moment", "compute", "reduce"):
             value = getattr(self, field)
             if value not in wanted and not (field == "master" and value is None):
-                raise ValueError(
-                    f"PrecisionPlan {self.name!r}: {field} must be one of {', '.join(wanted)}; got {value!r}."
-                )
+                raise ValueError(f"PrecisionPlan {self.name!r}: {field} must be one of {', '.join(wanted)}; got {value!r}.")
         if self.compute != self.weight and self.compute not in _AUTOCAST:
             raise ValueError(
                 f"PrecisionPlan {self.name!r}: compute={self.compute} with weight={self.weight} is not possible, "
@@ -106,12 +102,7 @@ class PrecisionPlan:
         master).
         """
         master = bytes_per_element(self.master) if self.master else 0
-        return (
-            bytes_per_element(self.weight)
-            + bytes_per_element(self.gradient)
-            + master
-            + 2 * bytes_per_element(self.moment)
-        )
+        return bytes_per_element(self.weight) + bytes_per_element(self.gradient) + master + 2 * bytes_per_element(self.moment)
 
 
 PRECISIONS: dict[str, PrecisionPlan] = {

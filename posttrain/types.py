@@ -99,9 +99,9 @@ class TokenLogps:
     """What a forward gives a loss: flat log-probs of the trained tokens and where they belong.
 
     ``logps_T`` [T] natural-log probabilities, at least float32, with gradient; ``targets_T`` [T] token ids;
-    ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1; ``num_tokens_S`` [S] trained tokens of each completion
-    (0 possible); ``group_size_S`` [S] completions of the *whole* group that have a trained token, also when only a part
-    of the group is in this micro-batch.
+    ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1; ``num_tokens_S`` [S] trained
+    tokens of each completion (0 possible); ``group_size_S`` [S] completions of the *whole* group that have a trained
+    token, also when only a part of the group is in this micro-batch.
     """
 
     logps_T: Tensor

@@ -6,8 +6,8 @@ The loss is on assistant tokens only. Writes runs/<name>/: config.yaml, metrics.
 start with the same name continues from the newest checkpoint.
 """
 
-from posttrain.training.config import parse_config
 from posttrain.trainers.sft import SFTConfig, SFTTrainer
+from posttrain.training.config import parse_config
 
 
 def main() -> None:

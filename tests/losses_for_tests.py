@@ -14,7 +14,7 @@ def all_pairs(logps: TokenLogps) -> LossOutput:
     Couples the completions of a group: it needs the gradient cache when a group is over the token budget.
     """
     sum_S = logps.sum_by_sequence(logps.logps_T)
-    items, weights = [], []
+    items = []
     for p in range(int(logps.group_S.max()) + 1):
         members = (logps.group_S == p).nonzero().flatten()
         i, j = torch.triu_indices(len(members), len(members), 1, device=members.device)
@@ -35,9 +35,7 @@ def all_pairs_reference(logps: list[list[Tensor]]) -> Tensor:
     total = torch.zeros((), dtype=logps[0][0].dtype)
     for group in logps:
         sums = [lp.sum() for lp in group]
-        pairs = [
-            -torch.log(torch.sigmoid(sums[i] - sums[j])) for i in range(len(sums)) for j in range(i + 1, len(sums))
-        ]
+        pairs = [-torch.log(torch.sigmoid(sums[i] - sums[j])) for i in range(len(sums)) for j in range(i + 1, len(sums))]
         if pairs:
             total = total + sum(pairs) / len(pairs)
     tokens = torch.cat([lp for group in logps for lp in group])

@@ -100,7 +100,9 @@ def test_records_and_precision_import_torch_only_for_type_checkers():
         assert not any("torch" in ast.unparse(n) for n in top), name
 
 
-@pytest.mark.parametrize("module", ["posttrain", "posttrain.types", "posttrain.precision", "posttrain.data", "posttrain.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["posttrain", "posttrain.types", "posttrain.precision", "posttrain.data", "posttrain.cli.main"]
+)
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, {module}; sys.exit(' '.join(m for m in ('torch', 'transformers', 'datasets') if m in sys.modules) or 0)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -63,9 +63,7 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
-    "version": Command(
-        help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version
-    ),
+    "version": Command(help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version),
 }
 
 

@@ -70,9 +70,7 @@ class ChatEncoder:
         lengths, ids = _encode_pieces(pieces, self.tokenizer, where=_where(meta))
         loss_mask = [m for m, n in zip(mask, lengths, strict=True) for _ in range(n)]
         if 1 not in loss_mask or loss_mask[0] == 1:
-            raise ValueError(
-                f"{_where(meta)}: no prompt before the first trained token, or none trained. Check the template."
-            )
+            raise ValueError(f"{_where(meta)}: no prompt before the first trained token, or none trained. Check the template.")
         first = loss_mask.index(1)
         completion = Completion(token_ids=ids[first:], loss_mask=loss_mask[first:])
         return PromptGroup(prompt_ids=ids[:first], completions=[completion], meta=dict(meta or {}))
@@ -145,9 +143,7 @@ class ChatEncoder:
         )
         return rendered[0], [Span(a, b) for a, b in sorted(marked[0]) if a < b]
 
-    def _after_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]
-    ) -> list[Span]:
+    def _after_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]) -> list[Span]:
         """The spans less what the generation prompt gives to the model: some templates mark the header as generated.
 
         Where the generation prompt is no prefix (it opens a <think> block that the row has not), the special tokens it
@@ -250,13 +246,9 @@ def set_chat_template(tokenizer: Any, path: str | Path) -> None:
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file."
-        ) from error
+        raise ValueError(f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file.") from error
     if "messages" not in template:
-        raise ValueError(
-            f"data.chat_template={path}: no chat template, it never reads `messages`. Give a jinja template."
-        )
+        raise ValueError(f"data.chat_template={path}: no chat template, it never reads `messages`. Give a jinja template.")
     tokenizer.chat_template = template
 
 

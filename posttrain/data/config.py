@@ -82,9 +82,7 @@ class DataConfig:
                 "Set --data.max_length 1024."
             )
         if self.num_proc < 1:
-            raise ValueError(
-                f"data.num_proc is a number of processes >= 1; got {self.num_proc}. Set --data.num_proc 1."
-            )
+            raise ValueError(f"data.num_proc is a number of processes >= 1; got {self.num_proc}. Set --data.num_proc 1.")
         unknown = sorted(set(self.columns or ()) - set(COLUMNS))
         if unknown:
             raise ValueError(

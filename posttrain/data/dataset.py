@@ -131,9 +131,7 @@ def load_sft_data(config: DataConfig, tokenizer: Any, *, progress: bool = True) 
     return SFTData(train=train, eval=evaluation, report=report)
 
 
-def groups_from_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None
-) -> list[PromptGroup]:
+def groups_from_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None) -> list[PromptGroup]:
     """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups, without cache.
 
     Cut and dropped rows are counted in one warning. Raises ValueError as `load_sft_data` does.
@@ -155,9 +153,7 @@ def groups_from_rows(
     return groups
 
 
-def _load_source(
-    source: str, config: DataConfig, encoder: ChatEncoder, digest: str, progress: bool
-) -> tuple[Part, SourceReport]:
+def _load_source(source: str, config: DataConfig, encoder: ChatEncoder, digest: str, progress: bool) -> tuple[Part, SourceReport]:
     """One source from the cache, tokenised first if it is not there."""
     import datasets
 
@@ -186,9 +182,7 @@ def _format_of(rows: Iterator[Row], config: DataConfig) -> tuple[Format, Iterato
     return format, itertools.chain([first], rows)
 
 
-def _write(
-    path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]
-) -> dict[str, Any]:
+def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]) -> dict[str, Any]:
     """Writes the kept rows and returns the report's entries. ValueError if no row is left."""
     import pyarrow as pa
 

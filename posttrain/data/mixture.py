@@ -43,8 +43,7 @@ def _counts(sizes: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ..
     """Positions of each dataset in an epoch of sum(sizes), by largest remainder; ties go to the first dataset."""
     if len(weights) != len(sizes) or min(weights) <= 0 or min(sizes) == 0:
         raise ValueError(
-            f"Mixing needs one weight > 0 and at least one row per dataset; got weights={list(weights)}, "
-            f"sizes={list(sizes)}."
+            f"Mixing needs one weight > 0 and at least one row per dataset; got weights={list(weights)}, sizes={list(sizes)}."
         )
     quotas = [sum(sizes) * w / sum(weights) for w in weights]
     counts = [int(q) for q in quotas]
@@ -70,9 +69,7 @@ def _epoch_order(
         datasets = np.searchsorted(ends, order, side="right")
         return datasets, order - (ends - np.asarray(sizes))[datasets]
     datasets = np.repeat(np.arange(len(sizes)), counts)
-    rows = np.concatenate(
-        [_draws(seed, d, epoch * n, n, size) for d, (n, size) in enumerate(zip(counts, sizes, strict=True))]
-    )
+    rows = np.concatenate([_draws(seed, d, epoch * n, n, size) for d, (n, size) in enumerate(zip(counts, sizes, strict=True))])
     return datasets[order], rows[order]
 
 

@@ -211,9 +211,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
                 )
             yield values
     except csv.Error as error:
-        raise ValueError(
-            f"{path}:{number + 1}: not CSV: {error}. Quote fields, and double quotes inside them."
-        ) from error
+        raise ValueError(f"{path}:{number + 1}: not CSV: {error}. Quote fields, and double quotes inside them.") from error
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -230,9 +228,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
                     number += 1
                     yield values
     except pyarrow.ArrowException as error:
-        raise ValueError(
-            f"{path}:{number + 1}: not a readable Parquet file: {error}. Copy or write it again."
-        ) from error
+        raise ValueError(f"{path}:{number + 1}: not a readable Parquet file: {error}. Copy or write it again.") from error
 
 
 def _kind(value: Any) -> str:

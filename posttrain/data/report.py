@@ -98,9 +98,7 @@ class DataReport:
                 how = f"{s.format}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
                 numbers = (s.num_read, s.num_kept, s.num_truncated, sum(s.dropped.values()))
                 tokens = (s.num_tokens, s.num_trained_tokens)
-                table.add_row(
-                    escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens)
-                )
+                table.add_row(escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens))
         lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
         cut = sum(s.num_cut_tokens for s in self.train)
         if cut:

@@ -65,17 +65,14 @@ def detect_format(row: Row, columns: Mapping[str, str] | None = None) -> Format:
     """The one format whose required columns the row has. ValueError if none or several match, saying which."""
     values = rename(row, columns)
     found: list[Format] = [
-        f
-        for f, needed in REQUIRED.items()
-        if all(c in values for c in needed) and (not columns or set(columns) & set(needed))
+        f for f, needed in REQUIRED.items() if all(c in values for c in needed) and (not columns or set(columns) & set(needed))
     ]
     if len(found) == 1:
         return found[0]
     known = "; ".join(f"{f}: {', '.join(needed)}" for f, needed in REQUIRED.items())
     if found:
         raise ValueError(
-            f"{row.where}: the columns {sorted(row.values)} fit several formats: {', '.join(found)}. Choose with "
-            "--data.format."
+            f"{row.where}: the columns {sorted(row.values)} fit several formats: {', '.join(found)}. Choose with --data.format."
         )
     raise ValueError(
         f"{row.where}: no known format has the columns {sorted(row.values)}. Known formats and what they need: "
@@ -143,9 +140,7 @@ def _alpaca(row: Row, values: dict[str, Any]) -> list[Message]:
     messages = [_message(row, {"role": "system", "content": values["system"]})] if values.get("system") else []
     for turn in values.get("history") or ():
         if not (isinstance(turn, list | tuple) and len(turn) == 2):
-            raise ValueError(
-                f"{row.where}: history is a list of [instruction, answer] pairs; got {turn!r}. Correct the row."
-            )
+            raise ValueError(f"{row.where}: history is a list of [instruction, answer] pairs; got {turn!r}. Correct the row.")
         messages += _turn(row, *turn)
     instruction, extra = values["instruction"], values.get("input") or ""
     if not (isinstance(instruction, str) and isinstance(extra, str)):

@@ -53,9 +53,7 @@ class RowEncoder:
         if self.encoder.template is None and conversation.text is not None:
             group = self.encoder.encode_text(*conversation.text, meta=meta)
         else:
-            group = self.encoder.encode(
-                conversation.messages, trained=conversation.trained, tools=conversation.tools, meta=meta
-            )
+            group = self.encoder.encode(conversation.messages, trained=conversation.trained, tools=conversation.tools, meta=meta)
         return fit(group, self.config)
 
     def chunk(self, rows: list[Row]) -> list[Encoded]:
@@ -71,8 +69,7 @@ def fit(group: PromptGroup, config: DataConfig) -> Encoded:
         advice = f"{length} tokens, more than data.max_length={config.max_length}"
         if config.overlong == "error":
             raise ValueError(
-                f"{group.where}: {advice}. Raise --data.max_length, shorten the row, or set --data.overlong truncate "
-                "or drop."
+                f"{group.where}: {advice}. Raise --data.max_length, shorten the row, or set --data.overlong truncate or drop."
             )
         room = config.max_length - len(group.prompt_ids)
         if config.overlong == "drop" or room < 1:
@@ -103,9 +100,7 @@ def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> It
 
 def prompt_hash(group: PromptGroup) -> int:
     """64 bits that are equal for equal prompts, on every machine."""
-    return int.from_bytes(
-        hashlib.blake2b(np.asarray(group.prompt_ids, "<i4").tobytes(), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(np.asarray(group.prompt_ids, "<i4").tobytes(), digest_size=8).digest(), "little")
 
 
 def _until_last_trained(completion: Completion, limit: int) -> Completion:

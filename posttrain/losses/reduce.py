@@ -72,7 +72,8 @@ def _check_length(term: LossTerm, logps: TokenLogps) -> None:
     got = tuple(term.items.shape)
     if len(got) != 1 or (wanted is not None and got != (wanted,)):
         raise ValueError(
-            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({wanted if wanted is not None else 'n'},); got {got}. "
+            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({'n' if wanted is None else wanted},); "
+            f"got {got}. "
             "Return one item per unit and leave the mean to the step: it alone knows the global denominator."
         )
 
@@ -80,5 +81,6 @@ def _check_length(term: LossTerm, logps: TokenLogps) -> None:
 def _no_such(term: LossTerm) -> ValueError:
     return ValueError(
         f"aggregation='{term.aggregation}' is not defined for items of unit '{term.unit}'. "
-        "Tokens and completions have token_mean, sequence_mean, sequence_sum, group_mean, constant; pairs have token_mean; groups group_mean."
+        "Tokens and completions have token_mean, sequence_mean, sequence_sum, group_mean, constant; "
+        "pairs have token_mean; groups group_mean."
     )

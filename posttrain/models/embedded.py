@@ -129,9 +129,7 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(gguf_path.parent), gguf_file=gguf_path.name, clean_up_tokenization_spaces=False
-    )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name, clean_up_tokenization_spaces=False)
     # GGUF names the pre-tokenizer ("smollm": digits one by one, then GPT-2's expression); transformers reads it as
     # GPT-2's alone, which splits "\n\n5" into three tokens where the model was trained on two.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -53,9 +53,7 @@ class LoraConfig:
                 "Leave it out for 2 * rank."
             )
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError(
-                "lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer."
-            )
+            raise ValueError("lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer.")
         if self.rank == 0:
             self._refuse_ignored_options()
 
@@ -182,9 +180,7 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
     num_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     placeholders = {getattr(tokenizer, name, None) for name in _TOKENS_THAT_TEXT_NEVER_HOLDS}
     beyond = {
-        token_id: token
-        for token, token_id in tokenizer.get_vocab().items()
-        if token_id >= num_rows and token not in placeholders
+        token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= num_rows and token not in placeholders
     }
     if beyond:
         largest = max(beyond)

@@ -117,9 +117,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
-def _logits_to_gradient(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, transform: LogitTransform
-) -> None:
+def _logits_to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, transform: LogitTransform) -> None:
     """Overwrites logits with d(sum grad * logp)/d(logits): grad * ([v = target] - softmax_v) * transform'."""
     for rows in _blocks(logits):
         raw = logits[rows]
@@ -156,9 +154,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def token_logps(
-    hidden_TH: Tensor, targets_T: Tensor, head: nn.Module, *, transform: LogitTransform, chunk: int
-) -> Tensor:
+def token_logps(hidden_TH: Tensor, targets_T: Tensor, head: nn.Module, *, transform: LogitTransform, chunk: int) -> Tensor:
     """logps_T [T], at least float32, with gradient to the hidden states and to the head's trainable parameters.
 
     A plain linear head takes the fused path (its weight is read once per call, forward and backward). Any other head (LoRA on

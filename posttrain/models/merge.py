@@ -85,9 +85,7 @@ def _load_with_adapter(adapter: Path, config: ModelConfig) -> tuple[PeftModel, P
         raise ValueError(f"Adapter {adapter} does not fit the base {config.name!r}: {error}") from error
     _check_every_weight_found_its_place(model, adapter, config.name)
     has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
-    return model.eval(), load_tokenizer(
-        ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None)
-    )
+    return model.eval(), load_tokenizer(ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None))
 
 
 def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:

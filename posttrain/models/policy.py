@@ -1,7 +1,8 @@
 """The module that accelerate wraps: a causal language model whose forward is one packed row -> log-probs.
 
 Three steps down, never an approximation, each said in one line (``choose_mode``):
-``shared`` prefix -> ``packed``, one segment per completion -> ``single``, one sequence per forward with the model's own attention.
+``shared`` prefix -> ``packed``, one segment per completion -> ``single``, one sequence per forward with the model's own
+attention.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def _rope_types(config: Any) -> set[str]:
 def _long_rope_limit(config: Any) -> int | None:
     for p in _rope_parameters(config):
         if p.get("rope_type") == "longrope":
-            limit = p.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
+            limit = p.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             return int(limit or config.max_position_embeddings)
     return None
 
@@ -94,9 +93,7 @@ def choose_mode(model: nn.Module, packing: PackingConfig, *, device_type: str) -
     why_single = _needs_single(model)
     dropout = _has_dropout(model)
     if packing.mode in ("shared", "packed") and why_single:
-        raise ValueError(
-            f"packing.mode={packing.mode} is not exact for this model: {why_single}. Use --packing.mode single."
-        )
+        raise ValueError(f"packing.mode={packing.mode} is not exact for this model: {why_single}. Use --packing.mode single.")
     if packing.mode == "single" or why_single:
         return ForwardMode(mode="single", backend=None, reason=why_single or "asked for", length_limit=limit)
     backend = _choose_backend(packing, device_type=device_type, dropout=dropout)
@@ -106,18 +103,14 @@ def choose_mode(model: nn.Module, packing: PackingConfig, *, device_type: str) -
             "Set dropout to 0 or use --packing.mode packed."
         )
     if packing.mode == "packed" or dropout:
-        reason = (
-            "asked for" if packing.mode == "packed" else "dropout > 0 draws another mask for each completion's prompt"
-        )
+        reason = "asked for" if packing.mode == "packed" else "dropout > 0 draws another mask for each completion's prompt"
         return ForwardMode(mode="packed", backend=backend, reason=reason, length_limit=limit)
     return ForwardMode(mode="shared", backend=backend, reason="exact for this model", length_limit=limit)
 
 
 def _choose_backend(packing: PackingConfig, *, device_type: str, dropout: bool) -> str:
     if packing.backend == "flex" and device_type != "cuda":
-        raise ValueError(
-            "packing.backend=flex needs CUDA: FlexAttention has no backward on CPU. Use --packing.backend sdpa."
-        )
+        raise ValueError("packing.backend=flex needs CUDA: FlexAttention has no backward on CPU. Use --packing.backend sdpa.")
     if packing.backend == "flex" and dropout:
         raise ValueError("packing.backend=flex has no dropout. Use --packing.backend sdpa, or set dropout to 0.")
     flex = packing.backend == "flex" or (packing.backend == "auto" and device_type == "cuda" and not dropout)

@@ -95,9 +95,7 @@ def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like
         seen = k_position <= q_position
         if windowed:
             seen &= k_position > q_position - sliding_window
-        layout.cache[name] = torch.zeros(num_q, num_k, dtype=like.dtype, device=like.device).masked_fill_(
-            ~seen, float("-inf")
-        )
+        layout.cache[name] = torch.zeros(num_q, num_k, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
     return layout.cache[name]
 
 

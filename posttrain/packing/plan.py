@@ -21,9 +21,10 @@ class PackingConfig:
     max_tokens: int = 4096
     """Token budget: tokens of one packed row, i.e. of one forward on one device. Sets the memory, never the gradient."""
     mode: Literal["auto", "shared", "packed", "single"] = "auto"
-    """shared: the prompt once per group; packed: one segment per completion; single: one sequence per forward; auto: the first that is exact for the model."""
+    """shared: the prompt once per group; packed: one segment per completion; single: one sequence per forward; auto: the
+    first that is exact for the model."""
     backend: Literal["auto", "sdpa", "flex"] = "auto"
-    """Attention backend: sdpa everywhere, flex (FlexAttention) on CUDA; auto takes flex on CUDA when nothing speaks against it."""
+    """Attention: sdpa everywhere, flex (FlexAttention) on CUDA; auto takes flex on CUDA when nothing speaks against it."""
     logits_chunk: int = 512
     """Trained tokens whose logits are held at once (tokens); the LM head recomputes them chunk by chunk in the backward."""
 
@@ -115,9 +116,7 @@ def _split_group(
 
 
 def _part(index: int, completions: list[int], cost: _Cost) -> MicroBatch:
-    return MicroBatch(
-        parts=(GroupPart(group=index, completions=tuple(completions)),), num_tokens=cost.tokens(completions)
-    )
+    return MicroBatch(parts=(GroupPart(group=index, completions=tuple(completions)),), num_tokens=cost.tokens(completions))
 
 
 def plan_step(

@@ -110,7 +110,9 @@ def _suggestion(parser: Any, message: str) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
     nested = re.search(r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'", message)
     plain = re.search(r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'", message)
-    wrong = unknown.group(1) if unknown else f"{nested.group(1)}.{nested.group(2)}" if nested else plain.group(1) if plain else None
+    wrong = (
+        unknown.group(1) if unknown else f"{nested.group(1)}.{nested.group(2)}" if nested else plain.group(1) if plain else None
+    )
     if wrong is None:
         return ""
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)

@@ -33,9 +33,7 @@ def evaluate_loss(
     totals = totals.to(accelerator.device)
     for at in range(0, len(groups), GROUPS_PER_PLAN):
         part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
-        plan = plan_step(
-            part, world_size=accelerator.num_processes, max_tokens=max_tokens, mode=mode, length_limit=length_limit
-        )
+        plan = plan_step(part, world_size=accelerator.num_processes, max_tokens=max_tokens, mode=mode, length_limit=length_limit)
         for micro_batch in plan.ranks[accelerator.process_index]:
             logps_T = policy(pack(part, micro_batch.parts, mode=mode).to(accelerator.device))
             if not micro_batch.is_dummy:
@@ -75,7 +73,12 @@ def greedy_answers(
                 ids[r, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]), device=device)
                 mask[r, width - len(prompts[i]) :] = 1
             output = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, use_cache=True
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                use_cache=True,
             )
             texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
             answers.update(zip(rows, texts, strict=True))
@@ -123,8 +126,8 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup]) -> float:
     if not rms <= limit:
         raise SelfCheckError(
             f"Self-check failed: log-probs of the packed forward ({mode}) differ from the model's own by {rms:.3g} nats (rms; "
-            f"limit {limit:g}), most in {worst[1]} ({worst[0]:.3g}). This model does something between its layers and its logits that "
-            "packing does not know. Train with --packing.mode single, and report the model."
+            f"limit {limit:g}), most in {worst[1]} ({worst[0]:.3g}). This model does something between its layers and its "
+            "logits that packing does not know. Train with --packing.mode single, and report the model."
         )
     return rms
 

@@ -109,7 +109,8 @@ class Loop:
             first = [g for g in self.batches(0) if g.num_trained]
             rms = self_check(policy, [first[0], max(first, key=lambda g: g.num_tokens_shared)])
             if self.accelerator.is_main_process:
-                print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({policy.forward_mode.mode}: {policy.forward_mode.reason})")
+                how = f"{policy.forward_mode.mode}: {policy.forward_mode.reason}"
+                print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({how})")
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
@@ -189,4 +190,3 @@ def longest_sequence(groups: Sequence[PromptGroup]) -> tuple[int, str]:
     """Tokens and place of the longest prompt + completion, for the check against the token budget before anything is trained."""
     longest = max(groups, key=lambda g: len(g.prompt_ids) + max(len(c.token_ids) for c in g.completions))
     return len(longest.prompt_ids) + max(len(c.token_ids) for c in longest.completions), longest.where
-

@@ -32,8 +32,9 @@ class ModelFlops:
 
     def step(self, layout: Layout, *, num_trained: int) -> float:
         """Model FLOPs of forward and backward of one row: 2 per weight and token forward, 2 for the gradient of the
-        input, 2 for the gradient of a trainable weight; attention 4 per width, query and visible key, three times. Recomputation is not
-        counted: this is the work the model needs, not the work done (Chowdhery et al. 2022, arXiv:2204.02311 appendix B).
+        input, 2 for the gradient of a trainable weight; attention 4 per width, query and visible key, three times.
+        Recomputation is not counted: it is the work the model needs, not
+        the work done (Chowdhery et al. 2022, arXiv:2204.02311 appendix B).
         """
         tokens = sum(layout.lengths)
         pairs = sum(n * layout.length_with_prefix(i) - n * (n - 1) // 2 for i, n in enumerate(layout.lengths))
@@ -47,7 +48,7 @@ def model_flops(model: nn.Module) -> ModelFlops:
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
-    head_weight = getattr(getattr(head, "base_layer", head), "weight")
+    head_weight = getattr(head, "base_layer", head).weight
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
     layers = trainable = 0.0
@@ -134,7 +135,13 @@ class _progress_bar:
         self._console = Console()
         self._last_line = 0.0
         self._total = total
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=start, now="")
         self._progress.start()

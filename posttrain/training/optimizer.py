@@ -213,9 +213,7 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int
     Do not hand it to ``accelerator.prepare``: the wrapper steps it once per process.
     """
     if num_steps < 1:
-        raise ValueError(
-            f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset empty or --train.max_steps 0?"
-        )
+        raise ValueError(f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset empty or --train.max_steps 0?")
     return LambdaLR(
         optimizer,
         partial(

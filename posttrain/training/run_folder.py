@@ -1,6 +1,6 @@
 """The folder of a run: resolved settings, metrics, checkpoints, the final model. Everything in it survives a kill.
 
-    runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
+runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ class RunFolder:
         self._train = train
         self._accelerator = accelerator
         self._settings = settings
-        self._fingerprint = {"num_steps": num_steps, "num_processes": accelerator.num_processes, "num_threads": torch.get_num_threads()}
+        self._fingerprint = {
+            "num_steps": num_steps,
+            "num_processes": accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
+        }
         if accelerator.is_main_process:
             self._open()
         accelerator.wait_for_everyone()

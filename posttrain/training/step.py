@@ -82,21 +82,24 @@ def step_gradient(
     totals = _Totals(loss=torch.zeros((), dtype=precise, device=accelerator.device))
     cache = _GradientCache(accelerator, policy, groups, plan, loss, mode=mode, totals=totals)
     result = StepResult(loss=0.0, metrics={}, num_tokens=0)
-    for i, micro_batch in enumerate(micro_batches):
-        batch = pack(groups, micro_batch.parts, mode=mode).to(accelerator.device)
-        is_last = i == len(micro_batches) - 1
-        with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
-            logps_T = policy(batch)
-            if micro_batch.is_dummy:
-                share = 0.0 * logps_T.sum()
-            elif micro_batch.coupled_group is not None:
-                share = (logps_T * cache.gradient_of(batch)).sum()
-            else:
-                share = _share(loss, batch.with_logps(logps_T), plan, totals)
-            accelerator.backward(share * accelerator.num_processes)
-        result.num_tokens += int(batch.input_ids_L.shape[0])
-        if not micro_batch.is_dummy:
-            result.batches.append((batch, batch.with_logps(logps_T).sum_by_sequence(logps_T.detach())))
+    # One autocast around all micro-batches: the weights are cast once per step instead of once per forward. Not around the
+    # gradient cache: weights cast without gradient would be reused, and the gradient lost.
+    with accelerator.autocast():
+        for i, micro_batch in enumerate(micro_batches):
+            batch = pack(groups, micro_batch.parts, mode=mode).to(accelerator.device)
+            is_last = i == len(micro_batches) - 1
+            with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
+                logps_T = policy(batch)
+                if micro_batch.is_dummy:
+                    share = 0.0 * logps_T.sum()
+                elif micro_batch.coupled_group is not None:
+                    share = (logps_T * cache.gradient_of(batch)).sum()
+                else:
+                    share = _share(loss, batch.with_logps(logps_T), plan, totals)
+                accelerator.backward(share * accelerator.num_processes)
+            result.num_tokens += int(batch.input_ids_L.shape[0])
+            if not micro_batch.is_dummy:
+                result.batches.append((batch, batch.with_logps(logps_T).sum_by_sequence(logps_T.detach())))
     result.loss, result.metrics = _reduce_totals(accelerator, totals)
     return result
 
@@ -239,7 +242,8 @@ def clip_and_check(
     max_grad_norm: float,
     step: int,
 ) -> float:
-    """Global L2 norm of the gradient, clipped to ``max_grad_norm`` (0: measured only). Raises NonFiniteError on all ranks together.
+    """Global L2 norm of the gradient, clipped to ``max_grad_norm`` (0: measured only). Raises NonFiniteError on all
+    ranks together.
 
     Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers the scale.
     """
@@ -269,4 +273,5 @@ def _suspects(policy: nn.Module, result: StepResult, groups: Sequence[PromptGrou
         return f"Non-finite log-probs in {', '.join(dict.fromkeys(bad[:5]))}."
     names = [n for n, p in policy.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     where = ", ".join(dict.fromkeys(groups[batch.refs[0][0]].where for batch, _ in result.batches[:3]))
-    return f"Log-probs are finite; non-finite gradient in {', '.join(names[:3]) or 'no parameter of this rank'} (batch from {where})."
+    parameters = ", ".join(names[:3]) or "no parameter of this rank"
+    return f"Log-probs are finite; non-finite gradient in {parameters} (batch from {where})."

@@ -26,7 +26,11 @@ def main(out: Path) -> None:
     }
     results = []
     for (batch_name, groups), (loss, reference), mode, tokens, checkpointing in itertools.product(
-        batches.items(), ((sft, token_mean), (all_pairs, all_pairs_reference)), ("shared", "packed"), (24, 60, 1000), (False, True)
+        batches.items(),
+        ((sft, token_mean), (all_pairs, all_pairs_reference)),
+        ("shared", "packed"),
+        (24, 60, 1000),
+        (False, True),
     ):
         wanted_loss, wanted = reference_gradient(tiny_gpt2().double().eval(), groups, reference)
         model = tiny_gpt2().double().train()

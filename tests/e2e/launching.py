@@ -14,7 +14,9 @@ REPO = Path(__file__).resolve().parents[2]
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread per process (libgomp spins), the repository importable, no hub."""
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_"))}
+    keep = {
+        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_"))
+    }
     path = os.pathsep.join([str(REPO), *filter(None, [keep.get("PYTHONPATH")])])
     return {**keep, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 

@@ -26,7 +26,9 @@ TOLERANCE = 1e-10
 def budgets() -> dict[str, int]:
     """Token budgets that give one, two and five micro-batches of the packed groups, and one that cuts the larger groups apart."""
     total = sum(row_tokens(g, mode="shared") for g in GROUPS)
-    longest = max(row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared") for g in GROUPS for c in g.completions)
+    longest = max(
+        row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared") for g in GROUPS for c in g.completions
+    )
     found = {}
     for tokens in range(total, longest, -1):
         plan = plan_step(GROUPS, world_size=1, max_tokens=tokens, mode="shared", coupled=True)
@@ -44,7 +46,9 @@ def references() -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
 
 
 MATRIX = list(
-    itertools.product(["sft", "all_pairs"], ["shared", "packed", "single"], ["one", "two", "five", "split"], [1, 7, 512], [False, True])
+    itertools.product(
+        ["sft", "all_pairs"], ["shared", "packed", "single"], ["one", "two", "five", "split"], [1, 7, 512], [False, True]
+    )
 )
 
 
@@ -55,9 +59,7 @@ def test_gradient_is_that_of_one_sequence_at_a_time(references, loss_name, mode,
     if checkpointing:
         model.activation_checkpointing_enable()
     policy = Policy(model, PackingConfig(mode=mode, logits_chunk=chunk))
-    plan = plan_step(
-        GROUPS, world_size=1, max_tokens=budgets()[budget], mode=mode, coupled=couples_completions(loss)
-    )
+    plan = plan_step(GROUPS, world_size=1, max_tokens=budgets()[budget], mode=mode, coupled=couples_completions(loss))
     result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, loss, mode=mode)
     wanted_loss, wanted_gradient = references[loss_name]
     assert abs(result.loss - wanted_loss) < TOLERANCE
@@ -66,7 +68,8 @@ def test_gradient_is_that_of_one_sequence_at_a_time(references, loss_name, mode,
 
 def test_the_matrix_really_has_one_two_and_five_micro_batches_and_split_groups():
     plans = {
-        name: plan_step(GROUPS, world_size=1, max_tokens=tokens, mode="shared", coupled=True) for name, tokens in budgets().items()
+        name: plan_step(GROUPS, world_size=1, max_tokens=tokens, mode="shared", coupled=True)
+        for name, tokens in budgets().items()
     }
     counts = {name: len(plan.ranks[0]) for name, plan in plans.items()}
     assert (counts["one"], counts["two"], counts["five"]) == (1, 2, 5)

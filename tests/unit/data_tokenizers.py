@@ -33,25 +33,20 @@ def marked(body: str) -> str:
 HEADER = "{{ '<|im_start|>assistant\n' }}"
 MARKED_WITH_END = marked(HEADER + "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
 MARKED_WITHOUT_END = marked(HEADER + "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}")
-MARKED_WITH_HEADER = marked(
-    "{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
-)
+MARKED_WITH_HEADER = marked("{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 NO_GENERATION_PROMPT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
 )
 # deletes the reasoning of all turns but the last, as several reasoning models do
 FORGETS_THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
 ) + GENERATION_PROMPT
-ALTERNATING = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
+ALTERNATING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
@@ -64,9 +59,7 @@ def _byte_level() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer.to_str()
 

@@ -41,13 +41,13 @@ def test_segments_equal_a_dense_mask_with_gradients(window, softcap):
     torch.manual_seed(0)
     total = sum(LAYOUT["lengths"])
     inputs = [torch.randn(1, h, total, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    got, _ = segment_attention(
-        None, *inputs, None, packing=Layout(**LAYOUT), scaling=0.4, sliding_window=window, softcap=softcap
-    )
+    got, _ = segment_attention(None, *inputs, None, packing=Layout(**LAYOUT), scaling=0.4, sliding_window=window, softcap=softcap)
     wanted = dense_attention(*inputs, dense_mask(**LAYOUT, window=window), scaling=0.4, softcap=softcap)
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
     weight = torch.randn_like(got)
-    for a, b in zip(torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 

@@ -383,9 +383,7 @@ def test_every_rank_writes_into_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad_rank", [0, 2])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("a bug")], ids=str)
-def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(
-    bad_rank: int, error: Exception, tmp_path: Path
-) -> None:
+def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(bad_rank: int, error: Exception, tmp_path: Path) -> None:
     save(tmp_path, 1)
 
     def action(rank: int, collectives: dict[str, Any]) -> Path:
@@ -403,9 +401,7 @@ def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(
     assert names(tmp_path) == ["step_1"]
 
 
-def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (time.sleep(0.2), disk_usage(path))[1])
 

@@ -234,9 +234,7 @@ def test_stop_tokens_are_eos_and_the_end_of_turn():
 def test_a_run_whose_template_ends_no_turn_is_refused():
     tokenizer = byte_level(NO_END, eos="<|endoftext|>")
     groups = [encode_conversation(talk("hello", "yes"), tokenizer) for _ in range(3)]
-    with pytest.raises(
-        ValueError, match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]"
-    ):
+    with pytest.raises(ValueError, match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]"):
         check_stop_trained(groups, stop_token_ids(tokenizer))
 
 

@@ -233,9 +233,7 @@ def test_bad_sources_name_file_and_row(config, tmp_path):
 
 def test_a_later_row_of_another_format_is_an_error(config, tmp_path):
     path = write(tmp_path / "m.jsonl", [*pairs(2), {"instruction": "a", "output": "b"}])
-    with pytest.raises(
-        ValueError, match=r"m\.jsonl:3: format prompt_completion needs .*All rows of a source have one format"
-    ):
+    with pytest.raises(ValueError, match=r"m\.jsonl:3: format prompt_completion needs .*All rows of a source have one format"):
         load(config, train=[path])
 
 
@@ -255,9 +253,7 @@ def test_rows_in_memory_that_are_cut_or_dropped_are_counted_in_a_warning(long_ro
     rows = [json.loads(line) for line in open(long_rows.train[0])]
     limit = lengths_of(long_rows)[1] + 5
     config = DataConfig(max_length=limit)
-    with pytest.warns(
-        UserWarning, match=rf"6 rows, 2 cut to data.max_length={limit}, dropped: {{'prompt fills max_length': 1}}"
-    ):
+    with pytest.warns(UserWarning, match=rf"6 rows, 2 cut to data.max_length={limit}, dropped: {{'prompt fills max_length': 1}}"):
         groups = groups_from_rows(rows, byte_level(), config=config)
     assert len(groups) == 5 and max(g.num_tokens_shared for g in groups) == limit
     with pytest.raises(ValueError, match="<memory>: no row is left to train on: 6 read"):

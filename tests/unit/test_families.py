@@ -65,7 +65,13 @@ def test_gradient_equals_one_sequence_at_a_time(family, mode):
 def phi3_longrope() -> torch.nn.Module:
     """Phi-3 with long RoPE: other frequencies for rows with a position past 20."""
     torch.manual_seed(0)
-    rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[3.0] * 4, original_max_position_embeddings=20)
+    rope = dict(
+        rope_type="longrope",
+        rope_theta=10000.0,
+        short_factor=[1.0] * 4,
+        long_factor=[3.0] * 4,
+        original_max_position_embeddings=20,
+    )
     config = transformers.Phi3Config(**{**SMALL, "rope_parameters": rope, "original_max_position_embeddings": 20})
     return transformers.Phi3ForCausalLM(config)
 
@@ -85,7 +91,8 @@ def test_long_rope_rows_never_mix_lengths_on_both_sides_of_the_threshold(mode):
         for s, (g, k) in enumerate(batch.refs):
             trained = [i for i, m in enumerate(groups[g].completions[k].loss_mask) if m]
             cut = type(groups[g].completions[k])(
-                token_ids=groups[g].completions[k].token_ids[: trained[-1] + 1], loss_mask=groups[g].completions[k].loss_mask[: trained[-1] + 1]
+                token_ids=groups[g].completions[k].token_ids[: trained[-1] + 1],
+                loss_mask=groups[g].completions[k].loss_mask[: trained[-1] + 1],
             )
             if len(groups[g].prompt_ids) + trained[-1] == 20:
                 continue  # one token fewer than the model's own forward, just at the threshold

@@ -298,9 +298,7 @@ def test_adapter_computes_w_plus_scaled_b_a(folder: Path) -> None:
 
 
 def test_adapter_folder_records_its_base_and_holds_safetensors_only(folder: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_model_and_tokenizer(
-        ModelConfig(name=str(folder), lora=LoraConfig(rank=2)), dtype=torch.bfloat16
-    )
+    model, tokenizer = load_model_and_tokenizer(ModelConfig(name=str(folder), lora=LoraConfig(rank=2)), dtype=torch.bfloat16)
     save_model(model, tokenizer, tmp_path / "adapter")
     recorded = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert recorded["base_model_name_or_path"] == str(folder.resolve())
@@ -409,9 +407,7 @@ def test_smollm2_tokenizer_splits_as_the_model_was_trained(smollm2: str) -> None
     assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n56 7")["input_ids"]) == ["a", "ĊĊ", "5", "6", "Ġ", "7"]
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
-    )
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer("<|im_start|>user<|im_end|>")["input_ids"] == [1, 4093, 2]
 

@@ -316,9 +316,7 @@ def test_no_step_is_spent_at_rate_zero(schedule: Any, warmup: int) -> None:
         ),
         (
             OptimizerConfig(schedule="wsd", warmup_steps=4, min_lr_ratio=0.1, wsd_decay_ratio=0.25),
-            lambda o: transformers.get_wsd_schedule(
-                o, 4, 5, num_training_steps=20, decay_type="linear", min_lr_ratio=0.1
-            ),
+            lambda o: transformers.get_wsd_schedule(o, 4, 5, num_training_steps=20, decay_type="linear", min_lr_ratio=0.1),
         ),
     ],
     ids=lambda x: x.schedule if isinstance(x, OptimizerConfig) else "",
@@ -343,9 +341,7 @@ def test_transformers_gives_the_same_rates_after_the_warmup(
 
 def test_warmup_as_a_ratio() -> None:
     assert OptimizerConfig(warmup_ratio=0.1).num_warmup_steps(25) == 3  # rounded up
-    assert (
-        OptimizerConfig(warmup_ratio=0.9).num_warmup_steps(1) == 0
-    )  # a smoke test of one step trains at the full rate
+    assert OptimizerConfig(warmup_ratio=0.9).num_warmup_steps(1) == 0  # a smoke test of one step trains at the full rate
     with pytest.raises(ValueError, match="warmup_steps=10 must be below.*got 10 steps"):
         OptimizerConfig(warmup_steps=10).num_warmup_steps(10)
     with pytest.raises(ValueError, match="num_steps >= 1"):

@@ -19,7 +19,9 @@ def batches(draw):
         completions = []
         for _ in range(draw(st.integers(1, 5))):
             n = draw(st.integers(1, 9))
-            completions.append(Completion(token_ids=list(range(n)), loss_mask=draw(st.lists(st.booleans(), min_size=n, max_size=n))))
+            completions.append(
+                Completion(token_ids=list(range(n)), loss_mask=draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+            )
         prompt = list(range(draw(st.integers(1, 9))))
         groups.append(PromptGroup(prompt_ids=prompt, completions=completions, meta={"file": "f", "row": row}))
     return groups
@@ -51,7 +53,11 @@ def test_every_plan_trains_everything_once_within_the_budget(groups, world_size,
             if mode == "single":
                 assert len(batch.refs) == 1
             if length_limit is not None:
-                long = {int(batch.layout.length_with_prefix(i)) > length_limit for i in range(len(batch.layout.lengths)) if batch.layout.prefixes[i] >= 0 or mode != "shared"}
+                long = {
+                    int(batch.layout.length_with_prefix(i)) > length_limit
+                    for i in range(len(batch.layout.lengths))
+                    if batch.layout.prefixes[i] >= 0 or mode != "shared"
+                }
                 assert len(long) <= 1
             if not m.is_dummy:
                 seen += batch.refs
@@ -75,14 +81,18 @@ def test_prompts_are_computed_once():
 
 
 def test_a_completion_over_budget_is_named():
-    group = PromptGroup(prompt_ids=[1] * 10, completions=[Completion(token_ids=[3] * 9, loss_mask=[1] * 9)], meta={"file": "a.jsonl", "row": 7})
+    group = PromptGroup(
+        prompt_ids=[1] * 10, completions=[Completion(token_ids=[3] * 9, loss_mask=[1] * 9)], meta={"file": "a.jsonl", "row": 7}
+    )
     with pytest.raises(ValueError, match=r"18 tokens in a.jsonl:7, budget 17. Raise --packing.max_tokens"):
         plan_step([group], world_size=1, max_tokens=17, mode="shared")
 
 
 def test_ranks_are_balanced():
     """64 sequences of 10 to 73 tokens on 4 ranks: the heaviest rank has at most 5 % more tokens than the lightest."""
-    groups = [PromptGroup(prompt_ids=[1] * 5, completions=[Completion(token_ids=[2] * n, loss_mask=[1] * n)]) for n in range(6, 70)]
+    groups = [
+        PromptGroup(prompt_ids=[1] * 5, completions=[Completion(token_ids=[2] * n, loss_mask=[1] * n)]) for n in range(6, 70)
+    ]
     plan = plan_step(groups, world_size=4, max_tokens=300, mode="shared")
     loads = [sum(m.num_tokens for m in rank) for rank in plan.ranks]
     assert max(loads) <= 1.05 * min(loads)

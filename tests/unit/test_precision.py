@@ -222,9 +222,7 @@ def test_the_plan_states_the_bytes_that_a_real_step_allocates(name: str) -> None
 
 
 def test_fp16_is_refused_where_it_cannot_work() -> None:
-    with pytest.raises(
-        ValueError, match=r"needs a CUDA device; got device type 'cpu'.*0\.4 GFLOP/s.*Use '(bf16|fp32)'"
-    ):
+    with pytest.raises(ValueError, match=r"needs a CUDA device; got device type 'cpu'.*0\.4 GFLOP/s.*Use '(bf16|fp32)'"):
         resolve_precision("fp16", "cpu")
     with pytest.raises(ValueError, match="got device type 'mps'"):
         resolve_precision("fp16", "mps")

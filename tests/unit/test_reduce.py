@@ -21,7 +21,8 @@ COUNTS = Counts(tokens=6, completions=3, groups=2, pairs=1)
 
 def logps() -> TokenLogps:
     groups = [
-        PromptGroup(prompt_ids=[1], completions=[Completion(token_ids=[5] * n, loss_mask=[1] * n) for n in sizes]) for sizes in SIZES
+        PromptGroup(prompt_ids=[1], completions=[Completion(token_ids=[5] * n, loss_mask=[1] * n) for n in sizes])
+        for sizes in SIZES
     ]
     assert count_units(groups) == COUNTS
     parts = [GroupPart(group=i, completions=tuple(range(len(s)))) for i, s in enumerate(SIZES)]
