@@ -7,12 +7,13 @@ start with the same name continues from the newest checkpoint.
 """
 
 from posttrain.trainers.sft import SFTConfig, SFTTrainer
-from posttrain.training.config import parse_config
+from posttrain.training.config import one_line_errors, parse_config
 
 
 def main() -> None:
     config = parse_config(SFTConfig, description=__doc__)
-    SFTTrainer(config=config).train()
+    with one_line_errors():
+        SFTTrainer(config=config).train()
 
 
 if __name__ == "__main__":

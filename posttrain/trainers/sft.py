@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from posttrain.data import DataConfig, SFTData, batch_indices, groups_from_rows, highlight_sample, load_sft_data
+from posttrain.data import (
+    DataConfig,
+    SFTData,
+    batch_indices,
+    check_stop_trained,
+    groups_from_rows,
+    highlight_sample,
+    load_sft_data,
+    stop_token_ids,
+)
 from posttrain.losses.sft import sft
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
 from posttrain.packing.plan import PackingConfig
@@ -84,6 +93,8 @@ class SFTTrainer:
             train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
+        if self._train_dataset is not None:
+            check_stop_trained(train, stop_token_ids(tokenizer))
         _check_budget(train, evaluation, config.packing)
         if config.train.trackers:
             accelerator.init_trackers("posttrain", config=_flat_settings(to_dict(config)))
@@ -158,8 +169,8 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    title = f"first sample ({group.where}): trained tokens are highlighted"
-    Console().print(Panel(highlight_sample(group, tokenizer), title=title))
+    title = "first sample: trained tokens are highlighted"
+    Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
 
 
 def _flat_settings(settings: dict[str, Any]) -> dict[str, Any]:

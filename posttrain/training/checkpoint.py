@@ -1,15 +1,10 @@
-"""Checkpoints that survive a crash, and the training state in them, bit for bit.
+"""Checkpoints that survive a crash.
 
-    checkpoints/step_40/  manifest.json          step; size and sha256 of every other file
-                          state.json             what the loop wants back
-                          model.safetensors      trained parameters, persistent buffers (one process and DDP;
-                          optimizer.safetensors  AdamW's state by parameter name         FSDP2 and DeepSpeed: the
-                          optimizer.json         groups, fingerprint of frozen weights   folders accelerate writes)
-                          schedule.json, scaler.json, rng_<rank>.json
+    checkpoints/step_40/  manifest.json   step; size and sha256 of every other file
+                          state.json      what the loop wants back
+                          ...             the training state (``training/state.py``)
 
 Written as ``.tmp_step_40`` in a folder that all ranks share, synced, renamed: ``step_40`` exists whole or not at all.
-It is read without pickle. Sharded runs are read by torch and DeepSpeed, which unpickle (``.metadata``;
-DeepSpeed uses with ``weights_only=False``): resume those only from checkpoints you trust, a manifest finds no malice.
 """
 
 from __future__ import annotations
@@ -19,31 +14,24 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+
+from posttrain.training.config import UserFacingError
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _FOLDER = re.compile(r"(?:\.old_)?step_(\d+)")
-_SHARDED = ("FSDP", "DEEPSPEED")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserFacingError):
     """A checkpoint could not be written; earlier ones are intact."""
 
 
@@ -238,161 +226,6 @@ def _sha256(path: Path) -> str:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
-
-
-def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Trained parameters, persistent buffers and AdamW's state, exact, by name; a tied tensor once.
-
-    Frozen parameters are not saved (they are the model's own files): a fingerprint of them is.
-    """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    names = _names(model, optimizer)
-    state = {f"{kind}/{names[p]}": value for p, entry in optimizer.state.items() for kind, value in entry.items()}
-    save_file(_own_storage(_saved_tensors(model)), folder / "model.safetensors")
-    save_file(_own_storage(state), folder / "optimizer.safetensors")
-    _write_json(folder / "optimizer.json", {"frozen weights": _fingerprint(model), **_options(names, optimizer)})
-
-
-def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Puts ``save_training_state``'s values into a model and an AdamW built the same way, whatever their order.
-
-    The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
-    names, shapes, dtypes, optimizer options or frozen weights differ.
-    """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    names, own = _names(model, optimizer), _saved_tensors(model)
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    steps = {name: moments.pop(f"step/{name}") for name in names.values() if f"step/{name}" in moments}
-    wanted = {f"{kind}/{name}": p for p, name in names.items() if name in steps for kind in _MOMENTS}
-    about = {"frozen weights": _fingerprint(model), **_options(names, optimizer)}
-    _check_same(folder / "optimizer.json", json.loads((folder / "optimizer.json").read_bytes()), about)
-    _check_same(folder / "model.safetensors", _specs(weights), _specs(own))
-    _check_same(folder / "optimizer.safetensors", _specs(moments), _specs(wanted))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-    fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for p, name in names.items():
-        optimizer.state.pop(p, None)
-        if name in steps:  # fused: moments with the strides of p (else silently wrong), step on its device
-            optimizer.state[p] = {kind: torch.empty_like(p).copy_(moments[f"{kind}/{name}"]) for kind in _MOMENTS}
-            optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
-
-
-def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    persistent = model.state_dict().keys()
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return tensors | {n: b for n, b in model.named_buffers() if n in persistent}
-
-
-def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and a copy where two names view one storage: safetensors refuses to write that."""
-    storage = {name: t.untyped_storage().data_ptr() for name, t in tensors.items()}
-    owner = {pointer: name for name, pointer in storage.items()}
-    return {n: (t if owner[storage[n]] == n else t.clone()).detach().contiguous() for n, t in tensors.items()}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """sha256 over name, shape, dtype and the first 1024 elements of every frozen parameter."""
-    digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        if not p.requires_grad:
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().reshape(-1)[:1024].cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """Names of the optimizer's parameters. KeyError: it was built before the model got its adapters or a new head."""
-    known: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return {p: known[p] for group in optimizer.param_groups for p in group["params"]}
-
-
-def _options(names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
-    """Per parameter what must not change in a run: its group's options and the rate that the schedule multiplies."""
-    options: dict[str, str] = {}
-    for group in optimizer.param_groups:
-        fixed = {**group, "lr": group.get("initial_lr", group["lr"])}
-        text = ", ".join(f"{k}={v}" for k, v in sorted(fixed.items()) if k not in ("params", "initial_lr"))
-        options |= {names[p]: text for p in group["params"]}
-    return options
-
-
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-
-
-def _check_same(file: Path, got: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
-    if missing or extra:
-        raise ValueError(
-            f"{file} does not fit this run: {len(missing)} names are missing {missing[:3]}, {len(extra)} are "
-            f"unexpected {extra[:3]}. Resume with the model and the adapters it was written with."
-        )
-    for name in wanted:
-        if got[name] != wanted[name]:
-            raise ValueError(
-                f"{file}: {name} has [{got[name]}], this run has [{wanted[name]}]. Only with the same model, precision "
-                "and optimizer does a resumed run equal an uninterrupted one: set the old values, or start a new run."
-            )
-
-
-def capture_rng() -> dict[str, Any]:
-    """State of the generators of python, numpy, torch and this rank's CUDA device, as JSON."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_initialized() else None,
-    }
-
-
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Puts back what ``capture_rng`` took, also after a trip through JSON."""
-    if state["cuda"] and not torch.cuda.is_available():
-        raise ValueError("The checkpoint holds the random state of a CUDA device; here is none. Resume on one.")
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if state["cuda"]:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
-
-
-def write_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedule: LambdaLR, folder: Path) -> None:
-    """``write`` of ``save_checkpoint``, on every rank: its share of weights, moments, schedule and random state."""
-    if accelerator.distributed_type in _SHARDED:
-        accelerator.save_state(str(folder), safe_serialization=True)
-    elif accelerator.is_main_process:
-        save_training_state(folder, policy, optimizer)
-        if accelerator.scaler is not None:
-            _write_json(folder / "scaler.json", accelerator.scaler.state_dict())
-    if accelerator.is_main_process:
-        _write_json(folder / "schedule.json", {"step": schedule.last_epoch, "ranks": accelerator.num_processes})
-    _write_json(folder / f"rng_{accelerator.process_index}.json", capture_rng())
-
-
-def read_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedule: LambdaLR, folder: Path) -> None:
-    """On every rank, into freshly built objects: the run goes on bit for bit. Raises ValueError on another topology."""
-    saved = json.loads((folder / "schedule.json").read_bytes())
-    if saved["ranks"] != accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {saved['ranks']} processes, this run has {accelerator.num_processes} and could "
-            f"not equal an uninterrupted one. Launch {saved['ranks']} processes."
-        )
-    if accelerator.distributed_type in _SHARDED:
-        accelerator.load_state(str(folder))  # it only logs when its random states fail to load: ours follow below
-    else:
-        load_training_state(folder, policy, optimizer)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(json.loads((folder / "scaler.json").read_bytes()))
-    schedule.last_epoch, schedule._step_count = saved["step"], saved["step"] + 1
-    schedule._last_lr = [lr * f(saved["step"]) for lr, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, lr in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-        group["lr"] = lr
-    restore_rng(json.loads((folder / f"rng_{accelerator.process_index}.json").read_bytes()))
 
 
 def agree(accelerator: Any) -> Callable[[bool], bool]:

@@ -10,15 +10,21 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 C = TypeVar("C")
+
+
+class UserFacingError(RuntimeError):
+    """A run stopped on purpose; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,21 @@ def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, 
         message = str(error)
     print(f"error: {message}{_suggestion(parser, message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Mistakes of the user (ValueError, OSError and what the loop raises on purpose) end in one line and exit code 2.
+
+    ``POSTTRAIN_TRACEBACK=1`` shows where it was raised.
+    """
+    try:
+        yield
+    except (ValueError, OSError, UserFacingError) as error:
+        if os.environ.get("POSTTRAIN_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _instantiate(parser: Any, namespace: Any, config_class: type[C]) -> C:

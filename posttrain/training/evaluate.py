@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from posttrain.models.policy import Policy, plain_attention
 from posttrain.packing.batch import GroupPart, PackingMode, pack
 from posttrain.packing.plan import plan_step
+from posttrain.training.config import UserFacingError
 from posttrain.types import PromptGroup
 
 GROUPS_PER_PLAN = 256
@@ -88,7 +89,7 @@ def greedy_answers(
     yield from (answers[i] for i in range(len(prompts)))
 
 
-class SelfCheckError(RuntimeError):
+class SelfCheckError(UserFacingError):
     """The packed forward does not give the model's own log-probs."""
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.precision import PrecisionPlan, resolve_precision
+from posttrain.training.config import UserFacingError
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
-    """Raises RuntimeError for a launch that asked for several processes and became one.
+    """Raises UserFacingError for a launch that asked for several processes and became one.
 
     accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU`` without mpirun) sets the
     rendezvous address for several processes and then starts a single one without WORLD_SIZE. Without a GPU and without
@@ -21,13 +22,13 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
         "Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with use_cpu: true), or torchrun --nproc_per_node."
     )
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise RuntimeError(
+        raise UserFacingError(
             "accelerate was asked for several processes and started one (its MULTI_CPU launcher needs mpirun): the run would "
             f"train on one process without saying so. {advice}"
         )
     wanted = int(environment.get("WORLD_SIZE", "1"))
     if num_processes is not None and num_processes != wanted:
-        raise RuntimeError(
+        raise UserFacingError(
             f"The launcher started {wanted} processes, but they found only {num_processes}: each would train on its own. {advice}"
         )
 

@@ -33,8 +33,8 @@ class ModelFlops:
     def step(self, layout: Layout, *, num_trained: int) -> float:
         """Model FLOPs of forward and backward of one row: 2 per weight and token forward, 2 for the gradient of the
         input, 2 for the gradient of a trainable weight; attention 4 per width, query and visible key, three times.
-        Recomputation is not counted: it is the work the model needs, not
-        the work done (Chowdhery et al. 2022, arXiv:2204.02311 appendix B).
+        Recomputation is not counted: it is the work the model needs, not the work done (Chowdhery et al. 2022,
+        arXiv:2204.02311 appendix B).
         """
         tokens = sum(layout.lengths)
         pairs = sum(n * layout.length_with_prefix(i) - n * (n - 1) // 2 for i, n in enumerate(layout.lengths))

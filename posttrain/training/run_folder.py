@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from posttrain.training import checkpoint
+from posttrain.training import state as training_state
 from posttrain.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class RunFolder:
             folder, state = found[0]
             step = int(state["step"])
             self._warn_about_differences(state)
-            checkpoint.read_state(self._accelerator, policy, optimizer, schedule, folder)
+            training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)
             log.warning("resumed from %s", folder)
         if self._accelerator.is_main_process:
             if step:
@@ -94,7 +95,7 @@ class RunFolder:
         return checkpoint.save_checkpoint(
             self.checkpoints,
             step,
-            lambda folder: checkpoint.write_state(self._accelerator, policy, optimizer, schedule, folder),
+            lambda folder: training_state.write_state(self._accelerator, policy, optimizer, schedule, folder),
             state={"settings": _plain(self._settings), "fingerprint": self._fingerprint},
             keep=self._train.save_total_limit or None,
             is_main=self._accelerator.is_main_process,

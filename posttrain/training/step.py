@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from posttrain.losses.reduce import reduce_term
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
+from posttrain.training.config import UserFacingError
 from posttrain.types import LossOutput, PromptGroup, TokenLogps
 
 Loss = Callable[[TokenLogps], LossOutput]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserFacingError):
     """A loss or gradient became inf or NaN; raised before the optimizer steps, so the weights are still good."""
 
 

@@ -26,21 +26,16 @@ import torch
 import transformers
 from torch import nn
 
-from posttrain.training.checkpoint import (
-    CheckpointError,
-    agree,
+from posttrain.training.checkpoint import CheckpointError, agree, cut_metrics, damage, find_resumable, save_checkpoint
+from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from posttrain.training.state import (
     capture_rng,
-    cut_metrics,
-    damage,
-    find_resumable,
     load_training_state,
     read_state,
     restore_rng,
-    save_checkpoint,
     save_training_state,
     write_state,
 )
-from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 
 ALONE: dict[str, Any] = {"is_main": True, "barrier": lambda: None, "all_ok": lambda ok: ok}
 
