@@ -23,6 +23,7 @@ DATA = REPO / "data" / "demo"
 RUN = REPO / "runs" / "demo"
 MAX_ANSWER_TOKENS = 32
 NUM_SHOWN = 3
+TRAIN_ROWS = 640
 
 
 def answer_all(model_source: str, rows: list[dict[str, Any]], title: str) -> list[str]:
@@ -98,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="optimizer steps; default: one pass over the training rows")
     args = parser.parse_args()
-    subprocess.run([sys.executable, "recipes/demo_task.py", "--out", str(DATA)], cwd=REPO, check=True)
+    subprocess.run([sys.executable, "recipes/demo_task.py", "--out", str(DATA), "--train", str(TRAIN_ROWS)], cwd=REPO, check=True)
     rows = [json.loads(line) for line in (DATA / "heldout.jsonl").read_text().splitlines()]
     before = answer_all("smollm2-135m", rows, "answers before")
     if RUN.exists():

@@ -45,6 +45,11 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
         os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
     state = PartialState(cpu=True) if several_on_cpu else PartialState()
     check_launch(os.environ, state.num_processes)
+    if state.distributed_type.name in ("FSDP", "DEEPSPEED"):
+        raise UserFacingError(
+            f"Sharded training ({state.distributed_type.name}) is not supported yet: got a launch configuration that asks for it. Use "
+            "launch/ddp.yaml, with --model.lora.rank 16 or --model.gradient_checkpointing true if the model does not fit."
+        )
     plan = resolve_precision(None if precision == "auto" else precision, state.device.type)
     accelerator = Accelerator(
         mixed_precision=plan.accelerate_mixed_precision,
