@@ -12,7 +12,7 @@ from posttrain.training.config import UserFacingError
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
-    """Raises UserFacingError for a launch that asked for several processes and became one.
+    """Raises UserFacingError for a launch that asked for several processes and became one, or for sharding.
 
     accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU`` without mpirun) sets the
     rendezvous address for several processes and then starts a single one without WORLD_SIZE. Without a GPU and without
@@ -25,6 +25,12 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
         raise UserFacingError(
             "accelerate was asked for several processes and started one (its MULTI_CPU launcher needs mpirun): the run would "
             f"train on one process without saying so. {advice}"
+        )
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if environment.get(f"ACCELERATE_USE_{name}") == "true"]
+    if sharded:
+        raise UserFacingError(
+            f"Sharded training is not supported yet; the launch configuration asks for {sharded[0]}. Use launch/ddp.yaml, with "
+            "--model.lora.rank 16 or --model.gradient_checkpointing true if the model does not fit."
         )
     wanted = int(environment.get("WORLD_SIZE", "1"))
     if num_processes is not None and num_processes != wanted:
@@ -45,11 +51,6 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
         os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
     state = PartialState(cpu=True) if several_on_cpu else PartialState()
     check_launch(os.environ, state.num_processes)
-    if state.distributed_type.name in ("FSDP", "DEEPSPEED"):
-        raise UserFacingError(
-            f"Sharded training ({state.distributed_type.name}) is not supported yet: got a launch configuration that asks for it. Use "
-            "launch/ddp.yaml, with --model.lora.rank 16 or --model.gradient_checkpointing true if the model does not fit."
-        )
     plan = resolve_precision(None if precision == "auto" else precision, state.device.type)
     accelerator = Accelerator(
         mixed_precision=plan.accelerate_mixed_precision,

@@ -141,7 +141,7 @@ class Loop:
         grad_norm = clip_and_check(
             self.accelerator, self.policy, result, groups, max_grad_norm=self.optimizer_config.max_grad_norm, step=step
         )
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         skipped = bool(self.accelerator.optimizer_step_was_skipped)

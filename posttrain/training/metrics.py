@@ -95,7 +95,7 @@ class MetricsLog:
         self._every = max(log_every, 1)
         self._num_steps = num_steps
         self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
-        self._bar = _progress_bar(num_steps, start) if accelerator.is_main_process else None
+        self._bar = _ProgressBar(num_steps, start) if accelerator.is_main_process else None
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """One optimizer step done; ``values`` is what metrics.jsonl gets, in this order."""
@@ -125,7 +125,7 @@ class MetricsLog:
             self._file.close()
 
 
-class _progress_bar:
+class _ProgressBar:
     """rich's bar on a terminal; a line every few seconds where nobody watches."""
 
     def __init__(self, total: int, start: int) -> None:

@@ -40,3 +40,9 @@ def test_independent_processes_are_refused():
         check_launch({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, num_processes=1)
     check_launch({}, num_processes=1)
     check_launch({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, num_processes=2)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_launches_are_refused(kind):
+    with pytest.raises(RuntimeError, match=f"not supported yet; the launch configuration asks for {kind}"):
+        check_launch({f"ACCELERATE_USE_{kind}": "true", "WORLD_SIZE": "2"})
