@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Unit = Literal["token", "completion", "pair", "group"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "group_mean", "constant"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "pair_mean", "group_mean", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,9 @@ class LossTerm:
 
     items: Tensor
     unit: Unit = "token"
-    aggregation: Aggregation = "token_mean"
+    """What an item belongs to. Pairs: all i < j of a group's trained completions, group by group."""
+    aggregation: Aggregation | None = None
+    """How items become one number (``losses/reduce.py``); None: the mean over the unit itself."""
     weight: float = 1.0
     constant: float | None = None
     """Only for ``aggregation="constant"``: L in sum(items) / (L * number of completions)."""
@@ -140,7 +142,7 @@ class LossOutput:
         items: Tensor | None = None,
         *,
         unit: Unit = "token",
-        aggregation: Aggregation = "token_mean",
+        aggregation: Aggregation | None = None,
         terms: Sequence[LossTerm] = (),
         metrics: Mapping[str, Tensor] | None = None,
     ) -> None:

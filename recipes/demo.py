@@ -87,7 +87,9 @@ def show(rows: list[dict[str, Any]], before: list[str], after: list[str], losses
     for column in ("question", "wanted", "before", "after"):
         answers.add_column(column, overflow="fold")
     for i in range(NUM_SHOWN):
-        answers.add_row(rows[i]["messages"][-2]["content"].splitlines()[-1], rows[i]["messages"][-1]["content"], before[i], after[i])
+        answers.add_row(
+            rows[i]["messages"][-2]["content"].splitlines()[-1], rows[i]["messages"][-1]["content"], before[i], after[i]
+        )
     console = Console()
     console.print()
     console.print(summary)

@@ -3,6 +3,7 @@
     token_mean       sum over tokens / trained tokens                     (default; every token counts the same)
     sequence_mean    mean over completions of their mean over tokens      (every completion counts the same)
     sequence_sum     mean over completions of their sum over tokens       (Kimi k1.5, arXiv:2501.12599 eq. 3)
+    pair_mean        sum over pairs / pairs
     group_mean       mean over groups of the mean over their items        (InstructGPT's 1/C(K,2), arXiv:2203.02155 eq. 1)
     constant(L)      sum / (L * completions)                              (Dr. GRPO, arXiv:2503.20783)
 
@@ -15,72 +16,90 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from posttrain.types import Counts, LossTerm, TokenLogps
+from posttrain.types import Aggregation, Counts, LossTerm, TokenLogps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+_DEFAULT: dict[str, Aggregation] = {
+    "token": "token_mean",
+    "completion": "sequence_mean",
+    "pair": "pair_mean",
+    "group": "group_mean",
+}
+
+
 def reduce_term(term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
     """This micro-batch's share of a term: shares of all micro-batches and ranks add up to the term's value.
 
-    ``term.items`` has one entry per trained token [T] (unit "token"), completion [S] ("completion"), or group or pair in
-    this micro-batch. Raises ValueError for items of a wrong length or an aggregation that their unit does not have.
+    ``term.items`` has one entry per trained token [T], completion [S], pair [B] or group [P] of this micro-batch. Raises
+    ValueError for items of a wrong length or an aggregation that their unit does not have.
     """
-    items = term.items
+    aggregation = term.aggregation or _DEFAULT[term.unit]
     _check_length(term, logps)
-    if term.aggregation == "constant":
+    if aggregation == "constant":
         if term.constant is None or term.constant <= 0:
             raise ValueError(f"aggregation='constant' needs LossTerm(constant=L) with L > 0; got {term.constant}.")
-        return term.weight * items.sum() / (term.constant * counts.completions)
-    if term.unit == "token":
-        return term.weight * _reduce_tokens(items, term, logps, counts)
-    if term.unit == "completion":
-        return term.weight * _reduce_completions(items, term, logps, counts)
-    if term.unit == "pair" and term.aggregation == "token_mean":
-        return term.weight * items.sum() / max(counts.pairs, 1)
-    if term.unit == "group" and term.aggregation in ("token_mean", "group_mean"):
-        return term.weight * items.sum() / counts.groups
-    raise _no_such(term)
+        return term.weight * term.items.sum() / (term.constant * counts.completions)
+    reduce = {"token": _tokens, "completion": _completions, "pair": _pairs, "group": _groups}[term.unit]
+    share = reduce(term.items, aggregation, logps, counts)
+    if share is None:
+        raise ValueError(
+            f"aggregation='{aggregation}' is not defined for items of unit '{term.unit}'. Tokens have token_mean, sequence_mean, "
+            "sequence_sum, group_mean; completions sequence_mean, group_mean; pairs pair_mean, group_mean; groups group_mean; "
+            "all have constant."
+        )
+    return term.weight * share
 
 
-def _reduce_tokens(items_T: Tensor, term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
-    if term.aggregation == "token_mean":
+def _tokens(items_T: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+    if aggregation == "token_mean":
         return items_T.sum() / counts.tokens
-    if term.aggregation == "sequence_sum":
+    if aggregation == "sequence_sum":
         return items_T.sum() / counts.completions
-    tokens_S = logps.num_tokens_S.clamp(min=1)
-    mean_S = logps.sum_by_sequence(items_T) / tokens_S
-    if term.aggregation == "sequence_mean":
-        return mean_S.sum() / counts.completions
-    if term.aggregation == "group_mean":
-        return (mean_S / logps.group_size_S.clamp(min=1)).sum() / counts.groups
-    raise _no_such(term)
+    mean_S = logps.sum_by_sequence(items_T) / logps.num_tokens_S.clamp(min=1)
+    return _completions(mean_S, aggregation, logps, counts)
 
 
-def _reduce_completions(items_S: Tensor, term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
+def _completions(items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
     trained_S = items_S * (logps.num_tokens_S > 0)
-    if term.aggregation in ("token_mean", "sequence_mean", "sequence_sum"):
+    if aggregation == "sequence_mean":
         return trained_S.sum() / counts.completions
-    if term.aggregation == "group_mean":
+    if aggregation == "group_mean":
         return (trained_S / logps.group_size_S.clamp(min=1)).sum() / counts.groups
-    raise _no_such(term)
+    return None
+
+
+def _pairs(items_B: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+    if aggregation == "pair_mean":
+        return items_B.sum() / max(counts.pairs, 1)
+    if aggregation == "group_mean":
+        pairs_P = pairs_by_group(logps)
+        return (items_B / pairs_P.repeat_interleave(pairs_P)).sum() / counts.groups
+    return None
+
+
+def _groups(items_P: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+    return items_P.sum() / counts.groups if aggregation == "group_mean" else None
+
+
+def pairs_by_group(logps: TokenLogps) -> Tensor:
+    """[P] k (k - 1) / 2 for the k trained completions of each group in this micro-batch."""
+    num_groups = int(logps.group_S[-1]) + 1
+    trained_P = logps.group_S.new_zeros(num_groups).index_add(0, logps.group_S, (logps.num_tokens_S > 0).long())
+    return trained_P * (trained_P - 1) // 2
 
 
 def _check_length(term: LossTerm, logps: TokenLogps) -> None:
-    wanted = {"token": logps.logps_T.shape[0], "completion": logps.group_S.shape[0]}.get(term.unit)
-    got = tuple(term.items.shape)
-    if len(got) != 1 or (wanted is not None and got != (wanted,)):
+    wanted = {
+        "token": lambda: logps.logps_T.shape[0],
+        "completion": lambda: logps.group_S.shape[0],
+        "pair": lambda: int(pairs_by_group(logps).sum()),
+        "group": lambda: int(logps.group_S[-1]) + 1,
+    }[term.unit]()
+    if tuple(term.items.shape) != (wanted,):
         raise ValueError(
-            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({'n' if wanted is None else wanted},); "
-            f"got {got}. "
+            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({wanted},); got {tuple(term.items.shape)}. "
             "Return one item per unit and leave the mean to the step: it alone knows the global denominator."
         )
-
-
-def _no_such(term: LossTerm) -> ValueError:
-    return ValueError(
-        f"aggregation='{term.aggregation}' is not defined for items of unit '{term.unit}'. "
-        "Tokens and completions have token_mean, sequence_mean, sequence_sum, group_mean, constant; "
-        "pairs have token_mean; groups group_mean."
-    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -77,6 +78,7 @@ class _ChunkedLogps(torch.autograd.Function):
         return logps_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> Any:  # type: ignore[override]
         hidden_TH, weight_VH, bias_V, targets_T, lse_T = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.models.logprobs import logit_transform, token_logps
 from posttrain.packing import attention
-from posttrain.packing.batch import PackedBatch, PackingMode
+from posttrain.packing.batch import Layout, PackedBatch, PackingMode
 from posttrain.packing.plan import PackingConfig
 
 log = logging.getLogger(__name__)
@@ -44,17 +44,25 @@ def _base_model(model: nn.Module) -> Any:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    config = _base_model(model).config.get_text_config()
-    named = any(float(getattr(config, name, 0) or 0) > 0 for name in ("attention_dropout", "attn_pdrop"))
-    return named or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those of other heads."""
+    for name, value in _base_model(model).config.get_text_config().to_dict().items():
+        is_rate = any(word in name for word in ("dropout", "pdrop", "drop_rate")) and not name.startswith(
+            ("classifier", "summary")
+        )
+        if is_rate and isinstance(value, (int, float)) and value > 0:
+            return True
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def _is_prompt_learning(model: nn.Module) -> bool:
+    return any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(model, "peft_config", {}).values())
 
 
 def _needs_single(model: nn.Module) -> str | None:
     """Why this model can only run one sequence per forward; None if it can be packed."""
     base = _base_model(model)
     config = base.config.get_text_config()
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters):
+    if _is_prompt_learning(model):
         return "prompt-learning adapters put virtual tokens before every sequence"
     if not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} does not dispatch its attention through transformers' AttentionInterface"
@@ -130,8 +138,34 @@ class Policy(nn.Module):
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         if self.forward_mode.backend is not None:
             attention.register()
+            own_attention = base.config._attn_implementation
             base.set_attn_implementation(self.forward_mode.backend)
+            why_not = self._probe()
+            if why_not:
+                base.set_attn_implementation(own_attention)
+                if packing.mode != "auto":
+                    raise ValueError(
+                        f"packing.mode={packing.mode} is not exact for this model: {why_not}. Use --packing.mode single."
+                    )
+                self.forward_mode = replace(self.forward_mode, mode="single", backend=None, reason=why_not)
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
+
+    @torch.no_grad()
+    def _probe(self) -> str | None:
+        """Two tokens as two sequences: why this model's layers do not pass the layout on to the attention, or None."""
+        base = _base_model(self.model)
+        was_training, device = base.training, base.get_input_embeddings().weight.device
+        zeros = torch.zeros(1, 2, dtype=torch.long, device=device)
+        base.eval()
+        try:
+            output = base.get_decoder()(
+                input_ids=zeros, position_ids=zeros, use_cache=False, packing=Layout(lengths=(1, 1), prefixes=(-1, -1))
+            )
+        except attention.NotPackable as error:
+            return str(error)
+        finally:
+            base.train(was_training)
+        return None if hasattr(output, "last_hidden_state") else f"{type(base).__name__} hides its last hidden state"
 
     @property
     def config(self) -> Any:
@@ -141,7 +175,7 @@ class Policy(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """logps_T [T]: natural-log probability of each trained token under the model, at least float32."""
         base = _base_model(self.model)
-        if self.forward_mode.backend is None and hasattr(self.model, "peft_config"):
+        if self.forward_mode.backend is None and _is_prompt_learning(self.model):
             return self._plain_logps(batch)
         extra = {} if self.forward_mode.backend is None else {"packing": batch.layout}
         output = base.get_decoder()(

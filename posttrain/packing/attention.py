@@ -1,8 +1,9 @@
 """Attention over a packed row: each segment sees itself causally and the prefix it continues, nothing else.
 
-Registered with transformers' ``AttentionInterface`` under the names below, without a mask function, so that no dense
-mask is ever made and any model that dispatches its attention works unpatched. The row's ``Layout`` travels as the
-keyword argument ``packing`` of the model's forward, also through gradient checkpointing.
+Registered with transformers' ``AttentionInterface`` under the names below, without a mask function, so that no mask of
+the whole row is ever made (only of segments with a prefix or a window) and any model that dispatches its attention
+works unpatched. The row's ``Layout`` travels as the keyword argument ``packing`` of the model's forward, also through
+gradient checkpointing.
 
     posttrain_segment  every device: one ``scaled_dot_product_attention`` per segment
     posttrain_flex     CUDA: FlexAttention with a block mask (``flex_mask_mod``)
@@ -30,6 +31,10 @@ FLEX_NAME = "posttrain_flex"
 FLEX_BLOCK = 128
 
 
+class NotPackable(RuntimeError):
+    """A model asks of the attention what packed attention cannot do; it runs one sequence per forward instead."""
+
+
 def register() -> None:
     """Makes both backends known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface
@@ -40,14 +45,14 @@ def register() -> None:
 
 def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layout:
     if packing is None:
-        raise RuntimeError(
+        raise NotPackable(
             f"{type(module).__name__} was called with posttrain's packed attention but without its layout, so sequences "
             "would see each other. Call the model through Policy, or inside `plain_attention(model)`."
         )
     if extra.get("s_aux") is not None or extra.get("sinks") is not None:
-        raise RuntimeError(f"{type(module).__name__} has attention sinks, which packed attention cannot do.")
+        raise NotPackable(f"{type(module).__name__} has attention sinks, which packed attention cannot do.")
     if extra.get("position_bias") is not None:
-        raise RuntimeError(f"{type(module).__name__} has a position bias, which packed attention cannot do.")
+        raise NotPackable(f"{type(module).__name__} has a position bias, which packed attention cannot do.")
     return packing
 
 
@@ -150,7 +155,9 @@ def flex_block_mask(layout: Layout, *, sliding_window: int | None, device: Any) 
     if name not in layout.cache:
         total = sum(layout.lengths)
         mask_mod = flex_mask_mod(layout, sliding_window=sliding_window, device=device)
-        layout.cache[name] = create_block_mask(mask_mod, None, None, total, total, device=device, BLOCK_SIZE=FLEX_BLOCK)
+        layout.cache[name] = create_block_mask(
+            mask_mod, None, None, total, total, device=device, BLOCK_SIZE=FLEX_BLOCK, _compile=str(device).startswith("cuda")
+        )
     return layout.cache[name]
 
 

@@ -56,7 +56,8 @@ class StepPlan:
 
 
 def count_units(groups: Sequence[PromptGroup]) -> Counts:
-    """Trained tokens, completions with a trained token, groups with such a completion, and their ordered pairs."""
+    """Trained tokens, completions with a trained token, groups with such a completion, and all pairs i < j of their trained
+    completions."""
     tokens = completions = trained_groups = pairs = 0
     for group in groups:
         num_trained = [c.num_trained for c in group.completions]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from posttrain.data import (
     DataConfig,
@@ -14,12 +17,13 @@ from posttrain.data import (
     groups_from_rows,
     highlight_sample,
     load_sft_data,
+    set_chat_template,
     stop_token_ids,
 )
-from posttrain.losses.sft import sft
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
 from posttrain.packing.plan import PackingConfig
-from posttrain.training.config import TrainConfig, resolve_loss, to_dict
+from posttrain.precision import PrecisionPlan
+from posttrain.training.config import TrainConfig, flat_settings, resolve_loss, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult, longest_sequence
 from posttrain.training.optimizer import OptimizerConfig
@@ -74,6 +78,7 @@ class SFTTrainer:
             raise ValueError("SFTTrainer(model=<a loaded model>) needs its tokenizer too: pass tokenizer=...")
         if loss is not None and (config.loss_options or config.loss != SFTConfig.loss):
             raise ValueError("SFTTrainer got loss=... and config.loss or config.loss_options, which would be ignored. Give one.")
+        _refuse_ignored(config, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.config = config
         self.loss = loss or resolve_loss(config.loss, dict(config.loss_options))
         self._model, self._tokenizer = model, tokenizer
@@ -82,7 +87,6 @@ class SFTTrainer:
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
         config = self.config
-        import torch
 
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
@@ -93,11 +97,19 @@ class SFTTrainer:
             train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
+        if self._model is not None:
+            _check_dtype(model, precision)
+        if config.train.eval_every and evaluation is None:
+            raise ValueError(
+                "train.eval_every is set, but there is nothing to evaluate on. Set --data.eval or --data.eval_fraction."
+            )
         if self._train_dataset is not None:
             check_stop_trained(train, stop_token_ids(tokenizer))
         _check_budget(train, evaluation, config.packing)
         if config.train.trackers:
-            accelerator.init_trackers("posttrain", config=_flat_settings(to_dict(config)))
+            settings = flat_settings(to_dict(config))
+            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+            accelerator.init_trackers("posttrain", config=settings)
         if accelerator.is_main_process:
             _show_sample(train[0], tokenizer)
 
@@ -121,6 +133,7 @@ class SFTTrainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
+            identity={"loss": f"{self.loss.__module__}.{self.loss.__qualname__}", "data": _digest(train)},
         )
         result = loop.run()
         if accelerator.is_main_process:
@@ -142,9 +155,45 @@ class SFTTrainer:
         return train, evaluation, counts, [len(train)]
 
 
+def _refuse_ignored(config: SFTConfig, *, model: Any, train_dataset: Rows | None, eval_dataset: Rows | None) -> None:
+    """Two sources for the same thing, of which one would be ignored."""
+    data, rows = config.data, train_dataset is not None
+    adapts = config.model.lora.rank > 0 or config.model.gradient_checkpointing
+    wrong = {
+        "eval_dataset without train_dataset; give both, or data.eval": eval_dataset is not None and not rows,
+        "data.train beside train_dataset": rows and bool(data.train),
+        "data.eval or data.eval_fraction beside train_dataset; give eval_dataset": rows and bool(data.eval or data.eval_fraction),
+        "data.weights beside train_dataset": rows and data.weights is not None,
+        "model.lora or gradient_checkpointing beside a loaded model; apply them to it": model is not None and adapts,
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"SFTTrainer would ignore something: {what}.")
+
+
+def _check_dtype(model: Any, precision: PrecisionPlan) -> None:
+    """transformers loads a checkpoint in the dtype it was saved in, often bfloat16, where small updates round away."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    wrong = sorted(str(d) for d in trained - {precision.load_dtype, torch.float32})
+    if wrong:
+        raise ValueError(
+            f"The loaded model's trainable weights are {', '.join(wrong)}, but precision {precision.name} keeps them in "
+            f"{precision.weight}. Load it with from_pretrained(..., dtype=torch.{precision.weight}), or set precision bf16-pure."
+        )
+
+
+def _digest(groups: Any) -> str:
+    """Of the number of groups and sixteen of them, to notice other data on resume."""
+    picked = [groups[i * len(groups) // 16] for i in range(16)]
+    content = [(list(g.prompt_ids), [(list(c.token_ids), list(c.loss_mask)) for c in g.completions]) for g in picked]
+    return hashlib.sha256(repr((len(groups), content)).encode()).hexdigest()[:16]
+
+
 def _as_groups(rows: Rows, tokenizer: Any, data: DataConfig) -> list[PromptGroup]:
     if len(rows) and isinstance(rows[0], PromptGroup):
         return list(rows)  # type: ignore[arg-type]
+    if data.chat_template is not None:
+        set_chat_template(tokenizer, data.chat_template)
     return groups_from_rows(rows, tokenizer, config=data)  # type: ignore[arg-type]
 
 
@@ -171,17 +220,3 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
 
     title = "first sample: trained tokens are highlighted"
     Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
-
-
-def _flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """One level, plain values: what trackers take."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{k}": v for k, v in _flat_settings(value).items()})
-        else:
-            flat[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
-
-
-__all__ = ["SFTConfig", "SFTTrainer", "sft"]

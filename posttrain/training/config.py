@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -66,7 +67,7 @@ class TrainConfig:
         for name in ("max_steps", "log_every", "eval_every", "save_every", "save_total_limit", "num_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be >= 0; got {getattr(self, name)}.")
-        if not re.fullmatch(r"[\w.=,+-]+", self.name):
+        if not re.fullmatch(r"\w[\w.=,+-]*", self.name):
             raise ValueError(f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}.")
 
     @property
@@ -75,10 +76,15 @@ class TrainConfig:
         return Path(self.run_dir) / self.name
 
     def num_steps(self, num_groups: int) -> int:
-        """Optimizer steps of the run for a training set of ``num_groups`` groups; at least 1."""
+        """Optimizer steps of the run: every group at least ``num_epochs`` times (the last step runs into the next epoch)."""
         if self.max_steps:
             return self.max_steps
-        return max(1, int(num_groups * self.num_epochs) // self.batch_size)
+        if self.batch_size > num_groups:
+            raise ValueError(
+                f"train.batch_size={self.batch_size} is more than the {num_groups} groups of the training data, so every "
+                "step would repeat rows. Lower --train.batch_size, or set --train.max_steps if that is what you want."
+            )
+        return math.ceil(num_groups * self.num_epochs / self.batch_size)
 
 
 def make_parser(config_class: type[C], *, description: str) -> Any:
@@ -138,6 +144,20 @@ def _suggestion(parser: Any, message: str) -> str:
         return ""
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f" Did you mean --{near[0]}?" if near else " See --help for all options."
+
+
+def plain_settings(value: Any) -> Any:
+    """Only what YAML and JSON have: tuples as lists."""
+    if isinstance(value, dict):
+        return {k: plain_settings(v) for k, v in value.items()}
+    return [plain_settings(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.lora.rank": 16, ...}: nested settings on one level."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): plain_settings(value)}
+    return {k: v for name, inner in value.items() for k, v in flat_settings(inner, f"{prefix}{name}.").items()}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

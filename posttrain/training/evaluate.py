@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.models.policy import Policy, plain_attention
-from posttrain.packing.batch import GroupPart, PackingMode, pack
+from posttrain.packing.batch import PackingMode, pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
-from posttrain.types import PromptGroup
+from posttrain.types import Completion, PromptGroup
 
 GROUPS_PER_PLAN = 256
 
@@ -98,27 +100,27 @@ class SelfCheckError(UserFacingError):
 SELF_CHECK_RMS_NATS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
+SELF_CHECK_TOKENS = 256
+"""Completions are checked up to here, so that the model's own forward holds few logits."""
+
+
 @torch.no_grad()
-def self_check(policy: Policy, groups: Sequence[PromptGroup]) -> float:
+def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int) -> float:
     """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at a time.
 
-    Raises SelfCheckError when it is beyond the rounding of the weights' dtype.
+    Raises SelfCheckError when it is beyond the rounding of the weights' dtype, ValueError if ``groups`` train nothing.
     """
-    mode = policy.forward_mode.mode
+    forward_mode = policy.forward_mode
+    groups = [_shortened(group) for group in groups]
+    plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=forward_mode.mode, length_limit=forward_mode.length_limit)
     was_training = policy.training
     policy.eval()
-    device = next(policy.parameters()).device
-    trained = [tuple(k for k, c in enumerate(g.completions) if c.num_trained) for g in groups]
-    parts = [GroupPart(group=i, completions=ks) for i, ks in enumerate(trained) if ks]
-    rows = [parts] if mode != "single" else [
-        [GroupPart(group=part.group, completions=(k,))] for part in parts for k in part.completions
-    ]  # fmt: skip
     squares, worst = [], (0.0, "")
-    for row in rows:
-        batch = pack(groups, row, mode=mode).to(device)
+    for micro_batch in plan.ranks[0]:
+        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(next(policy.parameters()).device)
         packed_T = policy(batch)
         for s, (g, k) in enumerate(batch.refs):
-            difference = (packed_T[batch.sequence_T == s] - _plain(policy, groups[g], k, device)).double()
+            difference = (packed_T[batch.sequence_T == s] - _plain_logps(policy, groups[g], k)).double()
             squares.append(difference.square())
             worst = max(worst, (float(difference.abs().max()), groups[g].where))
     policy.train(was_training)
@@ -126,22 +128,35 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup]) -> float:
     limit = SELF_CHECK_RMS_NATS[next(policy.parameters()).dtype]
     if not rms <= limit:
         raise SelfCheckError(
-            f"Self-check failed: log-probs of the packed forward ({mode}) differ from the model's own by {rms:.3g} nats (rms; "
-            f"limit {limit:g}), most in {worst[1]} ({worst[0]:.3g}). This model does something between its layers and its "
-            "logits that packing does not know. Train with --packing.mode single, and report the model."
+            f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from the model's own by {rms:.3g} "
+            f"nats (rms; limit {limit:g}), most in {worst[1]} ({worst[0]:.3g}). This model does something that packing or our LM "
+            "head does not know. Try --packing.mode single; if that fails too, its logits are transformed in a way that "
+            "models/logprobs.py has to learn."
         )
     return rms
 
 
-def _plain(policy: Policy, group: PromptGroup, k: int, device: torch.device) -> Tensor:
+def _shortened(group: PromptGroup) -> PromptGroup:
+    """The same group with completions cut to SELF_CHECK_TOKENS; those that then train nothing go."""
+    cut = [
+        Completion(token_ids=c.token_ids[:SELF_CHECK_TOKENS], loss_mask=c.loss_mask[:SELF_CHECK_TOKENS])
+        for c in group.completions
+    ]
+    trained = [c for c in cut if c.num_trained]
+    return replace(group, completions=trained or group.completions)
+
+
+def _plain_logps(policy: Policy, group: PromptGroup, k: int) -> Tensor:
     """Log-probs of one completion's trained tokens through the model as transformers ships it."""
     completion = group.completions[k]
     last = max(i for i, m in enumerate(completion.loss_mask) if m)
+    device = next(policy.parameters()).device
     ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
+    forward = getattr(policy.model, "get_base_model", lambda: policy.model)().forward
+    keep = {"logits_to_keep": last + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
     with plain_attention(policy.model):
-        logits = policy.model(input_ids=ids[None, :-1], use_cache=False).logits[0]
-    logits = logits[-(last + 1) :]
-    logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    logps = logps.gather(1, ids[-(last + 1) :, None]).squeeze(1)
+        logits = policy.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[0, -(last + 1) :]
     mask = torch.tensor([bool(m) for m in completion.loss_mask[: last + 1]], device=device)
-    return logps[mask]
+    logits_TV, targets_T = logits[mask], ids[-(last + 1) :][mask]
+    logps_TV = torch.log_softmax(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1)
+    return logps_TV.gather(1, targets_T[:, None]).squeeze(1)

@@ -18,6 +18,7 @@ from torch import nn
 
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
+from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, plan_step
 from posttrain.precision import PrecisionPlan
 from posttrain.training.config import TrainConfig
@@ -25,7 +26,7 @@ from posttrain.training.evaluate import evaluate_loss, self_check
 from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from posttrain.training.run_folder import RunFolder
-from posttrain.training.step import Loss, StepResult, clip_and_check, couples_completions, step_gradient
+from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
 from posttrain.types import PromptGroup
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,21 @@ class Loop:
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
 
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
+
     def run(self) -> TrainResult:
         """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run folder."""
         folder = RunFolder(self.train, self.accelerator, self.settings, num_steps=self.num_steps)
         self._prepare()
-        start = folder.resume(self.policy, self.optimizer, self.schedule)
+        start = folder.resume(
+            self.policy, self.optimizer, self.schedule, run={**self.identity, "mode": self.mode, "precision": self.precision.name}
+        )
+        if start > self.num_steps:
+            raise ValueError(
+                f"{folder.path} is at step {start}, past the {self.num_steps} steps asked for. Set --train.max_steps higher, "
+                "or another --train.name."
+            )
         metrics = MetricsLog(
             folder.metrics_path,
             num_steps=self.num_steps,
@@ -77,13 +88,15 @@ class Loop:
             accelerator=self.accelerator,
             log_every=self.train.log_every,
         )
-        last: dict[str, Any] = {}
+        last = folder.last_metrics()
         try:
             if start == 0:
                 metrics.evaluation(0, {"data": self.data_counts, **self._evaluate()})
             for step in range(start + 1, self.num_steps + 1):
-                last.update(self._step(step))
-                metrics.step(step, {k: v for k, v in last.items() if not k.startswith("eval_")})
+                values = self._step(step)
+                metrics.step(step, values)
+                evaluation = {k: v for k, v in last.items() if k in ("eval_loss", "eval_tokens")}
+                last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
                 if self.eval_groups and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
                     evaluation = self._evaluate()
@@ -107,7 +120,8 @@ class Loop:
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.train.self_check:
             first = [g for g in self.batches(0) if g.num_trained]
-            rms = self_check(policy, [first[0], max(first, key=lambda g: g.num_tokens_shared)])
+            both = [first[0], max(first, key=lambda g: g.num_tokens_shared)] if first else []
+            rms = self_check(policy, both, max_tokens=self.packing.max_tokens)
             if self.accelerator.is_main_process:
                 how = f"{policy.forward_mode.mode}: {policy.forward_mode.reason}"
                 print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({how})")
@@ -147,6 +161,10 @@ class Loop:
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
             self.schedule.step()
+        elif self.accelerator.scaler.get_scale() < 1.0:
+            raise NonFiniteError(
+                f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
+            )
         return self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
 
     def _metrics(
@@ -159,8 +177,8 @@ class Loop:
         flops_per_s = sum(mine) / seconds
         skips = {"skipped_step": 1} if skipped else {}
         return {
-            "loss": result.loss,
             **result.metrics,
+            "loss": result.loss,
             "grad_norm": grad_norm,
             "lr": lr,
             "trained_tokens": plan.counts.tokens,
@@ -187,6 +205,10 @@ class Loop:
 
 
 def longest_sequence(groups: Sequence[PromptGroup]) -> tuple[int, str]:
-    """Tokens and place of the longest prompt + completion, for the check against the token budget before anything is trained."""
-    longest = max(groups, key=lambda g: len(g.prompt_ids) + max(len(c.token_ids) for c in g.completions))
-    return len(longest.prompt_ids) + max(len(c.token_ids) for c in longest.completions), longest.where
+    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
+
+    def length(group: PromptGroup) -> int:
+        return len(group.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in group.completions) + 1
+
+    longest = max(groups, key=length)
+    return length(longest), longest.where

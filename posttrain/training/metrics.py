@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -45,7 +46,9 @@ class ModelFlops:
 
 def model_flops(model: nn.Module) -> ModelFlops:
     """Counts of a transformers (or PEFT) causal language model; mixture-of-experts weights by the share that is active."""
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        base = model.get_base_model()  # type: ignore[operator]
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
     head_weight = getattr(head, "base_layer", head).weight
@@ -58,13 +61,14 @@ def model_flops(model: nn.Module) -> ModelFlops:
         weights = parameter.numel() * (active if ".experts." in name else 1.0)
         layers += weights
         trainable += weights if parameter.requires_grad else 0.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return ModelFlops(
         layer_weights=int(layers),
         trainable_layer_weights=int(trainable),
         head_weights=head_weight.numel(),
         trainable_head_weights=head_weight.numel() if head_weight.requires_grad else 0,
-        attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
+        attention_width=config.num_hidden_layers * heads * head_dim,
     )
 
 
@@ -112,7 +116,8 @@ class MetricsLog:
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
         self._accelerator.log(numbers, step=values["step"])

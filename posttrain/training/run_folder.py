@@ -9,14 +9,18 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
 
 from posttrain.training import checkpoint
 from posttrain.training import state as training_state
-from posttrain.training.config import TrainConfig
+from posttrain.training.config import TrainConfig, flat_settings, plain_settings
+from posttrain.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +35,17 @@ class RunFolder:
         self._train = train
         self._accelerator = accelerator
         self._settings = settings
-        self._fingerprint = {
+        self._fingerprint: dict[str, Any] = {
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "num_threads": torch.get_num_threads(),
+            **{f"version of {name}": version(name) for name in ("torch", "transformers", "accelerate")},
         }
         if accelerator.is_main_process:
             self._open()
         accelerator.wait_for_everyone()
 
     def _open(self) -> None:
-        import yaml
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -57,10 +60,13 @@ class RunFolder:
                 f"{self.checkpoints} already has checkpoints and train.resume is never. Set another --train.name, delete the "
                 "folder, or set --train.resume auto to continue it."
             )
-        (self.path / "config.yaml").write_text(yaml.safe_dump(_plain(self._settings), sort_keys=False), encoding="utf-8")
 
-    def resume(self, policy: Any, optimizer: Any, schedule: Any) -> int:
-        """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one."""
+    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any]) -> int:
+        """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one.
+
+        ``run``: what else decides the numbers (data, loss, mode); a warning names what differs from the saved run.
+        """
+        self._fingerprint.update(run)
         found = [checkpoint.find_resumable(self.checkpoints)] if self._accelerator.is_main_process else [None]
         if self._accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -78,12 +84,19 @@ class RunFolder:
                 checkpoint.cut_metrics(self.metrics_path, step)
             else:
                 self.metrics_path.unlink(missing_ok=True)
+            settings = yaml.safe_dump(plain_settings(self._settings), sort_keys=False)
+            (self.path / "config.yaml").write_text(settings, encoding="utf-8")
         self._accelerator.wait_for_everyone()
         return step
 
+    def last_metrics(self) -> dict[str, Any]:
+        """The newest step's metrics and evaluation in metrics.jsonl; empty at the start of a run."""
+        lines = read_metrics(self.metrics_path) if self.metrics_path.exists() else []
+        return {k: v for line in lines[-2:] for k, v in line.items() if k != "data"}
+
     def _warn_about_differences(self, state: dict[str, Any]) -> None:
-        now = {**_flat(self._settings), **self._fingerprint}
-        before = {**_flat(state.get("settings", {})), **state.get("fingerprint", {})}
+        now = {**flat_settings(self._settings), **self._fingerprint}
+        before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
         harmless = ("train.run_dir", "train.name", "train.log_every", "train.save", "train.resume", "train.trackers")
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and not k.startswith(harmless)]
         if changed and self._accelerator.is_main_process:
@@ -96,7 +109,7 @@ class RunFolder:
             self.checkpoints,
             step,
             lambda folder: training_state.write_state(self._accelerator, policy, optimizer, schedule, folder),
-            state={"settings": _plain(self._settings), "fingerprint": self._fingerprint},
+            state={"settings": plain_settings(self._settings), "fingerprint": self._fingerprint},
             keep=self._train.save_total_limit or None,
             is_main=self._accelerator.is_main_process,
             barrier=self._accelerator.wait_for_everyone,
@@ -106,25 +119,20 @@ class RunFolder:
     def save_final(self, write: Callable[[Path], None]) -> Path:
         """``final/``: written aside, then put in place by a rename."""
         final, aside = self.path / "final", self.path / ".tmp_final"
+        error: Exception | None = None
         if self._accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            write(aside)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(aside, final)
-        self._accelerator.wait_for_everyone()
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                write(aside)
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(aside, final)
+            except (OSError, SafetensorError) as raised:
+                shutil.rmtree(aside, ignore_errors=True)
+                error = raised
+        if not checkpoint.agree(self._accelerator)(error is None):
+            raise checkpoint.CheckpointError(
+                f"The final model was not written to {final}: {error or 'the main process says why'}. The last checkpoint is "
+                "intact: make room and start the same command again."
+            ) from error
         return final
-
-
-def _plain(value: Any) -> Any:
-    """Only what YAML and JSON have: tuples as lists."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): _plain(value)}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}

@@ -37,8 +37,6 @@ class StepResult:
 
     loss: float
     metrics: dict[str, float]
-    num_tokens: int
-    """Tokens computed on this rank (dummies included)."""
     batches: list[tuple[PackedBatch, Tensor]] = field(default_factory=list)
     """[micro-batch, its detached sums of log-probs by completion]: read when something is not finite."""
 
@@ -82,7 +80,7 @@ def step_gradient(
     precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = _Totals(loss=torch.zeros((), dtype=precise, device=accelerator.device))
     cache = _GradientCache(accelerator, policy, groups, plan, loss, mode=mode, totals=totals)
-    result = StepResult(loss=0.0, metrics={}, num_tokens=0)
+    result = StepResult(loss=0.0, metrics={})
     # One autocast around all micro-batches: the weights are cast once per step instead of once per forward. Not around the
     # gradient cache: weights cast without gradient would be reused, and the gradient lost.
     with accelerator.autocast():
@@ -97,8 +95,9 @@ def step_gradient(
                     share = (logps_T * cache.gradient_of(batch)).sum()
                 else:
                     share = _share(loss, batch.with_logps(logps_T), plan, totals)
+                    share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
                 accelerator.backward(share * accelerator.num_processes)
-            result.num_tokens += int(batch.input_ids_L.shape[0])
+            batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
             if not micro_batch.is_dummy:
                 result.batches.append((batch, batch.with_logps(logps_T).sum_by_sequence(logps_T.detach())))
     result.loss, result.metrics = _reduce_totals(accelerator, totals)
@@ -106,10 +105,17 @@ def step_gradient(
 
 
 def _share(loss: Loss, logps: TokenLogps, plan: StepPlan, totals: _Totals) -> Tensor:
-    """This micro-batch's part of the loss of the global batch, and its metrics into the totals."""
-    output = loss(logps)
-    shares = [reduce_term(term, logps, plan.counts) for term in output.terms]
-    share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
+    """This micro-batch's part of the loss of the global batch, and its metrics into the totals. Never in 16 bit."""
+    with torch.autocast(logps.logps_T.device.type, enabled=False):
+        output = loss(logps)
+        units = {term.unit for term in output.terms}
+        if units & {"pair", "group"} and not couples_completions(loss):
+            raise ValueError(
+                "A loss with items of unit 'pair' or 'group' couples the completions of a group, but this one declares "
+                "couples_completions = False, so a group over the token budget would be cut between them. Remove the declaration."
+            )
+        shares = [reduce_term(term, logps, plan.counts) for term in output.terms]
+        share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
     totals.loss += share.detach()
     totals.add_metrics(output.metrics)
     return share
@@ -197,7 +203,7 @@ class _GradientCache:
         whole = pack(groups, [GroupPart(group=group, completions=trained)], mode=mode).to(self._device)
         logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()
         with torch.enable_grad():
-            share = _share(loss, whole.with_logps(logps_T), plan, totals)
+            share = _share(loss, whole.with_logps(logps_T), plan, totals) + 0.0 * logps_T.sum()
             (gradient_T,) = torch.autograd.grad(share, logps_T)
         for s, ref in enumerate(whole.refs):
             self._gradient[ref] = gradient_T[whole.sequence_T == s]
@@ -248,10 +254,8 @@ def clip_and_check(
 
     Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers the scale.
     """
-    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
-    norm = accelerator.clip_grad_norm_(policy.parameters(), limit)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    grad_norm = float(norm)
+    accelerator.unscale_gradients()
+    grad_norm = _clip(policy, max_grad_norm)
     loss_ok = result.loss == result.loss and abs(result.loss) != float("inf")
     grad_ok = grad_norm == grad_norm and grad_norm != float("inf")
     if loss_ok and (grad_ok or accelerator.scaler is not None):
@@ -261,6 +265,18 @@ def clip_and_check(
         f"{_suspects(policy, result, groups)} Lower --optimizer.lr, use --train.precision fp32, or look at the named samples; "
         "the last checkpoint is intact."
     )
+
+
+def _clip(policy: nn.Module, max_grad_norm: float) -> float:
+    """Norm over all gradients, summed in at least float32, and torch's clipping g * min(1, max / (norm + 1e-6))."""
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    wide = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(wide))
+    if max_grad_norm > 0:
+        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for g in gradients:
+            g.mul_(factor.to(g.dtype))
+    return float(norm)
 
 
 def _suspects(policy: nn.Module, result: StepResult, groups: Sequence[PromptGroup]) -> str:

@@ -102,6 +102,52 @@ def test_long_rope_rows_never_mix_lengths_on_both_sides_of_the_threshold(mode):
             torch.testing.assert_close(logps_T[batch.sequence_T == s], wanted, atol=2e-5, rtol=0)
 
 
+def test_the_self_check_keeps_long_rope_lengths_apart():
+    from posttrain.training.evaluate import self_check
+
+    groups = random_groups(8, sizes=(3,), seed=2, max_prompt=15, max_completion=14)
+    policy = Policy(phi3_longrope(), PackingConfig())
+    assert self_check(policy, groups, max_tokens=500) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, monkeypatch):
+    from posttrain.models.logprobs import LogitTransform
+    from posttrain.packing import attention
+    from posttrain.training.evaluate import SelfCheckError, self_check
+
+    policy = Policy(build(family), PackingConfig())
+    assert self_check(policy, GROUPS, max_tokens=500) < 1e-5
+    if family == "gemma2":
+        policy.transform = LogitTransform()
+    else:
+        monkeypatch.setattr(attention, "_segment_mask", lambda layout, i, window, q: None)
+    with pytest.raises(SelfCheckError, match="differ from the model's own"):
+        self_check(policy, GROUPS, max_tokens=500)
+
+
+def test_dropout_that_is_no_module_is_found():
+    """OPT calls F.dropout; two identical completions would get the same mask on a shared prompt."""
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        dropout=0.1,
+        word_embed_proj_dim=32,
+    )
+    assert Policy(transformers.OPTForCausalLM(config), PackingConfig()).forward_mode.mode != "shared"
+
+
+def test_layers_that_drop_the_layout_step_down_to_single():
+    config = transformers.NemotronConfig(**{**SMALL, "head_dim": 8})
+    policy = Policy(transformers.NemotronForCausalLM(config), PackingConfig())
+    assert policy.forward_mode.mode == "single"
+    with pytest.raises(ValueError, match="not exact for this model"):
+        Policy(transformers.NemotronForCausalLM(config), PackingConfig(mode="shared"))
+
+
 def test_attention_sinks_and_state_space_layers_run_one_sequence_per_forward():
     config = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})
     policy = Policy(transformers.GptOssForCausalLM(config), PackingConfig())

@@ -90,3 +90,18 @@ def test_a_loss_that_reduces_is_refused():
         LossOutput()
     with pytest.raises(ValueError, match="not defined for items of unit 'pair'"):
         reduce_term(LossTerm(items=ITEMS[:1], unit="pair", aggregation="sequence_sum"), logps(), COUNTS)
+    with pytest.raises(ValueError, match=r"shape \(1,\); got \(6,\)"):
+        reduce_term(LossTerm(items=ITEMS, unit="pair"), logps(), COUNTS)
+
+
+def test_pairs_and_groups():
+    """Three completions give 3 pairs, two give 1: pair_mean counts pairs alike, group_mean is InstructGPT's 1/C(K,2)."""
+    groups = [PromptGroup(prompt_ids=[1], completions=[Completion(token_ids=[5], loss_mask=[1])] * k) for k in (3, 1, 2)]
+    parts = [GroupPart(group=i, completions=tuple(range(len(g.completions)))) for i, g in enumerate(groups)]
+    batch, counts = pack(groups, parts, mode="shared").with_logps(torch.zeros(6)), count_units(groups)
+    assert counts == Counts(tokens=6, completions=6, groups=3, pairs=4)
+    items = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    assert float(reduce_term(LossTerm(items=items, unit="pair"), batch, counts)) == pytest.approx(4.0)
+    by_group = LossTerm(items=items, unit="pair", aggregation="group_mean")
+    assert float(reduce_term(by_group, batch, counts)) == pytest.approx((2.0 + 0.0 + 10.0) / 3)
+    assert float(reduce_term(LossTerm(items=items[:3], unit="group"), batch, counts)) == pytest.approx(2.0)

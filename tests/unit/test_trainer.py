@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import (
     Completion,
+    DataConfig,
     LossOutput,
     ModelConfig,
     OptimizerConfig,
@@ -73,6 +74,17 @@ def test_a_loss_by_dotted_path_keeps_its_declaration_and_checks_its_options():
 def test_settings_that_would_be_ignored_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs its tokenizer too"):
         SFTTrainer(model=tiny_llama(), train_dataset=ROWS)
+    with pytest.raises(ValueError, match="eval_dataset without train_dataset"):
+        SFTTrainer(model="x", eval_dataset=ROWS)
+    with pytest.raises(ValueError, match="data.train beside train_dataset"):
+        SFTTrainer(model="x", train_dataset=ROWS, config=SFTConfig(data=DataConfig(train=["a.jsonl"])))
+    with pytest.raises(ValueError, match="beside a loaded model"):
+        SFTTrainer(
+            model=tiny_llama(),
+            tokenizer=object(),
+            train_dataset=ROWS,
+            config=SFTConfig(model=ModelConfig(gradient_checkpointing=True)),
+        )
     with pytest.raises(ValueError, match="would be ignored"):
         SFTTrainer(model="x", loss=focal, config=SFTConfig(loss_options={"aggregation": "sequence_mean"}))
 
@@ -92,6 +104,31 @@ def test_a_finished_run_starts_again_without_training(tmp_path):
     assert (again.final / "model.safetensors").read_bytes() == weights
     with pytest.raises(ValueError, match="train.resume is never"):
         SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, resume="never")).train()
+
+
+def test_a_model_loaded_in_bf16_is_refused_where_float32_masters_are_promised(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    trainer = SFTTrainer(
+        model=model, tokenizer=AutoTokenizer.from_pretrained(folder), train_dataset=ROWS, config=config(tmp_path)
+    )
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        trainer.train()
+
+
+def test_fewer_steps_than_done_are_refused(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    first = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)).train()
+    again = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)).train()
+    assert again.metrics["loss"] == first.metrics["loss"]
+    with pytest.raises(ValueError, match="at step 3, past the 2 steps"):
+        SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=2)).train()
+
+
+def test_every_group_is_trained_in_an_epoch_and_repeats_are_refused():
+    assert TrainConfig(batch_size=13).num_steps(25) == 2
+    with pytest.raises(ValueError, match="more than the 10 groups"):
+        TrainConfig(batch_size=64).num_steps(10)
 
 
 def test_flops_are_six_per_weight_and_token_plus_attention():
