@@ -62,6 +62,39 @@ def test_gradient_equals_one_sequence_at_a_time(family, mode):
     assert max_difference(got, wanted) < 2e-6 * max(scale, 1.0)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen2_sliding", "mistral"])
+def test_checkpointing_recomputes_windows_and_softcaps_of_packed_rows(family):
+    """The layout must reach the attention again when a layer is recomputed in the backward."""
+    wanted_loss, wanted = reference_gradient(build(family), GROUPS, token_mean)
+    model = build(family).train()
+    model.activation_checkpointing_enable()
+    policy = Policy(model, PackingConfig())
+    plan = plan_step(GROUPS, world_size=1, max_tokens=60, mode="shared")
+    result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, sft, mode="shared")
+    assert result.loss == pytest.approx(wanted_loss, abs=1e-6)
+    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(float(g.abs().max()) for g in wanted.values())
+
+
+@pytest.mark.parametrize("mode", ["shared", "single"])
+def test_lora_on_every_layer_and_the_head(mode):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted() -> torch.nn.Module:
+        model = build("llama")
+        torch.manual_seed(3)
+        targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
+        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+
+    wanted_loss, wanted = reference_gradient(adapted(), GROUPS, token_mean)
+    model = adapted()
+    policy = Policy(model, PackingConfig(mode=mode, logits_chunk=5))
+    plan = plan_step(GROUPS, world_size=1, max_tokens=60, mode=mode)
+    result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, sft, mode=mode)
+    assert result.loss == pytest.approx(wanted_loss, abs=1e-6)
+    assert wanted and all("lora" in name for name in wanted)
+    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(float(g.abs().max()) for g in wanted.values())
+
+
 def phi3_longrope() -> torch.nn.Module:
     """Phi-3 with long RoPE: other frequencies for rows with a position past 20."""
     torch.manual_seed(0)
