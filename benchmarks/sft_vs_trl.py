@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first is not timed")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], nargs="*", default=["bf16", "fp32"])
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 8], help="batch sizes tried for trl-best")
-    parser.add_argument("--max_tokens", type=int, default=768, help="our token budget")
+    parser.add_argument("--max_tokens", type=int, default=512, help="our token budget")
     parser.add_argument("--logits_chunk", type=int, default=512)
     parser.add_argument("--per_device", type=int, default=8, help=argparse.SUPPRESS)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
