@@ -29,7 +29,9 @@ class Layout:
     """Segments of a row, in order. Segment i sees itself causally and all of segment ``prefixes[i]`` (-1: nothing)."""
 
     lengths: tuple[int, ...]
+    """Tokens of each segment; they add up to L."""
     prefixes: tuple[int, ...]
+    """Segment that each one continues, or -1."""
     cache: dict[Any, Any] = field(default_factory=dict)
     """Masks made for this layout, by backend and window: every layer asks for the same ones."""
 
@@ -44,7 +46,9 @@ class GroupPart:
     """Some completions of one group of the global batch; all of them unless the group is over the token budget."""
 
     group: int
+    """Index in the global batch."""
     completions: tuple[int, ...]
+    """Indices in the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +56,23 @@ class PackedBatch:
     """One micro-batch as the model sees it. Shapes: see the legend in ``posttrain.types``."""
 
     input_ids_L: Tensor
+    """[L] token ids of the row."""
     position_ids_L: Tensor
+    """[L] position of each token in its own sequence."""
     layout: Layout
+    """Which stretch of the row sees which."""
     predictor_T: Tensor
     """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all its completions."""
     targets_T: Tensor
+    """[T] the trained token ids."""
     sequence_T: Tensor
+    """[T] completion of each trained token, 0 .. S-1."""
     group_S: Tensor
+    """[S] group of each completion, 0 .. P-1."""
     num_tokens_S: Tensor
+    """[S] trained tokens of each completion."""
     group_size_S: Tensor
+    """[S] trained completions of the whole group, also those that are not in this row."""
     refs: tuple[tuple[int, int], ...]
     """[S] (index of the group in the global batch, index of the completion in the group)."""
 

@@ -87,7 +87,6 @@ class SFTTrainer:
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
         config = self.config
-
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
         )
@@ -133,7 +132,7 @@ class SFTTrainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
-            identity={"loss": f"{self.loss.__module__}.{self.loss.__qualname__}", "data": _digest(train)},
+            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
         )
         result = loop.run()
         if accelerator.is_main_process:

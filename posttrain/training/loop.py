@@ -71,7 +71,10 @@ class Loop:
 
     def run(self) -> TrainResult:
         """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run folder."""
-        folder = RunFolder(self.train, self.accelerator, self.settings, num_steps=self.num_steps)
+        with RunFolder(self.train, self.accelerator, self.settings, num_steps=self.num_steps) as folder:
+            return self._run(folder)
+
+    def _run(self, folder: RunFolder) -> TrainResult:
         self._prepare()
         start = folder.resume(
             self.policy, self.optimizer, self.schedule, run={**self.identity, "mode": self.mode, "precision": self.precision.name}

@@ -5,6 +5,7 @@ runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -44,6 +45,25 @@ class RunFolder:
         if accelerator.is_main_process:
             self._open()
         accelerator.wait_for_everyone()
+
+    def __enter__(self) -> RunFolder:
+        """Takes the folder's lock, which the system releases with the process however it ends."""
+        if self._accelerator.is_main_process:
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock.close()
+                raise ValueError(
+                    f"Another process is training in {self.path} (a worker of a killed launch, perhaps): two would "
+                    "overwrite each other. Wait for it, end it, or set another --train.name."
+                ) from error
+        self._accelerator.wait_for_everyone()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._accelerator.is_main_process:
+            self._lock.close()
 
     def _open(self) -> None:
         try:

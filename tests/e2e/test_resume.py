@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
 from tests.e2e.launching import REPO, check, command, environment, run
 from tests.tiny import model_folder, write_rows
 
-STEPS = 12
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def arguments(inputs, run_dir: Path, name: str) -> list[str]:
     return [
         "--model.name", str(model), "--data.train", f"[{rows}]", "--data.cache_dir", str(run_dir / "cache"), "--data.eval_fraction", "0.1",
         "--train.run_dir", str(run_dir), "--train.name", name, "--train.max_steps", str(STEPS), "--train.batch_size", "8",
-        "--train.save_every", "2", "--train.eval_every", "3", "--optimizer.lr", "3e-3", "--optimizer.weight_decay", "0.1",
+        "--train.save_every", "4", "--train.eval_every", "3", "--optimizer.lr", "3e-3", "--optimizer.weight_decay", "0.1",
         "--packing.max_tokens", "200",
     ]  # fmt: skip
 
@@ -42,22 +42,26 @@ def outcome(folder: Path) -> tuple[str, list[dict]]:
 
 
 def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Random) -> None:
-    """Starts the recipe and kills its whole process group a moment after a random one of its next steps."""
+    """Starts the recipe and kills the launcher and all its workers a moment after a random one of its next steps."""
     process = subprocess.Popen(
-        command(launch, "recipes/sft.py", *args), env=environment(), cwd=REPO, start_new_session=True,
+        command(launch, "recipes/sft.py", *args), env=environment(), cwd=REPO,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     metrics = folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    wanted = before + rng.randint(1, 3)
+    wanted = before + rng.randint(1, 6)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= wanted:
-            time.sleep(rng.random() * 0.05)
+            time.sleep(rng.random() * 0.02)
             break
         time.sleep(0.002)
     assert process.poll() is None, "the run ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    for victim in [
+        *psutil.Process(process.pid).children(recursive=True),
+        process,
+    ]:  # torchrun gives workers sessions of their own
+        victim.kill()
     process.wait()
 
 
@@ -74,6 +78,15 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, inputs, launch, kills
     assert metrics == wanted_metrics
     assert weights == wanted_weights
     assert "resumed from" in last.stderr + last.stdout
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, inputs):
+    args = arguments(inputs, tmp_path, "shared")
+    (tmp_path / "shared").mkdir()
+    with (tmp_path / "shared" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run("cpu.yaml", "recipes/sft.py", *args)
+    assert result.returncode != 0 and "Another process is training" in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path, inputs):

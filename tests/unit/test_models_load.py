@@ -154,8 +154,9 @@ def test_pickle_only_folder_is_refused_and_the_advice_it_gives_works(folder: Pat
 
 
 def test_a_pickle_beside_safetensors_is_never_read(folder: Path) -> None:
+    wanted = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)(PROMPT).logits
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
-    load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    assert torch.equal(load_model(ModelConfig(name=str(folder)), dtype=torch.float32)(PROMPT).logits, wanted)
 
 
 def test_folder_without_weights(folder: Path) -> None:
