@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_a_loss_by_dotted_path_keeps_its_declaration_and_checks_its_options():
     assert not couples_completions(loss) and couples_completions(focal)
     with pytest.raises(ValueError, match=r"has no option 'gama'; it has \['gamma'\]. Did you mean gamma"):
         resolve_loss("tests.unit.test_trainer.focal", {"gama": 1.0})
+
+
+def test_a_loss_in_the_folder_one_starts_in_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_losses_here.py").write_text("def mine(logps, *, weight=1.0):\n    return weight\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert resolve_loss("my_losses_here.mine", {"weight": 2.0})(None) == 2.0
 
 
 def test_settings_that_would_be_ignored_are_refused(tmp_path):
