@@ -161,9 +161,11 @@ def spread(values: list[float]) -> str:
 
 def compare(dtype: str, args: argparse.Namespace) -> list[str]:
     """Interleaved rounds; ratios are taken within a round, so that a slow minute hits both sides."""
-    sizes = {size: spawn("trl-best", dtype, args, per_device=size, steps=3)["tokens_per_s"] for size in args.sizes}
-    fastest = max(sizes, key=lambda size: sizes[size])
-    print(f"{dtype}: trl-best batch sizes {sizes} -> {fastest}", file=sys.stderr)
+    fastest = args.sizes[0]
+    if len(args.sizes) > 1:
+        sizes = {size: spawn("trl-best", dtype, args, per_device=size, steps=3)["tokens_per_s"] for size in args.sizes}
+        fastest = max(sizes, key=lambda size: sizes[size])
+        print(f"{dtype}: trl-best batch sizes {sizes} -> {fastest}", file=sys.stderr)
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(args.rounds):
         names = ["ours", "trl-default", "trl-best"]

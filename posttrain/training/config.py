@@ -177,7 +177,8 @@ def resolve_loss(path: str, options: dict[str, Any]) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"--loss is a dotted path to a function such as my_losses.my_loss, importable from the folder you start in; got {path!r} ({error})."
+            f"--loss is a dotted path to a function such as my_losses.my_loss, importable from the folder you start in; "
+            f"got {path!r} ({error})."
         ) from error
     accepted = {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     unknown = sorted(set(options) - accepted)
