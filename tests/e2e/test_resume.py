@@ -52,7 +52,8 @@ def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Ran
     wanted = before + rng.randint(1, 6)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= wanted:
+        saved = any((folder / "checkpoints").glob("step_*"))
+        if saved and len(metrics.read_text().splitlines()) >= wanted:
             time.sleep(rng.random() * 0.02)
             break
         time.sleep(0.002)
