@@ -9,8 +9,9 @@ together is said by an index beside it (``sequence_T``: which completion a token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,8 @@ class Completion:
 
     token_ids: Sequence[int]
     loss_mask: Sequence[bool | int]
+    label: bool | None = None
+    """Unpaired feedback (KTO): True desirable, False undesirable, None not rated."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.loss_mask):
@@ -48,11 +51,25 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One comparison inside a group: completion ``chosen`` was preferred to completion ``rejected`` (indices in the group)."""
+
+    chosen: int
+    rejected: int
+    margin: float = 0.0
+    """How much better, in the data's own units; read by losses that want it (Llama 2, arXiv:2307.09288 eq. 2)."""
+    weight: float = 1.0
+    """How often the pair counts: weight 2 trains as the same pair twice, 0 as leaving it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptGroup:
     """One prompt and its K completions: the unit of every method (SFT: K = 1; DPO: K = 2; GRPO: K = G)."""
 
     prompt_ids: Sequence[int]
     completions: Sequence[Completion]
+    pairs: Sequence[Pair] | None = None
+    """Comparisons to train on. None: the completions are ranked, best first, and all C(K, 2) pairs count."""
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Where it comes from: ``file``, ``row``; read by error messages and reward functions, never by the forward."""
 
@@ -64,11 +81,27 @@ class PromptGroup:
             )
         if len(self.completions) == 0:
             raise ValueError(f"PromptGroup needs at least one completion; got none in {self.where}.")
+        for pair in self.pairs or ():
+            if not (0 <= min(pair.chosen, pair.rejected) and max(pair.chosen, pair.rejected) < len(self.completions)):
+                raise ValueError(f"{self.where}: {pair} names a completion that is not among the {len(self.completions)}.")
+            if pair.chosen == pair.rejected or not 0 <= pair.weight < float("inf"):
+                raise ValueError(f"{self.where}: {pair} must compare two completions with a finite weight >= 0.")
 
     @property
     def where(self) -> str:
         """`file:row` for messages."""
         return f"{self.meta.get('file', '<memory>')}:{self.meta.get('row', '?')}"
+
+    @property
+    def trained_pairs(self) -> list[Pair]:
+        """Pairs whose two completions have a trained token and whose weight is not 0."""
+        trained = [c.num_trained > 0 for c in self.completions]
+        if self.pairs is None:
+            k = len(trained)
+            every = [Pair(chosen=i, rejected=j) for i in range(k) for j in range(i + 1, k)]
+        else:
+            every = [pair for pair in self.pairs if pair.weight]
+        return [pair for pair in every if trained[pair.chosen] and trained[pair.rejected]]
 
     @property
     def num_trained(self) -> int:
@@ -91,7 +124,10 @@ class Counts:
     tokens: int
     completions: int
     groups: int
-    pairs: int = 0
+    pairs: float = 0.0
+    """Sum of the pair weights; the number of pairs where none has a weight."""
+    paired_groups: int = 0
+    """Groups with at least one pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +137,9 @@ class TokenLogps:
     ``logps_T`` [T] natural-log probabilities, at least float32, with gradient; ``targets_T`` [T] token ids;
     ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1; ``num_tokens_S`` [S] trained
     tokens of each completion (0 possible); ``group_size_S`` [S] completions of the *whole* group that have a trained
-    token, also when only a part of the group is in this micro-batch.
+    token, also when only a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and the rejected
+    completion of each pair (indices into S), ``margin_B`` and ``weight_B`` [B] its margin and weight; ``label_S`` [S]
+    1 desirable, -1 undesirable, 0 not rated.
     """
 
     logps_T: Tensor
@@ -110,11 +148,99 @@ class TokenLogps:
     group_S: Tensor
     num_tokens_S: Tensor
     group_size_S: Tensor
+    pairs_B2: Tensor
+    margin_B: Tensor
+    weight_B: Tensor
+    label_S: Tensor
+    reference_T: Tensor | None = None
+    """[T] log-probs of the same tokens under the reference model, without gradient; None where the loss needs none."""
+    batch_mean: Tensor | None = None
+    """[] the loss's own statistic of the global batch (``BatchStatistic``), a constant."""
 
     def sum_by_sequence(self, values_T: Tensor) -> Tensor:
         """values_S[s] = sum of values_T over the trained tokens of completion s; 0 for a completion without any."""
         zeros_S = values_T.new_zeros(self.group_S.shape[0])
         return zeros_S.index_add(0, self.sequence_T, values_T)
+
+    @cached_property
+    def logps_S(self) -> Tensor:
+        """[S] log pi(y | x): the *sum* over the completion's trained tokens."""
+        return self.sum_by_sequence(self.logps_T)
+
+    @cached_property
+    def reference_S(self) -> Tensor:
+        """[S] log pi_ref(y | x). Raises ValueError without a reference."""
+        if self.reference_T is None:
+            raise ValueError(
+                "This loss reads reference log-probs, but the run has no reference. Remove needs_reference = False from the loss."
+            )
+        return self.sum_by_sequence(self.reference_T)
+
+    @cached_property
+    def logratio_S(self) -> Tensor:
+        """[S] log pi(y | x) - log pi_ref(y | x), summed over trained tokens."""
+        return self.logps_S - self.reference_S
+
+
+class PairLogps(TokenLogps):
+    """The view of preference losses: [B] tensors over the pairs; w is the chosen, l the rejected completion."""
+
+    def of_chosen(self, values_S: Tensor) -> Tensor:
+        """[B] a value of the chosen completion of each pair."""
+        return values_S[self.pairs_B2[:, 0]]
+
+    def of_rejected(self, values_S: Tensor) -> Tensor:
+        """[B] a value of the rejected completion of each pair."""
+        return values_S[self.pairs_B2[:, 1]]
+
+    @property
+    def chosen_logps_B(self) -> Tensor:
+        """[B] log pi(y_w | x), summed."""
+        return self.of_chosen(self.logps_S)
+
+    @property
+    def rejected_logps_B(self) -> Tensor:
+        """[B] log pi(y_l | x), summed."""
+        return self.of_rejected(self.logps_S)
+
+    @property
+    def chosen_logratio_B(self) -> Tensor:
+        """[B] w = log pi(y_w | x) - log pi_ref(y_w | x)."""
+        return self.of_chosen(self.logratio_S)
+
+    @property
+    def rejected_logratio_B(self) -> Tensor:
+        """[B] l = log pi(y_l | x) - log pi_ref(y_l | x)."""
+        return self.of_rejected(self.logratio_S)
+
+    @property
+    def logratio_gap_B(self) -> Tensor:
+        """[B] h = w - l, the argument of every DPO loss (Rafailov et al. 2023, arXiv:2305.18290 eq. 7, before beta)."""
+        return self.chosen_logratio_B - self.rejected_logratio_B
+
+    @property
+    def chosen_length_B(self) -> Tensor:
+        """[B] |y_w|, trained tokens."""
+        return self.of_chosen(self.num_tokens_S)
+
+    @property
+    def rejected_length_B(self) -> Tensor:
+        """[B] |y_l|, trained tokens."""
+        return self.of_rejected(self.num_tokens_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistic:
+    """A mean over the whole global batch under the present policy that a loss needs before its first item (KTO's z0).
+
+    A loss declares it as ``my_loss.batch_statistic = BatchStatistic(...)``. The step computes it in a forward without
+    gradient, reduces it over ranks and hands it in as the constant ``logps.batch_mean``.
+    """
+
+    groups: Callable[[Sequence[PromptGroup]], Sequence[PromptGroup]]
+    """The sequences to forward, made from the groups of the global batch."""
+    items: Callable[[TokenLogps], Tensor]
+    """[S] one value per completion of those; the statistic is their mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +249,7 @@ class LossTerm:
 
     items: Tensor
     unit: Unit = "token"
-    """What an item belongs to. Pairs: all i < j of a group's trained completions, group by group."""
+    """What an item belongs to. Pairs: the rows of ``pairs_B2``; the step multiplies each by its weight."""
     aggregation: Aggregation | None = None
     """How items become one number (``losses/reduce.py``); None: the mean over the unit itself."""
     weight: float = 1.0

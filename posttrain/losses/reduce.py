@@ -3,7 +3,7 @@
     token_mean       sum over tokens / trained tokens                     (default; every token counts the same)
     sequence_mean    mean over completions of their mean over tokens      (every completion counts the same)
     sequence_sum     mean over completions of their sum over tokens       (Kimi k1.5, arXiv:2501.12599 eq. 3)
-    pair_mean        sum over pairs / pairs
+    pair_mean        sum over pairs of weight * item / sum of weights
     group_mean       mean over groups of the mean over their items        (InstructGPT's 1/C(K,2), arXiv:2203.02155 eq. 1)
     constant(L)      sum / (L * completions)                              (Dr. GRPO, arXiv:2503.20783)
 
@@ -72,11 +72,13 @@ def _completions(items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, c
 
 
 def _pairs(items_B: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+    weighted_B = items_B * logps.weight_B
     if aggregation == "pair_mean":
-        return items_B.sum() / max(counts.pairs, 1)
+        return weighted_B.sum() / counts.pairs if counts.pairs else weighted_B.sum()
     if aggregation == "group_mean":
-        pairs_P = pairs_by_group(logps)
-        return (items_B / pairs_P.repeat_interleave(pairs_P)).sum() / counts.groups
+        group_B = logps.group_S[logps.pairs_B2[:, 0]]
+        weight_P = logps.weight_B.new_zeros(_num_groups(logps)).index_add(0, group_B, logps.weight_B)
+        return (weighted_B / weight_P[group_B]).sum() / max(counts.paired_groups, 1)
     return None
 
 
@@ -84,19 +86,16 @@ def _groups(items_P: Tensor, aggregation: Aggregation, logps: TokenLogps, counts
     return items_P.sum() / counts.groups if aggregation == "group_mean" else None
 
 
-def pairs_by_group(logps: TokenLogps) -> Tensor:
-    """[P] k (k - 1) / 2 for the k trained completions of each group in this micro-batch."""
-    num_groups = int(logps.group_S[-1]) + 1
-    trained_P = logps.group_S.new_zeros(num_groups).index_add(0, logps.group_S, (logps.num_tokens_S > 0).long())
-    return trained_P * (trained_P - 1) // 2
+def _num_groups(logps: TokenLogps) -> int:
+    return int(logps.group_S[-1]) + 1
 
 
 def _check_length(term: LossTerm, logps: TokenLogps) -> None:
     wanted = {
         "token": lambda: logps.logps_T.shape[0],
         "completion": lambda: logps.group_S.shape[0],
-        "pair": lambda: int(pairs_by_group(logps).sum()),
-        "group": lambda: int(logps.group_S[-1]) + 1,
+        "pair": lambda: logps.pairs_B2.shape[0],
+        "group": lambda: _num_groups(logps),
     }[term.unit]()
     if tuple(term.items.shape) != (wanted,):
         raise ValueError(

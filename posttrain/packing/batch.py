@@ -73,6 +73,14 @@ class PackedBatch:
     """[S] trained tokens of each completion."""
     group_size_S: Tensor
     """[S] trained completions of the whole group, also those that are not in this row."""
+    pairs_B2: Tensor
+    """[B, 2] chosen and rejected completion (0 .. S-1) of each pair whose two completions are in this row."""
+    margin_B: Tensor
+    """[B] margin of each pair."""
+    weight_B: Tensor
+    """[B] weight of each pair."""
+    label_S: Tensor
+    """[S] 1 desirable, -1 undesirable, 0 not rated."""
     refs: tuple[tuple[int, int], ...]
     """[S] (index of the group in the global batch, index of the completion in the group)."""
 
@@ -81,7 +89,9 @@ class PackedBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
-    def with_logps(self, logps_T: Tensor) -> TokenLogps:
+    def with_logps(
+        self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None
+    ) -> TokenLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
         return TokenLogps(
             logps_T=logps_T,
@@ -90,6 +100,12 @@ class PackedBatch:
             group_S=self.group_S,
             num_tokens_S=self.num_tokens_S,
             group_size_S=self.group_size_S,
+            pairs_B2=self.pairs_B2,
+            margin_B=self.margin_B.to(logps_T.dtype),
+            weight_B=self.weight_B.to(logps_T.dtype),
+            label_S=self.label_S,
+            reference_T=reference_T,
+            batch_mean=batch_mean,
         )
 
 
@@ -170,18 +186,27 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
     row = _Row()
     group_S: list[int] = []
     group_size_S: list[int] = []
+    pairs: list[tuple[int, int]] = []
+    margins: list[float] = []
+    weights: list[float] = []
     for p, part in enumerate(parts):
         group = groups[part.group]
+        at = {k: len(row.refs) + i for i, k in enumerate(part.completions)}
         if mode == "shared" and len(part.completions) > 1:
             row.add_shared(group, part)
         else:
             row.add_separate(group, part)
         group_S.extend([p] * len(part.completions))
         group_size_S.extend([sum(c.num_trained > 0 for c in group.completions)] * len(part.completions))
+        here = [pair for pair in group.trained_pairs if pair.chosen in at and pair.rejected in at]
+        pairs.extend((at[pair.chosen], at[pair.rejected]) for pair in here)
+        margins.extend(pair.margin for pair in here)
+        weights.extend(pair.weight for pair in here)
 
-    def long(values: list[int]) -> Tensor:
+    def long(values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long)
 
+    labels = [groups[g].completions[k].label for g, k in row.refs]
     return PackedBatch(
         input_ids_L=long(row.ids),
         position_ids_L=long(row.positions),
@@ -192,5 +217,9 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
         group_S=long(group_S),
         num_tokens_S=long(row.num_tokens),
         group_size_S=long(group_size_S),
+        pairs_B2=long(pairs).reshape(-1, 2),
+        margin_B=torch.tensor(margins, dtype=torch.float64),
+        weight_B=torch.tensor(weights, dtype=torch.float64),
+        label_S=long([0 if label is None else 1 if label else -1 for label in labels]),
         refs=tuple(row.refs),
     )

@@ -56,17 +56,19 @@ class StepPlan:
 
 
 def count_units(groups: Sequence[PromptGroup]) -> Counts:
-    """Trained tokens, completions with a trained token, groups with such a completion, and all pairs i < j of their trained
-    completions."""
-    tokens = completions = trained_groups = pairs = 0
+    """Trained tokens, completions with a trained token, groups with such a completion, pair weights, groups with a pair."""
+    tokens = completions = trained_groups = paired_groups = 0
+    pairs = 0.0
     for group in groups:
         num_trained = [c.num_trained for c in group.completions]
         k = sum(n > 0 for n in num_trained)
+        weights = [pair.weight for pair in group.trained_pairs]
         tokens += sum(num_trained)
         completions += k
         trained_groups += k > 0
-        pairs += k * (k - 1) // 2
-    return Counts(tokens=tokens, completions=completions, groups=trained_groups, pairs=pairs)
+        pairs += sum(weights)
+        paired_groups += len(weights) > 0
+    return Counts(tokens=tokens, completions=completions, groups=trained_groups, pairs=pairs, paired_groups=paired_groups)
 
 
 class _Cost:

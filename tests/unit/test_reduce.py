@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from posttrain.losses.reduce import reduce_term
 from posttrain.losses.sft import sft
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import count_units
-from posttrain.types import Completion, Counts, LossOutput, LossTerm, PromptGroup, TokenLogps
+from posttrain.types import Completion, Counts, LossOutput, LossTerm, Pair, PromptGroup, TokenLogps
 
 # two groups: completions of 1 and 3 trained tokens; one completion of 2
 SIZES = [[1, 3], [2]]
 ITEMS = torch.tensor([8.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-COUNTS = Counts(tokens=6, completions=3, groups=2, pairs=1)
+COUNTS = Counts(tokens=6, completions=3, groups=2, pairs=1, paired_groups=1)
 
 
 def logps() -> TokenLogps:
@@ -68,7 +69,7 @@ def test_token_mean_of_unequal_micro_batches_is_not_the_mean_of_means():
 
 
 def test_uniform_logits_give_ln_v():
-    loss = sft(logps().__class__(**{**vars(logps()), "logps_T": torch.full((6,), -math.log(49152.0))}))
+    loss = sft(replace(logps(), logps_T=torch.full((6,), -math.log(49152.0))))
     assert float(reduce_term(loss.terms[0], logps(), COUNTS)) == pytest.approx(math.log(49152.0))
 
 
@@ -99,9 +100,35 @@ def test_pairs_and_groups():
     groups = [PromptGroup(prompt_ids=[1], completions=[Completion(token_ids=[5], loss_mask=[1])] * k) for k in (3, 1, 2)]
     parts = [GroupPart(group=i, completions=tuple(range(len(g.completions)))) for i, g in enumerate(groups)]
     batch, counts = pack(groups, parts, mode="shared").with_logps(torch.zeros(6)), count_units(groups)
-    assert counts == Counts(tokens=6, completions=6, groups=3, pairs=4)
+    assert counts == Counts(tokens=6, completions=6, groups=3, pairs=4, paired_groups=2)
     items = torch.tensor([1.0, 2.0, 3.0, 10.0])
     assert float(reduce_term(LossTerm(items=items, unit="pair"), batch, counts)) == pytest.approx(4.0)
     by_group = LossTerm(items=items, unit="pair", aggregation="group_mean")
-    assert float(reduce_term(by_group, batch, counts)) == pytest.approx((2.0 + 0.0 + 10.0) / 3)
+    assert float(reduce_term(by_group, batch, counts)) == pytest.approx((2.0 + 10.0) / 2)
     assert float(reduce_term(LossTerm(items=items[:3], unit="group"), batch, counts)) == pytest.approx(2.0)
+
+
+def test_weight_two_is_the_pair_twice_and_weight_zero_is_leaving_it_out():
+    """Denominators are sums of weights: a weighted mean, not a scaled one."""
+    completions = [Completion(token_ids=[5], loss_mask=[1])] * 3
+    items = {(0, 1): 2.0, (0, 2): 8.0, (1, 2): 5.0}
+
+    def value(pairs, aggregation):
+        group = PromptGroup(prompt_ids=[1], completions=completions, pairs=pairs)
+        batch = pack([group], [GroupPart(group=0, completions=(0, 1, 2))], mode="shared").with_logps(torch.zeros(3))
+        chosen_rejected = [tuple(row) for row in batch.pairs_B2.tolist()]
+        term = LossTerm(items=torch.tensor([items[p] for p in chosen_rejected]), unit="pair", aggregation=aggregation)
+        return float(reduce_term(term, batch, count_units([group])))
+
+    for aggregation in ("pair_mean", "group_mean"):
+        weighted = value([Pair(chosen=0, rejected=1, weight=2.0), Pair(chosen=0, rejected=2), Pair(chosen=1, rejected=2, weight=0)], aggregation)
+        twice = value([Pair(chosen=0, rejected=1), Pair(chosen=0, rejected=1), Pair(chosen=0, rejected=2)], aggregation)
+        assert weighted == pytest.approx((2 * 2.0 + 8.0) / 3)
+        assert weighted == twice
+
+
+def test_a_pair_that_names_no_completion_is_refused():
+    completions = [Completion(token_ids=[5], loss_mask=[1])] * 2
+    for bad in (Pair(chosen=0, rejected=2), Pair(chosen=0, rejected=0), Pair(chosen=0, rejected=1, weight=float("nan"))):
+        with pytest.raises(ValueError, match="Pair"):
+            PromptGroup(prompt_ids=[1], completions=completions, pairs=[bad])
