@@ -7,6 +7,7 @@ attention.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from posttrain.models.logprobs import logit_transform, token_logps
 from posttrain.packing import attention
 from posttrain.packing.batch import Layout, PackedBatch, PackingMode
 from posttrain.packing.plan import PackingConfig
+from posttrain.types import PromptGroup
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +186,21 @@ class Policy(nn.Module):
         hidden_TH = output.last_hidden_state[0].index_select(0, batch.predictor_T)
         head = base.get_output_embeddings()
         return token_logps(hidden_TH, batch.targets_T, head, transform=self.transform, chunk=self.packing.logits_chunk)
+
+    def plain_values(self, group: PromptGroup, k: int) -> Tensor:
+        """[t] what ``forward`` gives for one completion, through the model as transformers ships it: for the self-check."""
+        completion = group.completions[k]
+        last = max(i for i, m in enumerate(completion.loss_mask) if m)
+        device = next(self.parameters()).device
+        ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
+        forward = _base_model(self.model).forward
+        keep = {"logits_to_keep": last + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+        with plain_attention(self.model):
+            logits = self.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[0, -(last + 1) :]
+        mask = torch.tensor([bool(m) for m in completion.loss_mask[: last + 1]], device=device)
+        logits_TV, targets_T = logits[mask], ids[-(last + 1) :][mask]
+        logps_TV = torch.log_softmax(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1)
+        return logps_TV.gather(1, targets_T[:, None]).squeeze(1)
 
     def _plain_logps(self, batch: PackedBatch) -> Tensor:
         """Through the whole model, adapters' virtual tokens included (prompt-learning PEFT): its own logits, from the end."""

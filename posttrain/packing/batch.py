@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from posttrain.types import PromptGroup, TokenLogps
+from posttrain.types import PairLogps, PromptGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,9 +91,9 @@ class PackedBatch:
 
     def with_logps(
         self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None
-    ) -> TokenLogps:
+    ) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
-        return TokenLogps(
+        return PairLogps(
             logps_T=logps_T,
             targets_T=self.targets_T,
             sequence_T=self.sequence_T,

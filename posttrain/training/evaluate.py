@@ -1,8 +1,7 @@
-"""Held-out loss through the packed forward, greedy answers, and the check that the packed forward is the model's own."""
+"""Greedy answers, and the check that the packed forward is the model's own."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,36 +14,6 @@ from posttrain.packing.batch import PackingMode, pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
 from posttrain.types import Completion, PromptGroup
-
-GROUPS_PER_PLAN = 256
-
-
-@torch.no_grad()
-def evaluate_loss(
-    accelerator: Any,
-    policy: nn.Module,
-    groups: Sequence[PromptGroup],
-    *,
-    mode: PackingMode,
-    max_tokens: int,
-    length_limit: int | None = None,
-) -> dict[str, float]:
-    """{"eval_loss": mean negative log-prob per trained token (nats), "eval_tokens"}, over all groups and ranks."""
-    was_training = policy.training
-    policy.eval()
-    totals = torch.zeros(2, dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32)
-    totals = totals.to(accelerator.device)
-    for at in range(0, len(groups), GROUPS_PER_PLAN):
-        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
-        plan = plan_step(part, world_size=accelerator.num_processes, max_tokens=max_tokens, mode=mode, length_limit=length_limit)
-        for micro_batch in plan.ranks[accelerator.process_index]:
-            logps_T = policy(pack(part, micro_batch.parts, mode=mode).to(accelerator.device))
-            if not micro_batch.is_dummy:
-                totals += torch.stack([-logps_T.sum().to(totals), torch.tensor(logps_T.shape[0]).to(totals)])
-    policy.train(was_training)
-    nll, tokens = accelerator.reduce(totals, reduction="sum").tolist()
-    return {"eval_loss": nll / tokens, "eval_tokens": int(tokens)}
-
 
 @torch.no_grad()
 def greedy_answers(
@@ -120,7 +89,7 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
         batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(next(policy.parameters()).device)
         packed_T = policy(batch)
         for s, (g, k) in enumerate(batch.refs):
-            difference = (packed_T[batch.sequence_T == s] - _plain_logps(policy, groups[g], k)).double()
+            difference = (packed_T[batch.sequence_T == s] - policy.plain_values(groups[g], k)).double()
             squares.append(difference.square())
             worst = max(worst, (float(difference.abs().max()), groups[g].where))
     policy.train(was_training)
@@ -144,19 +113,3 @@ def _shortened(group: PromptGroup) -> PromptGroup:
     ]
     trained = [c for c in cut if c.num_trained]
     return replace(group, completions=trained or group.completions)
-
-
-def _plain_logps(policy: Policy, group: PromptGroup, k: int) -> Tensor:
-    """Log-probs of one completion's trained tokens through the model as transformers ships it."""
-    completion = group.completions[k]
-    last = max(i for i, m in enumerate(completion.loss_mask) if m)
-    device = next(policy.parameters()).device
-    ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
-    forward = getattr(policy.model, "get_base_model", lambda: policy.model)().forward
-    keep = {"logits_to_keep": last + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
-    with plain_attention(policy.model):
-        logits = policy.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[0, -(last + 1) :]
-    mask = torch.tensor([bool(m) for m in completion.loss_mask[: last + 1]], device=device)
-    logits_TV, targets_T = logits[mask], ids[-(last + 1) :][mask]
-    logps_TV = torch.log_softmax(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1)
-    return logps_TV.gather(1, targets_T[:, None]).squeeze(1)

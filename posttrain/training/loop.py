@@ -19,15 +19,17 @@ from torch import nn
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import num_input_tokens
-from posttrain.packing.plan import PackingConfig, StepPlan, plan_step
+from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
 from posttrain.precision import PrecisionPlan
 from posttrain.training.config import TrainConfig
-from posttrain.training.evaluate import evaluate_loss, self_check
+from posttrain.training.evaluate import self_check
+from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from posttrain.training.run_folder import RunFolder
+from posttrain.training.reference import RunReference
 from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
-from posttrain.types import PromptGroup
+from posttrain.types import Counts, PromptGroup
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +63,20 @@ class Loop:
     optimizer_config: OptimizerConfig
     packing: PackingConfig
     eval_groups: Sequence[PromptGroup] | None = None
+    eval_loss: Loss | None = None
+    """What is evaluated; None: the training loss."""
+    eval_report: Callable[[dict[Ref, float]], dict[str, float]] | None = None
+    """Further held-out figures from the sum of every completion's values (scores of a reward model)."""
+    policy_class: type[Policy] = Policy
+    """The packed forward: log-probs, or scores of a reward model."""
+    reference: RunReference | None = None
+    """The reference model of preference losses and KL terms."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
 
+    _eval_counts: Counts | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
 
@@ -77,7 +88,11 @@ class Loop:
     def _run(self, folder: RunFolder) -> TrainResult:
         self._prepare()
         start = folder.resume(
-            self.policy, self.optimizer, self.schedule, run={**self.identity, "mode": self.mode, "precision": self.precision.name}
+            self.policy,
+            self.optimizer,
+            self.schedule,
+            run={**self.identity, "mode": self.mode, "precision": self.precision.name},
+            extra=self.reference,
         )
         if start > self.num_steps:
             raise ValueError(
@@ -98,7 +113,7 @@ class Loop:
             for step in range(start + 1, self.num_steps + 1):
                 values = self._step(step)
                 metrics.step(step, values)
-                evaluation = {k: v for k, v in last.items() if k in ("eval_loss", "eval_tokens")}
+                evaluation = {k: v for k, v in last.items() if k.startswith("eval_") or "_eval/" in k}
                 last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
                 if self.eval_groups and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
@@ -106,7 +121,7 @@ class Loop:
                     last.update(evaluation)
                     metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
-                    folder.save(step, self.policy, self.optimizer, self.schedule)
+                    folder.save(step, self.policy, self.optimizer, self.schedule, extra=self.reference)
         finally:
             metrics.close()
         final = folder.save_final(lambda path: save_model(self._unwrapped().model, self.tokenizer, path))  # type: ignore[arg-type]
@@ -117,8 +132,11 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        policy = Policy(self.model.to(device), self.packing, device_type=device.type)
+        policy = self.policy_class(self.model.to(device), self.packing, device_type=device.type)
         self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
+        self.forward_plan = ForwardPlan(
+            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
+        )
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.train.self_check:
@@ -133,6 +151,8 @@ class Loop:
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy.train()
+        if self.reference is not None:
+            self.reference.start(self.policy, self.forward_plan)
 
     def _unwrapped(self) -> Policy:
         policy = self.accelerator.unwrap_model(self.policy)
@@ -154,13 +174,24 @@ class Loop:
         began = time.perf_counter()
         groups = self.batches(step - 1)
         plan = self._plan(groups)
-        result = step_gradient(self.accelerator, self.policy, groups, plan, self.loss, mode=self.mode)
+        result = step_gradient(
+            self.accelerator,
+            self.policy,
+            groups,
+            plan,
+            self.loss,
+            mode=self.mode,
+            reference=self.reference,
+            batch_mean=batch_mean(self.forward_plan, self.policy, self.reference, self.loss, groups),
+        )
         grad_norm = clip_and_check(
             self.accelerator, self.policy, result, groups, max_grad_norm=self.optimizer_config.max_grad_norm, step=step
         )
         lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.reference is not None:
+            self.reference.after_step(step, self.policy)
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
             self.schedule.step()
@@ -197,13 +228,16 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         if not self.eval_groups:
             return {}
-        return evaluate_loss(
-            self.accelerator,
+        if self._eval_counts is None:
+            self._eval_counts = count_units(self.eval_groups)
+        return evaluate(
+            self.forward_plan,
             self.policy,
             self.eval_groups,
-            mode=self.mode,
-            max_tokens=self.packing.max_tokens,
-            length_limit=self.length_limit,
+            self.eval_loss or self.loss,
+            reference=self.reference,
+            counts=self._eval_counts,
+            report=self.eval_report,
         )
 
 

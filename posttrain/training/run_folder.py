@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -24,6 +24,16 @@ from posttrain.training.config import TrainConfig, flat_settings, plain_settings
 from posttrain.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
+
+
+class Extra(Protocol):
+    """State of a run beside policy and optimizer (a moving reference)."""
+
+    def write(self, folder: Path) -> None:
+        """Main process: its files into the checkpoint."""
+
+    def read(self, folder: Path) -> None:
+        """Every process: what ``write`` wrote."""
 
 
 class RunFolder:
@@ -81,7 +91,7 @@ class RunFolder:
                 "folder, or set --train.resume auto to continue it."
             )
 
-    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any]) -> int:
+    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any], extra: Extra | None = None) -> int:
         """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one.
 
         ``run``: what else decides the numbers (data, loss, mode); a warning names what differs from the saved run.
@@ -98,6 +108,8 @@ class RunFolder:
             step = int(state["step"])
             self._warn_about_differences(state)
             training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)
+            if extra is not None:
+                extra.read(folder)
             log.warning("resumed from %s", folder)
         if self._accelerator.is_main_process:
             if step:
@@ -123,12 +135,18 @@ class RunFolder:
             details = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
             log.warning("the resumed run differs from the one that was saved, so it will not be bit-identical: %s", details)
 
-    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any) -> Path:
+    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extra: Extra | None = None) -> Path:
         """Checkpoint of ``step``, whole or not at all; older ones beyond the limit go."""
+
+        def write(folder: Path) -> None:
+            training_state.write_state(self._accelerator, policy, optimizer, schedule, folder)
+            if extra is not None and self._accelerator.is_main_process:
+                extra.write(folder)
+
         return checkpoint.save_checkpoint(
             self.checkpoints,
             step,
-            lambda folder: training_state.write_state(self._accelerator, policy, optimizer, schedule, folder),
+            write,
             state={"settings": plain_settings(self._settings), "fingerprint": self._fingerprint},
             keep=self._train.save_total_limit or None,
             is_main=self._accelerator.is_main_process,

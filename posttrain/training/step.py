@@ -22,9 +22,11 @@ from posttrain.losses.reduce import reduce_term
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
 from posttrain.training.config import UserFacingError
-from posttrain.types import LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
-Loss = Callable[[TokenLogps], LossOutput]
+Loss = Callable[..., LossOutput]
+Reference = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
+"""(groups of the global batch, a micro-batch of them) -> [T] log-probs of its trained tokens under the reference model."""
 
 
 class NonFiniteError(UserFacingError):
@@ -62,6 +64,40 @@ def couples_completions(loss: Loss) -> bool:
     return bool(getattr(loss, "couples_completions", True))
 
 
+@dataclass(kw_only=True)
+class _Step:
+    """What every forward of one step reads, and the totals it writes."""
+
+    accelerator: Any
+    policy: nn.Module
+    groups: Sequence[PromptGroup]
+    plan: StepPlan
+    loss: Loss
+    mode: PackingMode
+    reference: Reference | None
+    batch_mean: Tensor | None
+    totals: _Totals
+
+    def pack(self, parts: Sequence[GroupPart]) -> PackedBatch:
+        """A micro-batch on this rank's device."""
+        return pack(self.groups, parts, mode=self.mode).to(self.accelerator.device)
+
+    def reference_logps(self, batch: PackedBatch) -> Tensor | None:
+        """[T] without gradient; None where the loss needs none."""
+        if self.reference is None:
+            return None
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.reference(self.groups, batch)
+
+    def share(self, batch: PackedBatch, logps_T: Tensor, reference_T: Tensor | None) -> Tensor:
+        """This micro-batch's part of the loss of the global batch; it and the metrics go into the totals."""
+        logps = batch.with_logps(logps_T, reference_T=reference_T, batch_mean=self.batch_mean)
+        share, metrics = loss_share(self.loss, logps, self.plan.counts)
+        self.totals.loss += share.detach()
+        self.totals.add_metrics(metrics)
+        return share
+
+
 def step_gradient(
     accelerator: Any,
     policy: nn.Module,
@@ -70,42 +106,51 @@ def step_gradient(
     loss: Loss,
     *,
     mode: PackingMode,
+    reference: Reference | None = None,
+    batch_mean: Tensor | None = None,
 ) -> StepResult:
     """Adds d(loss of the global batch)/d(parameters) to ``.grad``; the value does not depend on how ``plan`` splits the batch.
 
-    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on every rank. The dtype of the
-    result is float32 or wider. Raises ValueError for a loss that returns reduced items.
+    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on every rank; ``batch_mean``
+    what ``training.forward.batch_mean`` gives for a loss that declares a statistic. The dtype of the result is float32 or
+    wider. Raises ValueError for a loss that returns reduced items.
     """
     micro_batches = plan.ranks[accelerator.process_index]
     precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = _Totals(loss=torch.zeros((), dtype=precise, device=accelerator.device))
-    cache = _GradientCache(accelerator, policy, groups, plan, loss, mode=mode, totals=totals)
+    step = _Step(
+        accelerator=accelerator, policy=policy, groups=groups, plan=plan, loss=loss, mode=mode,
+        reference=reference, batch_mean=batch_mean, totals=totals,
+    )  # fmt: skip
+    cache = _GradientCache(step)
     result = StepResult(loss=0.0, metrics={})
     # One autocast around all micro-batches: the weights are cast once per step instead of once per forward. Not around the
     # gradient cache: weights cast without gradient would be reused, and the gradient lost.
     with accelerator.autocast():
         for i, micro_batch in enumerate(micro_batches):
-            batch = pack(groups, micro_batch.parts, mode=mode).to(accelerator.device)
+            batch = step.pack(micro_batch.parts)
+            cached = micro_batch.coupled_group is not None
+            reference_T = None if cached else step.reference_logps(batch)
             is_last = i == len(micro_batches) - 1
             with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
                 logps_T = policy(batch)
                 if micro_batch.is_dummy:
                     share = 0.0 * logps_T.sum()
-                elif micro_batch.coupled_group is not None:
+                elif cached:
                     share = (logps_T * cache.gradient_of(batch)).sum()
                 else:
-                    share = _share(loss, batch.with_logps(logps_T), plan, totals)
+                    share = step.share(batch, logps_T, reference_T)
                     share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
                 accelerator.backward(share * accelerator.num_processes)
             batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
             if not micro_batch.is_dummy:
-                result.batches.append((batch, batch.with_logps(logps_T).sum_by_sequence(logps_T.detach())))
+                result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
     result.loss, result.metrics = _reduce_totals(accelerator, totals)
     return result
 
 
-def _share(loss: Loss, logps: TokenLogps, plan: StepPlan, totals: _Totals) -> Tensor:
-    """This micro-batch's part of the loss of the global batch, and its metrics into the totals. Never in 16 bit."""
+def loss_share(loss: Loss, logps: TokenLogps, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
+    """A part of the batch's share of a loss whose denominators are ``counts``, and its unreduced metrics. Never in 16 bit."""
     with torch.autocast(logps.logps_T.device.type, enabled=False):
         output = loss(logps)
         units = {term.unit for term in output.terms}
@@ -114,11 +159,9 @@ def _share(loss: Loss, logps: TokenLogps, plan: StepPlan, totals: _Totals) -> Te
                 "A loss with items of unit 'pair' or 'group' couples the completions of a group, but this one declares "
                 "couples_completions = False, so a group over the token budget would be cut between them. Remove the declaration."
             )
-        shares = [reduce_term(term, logps, plan.counts) for term in output.terms]
+        shares = [reduce_term(term, logps, counts) for term in output.terms]
         share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
-    totals.loss += share.detach()
-    totals.add_metrics(output.metrics)
-    return share
+    return share, dict(output.metrics)
 
 
 def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
@@ -150,60 +193,49 @@ class _GradientCache:
     of the whole group. The random state of each part is kept, so that dropout draws the same masks twice.
     """
 
-    def __init__(
-        self,
-        accelerator: Any,
-        policy: nn.Module,
-        groups: Sequence[PromptGroup],
-        plan: StepPlan,
-        loss: Loss,
-        *,
-        mode: PackingMode,
-        totals: _Totals,
-    ) -> None:
+    def __init__(self, step: _Step) -> None:
+        self._step = step
         self._rng: dict[int, Any] = {}
         self._gradient: dict[tuple[int, int], Tensor] = {}
-        self._device = accelerator.device
-        mine = list(enumerate(plan.ranks[accelerator.process_index]))
+        self._device = step.accelerator.device
+        mine = list(enumerate(step.plan.ranks[step.accelerator.process_index]))
         coupled = [(i, m) for i, m in mine if m.coupled_group is not None]
-        num_forwards = max(sum(m.coupled_group is not None for m in rank) for rank in plan.ranks)
+        num_forwards = max(sum(m.coupled_group is not None for m in rank) for rank in step.plan.ranks)
         if num_forwards == 0:
             return
         logps: dict[tuple[int, int], Tensor] = {}
+        reference: dict[tuple[int, int], Tensor] = {}
         for i, micro_batch in coupled:
+            batch = step.pack(micro_batch.parts)
+            reference_T = step.reference_logps(batch)
             self._rng[i] = _rng_state(self._device)
-            batch = pack(groups, micro_batch.parts, mode=mode).to(self._device)
             with torch.no_grad():
-                logps_T = policy(batch)
+                logps_T = step.policy(batch)
             for s, ref in enumerate(batch.refs):
                 logps[ref] = logps_T[batch.sequence_T == s]
-        self._run_spare_forwards(policy, groups, mine[0][1], num_forwards - len(coupled), mode)
+                if reference_T is not None:
+                    reference[ref] = reference_T[batch.sequence_T == s]
+        self._run_spare_forwards(mine[0][1], num_forwards - len(coupled))
         for group in sorted({m.coupled_group for _, m in coupled if m.coupled_group is not None}):
-            self._differentiate(groups, group, logps, plan, loss, mode, totals)
+            self._differentiate(group, logps, reference)
 
-    def _run_spare_forwards(
-        self, policy: nn.Module, groups: Sequence[PromptGroup], any_batch: MicroBatch, count: int, mode: PackingMode
-    ) -> None:
+    def _run_spare_forwards(self, any_batch: MicroBatch, count: int) -> None:
         """Sharded modules gather parameters in every forward: all ranks run the same number of them."""
         for _ in range(count):
+            batch = self._step.pack(any_batch.parts)
+            self._step.reference_logps(batch)
             with torch.no_grad():
-                policy(pack(groups, any_batch.parts, mode=mode).to(self._device))
+                self._step.policy(batch)
 
     def _differentiate(
-        self,
-        groups: Sequence[PromptGroup],
-        group: int,
-        logps: dict[tuple[int, int], Tensor],
-        plan: StepPlan,
-        loss: Loss,
-        mode: PackingMode,
-        totals: _Totals,
+        self, group: int, logps: dict[tuple[int, int], Tensor], reference: dict[tuple[int, int], Tensor]
     ) -> None:
-        trained = tuple(k for k, c in enumerate(groups[group].completions) if c.num_trained)
-        whole = pack(groups, [GroupPart(group=group, completions=trained)], mode=mode).to(self._device)
+        trained = tuple(k for k, c in enumerate(self._step.groups[group].completions) if c.num_trained)
+        whole = self._step.pack([GroupPart(group=group, completions=trained)])
         logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()
+        reference_T = torch.cat([reference[ref] for ref in whole.refs]) if reference else None
         with torch.enable_grad():
-            share = _share(loss, whole.with_logps(logps_T), plan, totals) + 0.0 * logps_T.sum()
+            share = self._step.share(whole, logps_T, reference_T) + 0.0 * logps_T.sum()
             (gradient_T,) = torch.autograd.grad(share, logps_T)
         for s, ref in enumerate(whole.refs):
             self._gradient[ref] = gradient_T[whole.sequence_T == s]

@@ -1,0 +1,175 @@
+"""Forwards without gradient over many groups: held-out evaluation, the reference cache, statistics of a global batch.
+
+They go through the same plan and the same packed rows as training, so they cost what its forward costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
+from posttrain.packing.plan import plan_step
+from posttrain.training.step import Loss, Reference, loss_share
+from posttrain.types import Counts, PairLogps, PromptGroup
+
+GROUPS_PER_PLAN = 256
+Ref = tuple[int, int]
+"""(index of the group, index of the completion in it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPlan:
+    """How groups become rows: the same for training, evaluation and the reference."""
+
+    accelerator: Any
+    mode: PackingMode
+    max_tokens: int
+    length_limit: int | None = None
+
+    def micro_batches(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> Iterator[tuple[PackedBatch, bool]]:
+        """(row, is_dummy) of this rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
+        plan = plan_step(
+            groups,
+            world_size=self.accelerator.num_processes,
+            max_tokens=self.max_tokens,
+            mode=self.mode,
+            coupled=coupled,
+            length_limit=self.length_limit,
+        )
+        for micro_batch in plan.ranks[self.accelerator.process_index]:
+            batch = pack(groups, micro_batch.parts, mode=self.mode)
+            yield batch.to(self.accelerator.device), micro_batch.is_dummy
+
+
+Forward = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
+
+
+@torch.no_grad()
+def forward_values(plan: ForwardPlan, groups: Sequence[PromptGroup], forwards: Sequence[Forward]) -> list[dict[Ref, Tensor]]:
+    """For each forward: {(group, completion): [t] its values} of the completions that this rank computes. All ranks call it."""
+    values: list[dict[Ref, Tensor]] = [{} for _ in forwards]
+    for batch, is_dummy in plan.micro_batches(groups):
+        for forward, kept in zip(forwards, values, strict=True):
+            with plan.accelerator.autocast():
+                values_T = forward(groups, batch)
+            if not is_dummy:
+                kept.update({ref: values_T[batch.sequence_T == s] for s, ref in enumerate(batch.refs)})
+        batch.layout.cache.clear()
+    return values
+
+
+def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, Tensor]) -> tuple[PackedBatch, Tensor]:
+    """The completions in ``values`` as one batch (no forward is made of it), and their values [T] in its order."""
+    by_group: dict[int, list[int]] = {}
+    for group, completion in sorted(values):
+        by_group.setdefault(group, []).append(completion)
+    parts = [GroupPart(group=g, completions=tuple(ks)) for g, ks in by_group.items()]
+    batch = pack(groups, parts, mode=plan.mode).to(plan.accelerator.device)
+    return batch, torch.cat([values[ref] for ref in batch.refs])
+
+
+def _policy_forward(policy: nn.Module) -> Forward:
+    return lambda _, batch: policy(batch)
+
+
+@torch.no_grad()
+def batch_mean(
+    plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
+) -> Tensor | None:
+    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, or None."""
+    statistic = getattr(loss, "batch_statistic", None)
+    if statistic is None:
+        return None
+    was_training = policy.training
+    policy.eval()
+    total = torch.zeros(2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32)
+    total = total.to(plan.accelerator.device)
+    dtype = torch.float32
+    for _, logps in _scored(plan, policy, reference, list(statistic.groups(groups))):
+        items = statistic.items(logps)
+        total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
+        dtype = logps.logps_T.dtype
+    policy.train(was_training)
+    summed, count = plan.accelerator.reduce(total, reduction="sum")
+    return (summed / count).to(dtype)
+
+
+def _scored(
+    plan: ForwardPlan, policy: nn.Module, reference: Reference | None, groups: Sequence[PromptGroup], mean: Tensor | None = None
+) -> Iterator[tuple[dict[Ref, float], PairLogps]]:
+    """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every completion's values."""
+    forwards: list[Forward] = [lambda _, batch: policy(batch), *([reference] if reference is not None else [])]
+    for at in range(0, len(groups), GROUPS_PER_PLAN):
+        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        values, *rest = forward_values(plan, part, forwards)
+        if values:
+            batch, logps_T = joined(plan, part, values)
+            reference_T = joined(plan, part, rest[0])[1] if rest else None
+            sums = {(at + g, k): float(v.double().sum()) for (g, k), v in values.items()}
+            yield sums, batch.with_logps(logps_T, reference_T=reference_T, batch_mean=mean)
+
+
+@torch.no_grad()
+def evaluate(
+    plan: ForwardPlan,
+    policy: nn.Module,
+    groups: Sequence[PromptGroup],
+    loss: Loss,
+    *,
+    reference: Reference | None = None,
+    counts: Counts,
+    report: Callable[[dict[Ref, float]], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """{"eval_loss", "eval_<metric>"}: the loss of ``groups`` taken as one batch, over all ranks, in eval mode.
+
+    ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named ``rewards_eval/x``. ``report`` gets the
+    sum over trained tokens of every completion's values and adds figures of its own.
+    """
+    was_training = policy.training
+    mean = batch_mean(plan, policy, reference, loss, groups)
+    policy.eval()
+    totals: dict[str, list[float]] = {}
+    sums: dict[Ref, float] = {}
+    for part_sums, logps in _scored(plan, policy, reference, groups, mean):
+        share, metrics = loss_share(loss, logps, counts)
+        for name, value in {"loss": share, **metrics}.items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += float(value.double().sum())
+            total[1] += value.numel()
+        sums.update(part_sums)
+    policy.train(was_training)
+    if plan.accelerator.num_processes > 1:
+        totals, sums = _over_ranks(totals, sums)
+    result = {_eval_name(n): total / (1 if n == "loss" else max(size, 1)) for n, (total, size) in totals.items()}
+    return {**result, **(report(sums) if report is not None else {})}
+
+
+def _over_ranks(
+    totals: dict[str, list[float]], sums: dict[Ref, float]
+) -> tuple[dict[str, list[float]], dict[Ref, float]]:
+    from accelerate.utils import gather_object
+
+    merged: dict[str, list[float]] = {}
+    every: dict[Ref, float] = {}
+    for rank_totals, rank_sums in gather_object([(totals, sums)]):
+        every.update(rank_sums)
+        for name, (total, size) in rank_totals.items():
+            mine = merged.setdefault(name, [0.0, 0.0])
+            mine[0] += total
+            mine[1] += size
+    return merged, every
+
+
+def _eval_name(name: str) -> str:
+    return name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}"
+
+
+def needs_reference(loss: Loss) -> bool:
+    """Whether a loss reads the reference; it does unless it says ``my_loss.needs_reference = False``."""
+    return bool(getattr(loss, "needs_reference", True))
+

@@ -1,0 +1,264 @@
+"""Reference log-probs in a run: live (frozen copy, adapters off), moving (TR-DPO), or computed once and kept on disk.
+
+All three are called the same way, ``reference(groups, batch) -> [T]``, on the policy's own packed rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from posttrain.models.policy import Policy
+from posttrain.models.reference import adapters_off, freeze, frozen_copy, has_adapters, weights_digest
+from posttrain.packing.batch import PackedBatch
+from posttrain.precision import PrecisionPlan
+from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
+from posttrain.types import Completion, PromptGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Which model the policy is compared with, and when its log-probs are computed."""
+
+    model: str | None = None
+    """Embedded model, local folder or hub id; None: the policy as it is at the start of the run (the base under LoRA)."""
+    cache: bool = False
+    """Compute all reference log-probs once before training and keep them on disk. Keyed by tokens and reference weights
+    (and the compute dtype), so other runs on the same data reuse them; the reference then takes no memory in training."""
+    cache_dir: str | None = None
+    """Where; None: $POSTTRAIN_CACHE, else posttrain in the user's cache folder."""
+    sync_every: int = 0
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): move the reference towards the policy every so many steps; 0:
+    never."""
+    sync_mix: float = 0.6
+    """Share alpha of the policy in reference <- alpha * policy + (1 - alpha) * reference."""
+
+    def __post_init__(self) -> None:
+        if self.sync_every < 0 or not 0.0 < self.sync_mix <= 1.0:
+            raise ValueError(
+                f"reference.sync_every is a number of steps >= 0 and reference.sync_mix a share in (0, 1]; got {self.sync_every} "
+                f"and {self.sync_mix}."
+            )
+        if self.cache and self.sync_every:
+            raise ValueError("reference.cache keeps a fixed reference, reference.sync_every moves it. Choose one.")
+
+
+class RunReference:
+    """The reference of one run. ``load_other()`` gives the model that ``config.model`` names; ``groups`` are all groups whose
+    log-probs a cache must hold."""
+
+    def __init__(
+        self,
+        config: ReferenceConfig,
+        *,
+        precision: PrecisionPlan,
+        load_other: Callable[[], nn.Module] | None = None,
+        groups: Sequence[Sequence[PromptGroup]] = (),
+        show_progress: bool = False,
+    ) -> None:
+        self._config = config
+        self._load_other = load_other
+        self._groups = groups
+        self._show_progress = show_progress
+        self._frozen: Policy | None = None
+        self._cache: ReferenceCache | None = None
+        self._policy: Policy | None = None
+        self._compute = getattr(torch, precision.compute)
+
+    def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
+        """Before the first step, and before a checkpoint is read: the weights are those the run starts from."""
+        self._policy = plan.accelerator.unwrap_model(policy)
+        self._device = plan.accelerator.device
+        assert self._policy is not None
+        base_is_reference = has_adapters(self._policy.model) and self._load_other is None
+        if self._config.sync_every and has_adapters(self._policy.model):
+            raise ValueError(
+                "reference.sync_every averages weights, and a product of adapters is not the average's product. Train the whole "
+                "model (--model.lora.rank 0), or leave reference.sync_every at 0."
+            )
+        if self._load_other is not None:
+            other = Policy(self._load_other().to(self._device), self._policy.packing, device_type=self._device.type)
+            self._frozen = freeze(other, compute=self._held_in)
+        elif not base_is_reference and not self._config.cache:
+            self._frozen = frozen_copy(self._policy, compute=self._held_in)
+        if self._config.cache:
+            weights = weights_digest((self._frozen or self._policy).model)
+            # before the first step the policy is its own reference: the cache needs no copy
+            live = self._live if self._frozen is not None or base_is_reference else self._policy_itself
+            self._cache = ReferenceCache.of(
+                self._config, plan, live, self._groups, weights=f"{weights} {self._compute}", show_progress=self._show_progress
+            )
+            self._frozen = None
+
+    @property
+    def _held_in(self) -> torch.dtype | None:
+        """A moving reference accumulates small changes: it is kept as precise as the policy."""
+        return None if self._config.sync_every or self._compute == torch.float32 else self._compute
+
+    @torch.no_grad()
+    def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
+        """[T] log-probs of the batch's trained tokens."""
+        if self._cache is not None:
+            return self._cache(groups, batch)
+        return self._live(groups, batch)
+
+    def _live(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
+        if self._frozen is not None:
+            return self._frozen(batch)
+        assert self._policy is not None
+        with adapters_off(self._policy.model):
+            return self._policy(batch)
+
+    def _policy_itself(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
+        assert self._policy is not None
+        self._policy.eval()
+        values_T = self._policy(batch)
+        self._policy.train()
+        return values_T
+
+    @torch.no_grad()
+    def after_step(self, step: int, policy: nn.Module) -> None:
+        """TR-DPO's soft update, equation 4 of the paper, after every ``sync_every``-th optimizer step."""
+        if not self._config.sync_every or step % self._config.sync_every or self._frozen is None:
+            return
+        assert self._policy is not None
+        for mine, theirs in zip(self._frozen.parameters(), self._policy.parameters(), strict=True):
+            mine.lerp_(theirs.detach().to(mine.dtype), self._config.sync_mix)
+
+    def write(self, folder: Path) -> None:
+        """A moving reference into a checkpoint; a fixed one is made again from the same weights."""
+        if self._config.sync_every and self._frozen is not None:
+            save_file({n: p.detach().contiguous() for n, p in self._frozen.named_parameters()}, folder / "reference.safetensors")
+
+    def read(self, folder: Path) -> None:
+        """What ``write`` wrote."""
+        if self._config.sync_every and self._frozen is not None:
+            saved = load_file(folder / "reference.safetensors")
+            for name, parameter in self._frozen.named_parameters():
+                parameter.data.copy_(saved[name])
+
+
+def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
+    """16 bytes that name a sequence and its trained tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for values, dtype in ((group.prompt_ids, "<i4"), (completion.token_ids, "<i4"), (completion.loss_mask, "u1")):
+        array = np.asarray(values, dtype)
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+class ReferenceCache:
+    """Log-probs of every trained token, by sequence. One safetensors file per (data, reference weights, compute dtype)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        stored = load_file(path)
+        self._logps = stored["logps"]
+        ends = stored["ends"].tolist()
+        keys = [row.tobytes() for row in stored["keys"].numpy()]
+        self._where = {key: (ends[i - 1] if i else 0, ends[i]) for i, key in enumerate(keys)}
+
+    @classmethod
+    def of(
+        cls,
+        config: ReferenceConfig,
+        plan: ForwardPlan,
+        live: Callable[[Sequence[PromptGroup], PackedBatch], Tensor],
+        datasets: Sequence[Sequence[PromptGroup]],
+        *,
+        weights: str,
+        show_progress: bool,
+    ) -> ReferenceCache:
+        """From disk if the file is there, else computed by all ranks, written aside and renamed."""
+        digest = hashlib.blake2b(weights.encode(), digest_size=16)
+        for groups in datasets:
+            for i in range(len(groups)):
+                group = groups[i]
+                for completion in group.completions:
+                    digest.update(sequence_key(group, completion))
+        path = _cache_folder(config) / f"{digest.hexdigest()}.safetensors"
+        accelerator = plan.accelerator
+        if not _exists_for_all(accelerator, path):
+            values = _compute(plan, live, datasets, show_progress=show_progress)
+            if accelerator.is_main_process:
+                _write(path, values)
+            accelerator.wait_for_everyone()
+        elif show_progress:
+            print(f"reference log-probs: read from {path}")
+        return cls(path)
+
+    def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
+        """[T] log-probs. Raises KeyError with the row for a sequence that the cache does not hold."""
+        pieces = []
+        for (g, k), n in zip(batch.refs, batch.num_tokens_S.tolist(), strict=True):
+            if n:
+                key = sequence_key(groups[g], groups[g].completions[k])
+                if key not in self._where:
+                    raise KeyError(f"{groups[g].where}: no reference log-probs of completion {k} in {self._path}.")
+                start, end = self._where[key]
+                pieces.append(self._logps[start:end])
+        return torch.cat(pieces).to(batch.targets_T.device) if pieces else self._logps[:0].to(batch.targets_T.device)
+
+
+def _cache_folder(config: ReferenceConfig) -> Path:
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = config.cache_dir or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
+    return Path(root).expanduser() / "reference"
+
+
+def _exists_for_all(accelerator: Any, path: Path) -> bool:
+    """As the main process sees it, so that all ranks do the same."""
+    found = [path.exists()]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found, from_process=0)
+    return found[0]
+
+
+def _compute(
+    plan: ForwardPlan,
+    live: Callable[[Sequence[PromptGroup], PackedBatch], Tensor],
+    datasets: Sequence[Sequence[PromptGroup]],
+    *,
+    show_progress: bool,
+) -> dict[bytes, Tensor]:
+    """{sequence: [t] log-probs} of every completion, on every rank."""
+    from rich.progress import track
+
+    values: dict[bytes, Tensor] = {}
+    starts = [(groups, at) for groups in datasets for at in range(0, len(groups), GROUPS_PER_PLAN)]
+    for groups, at in track(starts, description="reference log-probs", disable=not show_progress, transient=True):
+        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        (found,) = forward_values(plan, part, [live])
+        values |= {sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()}
+    if plan.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        values = {key: value for rank in gather_object([values]) for key, value in rank.items()}
+    return values
+
+
+def _write(path: Path, values: dict[bytes, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lengths = torch.tensor([v.shape[0] for v in values.values()])
+    keys = torch.from_numpy(np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16).copy())
+    tensors = {"logps": torch.cat(list(values.values())), "ends": lengths.cumsum(0), "keys": keys}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
