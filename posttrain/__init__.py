@@ -6,30 +6,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.data import DataConfig
-    from posttrain.models.load import LoraConfig, ModelConfig
+    from posttrain.models.adapters import LoraConfig
+    from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
+    from posttrain.trainers.dpo import DPOConfig, DPOTrainer
+    from posttrain.trainers.reward import RewardConfig, RewardTrainer
     from posttrain.trainers.sft import SFTConfig, SFTTrainer
     from posttrain.training.config import TrainConfig
     from posttrain.training.optimizer import OptimizerConfig
-    from posttrain.types import Completion, LossOutput, LossTerm, PromptGroup, TokenLogps
+    from posttrain.training.reference import ReferenceConfig
+    from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PairLogps, PromptGroup, TokenLogps
 
 _HOME = {
+    "BatchStatistic": "posttrain.types",
     "Completion": "posttrain.types",
+    "DPOConfig": "posttrain.trainers.dpo",
+    "DPOTrainer": "posttrain.trainers.dpo",
     "DataConfig": "posttrain.data",
-    "LoraConfig": "posttrain.models.load",
+    "LoraConfig": "posttrain.models.adapters",
     "LossOutput": "posttrain.types",
     "LossTerm": "posttrain.types",
     "ModelConfig": "posttrain.models.load",
     "OptimizerConfig": "posttrain.training.optimizer",
     "PackingConfig": "posttrain.packing.plan",
+    "Pair": "posttrain.types",
+    "PairLogps": "posttrain.types",
     "PromptGroup": "posttrain.types",
+    "ReferenceConfig": "posttrain.training.reference",
+    "RewardConfig": "posttrain.trainers.reward",
+    "RewardTrainer": "posttrain.trainers.reward",
     "SFTConfig": "posttrain.trainers.sft",
     "SFTTrainer": "posttrain.trainers.sft",
     "TokenLogps": "posttrain.types",
     "TrainConfig": "posttrain.training.config",
 }
 __all__ = [
+    "BatchStatistic",
     "Completion",
+    "DPOConfig",
+    "DPOTrainer",
     "DataConfig",
     "LoraConfig",
     "LossOutput",
@@ -37,7 +52,12 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PackingConfig",
+    "Pair",
+    "PairLogps",
     "PromptGroup",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "TokenLogps",

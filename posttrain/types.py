@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Unit = Literal["token", "completion", "pair", "group"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "pair_mean", "group_mean", "constant"]
 
+SCORE_SLOT = 0
+"""Token id that follows every completion a reward model scores: a target without meaning, never an input. What is 'predicted'
+there is read from the hidden state of the last real token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:

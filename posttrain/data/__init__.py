@@ -7,7 +7,7 @@ from posttrain.data.chat import (
     stop_token_ids,
 )
 from posttrain.data.config import DataConfig
-from posttrain.data.dataset import GroupDataset, SFTData, groups_from_rows, load_sft_data
+from posttrain.data.dataset import GroupData, GroupDataset, groups_from_rows, load_groups
 from posttrain.data.mixture import batch_indices
 from posttrain.data.readers import Row, read_rows
 from posttrain.data.report import DataReport, SourceReport
@@ -21,7 +21,7 @@ __all__ = [
     "DataReport",
     "GroupDataset",
     "Row",
-    "SFTData",
+    "GroupData",
     "SourceReport",
     "batch_indices",
     "check_stop_trained",
@@ -29,7 +29,7 @@ __all__ = [
     "encode_conversation",
     "groups_from_rows",
     "highlight_sample",
-    "load_sft_data",
+    "load_groups",
     "normalise",
     "read_rows",
     "set_chat_template",

@@ -22,7 +22,7 @@ from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
 from posttrain.data.readers import HubSource, load_hub
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise when the same rows would become different tokens or another file layout."""
 
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
@@ -62,10 +62,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest([state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__])
 
 
-def cache_key(digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, format: str, config: DataConfig) -> str:
+def cache_key(
+    digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, format: str, config: DataConfig, purpose: str = "sft"
+) -> str:
     """32 hex digits; equal keys mean equal tokens."""
     options = {
         "format": format,
+        "purpose": purpose,
         "columns": config.columns,
         "max_length": config.max_length,
         "overlong": config.overlong,

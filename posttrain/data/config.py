@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "pairs", "ranked", "labelled"]
+Purpose = Literal["sft", "preference", "reward"]
+"""What rows are read for: demonstrations; comparisons whose completions are trained; comparisons whose completions are
+scored."""
 Overlong = Literal["truncate", "drop", "error"]
 
 COLUMNS = (
@@ -20,6 +23,14 @@ COLUMNS = (
     "system",
     "history",
     "tools",
+    "chosen",
+    "rejected",
+    "margin",
+    "weight",
+    "completions",
+    "ranks",
+    "scores",
+    "label",
 )
 """Every column that a format reads: the keys that ``DataConfig.columns`` accepts."""
 

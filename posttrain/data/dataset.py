@@ -23,13 +23,15 @@ from posttrain.data.cache import (
     tokenizer_digest,
 )
 from posttrain.data.chat import ChatEncoder, set_chat_template
-from posttrain.data.config import DataConfig, Format
+from posttrain.data.comparisons import PREFERENCE_REQUIRED
+from posttrain.data.config import DataConfig, Format, Purpose
 from posttrain.data.readers import HubSource, Row, read_rows, resolve
 from posttrain.data.report import DataReport, SourceReport
 from posttrain.data.samples import check_stop_trained
-from posttrain.data.schema import detect_format
-from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows, prompt_hash
-from posttrain.types import Completion, PromptGroup
+from posttrain.data.schema import REQUIRED, detect_format
+from posttrain.data.table import schema, to_group, to_record
+from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows
+from posttrain.types import PromptGroup
 
 _BATCH_ROWS = 4096  # rows of a record batch on disk
 
@@ -39,7 +41,7 @@ class Part:
     """Rows of one tokenised source."""
 
     table: Any
-    """`datasets.Dataset`, memory-mapped: prompt_ids, completion_ids, loss_mask, file, row, prompt_hash, num_tokens."""
+    """`datasets.Dataset`, memory-mapped, with the columns of ``table.schema``."""
 
     files: Sequence[str]
     """Names that the column ``file`` counts."""
@@ -57,7 +59,10 @@ class GroupDataset(Sequence[PromptGroup]):
         """Groups of each source, as `batch_indices` takes them."""
         lengths = [p.table.data.column("num_tokens").to_numpy()[p.rows] for p in self.parts]
         self.lengths: np.ndarray[Any, Any] = np.concatenate(lengths).astype(np.int64)
-        """Prompt and completion tokens of each group."""
+        """Tokens of each group, its prompt once."""
+        longest = [p.table.data.column("longest").to_numpy()[p.rows] for p in self.parts]
+        self.longest: np.ndarray[Any, Any] = np.concatenate(longest).astype(np.int64)
+        """Tokens of the prompt with the group's longest completion."""
         self._ends = np.cumsum(self.sizes)
 
     def __len__(self) -> int:
@@ -75,22 +80,12 @@ class GroupDataset(Sequence[PromptGroup]):
     def at(self, source: int, index: int) -> PromptGroup:
         """Group ``index`` of one source: what a pair of `batch_indices` names."""
         part = self.parts[source]
-        row = int(part.rows[index])
-        columns = part.table.data
-
-        def ids(name: str) -> list[int]:
-            return columns.column(name)[row].values.to_numpy().tolist()
-
-        return PromptGroup(
-            prompt_ids=ids("prompt_ids"),
-            completions=[Completion(token_ids=ids("completion_ids"), loss_mask=ids("loss_mask"))],
-            meta={"file": part.files[columns.column("file")[row].as_py()], "row": columns.column("row")[row].as_py()},
-        )
+        return to_group(part.table.data, int(part.rows[index]), part.files)
 
 
 @dataclass(kw_only=True, frozen=True)
-class SFTData:
-    """What `load_sft_data` returns."""
+class GroupData:
+    """What `load_groups` returns."""
 
     train: GroupDataset
     """Groups to train on."""
@@ -102,7 +97,7 @@ class SFTData:
     """What became of every row."""
 
 
-def load_sft_data(config: DataConfig, tokenizer: Any, *, progress: bool = True) -> SFTData:
+def load_groups(config: DataConfig, tokenizer: Any, *, purpose: Purpose = "sft", progress: bool = True) -> GroupData:
     """Tokenised groups of ``config.train`` and ``config.eval``, from the cache where they are already there.
 
     With ``config.chat_template`` the tokenizer's template is replaced in place. Several processes may call it at once;
@@ -114,32 +109,35 @@ def load_sft_data(config: DataConfig, tokenizer: Any, *, progress: bool = True) 
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     encoder, digest = ChatEncoder(tokenizer), tokenizer_digest(tokenizer)
-    loaded = [_load_source(s, config, encoder, digest, progress) for s in config.train]
-    held_out = [_load_source(s, config, encoder, digest, progress) for s in config.eval]
+    loaded = [_load_source(s, config, encoder, digest, purpose, progress) for s in config.train]
+    held_out = [_load_source(s, config, encoder, digest, purpose, progress) for s in config.eval]
     train_parts, eval_parts = [p for p, _ in loaded], [p for p, _ in held_out]
     if config.eval_fraction:
         train_parts, eval_parts = _hold_out(train_parts, config.eval_fraction, config.seed)
     train = GroupDataset(train_parts)
     evaluation = GroupDataset(eval_parts) if eval_parts else None
-    check_stop_trained(train, encoder.stop_ids)
+    if purpose != "reward":
+        check_stop_trained(train, encoder.stop_ids)
     report = DataReport(
         train=[r for _, r in loaded],
         eval=[r for _, r in held_out],
         num_train_rows=len(train),
         num_eval_rows=0 if evaluation is None else len(evaluation),
     )
-    return SFTData(train=train, eval=evaluation, report=report)
+    return GroupData(train=train, eval=evaluation, report=report)
 
 
-def groups_from_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None) -> list[PromptGroup]:
+def groups_from_rows(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None, purpose: Purpose = "sft"
+) -> list[PromptGroup]:
     """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups, without cache.
 
-    Cut and dropped rows are counted in one warning. Raises ValueError as `load_sft_data` does.
+    Cut and dropped rows are counted in one warning. Raises ValueError as `load_groups` does.
     """
     config = config or DataConfig()
     numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=dict(r)) for i, r in enumerate(rows, start=1))
-    format, numbered = _format_of(numbered, config)
-    encode = RowEncoder(encoder=ChatEncoder(tokenizer), format=format, config=config)
+    format, numbered = _format_of(numbered, config, purpose)
+    encode = RowEncoder(encoder=ChatEncoder(tokenizer), format=format, config=config, purpose=purpose)
     results = list(map(encode, numbered))
     groups = [r.group for r in results if r.group is not None]
     dropped = Counter(r.reason for r in results if r.group is None)
@@ -149,23 +147,26 @@ def groups_from_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, confi
     if cut or dropped:
         counts = f"{len(results)} rows, {cut} cut to data.max_length={config.max_length}, dropped: {dict(dropped)}"
         warnings.warn(f"Of the rows in memory not all are trained on whole: {counts}.", stacklevel=2)
-    check_stop_trained(groups, encode.encoder.stop_ids)
+    if purpose != "reward":
+        check_stop_trained(groups, encode.encoder.stop_ids)
     return groups
 
 
-def _load_source(source: str, config: DataConfig, encoder: ChatEncoder, digest: str, progress: bool) -> tuple[Part, SourceReport]:
+def _load_source(
+    source: str, config: DataConfig, encoder: ChatEncoder, digest: str, purpose: Purpose, progress: bool
+) -> tuple[Part, SourceReport]:
     """One source from the cache, tokenised first if it is not there."""
     import datasets
 
     resolved = resolve(source)
     files = [f"{source}[{config.split}]"] if isinstance(resolved, HubSource) else [str(p) for p in resolved]
-    format, rows = _format_of(read_rows(source, split=config.split), config)
-    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, format, config)
+    format, rows = _format_of(read_rows(source, split=config.split), config, purpose)
+    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, format, config, purpose)
     folder = cache_folder(config) / key
     manifest = read_manifest(folder)
     cached = manifest is not None
     if manifest is None:
-        encode = RowEncoder(encoder=encoder, format=format, config=config)
+        encode = RowEncoder(encoder=encoder, format=format, config=config, purpose=purpose)
         results = _with_progress(encode_rows(rows, encode, num_proc=config.num_proc), source, progress)
         manifest = publish(folder, lambda path: {"report": _write(path, results, encode, source=source, files=files)})
     report = SourceReport(**manifest["report"] | {"source": source, "from_cache": cached})
@@ -173,12 +174,18 @@ def _load_source(source: str, config: DataConfig, encoder: ChatEncoder, digest: 
     return Part(table=table, files=files, rows=np.arange(len(table))), report
 
 
-def _format_of(rows: Iterator[Row], config: DataConfig) -> tuple[Format, Iterator[Row]]:
+def _format_of(rows: Iterator[Row], config: DataConfig, purpose: Purpose) -> tuple[Format, Iterator[Row]]:
     """The source's format, from the config or its first row, and all rows again."""
+    required = REQUIRED if purpose == "sft" else PREFERENCE_REQUIRED
+    if config.format != "auto" and config.format not in required:
+        raise ValueError(
+            f"data.format={config.format} is not a format of {purpose} data; known are {', '.join(required)}. Leave it at "
+            "auto, or use the trainer that these rows are for."
+        )
     first = next(rows, None)
     if first is None:
         raise ValueError("No rows were given: nothing to train on. Pass at least one.")
-    format = detect_format(first, config.columns) if config.format == "auto" else config.format
+    format = detect_format(first, config.columns, required) if config.format == "auto" else config.format
     return format, itertools.chain([first], rows)
 
 
@@ -186,11 +193,7 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
     """Writes the kept rows and returns the report's entries. ValueError if no row is left."""
     import pyarrow as pa
 
-    ids = pa.list_(pa.int32())
-    schema = pa.schema(
-        [("prompt_ids", ids), ("completion_ids", ids), ("loss_mask", pa.list_(pa.uint8())), ("file", pa.int32())]
-        + [("row", pa.int64()), ("prompt_hash", pa.uint64()), ("num_tokens", pa.int32())]
-    )
+    columns = schema()
     numbers = {name: i for i, name in enumerate(files)}
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
@@ -206,12 +209,12 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
             counts["num_cut_tokens"] += result.num_cut_tokens
             counts["num_tokens"] += result.group.num_tokens_shared
             counts["num_trained_tokens"] += result.group.num_trained
-            yield _record(result.group, numbers)
+            yield to_record(result.group, numbers)
 
     stream = records()
-    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with path.open("wb") as file, pa.ipc.new_stream(file, columns) as writer:
         while batch := list(itertools.islice(stream, _BATCH_ROWS)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
     if not counts["num_kept"]:
         raise ValueError(_nothing_left(source, counts["num_read"], dropped, encode.config))
     names = ("num_read", "num_kept", "num_truncated", "num_cut_tokens", "num_tokens", "num_trained_tokens")
@@ -224,19 +227,6 @@ def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config
         f"{source}: no row is left to train on: {num_read} read, dropped: {dict(dropped)}. Raise "
         f"--data.max_length (now {config.max_length}) or correct the data."
     )
-
-
-def _record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:
-    (completion,) = group.completions
-    return {
-        "prompt_ids": group.prompt_ids,
-        "completion_ids": completion.token_ids,
-        "loss_mask": completion.loss_mask,
-        "file": file_numbers[group.meta["file"]],
-        "row": group.meta["row"],
-        "prompt_hash": prompt_hash(group),
-        "num_tokens": group.num_tokens_shared,
-    }
 
 
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:

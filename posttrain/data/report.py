@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 PROMPT_FILLS = "prompt fills max_length"
 OVERLONG = "longer than max_length"
+SAME_SIDES = "chosen and rejected are the same tokens"
+ALL_TIED = "all completions are tied"
 
 
 @dataclass(kw_only=True, frozen=True)

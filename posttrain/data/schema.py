@@ -61,15 +61,19 @@ class Conversation:
     """JSON schemas for the chat template. Default None."""
 
 
-def detect_format(row: Row, columns: Mapping[str, str] | None = None) -> Format:
-    """The one format whose required columns the row has. ValueError if none or several match, saying which."""
+def detect_format(
+    row: Row, columns: Mapping[str, str] | None = None, required: Mapping[Format, tuple[str, ...]] | None = None
+) -> Format:
+    """The one format of ``required`` (default: those of SFT) whose columns the row has. ValueError if none or several match,
+    saying which."""
+    required = required or REQUIRED
     values = rename(row, columns)
     found: list[Format] = [
-        f for f, needed in REQUIRED.items() if all(c in values for c in needed) and (not columns or set(columns) & set(needed))
+        f for f, needed in required.items() if all(c in values for c in needed) and (not columns or set(columns) & set(needed))
     ]
     if len(found) == 1:
         return found[0]
-    known = "; ".join(f"{f}: {', '.join(needed)}" for f, needed in REQUIRED.items())
+    known = "; ".join(f"{f}: {', '.join(needed)}" for f, needed in required.items())
     if found:
         raise ValueError(
             f"{row.where}: the columns {sorted(row.values)} fit several formats: {', '.join(found)}. Choose with --data.format."
@@ -113,7 +117,7 @@ def normalise(row: Row, format: Format, columns: Mapping[str, str] | None = None
     elif format == "alpaca":
         messages = _alpaca(row, values)
     else:
-        messages = _message_list(row, REQUIRED[format][0], values[REQUIRED[format][0]])
+        messages = message_list(row, REQUIRED[format][0], values[REQUIRED[format][0]])
     _check_turns(row, context, messages)
     trained = [False] * len(context) + [m["role"] == "assistant" and _weight(row, m) for m in messages]
     if not any(trained):
@@ -129,7 +133,7 @@ def _prompt_completion(row: Row, values: dict[str, Any]) -> tuple[list[Message],
         user, answer = _turn(row, prompt, completion)
         return [*system, user], [answer], None if system else (prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _message_list(row, "prompt", prompt), _message_list(row, "completion", completion), None
+        return message_list(row, "prompt", prompt), message_list(row, "completion", completion), None
     raise ValueError(
         f"{row.where}: prompt and completion must be two strings or two lists of messages; got "
         f"{type(prompt).__name__} and {type(completion).__name__}. Write both the same way."
@@ -148,6 +152,11 @@ def _alpaca(row: Row, values: dict[str, Any]) -> list[Message]:
     return messages + _turn(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, values["output"])
 
 
+def single_message(row: Row, role: str, content: Any) -> Message:
+    """One message with text; ValueError naming the row."""
+    return _message(row, {"role": role, "content": content})
+
+
 def _turn(row: Row, user: Any, assistant: Any) -> list[Message]:
     return [
         _message(row, {"role": "user", "content": user}),
@@ -155,7 +164,8 @@ def _turn(row: Row, user: Any, assistant: Any) -> list[Message]:
     ]
 
 
-def _message_list(row: Row, column: str, value: Any) -> list[Message]:
+def message_list(row: Row, column: str, value: Any) -> list[Message]:
+    """A list of {role, content} with known roles and text; ValueError naming the row."""
     value = _parsed_list(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{row.where}: {column} must be a non-empty list of messages; got {value!r}. Correct the row.")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.config import DataConfig, Format
+from posttrain.data.comparisons import PREFERENCE_REQUIRED, Comparison, normalise_comparison
+from posttrain.data.config import DataConfig, Format, Purpose
 from posttrain.data.readers import Row
-from posttrain.data.report import OVERLONG, PROMPT_FILLS
+from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
 from posttrain.data.schema import normalise
-from posttrain.types import Completion, PromptGroup
+from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 
 _CHUNK_ROWS = 256
 
@@ -46,25 +48,57 @@ class RowEncoder:
     config: DataConfig
     """Its columns, max_length and overlong are read."""
 
+    purpose: Purpose = "sft"
+    """``reward`` adds a score slot to every completion and trains nothing else. Default sft."""
+
     def __call__(self, row: Row) -> Encoded:
         """ValueError naming file and row for a row that cannot be trained on, or is too long under overlong=error."""
-        conversation = normalise(row, self.format, self.config.columns)
         meta = {"file": row.file, "row": row.row_number}
+        if self.format in PREFERENCE_REQUIRED:
+            group = self._compare(normalise_comparison(row, self.format, self.config.columns), meta)
+            return fit(group, self.config, scored=self.purpose == "reward")
+        conversation = normalise(row, self.format, self.config.columns)
         if self.encoder.template is None and conversation.text is not None:
             group = self.encoder.encode_text(*conversation.text, meta=meta)
         else:
             group = self.encoder.encode(conversation.messages, trained=conversation.trained, tools=conversation.tools, meta=meta)
         return fit(group, self.config)
 
+    def _compare(self, row: Comparison, meta: dict[str, Any]) -> PromptGroup:
+        """Every completion after the prompt they share; a template that writes the prompt in two ways is a ValueError."""
+        if self.encoder.template is None and row.text is not None:
+            encoded = [self.encoder.encode_text(row.text[0], side, meta=meta) for side in row.text[1]]
+        else:
+            untrained = [False] * len(row.prompt)
+            encoded = [
+                self.encoder.encode(
+                    [*row.prompt, *side], trained=[*untrained, *(m["role"] == "assistant" for m in side)], meta=meta
+                )
+                for side in row.completions
+            ]
+        prompt = encoded[0].prompt_ids
+        if any(group.prompt_ids != prompt for group in encoded):
+            raise ValueError(
+                f"{encoded[0].where}: the chat template writes the prompt differently before different completions, so it is not "
+                "one prompt. Put {% generation %} markers into the template and pass it with --data.chat_template."
+            )
+        completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, row.labels, strict=True)]
+        return PromptGroup(prompt_ids=prompt, completions=completions, pairs=row.pairs, meta=meta)
+
     def chunk(self, rows: list[Row]) -> list[Encoded]:
         """Many rows: one message between processes."""
         return [self(row) for row in rows]
 
 
-def fit(group: PromptGroup, config: DataConfig) -> Encoded:
-    """The group within max_length tokens. What follows the last trained token is cut off first: it changes no loss."""
-    completion = _until_last_trained(group.completions[0], len(group.completions[0].token_ids))
-    length = len(group.prompt_ids) + len(completion.token_ids)
+def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Encoded:
+    """The group within max_length tokens per sequence.
+
+    What follows the last trained token is cut off first: it changes no loss. Under ``scored`` nothing is: a reward model reads
+    the whole text, and every completion gets the slot in which its score is read.
+    """
+    completions = [c if scored else _until_last_trained(c, len(c.token_ids)) for c in group.completions]
+    length = len(group.prompt_ids) + max(len(c.token_ids) for c in completions)
+    cut = 0
     if length > config.max_length:
         advice = f"{length} tokens, more than data.max_length={config.max_length}"
         if config.overlong == "error":
@@ -74,13 +108,28 @@ def fit(group: PromptGroup, config: DataConfig) -> Encoded:
         room = config.max_length - len(group.prompt_ids)
         if config.overlong == "drop" or room < 1:
             return Encoded(group=None, reason=OVERLONG if config.overlong == "drop" else PROMPT_FILLS)
-        whole = len(completion.token_ids)
-        completion = _until_last_trained(completion, room)
-        cut = whole - len(completion.token_ids)
-    else:
-        cut = 0
-    kept = PromptGroup(prompt_ids=group.prompt_ids, completions=[completion], meta=group.meta)
-    return Encoded(group=kept, num_cut_tokens=cut)
+        whole = sum(len(c.token_ids) for c in completions)
+        completions = [_head(c, room) if scored else _until_last_trained(c, room) for c in completions]
+        cut = whole - sum(len(c.token_ids) for c in completions)
+    if group.pairs is not None and any(completions[p.chosen].token_ids == completions[p.rejected].token_ids for p in group.pairs):
+        return Encoded(group=None, reason=SAME_SIDES)
+    if group.pairs is not None and not group.pairs and all(c.label is None for c in completions):
+        return Encoded(group=None, reason=ALL_TIED)
+    if scored:
+        completions = [_with_score_slot(c) for c in completions]
+    return Encoded(group=replace(group, completions=completions), num_cut_tokens=cut)
+
+
+def _head(completion: Completion, limit: int) -> Completion:
+    return replace(completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit])
+
+
+def _with_score_slot(completion: Completion) -> Completion:
+    return replace(
+        completion,
+        token_ids=[*completion.token_ids, SCORE_SLOT],
+        loss_mask=[0] * len(completion.token_ids) + [1],
+    )
 
 
 def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> Iterator[Encoded]:
@@ -110,7 +159,7 @@ def _until_last_trained(completion: Completion, limit: int) -> Completion:
         end -= 1
     if end == len(completion.token_ids):
         return completion
-    return Completion(token_ids=completion.token_ids[:end], loss_mask=completion.loss_mask[:end])
+    return _head(completion, end)
 
 
 _worker: RowEncoder | None = None

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.models.adapters import LoraConfig, add_adapters, nf4
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
 
 if TYPE_CHECKING:
@@ -25,56 +27,6 @@ logger = logging.getLogger(__name__)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _TOKENS_THAT_TEXT_NEVER_HOLDS = ("image_token", "video_token", "audio_token")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021, arXiv:2106.09685."""
-
-    rank: int = 0
-    """Rank of the update; 0 trains the whole model instead."""
-    alpha: float | None = None
-    """Numerator of the scale alpha / rank; None: 2 * rank."""
-    dropout: float = 0.0
-    """Probability of dropping an adapter input, in [0, 1). Above 0 it stops prompts from being shared."""
-    target_modules: list[str] | None = None
-    """Last parts of the names of the modules that get an adapter; None: every linear layer except the LM head."""
-    quantize_4bit: bool = False
-    """QLoRA: keep the frozen weights in 4-bit NF4 (bitsandbytes). Dettmers et al. 2023, arXiv:2305.14314."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout is a probability in [0, 1); got {self.dropout}.")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(
-                f"lora.alpha must be > 0, since the update is scaled by alpha / rank; got {self.alpha}. "
-                "Leave it out for 2 * rank."
-            )
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer.")
-        if self.rank == 0:
-            self._refuse_ignored_options()
-
-    def _refuse_ignored_options(self) -> None:
-        given = {
-            "alpha": self.alpha is not None,
-            "dropout": self.dropout != 0.0,
-            "target_modules": self.target_modules is not None,
-            "quantize_4bit": self.quantize_4bit,
-        }
-        ignored = [f"lora.{name}" for name, is_set in given.items() if is_set]
-        if ignored:
-            raise ValueError(
-                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no adapters. "
-                "Set --model.lora.rank 16, or leave these options out."
-            )
-
-    @property
-    def scale_numerator(self) -> float:
-        """``alpha``, resolved."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +76,41 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | 
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    model, _ = load_pretrained(config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype)
+    if config.lora.rank > 0:
+        model = add_adapters(model, config.lora, base=base_name(config), revision=config.revision, task_type="CAUSAL_LM")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_pretrained(
+    config: ModelConfig,
+    auto_class: Any,
+    known: Any,
+    *,
+    dtype: torch.dtype,
+    may_miss: Callable[[str], bool] = lambda _: False,
+    **config_values: Any,
+) -> tuple[Any, list[str]]:
+    """(model without adapters, names of weights that the checkpoint lacks and ``may_miss`` allows to be random).
+
+    ``auto_class`` is transformers' class for the task, ``known`` its mapping of configs; ``config_values`` replace values of
+    the model's config. Raises as ``load_model`` does.
+    """
     source = resolve_source(config.name)
     _check_weights_are_safetensors(source)
     model_config = read_config(config)
-    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(model_config) not in known:
         raise ValueError(
-            f"Model {config.name!r} is a {model_config.model_type!r}, which is not a causal language model of "
-            "transformers. Only decoder models that predict the next token can be trained here."
+            f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' {auto_class.__name__} does not have. "
+            "Only decoder models that predict the next token can be trained here."
         )
     _settle_router_loss(model_config, config)
-    options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if config.lora.quantize_4bit else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    for name, value in config_values.items():
+        setattr(model_config, name, value)
+    options: dict[str, Any] = {"quantization_config": nf4(dtype)} if config.lora.quantize_4bit else {}
+    model, report = auto_class.from_pretrained(
         source,
         config=model_config,
         revision=_revision(config, source),
@@ -144,13 +120,9 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | 
         output_loading_info=True,
         **options,
     )
-    model, report = loaded
-    _refuse_missing_weights(config.name, sorted(report["missing_keys"]))
-    if config.lora.rank > 0:
-        model = _add_adapters(model, config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    missing = sorted(report["missing_keys"])
+    _refuse_missing_weights(config.name, [name for name in missing if not may_miss(name)])
+    return model, missing
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -324,55 +296,8 @@ def _refuse_missing_weights(name: str, missing: list[str]) -> None:
         )
 
 
-def _nf4(dtype: torch.dtype) -> Any:
-    import importlib.util
-
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install 'posttrain[qlora]', or "
-            "train adapters on unquantised weights (leave --model.lora.quantize_4bit out)."
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
-    """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward in eval mode.
-
-    Training does not undo it, and the kernel for repacked weights has no backward: after one evaluation, the layers
-    below would silently get no gradient.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _add_adapters(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
-    import peft
-
-    lora = config.lora
-    if lora.quantize_4bit:
-        _keep_4bit_layers_differentiable(model)
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapters = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.scale_numerator,  # type: ignore[arg-type]  # peft only divides it by r
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules or "all-linear",
-        bias="none",
-        task_type="CAUSAL_LM",
-        revision=config.revision,
-    )
-    wrapped = peft.get_peft_model(model, adapters)
+def base_name(config: ModelConfig) -> str:
+    """What adapters record as their base: the embedded name, the absolute path of a folder, or the hub id."""
     folder = Path(config.name).expanduser()
     is_folder = config.name not in EMBEDDED and folder.is_dir()
-    adapters.base_model_name_or_path = str(folder.resolve()) if is_folder else config.name
-    return wrapped
+    return str(folder.resolve()) if is_folder else config.name

@@ -174,18 +174,26 @@ class Policy(nn.Module):
         """The model's config; accelerate and DeepSpeed read it."""
         return _base_model(self.model).config
 
+    @property
+    def base(self) -> Any:
+        """The transformers model, inside of peft's wrapper if there is one."""
+        return _base_model(self.model)
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """logps_T [T]: natural-log probability of each trained token under the model, at least float32."""
-        base = _base_model(self.model)
         if self.forward_mode.backend is None and _is_prompt_learning(self.model):
             return self._plain_logps(batch)
+        head = self.base.get_output_embeddings()
+        hidden_TH = self.hidden(batch)
+        return token_logps(hidden_TH, batch.targets_T, head, transform=self.transform, chunk=self.packing.logits_chunk)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """[T, H] the backbone's last hidden states at the positions that predict a trained token."""
         extra = {} if self.forward_mode.backend is None else {"packing": batch.layout}
-        output = base.get_decoder()(
+        output = self.base.get_decoder()(
             input_ids=batch.input_ids_L[None], position_ids=batch.position_ids_L[None], use_cache=False, **extra
         )
-        hidden_TH = output.last_hidden_state[0].index_select(0, batch.predictor_T)
-        head = base.get_output_embeddings()
-        return token_logps(hidden_TH, batch.targets_T, head, transform=self.transform, chunk=self.packing.logits_chunk)
+        return output.last_hidden_state[0].index_select(0, batch.predictor_T)
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:
         """[t] what ``forward`` gives for one completion, through the model as transformers ships it: for the self-check."""

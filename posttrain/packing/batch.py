@@ -89,9 +89,7 @@ class PackedBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
-    def with_logps(
-        self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None
-    ) -> PairLogps:
+    def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
         return PairLogps(
             logps_T=logps_T,

@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import torch
-
-from posttrain.data import (
-    DataConfig,
-    SFTData,
-    batch_indices,
-    check_stop_trained,
-    groups_from_rows,
-    highlight_sample,
-    load_sft_data,
-    set_chat_template,
-    stop_token_ids,
-)
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
-from posttrain.packing.plan import PackingConfig
-from posttrain.precision import PrecisionPlan
-from posttrain.training.config import TrainConfig, flat_settings, resolve_loss, to_dict
-from posttrain.training.launch import make_accelerator
-from posttrain.training.loop import Loop, TrainResult, longest_sequence
-from posttrain.training.optimizer import OptimizerConfig
-from posttrain.types import LossOutput, PromptGroup, TokenLogps
+from posttrain.data.config import Purpose
+from posttrain.losses.sft import sft
+from posttrain.trainers.base import BaseConfig, Loss, Rows, Trainer
+from posttrain.training.config import choose_loss
+from posttrain.training.loop import Loop
+from posttrain.types import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class SFTConfig(BaseConfig):
     """Everything that decides an SFT run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model, full or LoRA"""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Rows to train and evaluate on"""
-    packing: PackingConfig = field(default_factory=PackingConfig)
-    """Micro-batches: memory and speed, never the gradient"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """Length, cadence and place of the run"""
     loss: str = "posttrain.losses.sft.sft"
     """Dotted path of the loss function; any function (TokenLogps, *, options) -> LossOutput."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.aggregation sequence_mean."""
 
 
-Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
-
-
-class SFTTrainer:
+class SFTTrainer(Trainer):
     """``SFTTrainer(model="smollm2-135m", train_dataset=rows).train()``.
 
     ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
     groups, or rows in any format that ``posttrain.data`` reads; without them ``config.data`` says where the rows are.
-    ``loss``: a function ``TokenLogps -> LossOutput``; without it ``config.loss``.
+    ``loss``: a function ``TokenLogps -> LossOutput``; without it ``config.loss``. Held out is always the plain negative
+    log-likelihood per trained token.
     """
+
+    purpose: ClassVar[Purpose] = "sft"
 
     def __init__(
         self,
@@ -69,153 +43,11 @@ class SFTTrainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         config: SFTConfig | None = None,
-        loss: Callable[[TokenLogps], LossOutput] | None = None,
+        loss: Loss | None = None,
     ) -> None:
         config = config or SFTConfig()
-        if isinstance(model, str):
-            config, model = replace(config, model=replace(config.model, name=model)), None
-        if model is not None and tokenizer is None:
-            raise ValueError("SFTTrainer(model=<a loaded model>) needs its tokenizer too: pass tokenizer=...")
-        if loss is not None and (config.loss_options or config.loss != SFTConfig.loss):
-            raise ValueError("SFTTrainer got loss=... and config.loss or config.loss_options, which would be ignored. Give one.")
-        _refuse_ignored(config, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        self.config = config
-        self.loss = loss or resolve_loss(config.loss, dict(config.loss_options))
-        self._model, self._tokenizer = model, tokenizer
-        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        super().__init__(config=config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.loss = choose_loss(config, loss, home="posttrain.losses.sft", default=SFTConfig.loss)
 
-    def train(self) -> TrainResult:
-        """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
-        config = self.config
-        accelerator, precision = make_accelerator(
-            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
-        )
-        torch.manual_seed(config.train.seed)
-        tokenizer = self._tokenizer or load_tokenizer(config.model)
-        with accelerator.main_process_first():
-            train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
-            model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
-        check_vocabulary(model, tokenizer)
-        if self._model is not None:
-            _check_dtype(model, precision)
-        if config.train.eval_every and evaluation is None:
-            raise ValueError(
-                "train.eval_every is set, but there is nothing to evaluate on. Set --data.eval or --data.eval_fraction."
-            )
-        if self._train_dataset is not None:
-            check_stop_trained(train, stop_token_ids(tokenizer))
-        _check_budget(train, evaluation, config.packing)
-        if config.train.trackers:
-            settings = flat_settings(to_dict(config))
-            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
-            accelerator.init_trackers("posttrain", config=settings)
-        if accelerator.is_main_process:
-            _show_sample(train[0], tokenizer)
-
-        def batches(step: int) -> list[PromptGroup]:
-            picked = batch_indices(
-                step, seed=config.train.seed, batch_size=config.train.batch_size, sizes=sizes, weights=config.data.weights
-            )
-            return [train.at(d, i) if hasattr(train, "at") else train[i] for d, i in picked]
-
-        loop = Loop(
-            accelerator=accelerator,
-            precision=precision,
-            model=model,
-            tokenizer=tokenizer,
-            loss=self.loss,
-            batches=batches,
-            num_steps=config.train.num_steps(len(train)),
-            train=config.train,
-            optimizer_config=config.optimizer,
-            packing=config.packing,
-            eval_groups=evaluation,
-            settings=to_dict(config),
-            data_counts=counts,
-            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
-        )
-        result = loop.run()
-        if accelerator.is_main_process:
-            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
-        return result
-
-    def _groups(self, tokenizer: Any, *, is_main: bool) -> tuple[Any, Any, dict[str, Any], list[int]]:
-        """(training groups, evaluation groups or None, counts, sizes of the sources)."""
-        if self._train_dataset is None:
-            data: SFTData = load_sft_data(self.config.data, tokenizer, progress=is_main)
-            if is_main:
-                from rich.console import Console
-
-                Console().print(data.report.render())
-            return data.train, data.eval, {**data.report.counts(), "dropped_by": data.report.dropped()}, data.train.sizes
-        train = _as_groups(self._train_dataset, tokenizer, self.config.data)
-        evaluation = None if self._eval_dataset is None else _as_groups(self._eval_dataset, tokenizer, self.config.data)
-        counts = {"read": len(self._train_dataset), "kept": len(train), "dropped": len(self._train_dataset) - len(train)}
-        return train, evaluation, counts, [len(train)]
-
-
-def _refuse_ignored(config: SFTConfig, *, model: Any, train_dataset: Rows | None, eval_dataset: Rows | None) -> None:
-    """Two sources for the same thing, of which one would be ignored."""
-    data, rows = config.data, train_dataset is not None
-    adapts = config.model.lora.rank > 0 or config.model.gradient_checkpointing
-    wrong = {
-        "eval_dataset without train_dataset; give both, or data.eval": eval_dataset is not None and not rows,
-        "data.train beside train_dataset": rows and bool(data.train),
-        "data.eval or data.eval_fraction beside train_dataset; give eval_dataset": rows and bool(data.eval or data.eval_fraction),
-        "data.weights beside train_dataset": rows and data.weights is not None,
-        "model.lora or gradient_checkpointing beside a loaded model; apply them to it": model is not None and adapts,
-    }
-    for what, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(f"SFTTrainer would ignore something: {what}.")
-
-
-def _check_dtype(model: Any, precision: PrecisionPlan) -> None:
-    """transformers loads a checkpoint in the dtype it was saved in, often bfloat16, where small updates round away."""
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    wrong = sorted(str(d) for d in trained - {precision.load_dtype, torch.float32})
-    if wrong:
-        raise ValueError(
-            f"The loaded model's trainable weights are {', '.join(wrong)}, but precision {precision.name} keeps them in "
-            f"{precision.weight}. Load it with from_pretrained(..., dtype=torch.{precision.weight}), or set precision bf16-pure."
-        )
-
-
-def _digest(groups: Any) -> str:
-    """Of the number of groups and sixteen of them, to notice other data on resume."""
-    picked = [groups[i * len(groups) // 16] for i in range(16)]
-    content = [(list(g.prompt_ids), [(list(c.token_ids), list(c.loss_mask)) for c in g.completions]) for g in picked]
-    return hashlib.sha256(repr((len(groups), content)).encode()).hexdigest()[:16]
-
-
-def _as_groups(rows: Rows, tokenizer: Any, data: DataConfig) -> list[PromptGroup]:
-    if len(rows) and isinstance(rows[0], PromptGroup):
-        return list(rows)  # type: ignore[arg-type]
-    if data.chat_template is not None:
-        set_chat_template(tokenizer, data.chat_template)
-    return groups_from_rows(rows, tokenizer, config=data)  # type: ignore[arg-type]
-
-
-def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
-    """The longest sequence must fit into one row: said before training, with its place."""
-    for groups in (train, evaluation):
-        if groups is None:
-            continue
-        if hasattr(groups, "lengths"):
-            index = int(groups.lengths.argmax())
-            longest, where = int(groups.lengths[index]), groups[index].where
-        else:
-            longest, where = longest_sequence(groups)
-        if longest - 1 > packing.max_tokens:
-            raise ValueError(
-                f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
-                f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
-            )
-
-
-def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
-    from rich.console import Console
-    from rich.panel import Panel
-
-    title = "first sample: trained tokens are highlighted"
-    Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
+    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+        loop.eval_loss = sft

@@ -165,32 +165,80 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def resolve_loss(path: str, options: dict[str, Any]) -> Callable[..., Any]:
-    """``package.module.function`` with keyword options -> the loss; unknown options are an error, never ignored.
+DECLARATIONS = ("couples_completions", "needs_reference", "batch_statistic")
+"""What a loss function says of itself by attributes."""
 
-    The function's own ``couples_completions`` declaration is kept.
+
+def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, default: str) -> Callable[..., Any]:
+    """The loss given in Python, else ``config.loss`` with ``config.loss_options``; both at once are an error."""
+    if given is None:
+        return resolve_loss(config.loss, dict(config.loss_options), home=home)
+    if config.loss_options or config.loss != default:
+        raise ValueError("The trainer got loss=... and config.loss or config.loss_options, which would be ignored. Give one.")
+    return given
+
+
+def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft") -> Callable[..., Any]:
+    """A loss by name, or a weighted sum such as ``dpo + 0.2*nll_chosen``, with keyword options.
+
+    A name is ``package.module.function``, or a function of the module ``home``. An option goes to every term that has it; an
+    option that none has is an error, never ignored. The functions' declarations are kept.
     """
-    module_name, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the folder it is started from is not
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--loss is a dotted path to a function such as my_losses.my_loss, importable from the folder you start in; "
-            f"got {path!r} ({error})."
-        ) from error
-    accepted = {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    unknown = sorted(set(options) - accepted)
+    terms = [_weight_and_name(term, path) for term in path.split("+")]
+    functions = [(weight, _import_function(name, home)) for weight, name in terms]
+    accepted = [_options_of(function) for _, function in functions]
+    unknown = sorted(set(options) - set().union(*accepted))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(accepted), n=1)
+        every = sorted(set().union(*accepted))
+        near = difflib.get_close_matches(unknown[0], every, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{path} has no option {unknown[0]!r}; it has {sorted(accepted) or 'none'}.{hint}")
+        raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
+    bound = [
+        (weight, with_options(function, {k: v for k, v in options.items() if k in names}))
+        for (weight, function), names in zip(functions, accepted, strict=True)
+    ]
+    if len(bound) == 1 and bound[0][0] == 1.0:
+        return bound[0][1]
+    from posttrain.losses.combine import weighted_sum
+
+    return weighted_sum(bound)
+
+
+def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """The loss with keyword options fixed, its declarations kept."""
     if not options:
         return function
 
     def loss(logps: Any) -> Any:
         return function(logps, **options)
 
-    loss.couples_completions = getattr(function, "couples_completions", True)  # type: ignore[attr-defined]
+    loss.__name__ = loss.__qualname__ = getattr(function, "__name__", "loss")
+    for name in DECLARATIONS:
+        if hasattr(function, name):
+            setattr(loss, name, getattr(function, name))
     return loss
+
+
+def _weight_and_name(term: str, path: str) -> tuple[float, str]:
+    weight, star, name = term.strip().rpartition("*")
+    try:
+        return (float(weight) if star else 1.0), name.strip()
+    except ValueError as error:
+        raise ValueError(f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}.") from error
+
+
+def _import_function(name: str, home: str) -> Callable[..., Any]:
+    module_name, _, attribute = (name if "." in name else f"{home}.{name}").rpartition(".")
+    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the folder it is started from is not
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, importable from the folder you "
+            f"start in; got {name!r} ({error})."
+        ) from error
+
+
+def _options_of(function: Callable[..., Any]) -> set[str]:
+    return {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posttrain.models.policy import Policy, plain_attention
-from posttrain.packing.batch import PackingMode, pack
+from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
 from posttrain.types import Completion, PromptGroup
+
 
 @torch.no_grad()
 def greedy_answers(

@@ -149,9 +149,7 @@ def evaluate(
     return {**result, **(report(sums) if report is not None else {})}
 
 
-def _over_ranks(
-    totals: dict[str, list[float]], sums: dict[Ref, float]
-) -> tuple[dict[str, list[float]], dict[Ref, float]]:
+def _over_ranks(totals: dict[str, list[float]], sums: dict[Ref, float]) -> tuple[dict[str, list[float]], dict[Ref, float]]:
     from accelerate.utils import gather_object
 
     merged: dict[str, list[float]] = {}
@@ -172,4 +170,3 @@ def _eval_name(name: str) -> str:
 def needs_reference(loss: Loss) -> bool:
     """Whether a loss reads the reference; it does unless it says ``my_loss.needs_reference = False``."""
     return bool(getattr(loss, "needs_reference", True))
-

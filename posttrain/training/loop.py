@@ -26,8 +26,8 @@ from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
-from posttrain.training.run_folder import RunFolder
 from posttrain.training.reference import RunReference
+from posttrain.training.run_folder import RunFolder
 from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
 from posttrain.types import Counts, PromptGroup
 

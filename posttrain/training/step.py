@@ -227,9 +227,7 @@ class _GradientCache:
             with torch.no_grad():
                 self._step.policy(batch)
 
-    def _differentiate(
-        self, group: int, logps: dict[tuple[int, int], Tensor], reference: dict[tuple[int, int], Tensor]
-    ) -> None:
+    def _differentiate(self, group: int, logps: dict[tuple[int, int], Tensor], reference: dict[tuple[int, int], Tensor]) -> None:
         trained = tuple(k for k, c in enumerate(self._step.groups[group].completions) if c.num_trained)
         whole = self._step.pack([GroupPart(group=group, completions=trained)])
         logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()

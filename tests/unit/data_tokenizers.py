@@ -7,7 +7,7 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.data import load_sft_data
+from posttrain.data import load_groups
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 CORPUS = ["user assistant system\n\n hello yes no the answer is four five\n\n\n question reply"] * 3
@@ -111,7 +111,7 @@ def pairs(n, start=0, words=1):
 
 
 def load(config, tokenizer=None, **changes):
-    return load_sft_data(dataclasses.replace(config, **changes), tokenizer or byte_level(), progress=False)
+    return load_groups(dataclasses.replace(config, **changes), tokenizer or byte_level(), progress=False)
 
 
 def everything(dataset):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from posttrain.data import DataConfig, load_sft_data
+from posttrain.data import DataConfig, load_groups
 from posttrain.data import cache as data_cache
 from posttrain.data import dataset as data_dataset
 from tests.unit.data_tokenizers import CHATML, MARKED_WITHOUT_END, byte_level, everything, load, pairs, write
@@ -123,7 +123,7 @@ def test_a_failed_run_leaves_nothing_behind(config, tmp_path):
 
 def _load_in_process(config, barrier, results):
     barrier.wait()
-    results.put(everything(load_sft_data(config, byte_level(), progress=False).train))
+    results.put(everything(load_groups(config, byte_level(), progress=False).train))
 
 
 def test_two_processes_at_once_read_the_same_and_leave_one_folder(config):

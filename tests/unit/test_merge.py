@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posttrain.cli.main import main
-from posttrain.models.load import LoraConfig, ModelConfig, load_model, load_tokenizer, save_model
+from posttrain.models.adapters import LoraConfig
+from posttrain.models.load import ModelConfig, load_model, load_tokenizer, save_model
 from posttrain.models.merge import MERGE_DTYPES, merge_adapter
 
 PROMPT = torch.tensor([[1, 5, 9, 2, 30], [3, 3, 4, 8, 7]])

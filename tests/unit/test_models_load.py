@@ -215,7 +215,7 @@ def test_code_from_the_repository_is_never_run(folder: Path) -> None:
 
 def test_not_a_causal_language_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(ValueError, match="is a 't5', which is not a causal language model"):
+    with pytest.raises(ValueError, match="is a 't5', which transformers' AutoModelForCausalLM does not have"):
         load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
 
 

@@ -121,7 +121,10 @@ def test_weight_two_is_the_pair_twice_and_weight_zero_is_leaving_it_out():
         return float(reduce_term(term, batch, count_units([group])))
 
     for aggregation in ("pair_mean", "group_mean"):
-        weighted = value([Pair(chosen=0, rejected=1, weight=2.0), Pair(chosen=0, rejected=2), Pair(chosen=1, rejected=2, weight=0)], aggregation)
+        weighted = value(
+            [Pair(chosen=0, rejected=1, weight=2.0), Pair(chosen=0, rejected=2), Pair(chosen=1, rejected=2, weight=0)],
+            aggregation,
+        )
         twice = value([Pair(chosen=0, rejected=1), Pair(chosen=0, rejected=1), Pair(chosen=0, rejected=2)], aggregation)
         assert weighted == pytest.approx((2 * 2.0 + 8.0) / 3)
         assert weighted == twice

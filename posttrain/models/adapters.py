@@ -1,0 +1,124 @@
+"""Low-rank adapters (LoRA, QLoRA) through peft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021, arXiv:2106.09685."""
+
+    rank: int = 0
+    """Rank of the update; 0 trains the whole model instead."""
+    alpha: float | None = None
+    """Numerator of the scale alpha / rank; None: 2 * rank."""
+    dropout: float = 0.0
+    """Probability of dropping an adapter input, in [0, 1). Above 0 it stops prompts from being shared."""
+    target_modules: list[str] | None = None
+    """Last parts of the names of the modules that get an adapter; None: every linear layer except the LM head."""
+    quantize_4bit: bool = False
+    """QLoRA: keep the frozen weights in 4-bit NF4 (bitsandbytes). Dettmers et al. 2023, arXiv:2305.14314."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout is a probability in [0, 1); got {self.dropout}.")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(
+                f"lora.alpha must be > 0, since the update is scaled by alpha / rank; got {self.alpha}. "
+                "Leave it out for 2 * rank."
+            )
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer.")
+        if self.rank == 0:
+            self._refuse_ignored_options()
+
+    def _refuse_ignored_options(self) -> None:
+        given = {
+            "alpha": self.alpha is not None,
+            "dropout": self.dropout != 0.0,
+            "target_modules": self.target_modules is not None,
+            "quantize_4bit": self.quantize_4bit,
+        }
+        ignored = [f"lora.{name}" for name, is_set in given.items() if is_set]
+        if ignored:
+            raise ValueError(
+                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no adapters. "
+                "Set --model.lora.rank 16, or leave these options out."
+            )
+
+    @property
+    def scale_numerator(self) -> float:
+        """``alpha``, resolved."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+def nf4(dtype: torch.dtype) -> Any:
+    """QLoRA's quantisation of the frozen weights; ValueError without bitsandbytes."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install 'posttrain[qlora]', or "
+            "train adapters on unquantised weights (leave --model.lora.quantize_4bit out)."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
+    """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward in eval mode.
+
+    Training does not undo it, and the kernel for repacked weights has no backward: after one evaluation, the layers
+    below would silently get no gradient.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    *,
+    base: str,
+    revision: str | None,
+    task_type: str,
+    modules_to_save: list[str] | None = None,
+) -> PeftModel:
+    """LoRA around the model. ``base`` is recorded as where the base can be loaded from; ``modules_to_save`` are trained whole
+    and saved with the adapters (a new head)."""
+    import peft
+
+    if lora.quantize_4bit:
+        _keep_4bit_layers_differentiable(model)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapters = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.scale_numerator,  # type: ignore[arg-type]  # peft only divides it by r
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or "all-linear",
+        bias="none",
+        task_type=task_type,  # type: ignore[arg-type]  # peft takes the name as well as its enum
+        modules_to_save=modules_to_save,
+        revision=revision,
+    )
+    wrapped = peft.get_peft_model(model, adapters)
+    adapters.base_model_name_or_path = base
+    return wrapped

@@ -1,0 +1,97 @@
+"""Reward models: a sequence classifier of transformers with one score per sequence, read at its last real token.
+
+transformers pools the last token that is not the pad token, wherever the padding is. That is the last real token only if
+the pad token never ends a sequence, so the model is given a pad token of its own, distinct from EOS and from every token
+that the chat template writes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.adapters import add_adapters
+from posttrain.models.load import ModelConfig, base_name, load_pretrained
+from posttrain.models.policy import Policy, plain_attention
+from posttrain.packing.batch import PackedBatch
+from posttrain.types import PromptGroup
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN = "<|posttrain_pad|>"
+
+
+def load_reward_model(config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """``AutoModelForSequenceClassification`` with one label on the weights of ``config``, and a pad token for both.
+
+    A checkpoint without a score head gets one drawn from N(0, 1 / (H + 1)^2), so that the first rewards are close to 0; one with
+    a head of one label keeps it. The tokenizer is changed in place. Raises ValueError for models that are no decoder or hide
+    their head.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+
+    model, missing = load_pretrained(
+        config,
+        AutoModelForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        dtype=dtype,
+        may_miss=lambda name: name.startswith("score."),
+        num_labels=1,
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"A reward model needs one linear `score` head on the last hidden state; {type(model).__name__} of {config.name!r} "
+            f"has {head!r}. Use a decoder model such as Llama, Qwen or Gemma, saved with num_labels=1 if it has a head already."
+        )
+    if missing:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
+        head.weight.data.copy_(drawn)
+    give_pad_token(model, tokenizer)
+    model.config.problem_type = None
+    if config.lora.rank > 0:
+        model = add_adapters(
+            model, config.lora, base=base_name(config), revision=config.revision, task_type="SEQ_CLS", modules_to_save=["score"]
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def give_pad_token(model: Any, tokenizer: Any) -> None:
+    """A pad token that no text or template produces, in tokenizer and config; the embedding grows by a row if it is full."""
+    if tokenizer.convert_tokens_to_ids(PAD_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.pad_token = PAD_TOKEN
+    pad = int(tokenizer.pad_token_id)
+    if pad >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[pad].zero_()
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+
+
+class Scorer(Policy):
+    """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token before its score slot."""
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """[T] scores, at least float32; T is the number of completions: each has one trained position, its slot."""
+        base = self.base
+        hidden_TH = self.hidden(batch)
+        if hidden_TH.shape[0] == 0:
+            return hidden_TH.sum(-1)
+        scores_T = base.score(hidden_TH)[:, 0]
+        return scores_T.to(torch.promote_types(scores_T.dtype, torch.float32))
+
+    def plain_values(self, group: PromptGroup, k: int) -> Tensor:
+        """[1] the score by transformers' own forward of the sequence without its slot."""
+        completion = group.completions[k]
+        device = next(self.parameters()).device
+        ids = torch.tensor([*group.prompt_ids, *completion.token_ids[:-1]], device=device)
+        with plain_attention(self.model):
+            logits = self.model(input_ids=ids[None], use_cache=False).logits
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))

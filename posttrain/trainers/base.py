@@ -1,0 +1,231 @@
+"""What every trainer does around the loop: settings, model and tokenizer, groups, checks. The methods add what is theirs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from posttrain.data import (
+    DataConfig,
+    GroupData,
+    batch_indices,
+    check_stop_trained,
+    groups_from_rows,
+    highlight_sample,
+    load_groups,
+    set_chat_template,
+    stop_token_ids,
+)
+from posttrain.data.config import Purpose
+from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.packing.plan import PackingConfig
+from posttrain.precision import PrecisionPlan
+from posttrain.training.config import TrainConfig, flat_settings, to_dict
+from posttrain.training.launch import make_accelerator
+from posttrain.training.loop import Loop, TrainResult, longest_sequence
+from posttrain.training.optimizer import OptimizerConfig
+from posttrain.types import LossOutput, PromptGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What every method's settings have."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model, full or LoRA"""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Rows to train and evaluate on"""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """Micro-batches: memory and speed, never the gradient"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, cadence and place of the run"""
+
+
+Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
+Loss = Callable[..., LossOutput]
+
+
+class Trainer:
+    """``SomeTrainer(model=..., train_dataset=rows, config=...).train()``.
+
+    ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
+    groups, or rows in any format that ``posttrain.data`` reads for this method; without them ``config.data`` says where the
+    rows are.
+    """
+
+    purpose: ClassVar[Purpose]
+    """What the rows are read for."""
+    loss: Loss
+
+    def __init__(
+        self,
+        *,
+        config: Any,
+        model: Any = None,
+        tokenizer: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if isinstance(model, str):
+            config, model = replace(config, model=replace(config.model, name=model)), None
+        if model is not None and tokenizer is None:
+            raise ValueError(f"{name}(model=<a loaded model>) needs its tokenizer too: pass tokenizer=...")
+        _refuse_ignored(name, config, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.config = config
+        self._model, self._tokenizer = model, tokenizer
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
+        config = self.config
+        accelerator, precision = make_accelerator(
+            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+        )
+        torch.manual_seed(config.train.seed)
+        tokenizer = self._tokenizer or load_tokenizer(config.model)
+        with accelerator.main_process_first():
+            train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
+            model = self._model if self._model is not None else self._load_model(tokenizer, precision)
+        check_vocabulary(model, tokenizer)
+        if self._model is not None:
+            _check_dtype(model, precision)
+        if config.train.eval_every and evaluation is None:
+            raise ValueError(
+                "train.eval_every is set, but there is nothing to evaluate on. Set --data.eval or --data.eval_fraction."
+            )
+        if self._train_dataset is not None and self.purpose != "reward":
+            check_stop_trained(train, stop_token_ids(tokenizer))
+        _check_budget(train, evaluation, config.packing)
+        if config.train.trackers:
+            settings = flat_settings(to_dict(config))
+            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+            accelerator.init_trackers("posttrain", config=settings)
+        if accelerator.is_main_process:
+            _show_sample(train[0], tokenizer)
+
+        def batches(step: int) -> list[PromptGroup]:
+            picked = batch_indices(
+                step, seed=config.train.seed, batch_size=config.train.batch_size, sizes=sizes, weights=config.data.weights
+            )
+            return [train.at(d, i) if hasattr(train, "at") else train[i] for d, i in picked]
+
+        loop = Loop(
+            accelerator=accelerator,
+            precision=precision,
+            model=model,
+            tokenizer=tokenizer,
+            loss=self.loss,
+            batches=batches,
+            num_steps=config.train.num_steps(len(train)),
+            train=config.train,
+            optimizer_config=config.optimizer,
+            packing=config.packing,
+            eval_groups=evaluation,
+            settings=to_dict(config),
+            data_counts=counts,
+            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
+        )
+        self._set_up(loop, train, evaluation)
+        result = loop.run()
+        if accelerator.is_main_process:
+            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        return result
+
+    def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
+        """The model that is trained."""
+        return load_model(self.config.model, dtype=precision.load_dtype)
+
+    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+        """What the method adds to the loop."""
+
+    def _groups(self, tokenizer: Any, *, is_main: bool) -> tuple[Any, Any, dict[str, Any], list[int]]:
+        """(training groups, evaluation groups or None, counts, sizes of the sources)."""
+        if self._train_dataset is None:
+            data: GroupData = load_groups(self.config.data, tokenizer, purpose=self.purpose, progress=is_main)
+            if is_main:
+                from rich.console import Console
+
+                Console().print(data.report.render())
+            return data.train, data.eval, {**data.report.counts(), "dropped_by": data.report.dropped()}, data.train.sizes
+        train = self._as_groups(self._train_dataset, tokenizer)
+        evaluation = None if self._eval_dataset is None else self._as_groups(self._eval_dataset, tokenizer)
+        counts = {"read": len(self._train_dataset), "kept": len(train), "dropped": len(self._train_dataset) - len(train)}
+        return train, evaluation, counts, [len(train)]
+
+    def _as_groups(self, rows: Rows, tokenizer: Any) -> list[PromptGroup]:
+        if len(rows) and isinstance(rows[0], PromptGroup):
+            return list(rows)  # type: ignore[arg-type]
+        if self.config.data.chat_template is not None:
+            set_chat_template(tokenizer, self.config.data.chat_template)
+        return groups_from_rows(rows, tokenizer, config=self.config.data, purpose=self.purpose)  # type: ignore[arg-type]
+
+
+def _refuse_ignored(
+    trainer: str, config: BaseConfig, *, model: Any, train_dataset: Rows | None, eval_dataset: Rows | None
+) -> None:
+    """Two sources for the same thing, of which one would be ignored."""
+    data, rows = config.data, train_dataset is not None
+    adapts = config.model.lora.rank > 0 or config.model.gradient_checkpointing
+    wrong = {
+        "eval_dataset without train_dataset; give both, or data.eval": eval_dataset is not None and not rows,
+        "data.train beside train_dataset": rows and bool(data.train),
+        "data.eval or data.eval_fraction beside train_dataset; give eval_dataset": rows and bool(data.eval or data.eval_fraction),
+        "data.weights beside train_dataset": rows and data.weights is not None,
+        "model.lora or gradient_checkpointing beside a loaded model; apply them to it": model is not None and adapts,
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"{trainer} would ignore something: {what}.")
+
+
+def _check_dtype(model: Any, precision: PrecisionPlan) -> None:
+    """transformers loads a checkpoint in the dtype it was saved in, often bfloat16, where small updates round away."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    wrong = sorted(str(d) for d in trained - {precision.load_dtype, torch.float32})
+    if wrong:
+        raise ValueError(
+            f"The loaded model's trainable weights are {', '.join(wrong)}, but precision {precision.name} keeps them in "
+            f"{precision.weight}. Load it with from_pretrained(..., dtype=torch.{precision.weight}), or set precision bf16-pure."
+        )
+
+
+def _digest(groups: Any) -> str:
+    """Of the number of groups and sixteen of them, to notice other data on resume."""
+    picked = [groups[i * len(groups) // 16] for i in range(16)]
+    content = [
+        (list(g.prompt_ids), [(list(c.token_ids), list(c.loss_mask), c.label) for c in g.completions], g.pairs) for g in picked
+    ]
+    return hashlib.sha256(repr((len(groups), content)).encode()).hexdigest()[:16]
+
+
+def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
+    """The longest sequence must fit into one row: said before training, with its place."""
+    for groups in (train, evaluation):
+        if groups is None:
+            continue
+        if hasattr(groups, "longest"):
+            index = int(groups.longest.argmax())
+            longest, where = int(groups.longest[index]), groups[index].where
+        else:
+            longest, where = longest_sequence(groups)
+        if longest - 1 > packing.max_tokens:
+            raise ValueError(
+                f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
+                f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
+            )
+
+
+def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+
+    title = "first sample: trained tokens are highlighted"
+    Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))

@@ -1,0 +1,87 @@
+"""Reward models: a score per completion, trained by the pairs of each group (Bradley-Terry)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from posttrain.data.config import DataConfig, Purpose
+from posttrain.losses.calibration import pair_report
+from posttrain.models.heads import Scorer, load_reward_model
+from posttrain.precision import PrecisionPlan
+from posttrain.trainers.base import BaseConfig, Loss, Rows, Trainer
+from posttrain.training.config import TrainConfig, choose_loss
+from posttrain.training.forward import Ref
+from posttrain.training.loop import Loop
+from posttrain.types import PromptGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(BaseConfig):
+    """Everything that decides a reward-model run."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(overlong="drop"))
+    """Comparisons to train and evaluate on: pairs or ranked rows"""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(name="reward"))
+    """Length, cadence and place of the run"""
+    loss: str = "bradley_terry"
+    """bradley_terry, or the dotted path of any function (PairLogps, *, options) -> LossOutput; logps_S are the scores."""
+    loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
+    """Keyword options of the loss, e.g. --loss_options.centering 0.01."""
+
+
+class RewardTrainer(Trainer):
+    """``RewardTrainer(model="smollm2-135m", train_dataset=pairs).train()``.
+
+    Ouyang et al. 2022, arXiv:2203.02155 eq. 1: all C(K, 2) pairs of a prompt together, the prompt computed once and each
+    completion once. The score is read at the last token of the whole text. The result is an
+    ``AutoModelForSequenceClassification`` with one label that gives the same scores in plain transformers, also on padded
+    batches: its pad token is one that no text holds.
+    """
+
+    purpose: ClassVar[Purpose] = "reward"
+
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        config: RewardConfig | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        config = config or RewardConfig()
+        super().__init__(config=config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        self.loss = choose_loss(config, loss, home="posttrain.losses.reward", default=RewardConfig.loss)
+
+    def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
+        return load_reward_model(self.config.model, tokenizer, dtype=precision.load_dtype, seed=self.config.train.seed)
+
+    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+        loop.policy_class = Scorer
+        if evaluation is not None:
+            loop.eval_report = lambda scores: held_out_report(evaluation, scores)
+
+
+def held_out_report(groups: Sequence[PromptGroup], scores: dict[Ref, float]) -> dict[str, float]:
+    """``losses.calibration.pair_report`` over all pairs of the groups; lengths are tokens of the completion."""
+    pairs = [(g, pair) for g in range(len(groups)) for pair in groups[g].trained_pairs]
+    lengths = {(g, k): len(groups[g].completions[k].token_ids) - 1 for g, k in scores}
+
+    def column(values: dict[Ref, Any], side: str) -> torch.Tensor:
+        return torch.tensor([float(values[g, getattr(pair, side)]) for g, pair in pairs], dtype=torch.float64)
+
+    report = pair_report(
+        column(scores, "chosen"),
+        column(scores, "rejected"),
+        column(lengths, "chosen"),
+        column(lengths, "rejected"),
+        torch.tensor([scores[ref] for ref in sorted(scores)], dtype=torch.float64),
+        torch.tensor([float(lengths[ref]) for ref in sorted(scores)], dtype=torch.float64),
+    )
+    return {f"eval_{name}": value for name, value in report.items()}
