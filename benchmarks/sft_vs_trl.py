@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import Memory, spawn, spread
 
 GLOBAL_BATCH = 16
 
@@ -43,23 +42,6 @@ def read_rows(path: str | None, count: int) -> list[dict[str, str]]:
         return " ".join(rng.choices(words, k=max(8, int(rng.lognormvariate(0, 0.45) * mean)))) + f" {rng.randint(1, 99)}"
 
     return [{"prompt": text(45), "completion": text(75)} for _ in range(count)]
-
-
-class Memory:
-    """Peak of resident memory since `start`, above what was resident then (Linux)."""
-
-    def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-        self._base = self._field("VmRSS")
-
-    def above(self) -> int:
-        return self._field("VmHWM") - self._base
-
-    def _field(self, name: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"no {name} in /proc/self/status")
 
 
 def run_ours(rows: list[dict[str, str]], model_folder: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,32 +127,24 @@ def run_trl(rows: list[dict[str, str]], model_folder: str, args: argparse.Namesp
     return {"tokens_per_s": tokens / (ends[-1] - ends[0]), "peak_bytes": peak, "loss": losses}
 
 
-def spawn(contestant: str, dtype: str, args: argparse.Namespace, *, per_device: int, steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--contestant", contestant, "--dtype", dtype, "--steps", str(steps)]
-    command += ["--per_device", str(per_device), "--max_tokens", str(args.max_tokens), "--logits_chunk", str(args.logits_chunk)]
-    command += ["--rows", args.rows] if args.rows else []
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode != 0:
-        raise RuntimeError(f"{contestant} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+def start(contestant: str, dtype: str, args: argparse.Namespace, *, per_device: int, steps: int) -> dict[str, Any]:
+    arguments = ["--contestant", contestant, "--dtype", dtype, "--steps", str(steps), "--per_device", str(per_device)]
+    arguments += ["--max_tokens", str(args.max_tokens), "--logits_chunk", str(args.logits_chunk)]
+    return spawn(__file__, [*arguments, *(["--rows", args.rows] if args.rows else [])])
 
 
 def compare(dtype: str, args: argparse.Namespace) -> list[str]:
     """Interleaved rounds; ratios are taken within a round, so that a slow minute hits both sides."""
     fastest = args.sizes[0]
     if len(args.sizes) > 1:
-        sizes = {size: spawn("trl-best", dtype, args, per_device=size, steps=3)["tokens_per_s"] for size in args.sizes}
+        sizes = {size: start("trl-best", dtype, args, per_device=size, steps=3)["tokens_per_s"] for size in args.sizes}
         fastest = max(sizes, key=lambda size: sizes[size])
         print(f"{dtype}: trl-best batch sizes {sizes} -> {fastest}", file=sys.stderr)
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(args.rounds):
         names = ["ours", "trl-default", "trl-best"]
         names = names if number % 2 == 0 else names[::-1]
-        rounds.append({n: spawn(n, dtype, args, per_device=fastest, steps=args.steps) for n in names})
+        rounds.append({n: start(n, dtype, args, per_device=fastest, steps=args.steps) for n in names})
         print(f"{dtype} round {number}: " + json.dumps(rounds[-1]), file=sys.stderr)
     lines = []
     for name in ("ours", "trl-default", "trl-best"):

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.models.heads import load_reward_model
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | None = None, dtype: str = "auto") -> Path:
-    """Merge a LoRA adapter into its base; ``out`` loads with ``AutoModelForCausalLM.from_pretrained`` alone.
+    """Merge a LoRA adapter into its base; ``out`` loads with ``AutoModelForCausalLM.from_pretrained`` alone
+    (``AutoModelForSequenceClassification`` for a reward model).
 
     The sum is computed in float32 and rounded once, to ``dtype``; ``auto`` is the dtype of the base's checkpoint.
     ``base`` replaces the name that the adapter recorded (needed when that folder has moved). Adapters of QLoRA are
@@ -44,7 +46,7 @@ def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | No
         raise ValueError(f"{adapter} does not say which model it was trained on. Give it with --base NAME_OR_FOLDER.")
     revision = None if base else recorded.get("revision")
     config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
-    model, tokenizer = _load_with_adapter(adapter, config)
+    model, tokenizer = _load_with_adapter(adapter, config, task_type=recorded.get("task_type"))
     merged = _merge(model, _resolve_dtype(dtype, config))
     _write_whole(merged, tokenizer, target)
     logger.info("Merged %s into %s: %s", adapter, name, target)
@@ -71,12 +73,19 @@ def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     return recorded
 
 
-def _load_with_adapter(adapter: Path, config: ModelConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_with_adapter(
+    adapter: Path, config: ModelConfig, *, task_type: str | None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     import torch
     from peft import PeftModel
 
+    has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
     try:
-        base = load_model(config, dtype=torch.float32)
+        tokenizer = load_tokenizer(ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None))
+        if task_type == "SEQ_CLS":  # a reward model: its head comes with the adapter
+            base: Any = load_reward_model(config, tokenizer, dtype=torch.float32)
+        else:
+            base = load_model(config, dtype=torch.float32)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The base model of {adapter} cannot be read. {error} Or give --base.") from error
     try:
@@ -84,8 +93,7 @@ def _load_with_adapter(adapter: Path, config: ModelConfig) -> tuple[PeftModel, P
     except RuntimeError as error:  # load_state_dict reports different shapes this way
         raise ValueError(f"Adapter {adapter} does not fit the base {config.name!r}: {error}") from error
     _check_every_weight_found_its_place(model, adapter, config.name)
-    has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
-    return model.eval(), load_tokenizer(ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None))
+    return model.eval(), tokenizer
 
 
 def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:

@@ -28,6 +28,7 @@ from posttrain.precision import PrecisionPlan
 from posttrain.training.config import TrainConfig, flat_settings, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult, longest_sequence
+from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.types import LossOutput, PromptGroup
 
@@ -136,6 +137,7 @@ class Trainer:
         self._set_up(loop, train, evaluation)
         result = loop.run()
         if accelerator.is_main_process:
+            _show_held_out(result)
             print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
         return result
 
@@ -229,3 +231,24 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
 
     title = "first sample: trained tokens are highlighted"
     Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
+
+
+def _show_held_out(result: TrainResult) -> None:
+    """Held-out figures at the start and at the end, where there are two."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = [m for m in read_metrics(result.folder / "metrics.jsonl") if any(is_held_out(name) for name in m)]
+    if len(lines) < 2:
+        return
+    before, after = lines[0], lines[-1]
+    table = Table(title=f"held out, before and after {after['step'] - before['step']} steps")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in (n for n in after if is_held_out(n)):
+        table.add_row(name, *(_figure(line.get(name)) for line in (before, after)))
+    Console().print(table)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)

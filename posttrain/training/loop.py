@@ -24,7 +24,7 @@ from posttrain.precision import PrecisionPlan
 from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
-from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
+from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import RunFolder
@@ -113,7 +113,7 @@ class Loop:
             for step in range(start + 1, self.num_steps + 1):
                 values = self._step(step)
                 metrics.step(step, values)
-                evaluation = {k: v for k, v in last.items() if k.startswith("eval_") or "_eval/" in k}
+                evaluation = {k: v for k, v in last.items() if is_held_out(k)}
                 last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
                 if self.eval_groups and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):

@@ -20,6 +20,11 @@ TIMING_KEYS = ("step_s", "tokens_per_s", "tflops_per_s", "peak_fraction")
 """Metrics that differ between two identical runs; everything else must be equal."""
 
 
+def is_held_out(name: str) -> bool:
+    """Whether a metric is of an evaluation: eval_loss, rewards_eval/accuracies."""
+    return name.startswith("eval_") or "_eval/" in name
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
     """Multiply-add counts of a model, 2 FLOPs each: matmul weights inside the layers, the head, and attention width."""
@@ -45,12 +50,12 @@ class ModelFlops:
 
 
 def model_flops(model: nn.Module) -> ModelFlops:
-    """Counts of a transformers (or PEFT) causal language model; mixture-of-experts weights by the share that is active."""
+    """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share that is active."""
     base: Any = model
     if hasattr(model, "peft_config"):
         base = model.get_base_model()  # type: ignore[operator]
     config = base.config.get_text_config()
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings()
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings() or base.score
     head_weight = getattr(head, "base_layer", head).weight
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts

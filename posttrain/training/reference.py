@@ -105,6 +105,11 @@ class RunReference:
         """A moving reference accumulates small changes: it is kept as precise as the policy."""
         return None if self._config.sync_every or self._compute == torch.float32 else self._compute
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the reference's own weights; 0 where the base under adapters or a cache is read."""
+        return 0 if self._frozen is None else sum(p.numel() * p.element_size() for p in self._frozen.parameters())
+
     @torch.no_grad()
     def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
         """[T] log-probs of the batch's trained tokens."""
