@@ -50,7 +50,8 @@ class ModelFlops:
 
 
 def model_flops(model: nn.Module) -> ModelFlops:
-    """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share that is active."""
+    """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share
+    that is active."""
     base: Any = model
     if hasattr(model, "peft_config"):
         base = model.get_base_model()  # type: ignore[operator]

@@ -1,0 +1,69 @@
+"""Held-out figures of a reward model: is it right, is it as sure as it is right, does it only like length?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NUM_BINS = 10
+
+
+def pair_report(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    chosen_length_B: Tensor,
+    rejected_length_B: Tensor,
+    scores_S: Tensor,
+    lengths_S: Tensor,
+) -> dict[str, float]:
+    """Figures over all held-out pairs (B) and completions (S); lengths in tokens.
+
+    ``accuracy`` share of r_w > r_l; ``margin`` mean r_w - r_l; ``ece`` of sigmoid(r_w - r_l); ``score_mean``, ``score_std``;
+    ``length_correlation`` Pearson's between length and score; ``longer_chosen`` share of pairs of unequal length whose longer
+    side is the chosen one in the data, ``longer_preferred`` the same by the scores. No pairs: all 0.
+    """
+    gap = chosen_B - rejected_B
+    unequal = chosen_length_B != rejected_length_B
+    longer_is_chosen = (chosen_length_B > rejected_length_B)[unequal]
+    return {
+        "accuracy": _mean(gap > 0),
+        "margin": _mean(gap),
+        "ece": expected_calibration_error(gap),
+        "score_mean": _mean(scores_S),
+        "score_std": float(scores_S.std(correction=0)) if len(scores_S) else 0.0,
+        "length_correlation": pearson(lengths_S, scores_S),
+        "longer_chosen": _mean(longer_is_chosen),
+        "longer_preferred": _mean(longer_is_chosen == (gap > 0)[unequal]),
+    }
+
+
+def expected_calibration_error(gap_B: Tensor) -> float:
+    """sum over bins of (pairs in bin / pairs) * |share that is right - mean confidence|. Guo et al. 2017, arXiv:1706.04599 eq. 3.
+
+    The model predicts the side with the higher score with confidence sigmoid(|gap|) in [0.5, 1], cut into 10 bins of equal
+    width; a prediction is right if the gap is > 0. Confidence 1 lies in the last bin. No pairs: 0.
+    """
+    if not len(gap_B):
+        return 0.0
+    confidence = torch.sigmoid(gap_B.abs().double())
+    right = (gap_B > 0).double()
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    difference = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
+    return float(difference.abs().sum() / len(gap_B))
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Correlation in [-1, 1]; 0 where one side has no spread."""
+    if len(x) < 2:
+        return 0.0
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = float(x.norm() * y.norm())
+    return float(x @ y) / scale if scale > 0 else 0.0
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if len(values) else 0.0

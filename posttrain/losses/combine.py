@@ -1,0 +1,43 @@
+"""Weighted sums of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from posttrain.types import LossOutput
+
+
+def weighted_sum(losses: Sequence[tuple[float, Callable[..., LossOutput]]]) -> Callable[..., LossOutput]:
+    """sum of weight * loss: every term keeps its unit and its own global denominator.
+
+    The sum couples completions or needs the reference if one of the losses does. A metric that several losses have is named
+    ``<loss>/<metric>``. Raises ValueError for two losses with different batch statistics: there is one per step.
+    """
+    statistics = {id(s): s for _, f in losses if (s := getattr(f, "batch_statistic", None)) is not None}
+    names = [getattr(f, "__name__", "loss") for _, f in losses]
+    if len(statistics) > 1:
+        raise ValueError(
+            f"A step computes one batch statistic, and {', '.join(names)} declare {len(statistics)}. Use one of them."
+        )
+
+    def loss(logps: Any) -> LossOutput:
+        outputs = [function(logps) for _, function in losses]
+        terms = [
+            replace(term, weight=term.weight * weight)
+            for (weight, _), output in zip(losses, outputs, strict=True)
+            for term in output.terms
+        ]
+        metrics: dict[str, Any] = {}
+        for name, output in zip(names, outputs, strict=True):
+            twice = {m for m in output.metrics if sum(m in other.metrics for other in outputs) > 1}
+            metrics.update({f"{name}/{m}" if m in twice else m: value for m, value in output.metrics.items()})
+        return LossOutput(terms=terms, metrics=metrics)
+
+    loss.__name__ = loss.__qualname__ = " + ".join(f"{w:g}*{n}" for (w, _), n in zip(losses, names, strict=True))
+    loss.couples_completions = any(getattr(f, "couples_completions", True) for _, f in losses)  # type: ignore[attr-defined]
+    loss.needs_reference = any(getattr(f, "needs_reference", True) for _, f in losses)  # type: ignore[attr-defined]
+    if statistics:
+        loss.batch_statistic = next(iter(statistics.values()))  # type: ignore[attr-defined]
+    return loss

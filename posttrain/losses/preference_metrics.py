@@ -1,0 +1,28 @@
+"""The metrics of the DPO authors' code, under their names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from posttrain.types import PairLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def preference_metrics(logps: PairLogps, *, beta: float) -> dict[str, Tensor]:
+    """[B] each, detached: rewards_train/{chosen,rejected,accuracies,margins}, logps_train/{chosen,rejected}.
+
+    The implicit reward is beta (log pi - log pi_ref) (Rafailov et al. 2023, arXiv:2305.18290 eq. 5), beta log pi without a
+    reference. An accuracy is strict: 0 where the two rewards are equal, as at the start.
+    """
+    reward_S = (logps.logps_S if logps.reference_T is None else logps.logratio_S).detach() * beta
+    chosen, rejected = logps.of_chosen(reward_S), logps.of_rejected(reward_S)
+    return {
+        "rewards_train/chosen": chosen,
+        "rewards_train/rejected": rejected,
+        "rewards_train/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards_train/margins": chosen - rejected,
+        "logps_train/chosen": logps.chosen_logps_B.detach(),
+        "logps_train/rejected": logps.rejected_logps_B.detach(),
+    }

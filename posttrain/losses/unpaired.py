@@ -1,0 +1,59 @@
+"""Losses over single labelled answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from posttrain.types import BatchStatistic, LossOutput, PromptGroup, TokenLogps
+
+
+def kto(logps: TokenLogps, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> LossOutput:
+    """lambda_D (1 - sigmoid(beta (r - z0))) for desirable answers, lambda_U (1 - sigmoid(beta (z0 - r))) for undesirable ones.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306 eq. 8, with r = log pi(y|x) - log pi_ref(y|x). z0 = max(0, mean of r over answers to
+    *other* prompts of the global batch), a constant without gradient: an estimate of KL(pi || pi_ref). Items of answers without
+    label are 0. Choose lambda_D n_D / (lambda_U n_U) in [1, 3/2] (section 4.2).
+    """
+    if not beta > 0 or logps.batch_mean is None:
+        raise ValueError(f"kto needs beta > 0 and the statistic z0 of the global batch; got beta={beta}, z0={logps.batch_mean}.")
+    r_S, z0 = logps.logratio_S, logps.batch_mean.detach().clamp(min=0)
+    good = desirable_weight * torch.sigmoid(-beta * (r_S - z0))
+    bad = undesirable_weight * torch.sigmoid(-beta * (z0 - r_S))
+    zero = torch.zeros_like(r_S)
+    items = torch.where(logps.label_S > 0, good, torch.where(logps.label_S < 0, bad, zero))
+    reward = (beta * r_S).detach()
+    metrics = {
+        "rewards_train/chosen": reward[logps.label_S > 0],
+        "rewards_train/rejected": reward[logps.label_S < 0],
+        "kl_estimate_nats": z0,
+    }
+    return LossOutput(items=items, unit="completion", metrics=metrics)
+
+
+def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Each group's prompt with the answers of the next group (cyclically) that has another prompt.
+
+    Raises ValueError for a batch with one prompt only: no answer in it belongs to another.
+    """
+    count = len(groups)
+    every = [groups[i] for i in range(count)]
+    made = []
+    for i, group in enumerate(every):
+        others = (every[(i + k) % count] for k in range(1, count))
+        other = next((o for o in others if list(o.prompt_ids) != list(group.prompt_ids)), None)
+        if other is None:
+            raise ValueError(
+                f"kto estimates its reference point from answers to other prompts, so a batch needs two different prompts; all "
+                f"{count} groups have that of {group.where}. Raise --train.batch_size."
+            )
+        made.append(replace(group, completions=other.completions, pairs=()))
+    return made
+
+
+kto.couples_completions = False  # type: ignore[attr-defined]  # z0 is a constant of the step
+kto.batch_statistic = BatchStatistic(  # type: ignore[attr-defined]
+    groups=mismatched_groups, items=lambda logps: logps.logratio_S[logps.num_tokens_S > 0]
+)
