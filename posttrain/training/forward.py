@@ -6,13 +6,13 @@ They go through the same plan and the same packed rows as training, so they cost
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
+from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, num_input_tokens, pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.step import Loss, Reference, loss_share
 from posttrain.types import Counts, PairLogps, PromptGroup
@@ -81,7 +81,11 @@ def _policy_forward(policy: nn.Module) -> Forward:
 def batch_mean(
     plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
 ) -> Tensor | None:
-    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, or None."""
+    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, or None.
+
+    A prompt with another's answer can be longer than any sequence of the data: such a row may exceed the token budget (it is
+    only forwarded, which takes a fraction of the memory of a training row).
+    """
     statistic = getattr(loss, "batch_statistic", None)
     if statistic is None:
         return None
@@ -90,7 +94,10 @@ def batch_mean(
     total = torch.zeros(2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32)
     total = total.to(plan.accelerator.device)
     dtype = torch.float32
-    for _, logps in _scored(plan, policy, reference, list(statistic.groups(groups))):
+    made = list(statistic.groups(groups))
+    longest = max(len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions)
+    plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
+    for _, logps in _scored(plan, policy, reference, made):
         items = statistic.items(logps)
         total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
         dtype = logps.logps_T.dtype
