@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from posttrain.cli import prep
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -62,6 +64,7 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "prep": Command(help="make training rows of raw preference data", declare=prep.declare, run=prep.run),
     "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
     "version": Command(help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version),
 }

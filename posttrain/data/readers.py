@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -74,8 +74,16 @@ def resolve(source: str) -> list[Path] | HubSource:
     )
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a failed export."""
+BadRow = Callable[[int, str], None]
+"""(row number, reason): what happens to a row that cannot be read."""
+
+
+def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
+    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a failed export.
+
+    Without ``on_bad_row`` the first bad row is a ValueError. With it, it is told of the row and reading goes on, with the next
+    row where the file allows it, with the end of the file where it is damaged from there on.
+    """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise ValueError(
@@ -84,17 +92,20 @@ def read_file(path: Path) -> Iterator[Row]:
         )
     stem = name.removesuffix(".gz")
     if stem.endswith(".parquet"):
-        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path), start=1)
+        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path, on_bad_row), start=1)
     elif stem.endswith(".csv"):
-        values = enumerate(_csv(path), start=1)
+        values = _csv(path, on_bad_row)
     elif stem.endswith(".json"):
-        values = _json(path)
+        values = _json(path, on_bad_row)
     else:
-        values = _json_lines(path, _lines(path))
-    empty = True
+        values = _json_lines(path, _lines(path, on_bad_row), on_bad_row)
+    empty = on_bad_row is None
     for number, value in values:
         empty = False
         if not isinstance(value, dict):
+            if on_bad_row is not None:
+                on_bad_row(number, f"a row is a JSON object with columns; got {_kind(value)}")
+                continue
             raise ValueError(
                 f"{path}:{number}: a row is a JSON object with columns; got {_kind(value)}: {_short(value)}. Write "
                 "one object "
@@ -146,77 +157,95 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Decoded lines, one at a time, so that an error knows its line."""
+def _bad(path: Path, number: int, message: str, on_bad_row: BadRow | None, error: Exception) -> None:
+    """Tells of a bad row, or raises ValueError naming it."""
+    if on_bad_row is None:
+        raise ValueError(f"{path}:{number}: {message}") from error
+    on_bad_row(number, message)
+
+
+def _lines(path: Path, on_bad_row: BadRow | None = None) -> Iterator[str]:
+    """Decoded lines, one at a time, so that an error knows its line; a bad one comes out empty."""
     number = 0
     try:
         with _open(path) as file:
             for number, raw in enumerate(file, start=1):
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}:{number}: not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start} of the "
-            "line. Convert the file: iconv -f <its encoding> -t utf-8."
-        ) from error
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    message = (
+                        f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start} of the line. Convert the "
+                        "file: iconv -f <its encoding> -t utf-8."
+                    )
+                    _bad(path, number, message, on_bad_row, error)
+                    text = "\n"
+                yield text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}:{number + 1}: the gzip file is damaged or cut short after {number} lines ({error}). Copy or "
-            "download it again; `gzip -t` checks it."
-        ) from error
+        message = (
+            f"the gzip file is damaged or cut short after {number} lines ({error}). Copy or download it again; `gzip -t` "
+            "checks it."
+        )
+        _bad(path, number + 1, message, on_bad_row, error)
 
 
 def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: Path, lines: Iterable[str], on_bad_row: BadRow | None = None) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not JSON: {error.msg} at column {error.colno}: {_short(line)}. Every line must be "
-                "one JSON object; correct or remove this line."
-            ) from error
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            message = f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or remove this line."
+            _bad(path, number, message, on_bad_row, error)
+            continue
+        yield number, value
 
 
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
+def _json(path: Path, on_bad_row: BadRow | None = None) -> Iterator[tuple[int, Any]]:
     """A JSON array of objects; a ``.json`` file whose first line is an object by itself is read as JSON lines."""
-    text = "".join(_lines(path))
+    text = "".join(_lines(path, on_bad_row))
     if not text.lstrip().startswith("["):
-        yield from _json_lines(path, text.split("\n"))
+        yield from _json_lines(path, text.split("\n"), on_bad_row)
         return
     try:
-        yield from enumerate(json.loads(text), start=1)
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Correct the "
-            "file; JSON lines belong in a .jsonl file."
-        ) from error
+        message = (
+            f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Correct the file; JSON lines belong in a "
+            ".jsonl file."
+        )
+        _bad(path, error.lineno, message, on_bad_row, error)
+        return
+    yield from enumerate(values, start=1)
 
 
-def _csv(path: Path) -> Iterator[dict[str, Any]]:
+def _csv(path: Path, on_bad_row: BadRow | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     previous_limit = csv.field_size_limit(_CSV_FIELD_LIMIT_BYTES)
     number = 0
     try:
-        reader = csv.DictReader(_lines(path), strict=True)
+        reader = csv.DictReader(_lines(path, on_bad_row), strict=True)
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
-                raise ValueError(
-                    f"{path}:{number}: the record that ends on line {reader.line_num} has not the "
-                    f"{len(reader.fieldnames or ())} fields of the header {reader.fieldnames}. Quote fields that hold "
-                    "commas or line breaks."
+                message = (
+                    f"the record that ends on line {reader.line_num} has not the {len(reader.fieldnames or ())} fields of the "
+                    f"header {reader.fieldnames}. Quote fields that hold commas or line breaks."
                 )
-            yield values
+                _bad(path, number, message, on_bad_row, ValueError("fields"))
+                continue
+            yield number, values
     except csv.Error as error:
-        raise ValueError(f"{path}:{number + 1}: not CSV: {error}. Quote fields, and double quotes inside them.") from error
+        message = f"not CSV: {error}. Quote fields, and double quotes inside them."
+        _bad(path, number + 1, message, on_bad_row, error)
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, on_bad_row: BadRow | None = None) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -228,7 +257,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
                     number += 1
                     yield values
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}:{number + 1}: not a readable Parquet file: {error}. Copy or write it again.") from error
+        _bad(path, number + 1, f"not a readable Parquet file: {error}. Copy or write it again.", on_bad_row, error)
 
 
 def _kind(value: Any) -> str:

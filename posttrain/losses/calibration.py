@@ -24,11 +24,12 @@ def pair_report(
 
     ``accuracy`` share of r_w > r_l; ``margin`` mean r_w - r_l; ``ece`` of sigmoid(r_w - r_l); ``score_mean``, ``score_std``;
     ``length_correlation`` Pearson's between length and score; ``longer_chosen`` share of pairs of unequal length whose longer
-    side is the chosen one in the data, ``longer_preferred`` the same by the scores. No pairs: all 0.
+    side is the chosen one in the data, ``longer_preferred`` those whose longer side has the higher score (equal scores prefer
+    neither). No pairs: all 0.
     """
     gap = chosen_B - rejected_B
-    unequal = chosen_length_B != rejected_length_B
-    longer_is_chosen = (chosen_length_B > rejected_length_B)[unequal]
+    longer_by = chosen_length_B - rejected_length_B
+    unequal = longer_by != 0
     return {
         "accuracy": _mean(gap > 0),
         "margin": _mean(gap),
@@ -36,8 +37,8 @@ def pair_report(
         "score_mean": _mean(scores_S),
         "score_std": float(scores_S.std(correction=0)) if len(scores_S) else 0.0,
         "length_correlation": pearson(lengths_S, scores_S),
-        "longer_chosen": _mean(longer_is_chosen),
-        "longer_preferred": _mean(longer_is_chosen == (gap > 0)[unequal]),
+        "longer_chosen": _mean((longer_by > 0)[unequal]),
+        "longer_preferred": _mean((longer_by.sign() == gap.sign())[unequal]),
     }
 
 
@@ -52,14 +53,14 @@ def expected_calibration_error(gap_B: Tensor) -> float:
     confidence = torch.sigmoid(gap_B.abs().double())
     right = (gap_B > 0).double()
     bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    difference = torch.zeros(NUM_BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
+    difference = confidence.new_zeros(NUM_BINS).index_add(0, bins, right - confidence)
     return float(difference.abs().sum() / len(gap_B))
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
     """Correlation in [-1, 1]; 0 where one side has no spread."""
-    if len(x) < 2:
-        return 0.0
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
+        return 0.0  # also where rounding makes the mean of equal numbers another number
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     scale = float(x.norm() * y.norm())
     return float(x @ y) / scale if scale > 0 else 0.0

@@ -13,10 +13,13 @@ def weighted_sum(losses: Sequence[tuple[float, Callable[..., LossOutput]]]) -> C
     """sum of weight * loss: every term keeps its unit and its own global denominator.
 
     The sum couples completions or needs the reference if one of the losses does. A metric that several losses have is named
-    ``<loss>/<metric>``. Raises ValueError for two losses with different batch statistics: there is one per step.
+    ``<loss>/<metric>`` (``<loss>#<position>/<metric>`` for one loss twice). Raises ValueError for no loss at all and for two
+    losses with different batch statistics: there is one per step.
     """
     statistics = {id(s): s for _, f in losses if (s := getattr(f, "batch_statistic", None)) is not None}
     names = [getattr(f, "__name__", "loss") for _, f in losses]
+    if not losses:
+        raise ValueError("weighted_sum needs at least one (weight, loss); got none.")
     if len(statistics) > 1:
         raise ValueError(
             f"A step computes one batch statistic, and {', '.join(names)} declare {len(statistics)}. Use one of them."
@@ -30,7 +33,8 @@ def weighted_sum(losses: Sequence[tuple[float, Callable[..., LossOutput]]]) -> C
             for term in output.terms
         ]
         metrics: dict[str, Any] = {}
-        for name, output in zip(names, outputs, strict=True):
+        for i, output in enumerate(outputs):
+            name = names[i] if names.count(names[i]) == 1 else f"{names[i]}#{i}"
             twice = {m for m in output.metrics if sum(m in other.metrics for other in outputs) > 1}
             metrics.update({f"{name}/{m}" if m in twice else m: value for m, value in output.metrics.items()})
         return LossOutput(terms=terms, metrics=metrics)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import logsigmoid
 
-from posttrain.losses.divergence import Divergence, divergence_gap
+from posttrain.losses.divergence import Divergence, divergence_gap, mean_divergence_gap
 from posttrain.losses.unpaired import kto
 from posttrain.types import LossOutput, PairLogps
 
@@ -32,10 +32,15 @@ def dpo(
     """-log sigmoid(beta h). Rafailov et al. 2023, arXiv:2305.18290 eq. 7.
 
     ``reference_free``: log pi_ref = 0 in the loss (the logged rewards still subtract the reference, as in the authors' code).
-    ``f_divergence``: f'(u) in place of log u (Wang et al. 2023, arXiv:2309.16240). At pi = pi_ref exactly ln 2.
+    ``f_divergence``: f'(u) in place of log u (Wang et al. 2023, arXiv:2309.16240). At pi = pi_ref exactly ln 2. Raises
+    ValueError for both at once: without a reference there is no ratio to take f' of.
     """
     _check_beta(beta)
     if reference_free:
+        if f_divergence != "reverse_kl":
+            raise ValueError(
+                f"reference_free=True has no ratio u; f_divergence={f_divergence!r} would be ignored. Use one of them."
+            )
         return _pairs(-logsigmoid(beta * (logps.chosen_logps_B - logps.rejected_logps_B)))
     return _pairs(-logsigmoid(beta * divergence_gap(logps, f_divergence, alpha=alpha)))
 
@@ -75,10 +80,10 @@ def ipo(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reve
     return _pairs((divergence_gap(logps, f_divergence, alpha=alpha) - 1 / (2 * beta)) ** 2)
 
 
-def ipo_avg(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
-    """(w / |y_w| - l / |y_l| - 1 / (2 beta))^2: IPO on per-token means, TRL's reading of it."""
+def ipo_avg(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
+    """(w / |y_w| - l / |y_l| - 1 / (2 beta))^2: IPO on per-token means, TRL's reading of it ("confirmed with the authors")."""
     _check_beta(beta)
-    return _pairs((_mean_gap(logps) - 1 / (2 * beta)) ** 2)
+    return _pairs((mean_divergence_gap(logps, f_divergence, alpha=alpha) - 1 / (2 * beta)) ** 2)
 
 
 def hinge(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
@@ -87,10 +92,13 @@ def hinge(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "re
     return _pairs(torch.relu(1 - beta * divergence_gap(logps, f_divergence, alpha=alpha)))
 
 
-def dpo_norm(logps: PairLogps, *, beta: float = 5.0) -> LossOutput:
-    """-log sigmoid(beta (w / |y_w| - l / |y_l|)). Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, beta = 5."""
+def dpo_norm(logps: PairLogps, *, beta: float = 5.0, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
+    """-log sigmoid(beta (w / |y_w| - l / |y_l|)). Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, beta = 5.
+
+    At pi = pi_ref exactly ln 2. One long and one short answer: the same log-ratio counts for less on the long one.
+    """
     _check_beta(beta)
-    return _pairs(-logsigmoid(beta * _mean_gap(logps)))
+    return _pairs(-logsigmoid(beta * mean_divergence_gap(logps, f_divergence, alpha=alpha)))
 
 
 def simpo(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
@@ -131,13 +139,13 @@ def bco(logps: PairLogps, *, beta: float = 0.1, delta: float = 0.0) -> LossOutpu
 
 
 def apo_zero(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
-    """1 - sigmoid(beta w) + sigmoid(beta l). D'Oosterlinck et al. 2024, arXiv:2408.06266: chosen up, rejected down."""
+    """1 - sigmoid(beta w) + sigmoid(beta l). D'Oosterlinck et al. 2024, arXiv:2408.06266 eq. 7: chosen up, rejected down."""
     _check_beta(beta)
     return _pairs(torch.sigmoid(-beta * logps.chosen_logratio_B) + torch.sigmoid(beta * logps.rejected_logratio_B))
 
 
 def apo_down(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
-    """sigmoid(beta w) + 1 - sigmoid(beta h). D'Oosterlinck et al. 2024, arXiv:2408.06266: both down, rejected more."""
+    """sigmoid(beta w) + 1 - sigmoid(beta h). D'Oosterlinck et al. 2024, arXiv:2408.06266 eq. 8: both down, rejected more."""
     _check_beta(beta)
     return _pairs(torch.sigmoid(beta * logps.chosen_logratio_B) + torch.sigmoid(-beta * logps.logratio_gap_B))
 
@@ -146,7 +154,7 @@ def exo(
     logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3, f_divergence: Divergence = "reverse_kl",
     alpha: float = 0.5,
 ) -> LossOutput:  # fmt: skip
-    """KL(q || p) over the pair, q = (sigmoid(beta h), sigmoid(-beta h)), p = (1 - e, e). Ji et al. 2024, arXiv:2402.00856.
+    """KL(q || p) over the pair, q = (sigmoid(beta h), sigmoid(-beta h)), p = (1 - e, e). Ji et al. 2024, arXiv:2402.00856 eq. 16.
 
     e must be > 0: with certain labels the divergence is infinite.
     """
@@ -167,7 +175,7 @@ def nca(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
 
 
 def sppo(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
-    """(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2. Wu et al. 2024, arXiv:2405.00675, with hard labels 1 and 0."""
+    """(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2. Wu et al. 2024, arXiv:2405.00675 eq. 4.7, hard labels 1 and 0."""
     _check_beta(beta)
     target = 1 / (2 * beta)
     return _pairs((logps.chosen_logratio_B - target) ** 2 + (logps.rejected_logratio_B + target) ** 2)
@@ -191,12 +199,13 @@ def dpop(logps: PairLogps, *, beta: float = 0.1, lambda_: float = 50.0) -> LossO
 
 
 def r_dpo(logps: PairLogps, *, beta: float = 0.1, length_weight: float = 0.01) -> LossOutput:
-    """-log sigmoid(beta h + length_weight (|y_l| - |y_w|)): length enters the reward and so is not learned from the policy.
+    """-log sigmoid(beta h + length_weight (|y_w| - |y_l|)): the policy that maximises r - length_weight |y| - beta KL.
 
-    Park et al. 2024, arXiv:2403.19159 eq. 9. A longer chosen answer must be preferred by more.
+    Park et al. 2024, arXiv:2403.19159 eq. 9: that policy has r = beta log(pi / pi_ref) + length_weight |y| + const. A longer
+    chosen answer is explained by its length in part, so the policy learns less from it. length_weight = 0: ``dpo``.
     """
     _check_beta(beta)
-    longer = (logps.rejected_length_B - logps.chosen_length_B).to(logps.logps_T.dtype)
+    longer = (logps.chosen_length_B - logps.rejected_length_B).to(logps.logps_T.dtype)
     return _pairs(-logsigmoid(beta * logps.logratio_gap_B + length_weight * longer))
 
 
@@ -205,11 +214,14 @@ def discopop(
 ) -> LossOutput:
     """(1 - s) (-log sigmoid(x)) + s exp(-x), x = beta h, s = sigmoid(x / tau): a logistic and an exponential loss, blended.
 
-    Lu et al. 2024, arXiv:2406.08414 (log-ratio modulated loss).
+    Lu et al. 2024, arXiv:2406.08414 eq. 5 (log-ratio modulated loss). s exp(-x) is one exponential: for x -> -inf the factors
+    alone are 0 and infinite.
     """
     _check_beta(beta)
+    if not tau > 0:
+        raise ValueError(f"tau is the width of the blend in units of beta h and must be > 0; the paper takes 0.05; got {tau}.")
     x = beta * divergence_gap(logps, f_divergence, alpha=alpha)
-    return _pairs(-logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(-x) * torch.sigmoid(x / tau))
+    return _pairs(-logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(logsigmoid(x / tau) - x))
 
 
 for _loss in (simpo, orpo, cpo, nll_chosen):
@@ -223,10 +235,6 @@ def _pairs(items_B: Tensor) -> LossOutput:
 def _mean_logps(logps: PairLogps) -> tuple[Tensor, Tensor]:
     """[B] log pi(y)/|y| of chosen and rejected."""
     return logps.chosen_logps_B / logps.chosen_length_B, logps.rejected_logps_B / logps.rejected_length_B
-
-
-def _mean_gap(logps: PairLogps) -> Tensor:
-    return logps.chosen_logratio_B / logps.chosen_length_B - logps.rejected_logratio_B / logps.rejected_length_B
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:

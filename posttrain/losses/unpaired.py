@@ -15,8 +15,13 @@ def kto(logps: TokenLogps, *, beta: float = 0.1, desirable_weight: float = 1.0, 
 
     Ethayarajh et al. 2024, arXiv:2402.01306 eq. 8, with r = log pi(y|x) - log pi_ref(y|x). z0 = max(0, mean of r over answers to
     *other* prompts of the global batch), a constant without gradient: an estimate of KL(pi || pi_ref). Items of answers without
-    label are 0. Choose lambda_D n_D / (lambda_U n_U) in [1, 3/2] (section 4.2).
+    label are 0 (the mean still counts them). Choose lambda_D n_D / (lambda_U n_U) in [1, 3/2] (section 4.2). At pi = pi_ref,
+    z0 = 0 and every item is lambda / 2.
     """
+    if not (desirable_weight >= 0 and undesirable_weight >= 0):
+        raise ValueError(
+            f"kto needs weights >= 0; got desirable_weight={desirable_weight}, undesirable_weight={undesirable_weight}."
+        )
     if not beta > 0 or logps.batch_mean is None:
         raise ValueError(f"kto needs beta > 0 and the statistic z0 of the global batch; got beta={beta}, z0={logps.batch_mean}.")
     r_S, z0 = logps.logratio_S, logps.batch_mean.detach().clamp(min=0)

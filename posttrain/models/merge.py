@@ -73,9 +73,7 @@ def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     return recorded
 
 
-def _load_with_adapter(
-    adapter: Path, config: ModelConfig, *, task_type: str | None
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_with_adapter(adapter: Path, config: ModelConfig, *, task_type: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     import torch
     from peft import PeftModel
 

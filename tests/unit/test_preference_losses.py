@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from dataclasses import replace
 
 import mpmath
 import pytest
@@ -17,7 +18,7 @@ from posttrain.losses.preference_metrics import preference_metrics
 from posttrain.losses.reduce import reduce_term
 from posttrain.losses.unpaired import mismatched_groups
 from posttrain.packing.plan import count_units
-from posttrain.types import Completion, LossTerm, Pair, PromptGroup
+from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PromptGroup
 from tests.unit.preference_batches import batch_of, one_pair
 
 # w = +2, l = -1, beta = 0.1, epsilon = 0.1, |y_w| = 10, |y_l| = 20, log-probs -20 and -50
@@ -47,10 +48,13 @@ OTHERS = [
     ("rpo", {"nll_weight": 0.5}, 0.554355244 + 0.5 * 2.0),
     ("nll_chosen", {}, 2.0),
     ("dpop", {"lambda_": 5.0}, 0.554355244),  # w > 0: no penalty
-    ("r_dpo", {"length_weight": 0.01}, math.log1p(math.exp(-(0.3 + 0.01 * 10)))),
+    ("r_dpo", {"length_weight": 0.01}, math.log1p(math.exp(-(0.3 + 0.01 * (10 - 20))))),
     ("discopop", {}, (lambda s: 0.554355244 * (1 - s) + math.exp(-0.3) * s)(1 / (1 + math.exp(-6)))),
     ("bco", {"delta": 0.05}, math.log1p(math.exp(-0.15)) + math.log1p(math.exp(-0.15))),
 ]
+
+REWARD = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 
 
 def value(name, logps, **options):
@@ -66,7 +70,6 @@ def test_numbers(name, options, wanted):
 def test_parts_of_orpo():
     output = preference.orpo(one_pair(2.0, -1.0), lambda_=0.1)
     assert float(output.metrics["log_odds_loss"]) == pytest.approx(0.451931604, abs=1e-9)
-    gap = math.log(1 / 0.451931604)  # not the gap itself; the gap by its own formula:
     gap = (-2 - math.log(1 - math.exp(-2))) - (-2.5 - math.log(1 - math.exp(-2.5)))
     assert gap == pytest.approx(0.559762974, abs=1e-9)
     assert float(output.metrics["log_odds_loss"]) == pytest.approx(math.log1p(math.exp(-gap)), abs=1e-12)
@@ -92,6 +95,11 @@ def test_metrics_have_the_authors_names_and_subtract_the_reference():
     assert {n: round(float(metrics[f"rewards_train/{n}"]), 12) for n in wanted} == wanted
     assert (float(metrics["logps_train/chosen"]), float(metrics["logps_train/rejected"])) == (-20.0, -50.0)
     assert not any(m.requires_grad for m in metrics.values())
+
+
+def test_metrics_without_a_reference_are_beta_times_the_log_probs():
+    metrics = preference_metrics(batch_of([[-2.0, -5.0]]), beta=0.5)
+    assert [float(metrics[f"rewards_train/{n}"]) for n in ("chosen", "rejected", "margins")] == [-1.0, -2.5, 1.5]
 
 
 def test_swapping_chosen_and_rejected_changes_the_loss_by_beta_h():
@@ -149,13 +157,33 @@ def test_all_pairs_of_a_ranked_group_and_their_weights():
     assert mean(some) == pytest.approx((3 * one(2, 0) + one(1, 3)) / 4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "hinge", "ipo", "exo", "robust", "discopop"])
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "hinge", "ipo", "ipo_avg", "exo", "robust", "dpo_norm", "discopop"])
 def test_divergences(name):
     logps = one_pair(0.7, -0.4)
     plain = value(name, logps)
     assert torch.equal(plain, value(name, logps, f_divergence="reverse_kl"))
     assert torch.allclose(plain, value(name, logps, f_divergence="alpha_divergence", alpha=1e-7), atol=1e-5)
-    assert not torch.allclose(plain, value(name, logps, f_divergence="forward_kl"), atol=1e-3)
+    forward = value(name, logps, f_divergence="forward_kl")
+    assert not torch.allclose(plain, forward, atol=1e-3)
+    assert torch.allclose(forward, value(name, logps, f_divergence="alpha_divergence", alpha=1.0), atol=1e-12)
+
+
+def test_divergences_by_hand():
+    """w = 0.7, l = -0.4, lengths 10 and 20: f'(u) written with the ratios themselves."""
+    u, v = math.exp(0.7), math.exp(-0.4)
+    by_hand = {
+        "forward_kl": (1 - 1 / u, 1 - 1 / v),
+        "js_divergence": (math.log(2 * u / (1 + u)), math.log(2 * v / (1 + v))),
+        "alpha_divergence": ((1 - u**-0.5) / 0.5, (1 - v**-0.5) / 0.5),
+    }
+    for name, (up, down) in by_hand.items():
+        options = {"f_divergence": name, "beta": 0.3}
+        logps = one_pair(0.7, -0.4)
+        assert float(value("dpo", logps, **options)) == pytest.approx(math.log1p(math.exp(-0.3 * (up - down))), abs=1e-12)
+        mean = up / 10 - down / 20
+        assert float(value("dpo_norm", logps, **options)) == pytest.approx(math.log1p(math.exp(-0.3 * mean)), abs=1e-12)
+        assert float(value("ipo_avg", logps, **options)) == pytest.approx((mean - 1 / 0.6) ** 2, abs=1e-12)
+        assert float(f_prime(torch.zeros(()), name)) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_f_prime_is_the_derivative_of_f():
@@ -204,20 +232,28 @@ def test_extreme_log_probs_stay_finite_and_exact():
         got = preference._log_odds(torch.tensor(mean, dtype=torch.float64))
         wanted = mpmath.mpf(mean) - mpmath.log(1 - mpmath.exp(mpmath.mpf(mean)))
         assert float(got) == pytest.approx(float(wanted), rel=1e-12)
-    logps = one_pair(3000.0, -3000.0)
-    for name in preference.__all__:
-        if name in ("kto", "nll_chosen", "orpo", "simpo", "cpo"):
-            continue
-        assert torch.isfinite(value(name, logps)).all(), name
     certain = batch_of([[0.0, -1.0]])  # p = 1: log odds would be infinite
     assert torch.isfinite(value("orpo", certain)).all()
 
 
-def test_tabular_optimum():
-    """Theorem 1 on three actions: minimising the population DPO loss gives pi_ref exp(r / beta) / Z and the reward's differences."""
-    reward = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
-    ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    logits = ref.clone().requires_grad_()
+@pytest.mark.parametrize("name", [n for n in preference.__all__ if n != "kto"])
+@pytest.mark.parametrize(("w", "l"), [(600.0, -600.0), (-600.0, 600.0), (0.0, -150.0), (-150.0, 0.0), (1e-6, 0.0)])
+def test_extreme_ratios_have_finite_losses_and_gradients_in_float32(name, w, l):
+    accepted = inspect.signature(getattr(preference, name)).parameters
+    every = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    for options in [{"f_divergence": d} for d in every] if "f_divergence" in accepted else [{}]:
+        sums = torch.tensor([-700.0, -701.0], requires_grad=True)
+        logps = batch_of([list(sums)], reference=[[-700.0 - w, -701.0 - l]])
+        logps = replace(logps, logps_T=logps.logps_T.float(), reference_T=logps.reference_T.float())
+        items = value(name, logps, **options)
+        (gradient,) = torch.autograd.grad(items.sum(), sums)
+        assert items.dtype == torch.float32
+        assert torch.isfinite(items).all() and torch.isfinite(gradient).all(), options
+
+
+def population_optimum(name, lengths, **options):
+    """Log-probs of the policy over three actions that minimises the population loss of BT(r), r = (1, 0, -1), beta = 0.5."""
+    logits = REF.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits], lr=1.0, max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
     )
@@ -226,19 +262,34 @@ def test_tabular_optimum():
     def population_loss():
         optimizer.zero_grad()
         policy = torch.log_softmax(logits, 0)
-        logps = batch_of([[policy[i], policy[j]] for i, j in pairs], reference=[[float(ref[i]), float(ref[j])] for i, j in pairs])
-        probability = torch.stack([torch.sigmoid(reward[i] - reward[j]) for i, j in pairs])
-        loss = (probability * value("dpo", logps, beta=0.5)).sum()
+        logps = batch_of(
+            [[policy[i], policy[j]] for i, j in pairs],
+            reference=[[float(REF[i]), float(REF[j])] for i, j in pairs],
+            lengths=[[lengths[i], lengths[j]] for i, j in pairs],
+        )
+        probability = torch.stack([torch.sigmoid(REWARD[i] - REWARD[j]) for i, j in pairs])
+        loss = (probability * value(name, logps, beta=0.5, **options)).sum()
         loss.backward()
         return loss
 
     optimizer.step(population_loss)
-    policy = torch.log_softmax(logits.detach(), 0)
+    return torch.log_softmax(logits.detach(), 0)
+
+
+def test_tabular_optimum():
+    """Theorem 1: minimising the population DPO loss gives pi_ref exp(r / beta) / Z and the reward's differences."""
+    policy = population_optimum("dpo", [1, 1, 1])
     assert policy.exp().tolist() == pytest.approx([0.9187, 0.0746, 0.0067], abs=5e-5)
-    closed = torch.softmax(ref + reward / 0.5, 0)
-    assert torch.allclose(policy.exp(), closed, atol=1e-7)
-    implicit = 0.5 * (policy - ref)
+    assert torch.allclose(policy.exp(), torch.softmax(REF + REWARD / 0.5, 0), atol=1e-7)
+    implicit = 0.5 * (policy - REF)
     assert [float(implicit[0] - implicit[1]), float(implicit[1] - implicit[2])] == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
+def test_tabular_optimum_of_r_dpo_is_that_of_a_reward_less_its_length():
+    """max E[r - 0.3 |y|] - beta KL: an answer of length 4 loses 1.2 of its reward, one of length 1 only 0.3."""
+    policy = population_optimum("r_dpo", [4, 1, 2], length_weight=0.3)
+    wanted = torch.softmax(REF + (REWARD - 0.3 * torch.tensor([4.0, 1.0, 2.0])) / 0.5, 0)
+    assert torch.allclose(policy.exp(), wanted, atol=1e-6)
 
 
 def test_weighted_sum_keeps_terms_and_declarations():
@@ -251,8 +302,33 @@ def test_weighted_sum_keeps_terms_and_declarations():
     assert weighted_sum([(1.0, preference.kto), (0.1, preference.nll_chosen)]).batch_statistic is preference.kto.batch_statistic
 
 
+def test_weighted_sum_tells_metrics_apart_and_knows_one_statistic():
+    def measured(logps):
+        return LossOutput(items=logps.logratio_gap_B, unit="pair", metrics={"gap": logps.logratio_gap_B, "own": torch.ones(1)})
+
+    def other(logps):
+        return LossOutput(items=logps.logratio_gap_B, unit="pair", metrics={"gap": -logps.logratio_gap_B})
+
+    metrics = weighted_sum([(1.0, measured), (2.0, other)])(one_pair(2.0, -1.0)).metrics
+    wanted = {"measured/gap": 3.0, "own": 1.0, "other/gap": -3.0}
+    assert {name: round(float(v), 12) for name, v in metrics.items()} == wanted
+    twice = weighted_sum([(1.0, other), (2.0, other)])(one_pair(2.0, -1.0)).metrics
+    assert sorted(twice) == ["other#0/gap", "other#1/gap"]
+    other.batch_statistic = BatchStatistic(groups=lambda groups: groups, items=lambda logps: logps.logps_S)
+    with pytest.raises(ValueError, match="declare 2"):
+        weighted_sum([(1.0, preference.kto), (1.0, other)])
+    with pytest.raises(ValueError, match="got none"):
+        weighted_sum([])
+
+
 def test_bad_options_are_refused():
     logps = one_pair(2.0, -1.0)
+    with pytest.raises(ValueError, match="reference_free"):
+        value("dpo", logps, reference_free=True, f_divergence="forward_kl")
+    with pytest.raises(ValueError, match="tau"):
+        value("discopop", logps, tau=0.0)
+    with pytest.raises(ValueError, match="undesirable_weight"):
+        value("kto", batch_of([[2.0]], reference=[[0.0]], labels=[[True]], mean=0.0), undesirable_weight=-1.0)
     for name in preference.__all__:
         if "beta" in inspect.signature(getattr(preference, name)).parameters:
             with pytest.raises(ValueError, match="beta"):

@@ -101,3 +101,27 @@ def test_report():
     wanted = torch.corrcoef(torch.tensor([[10.0, 4.0, 5.0, 8.0], [2.0, 0.0, 0.5, 1.0]]))[0, 1]
     assert report["length_correlation"] == pytest.approx(float(wanted), abs=1e-6)
     assert pearson(torch.ones(4), torch.arange(4.0)) == 0.0
+
+
+def test_report_of_equal_scores_and_of_scores_without_spread():
+    """Equal scores are no preference: not right, and not for the longer side. Three times 0.1 has a rounded mean of its own."""
+    one, lengths = torch.tensor([1.0]), torch.tensor([3.0, 5.0])
+    report = pair_report(one, one, lengths[:1], lengths[1:], torch.cat([one, one]), lengths)
+    assert (report["accuracy"], report["longer_chosen"], report["longer_preferred"]) == (0.0, 0.0, 0.0)
+    assert (report["ece"], report["score_std"], report["length_correlation"]) == (0.5, 0.0, 0.0)
+    constant = torch.full((3,), 0.1, dtype=torch.float64)
+    assert pearson(constant, torch.arange(3.0)) == pearson(torch.arange(3.0), constant) == 0.0
+    empty = torch.tensor([])
+    assert set(pair_report(empty, empty, empty, empty, empty, empty).values()) == {0.0}
+
+
+def test_metrics_and_bad_options():
+    logps = batch_of([[2.0, 0.5], [1.0, 1.0]])
+    metrics = {name: values.tolist() for name, values in bradley_terry(logps).metrics.items()}
+    assert metrics == {
+        "accuracy": [1.0, 0.0], "margin": [1.5, 0.0], "chosen_score": [2.0, 1.0], "rejected_score": [0.5, 1.0],
+    }  # fmt: skip
+    assert not bradley_terry.needs_reference
+    for bad in ({"margin_scale": -1.0}, {"centering": -0.1}):
+        with pytest.raises(ValueError, match=">= 0"):
+            bradley_terry(logps, **bad)

@@ -1,0 +1,225 @@
+"""The run: two passes over bounded memory, written aside and renamed.
+
+rows -> samples -> spill files by prompt hash  (one pass; bad rows to rejects.jsonl)
+each spill file -> rows -> Parquet             (independent of each other, in worker processes)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.prep.contamination import EvaluationSet
+from posttrain.data.prep.duplicates import PromptIndex
+from posttrain.data.prep.formats import FORMATS, parse
+from posttrain.data.prep.options import PrepConfig, TokenCounter
+from posttrain.data.prep.partition import PartitionJob, Statistics, run_partition, spill_record
+from posttrain.data.prep.report import write_report
+from posttrain.data.prep.rows import prompt_id
+from posttrain.data.readers import HubSource, Row, read_file, read_rows, resolve
+
+_PARTITION_BYTES = 48 * 2**20
+_MAX_PARTITIONS = 256
+_GZIP_RATIO = 4
+
+
+def prepare(config: PrepConfig, *, count_tokens: TokenCounter | None = None, show_progress: bool = True) -> dict[str, Any]:
+    """Writes ``config.out`` whole or not at all, and returns its manifest.
+
+    Raises ValueError for a folder that is not empty, inputs of which no row is usable, and under ``strict`` for the first bad
+    row.
+    """
+    if config.format != "auto" and config.format not in FORMATS:
+        raise ValueError(f"--format is auto or one of {', '.join(FORMATS)}; got {config.format!r}.")
+    out = config.out.expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"Output folder {out} exists and is not empty; nothing is overwritten. Give another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        manifest = _prepare_in(folder, config, count_tokens, show_progress)
+        if out.exists():
+            out.rmdir()
+        folder.chmod(0o755)  # mkdtemp makes it private
+        os.rename(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gone already unless something failed
+    return manifest
+
+
+def _prepare_in(folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool) -> dict[str, Any]:
+    sources = {source: resolve(source) for source in config.inputs}
+    for name in ("spill", "train", "test", "rejects"):
+        (folder / name).mkdir()
+    num_partitions = _num_partitions(sources)
+    counts, representatives = _spill(folder, config, sources, num_partitions, show_progress)
+    if not counts["parsed"]:
+        raise ValueError(
+            f"No row of {', '.join(config.inputs)} could be used ({counts['read']} read). First reason: {_first_reject(folder)}"
+        )
+    evaluation = None
+    if config.decontaminate:
+        evaluation = EvaluationSet((r.values for name in config.decontaminate for r in read_rows(name)), n=config.ngram)
+    jobs = [
+        PartitionJob(
+            number=i,
+            folder=folder,
+            config=config,
+            representatives=representatives,
+            evaluation=evaluation,
+            count_tokens=count_tokens,
+        )
+        for i in range(num_partitions)
+    ]
+    statistics = Statistics()
+    for part in _progress(_run_jobs(jobs, config.workers), "building rows", len(jobs), show_progress):
+        statistics.add(part)
+    manifest = {
+        "format_version": 1,
+        "inputs": [{"name": name, **d} for source in config.inputs for name, d in _digests(source, sources[source])],
+        "options": config.recorded(),
+        "counts": {**counts, **dict(sorted(statistics.counts.items()))},
+        "dropped": dict(sorted(statistics.dropped.items())),
+    }
+    _finish(folder, manifest, statistics, config)
+    return manifest
+
+
+def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics, config: PrepConfig) -> None:
+    with (folder / "rejects.jsonl").open("wb") as out:
+        for path in [folder / "rejects" / "bad_rows.jsonl", *sorted((folder / "rejects").glob("[0-9]*.jsonl"))]:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, out)
+    for name in ("spill", "rejects"):
+        shutil.rmtree(folder / name)
+    if not any((folder / "test").iterdir()):
+        (folder / "test").rmdir()
+    if not any((folder / "train").iterdir()):
+        raise ValueError(
+            f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits, or choose another --strategy."
+        )
+    (folder / "manifest.json").write_text(
+        json.dumps(manifest, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    write_report(folder / "report.html", manifest, statistics, layout=config.layout)
+
+
+def _num_partitions(sources: dict[str, Any]) -> int:
+    """From the size of the inputs alone, so that it is the same on every machine."""
+    total = 0
+    for resolved in sources.values():
+        if isinstance(resolved, HubSource):
+            return 64
+        total += sum(p.stat().st_size * (_GZIP_RATIO if p.suffix == ".gz" else 1) for p in resolved)
+    return min(_MAX_PARTITIONS, 1 + total // _PARTITION_BYTES)
+
+
+def _spill(
+    folder: Path, config: PrepConfig, sources: dict[str, Any], num_partitions: int, show_progress: bool
+) -> tuple[dict[str, int], dict[str, str]]:
+    """First pass: (rows read, parsed, rejected; near-duplicates of other prompts)."""
+    counts = {"read": 0, "parsed": 0, "rejected": 0}
+    index = PromptIndex() if config.near_duplicates != "off" else None
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context((folder / "spill" / f"{i:05d}.jsonl").open("w", encoding="utf-8")) for i in range(num_partitions)
+        ]
+        rejects = stack.enter_context((folder / "rejects" / "bad_rows.jsonl").open("w", encoding="utf-8"))
+
+        def reject(file: str, row: int, reason: str) -> None:
+            if config.strict:
+                raise ValueError(f"{file}:{row}: {reason} (--strict)")
+            counts["rejected"] += 1
+            rejects.write(json.dumps({"file": file, "row": row, "reason": reason}, ensure_ascii=False) + "\n")
+
+        rows = _rows(config, sources, reject)
+        for row in _progress(rows, "reading", None, show_progress):
+            source = _short(row.file, sources)
+            try:
+                sample = parse(row.values, config.format)
+            except ValueError as error:
+                reject(source, row.row_number, str(error))
+                continue
+            identity = prompt_id(sample.prompt)
+            counts["parsed"] += 1
+            files[int(identity[:8], 16) % num_partitions].write(spill_record(sample, identity, source, row.row_number) + "\n")
+            if index is not None:
+                index.add(identity, "\n".join(m["content"] for m in sample.prompt))
+    counts["read"] = counts["parsed"] + counts["rejected"]
+    return counts, {} if index is None else index.representatives(config.threshold)
+
+
+def _rows(config: PrepConfig, sources: dict[str, Any], reject: Any) -> Iterator[Row]:
+    for source, resolved in sources.items():
+        if isinstance(resolved, HubSource):
+            yield from read_rows(source, split=config.split)
+            continue
+        for path in resolved:
+
+            def bad_row(row: int, reason: str, path: Path = path) -> None:
+                reject(_short(str(path), sources), row, reason)
+
+            yield from read_file(path, on_bad_row=bad_row)
+
+
+def _short(file: str, sources: dict[str, Any]) -> str:
+    """The file relative to the input it belongs to: the same output wherever the data lies."""
+    for source in sources:
+        root = Path(source).expanduser()
+        if file == str(root):
+            return root.name
+        if file.startswith(f"{root}/"):
+            return f"{root.name}/{file.removeprefix(f'{root}/')}"
+    return file
+
+
+def _digests(source: str, resolved: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(resolved, HubSource):
+        yield source, {}
+        return
+    for path in resolved:
+        with path.open("rb") as file:
+            yield _short(str(path), {source: None}), {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _first_reject(folder: Path) -> str:
+    lines = (folder / "rejects" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    if not lines:
+        return "the inputs are empty."
+    first = json.loads(lines[0])
+    return f"{first['file']}:{first['row']}: {first['reason']}"
+
+
+def _run_jobs(jobs: list[PartitionJob], workers: int) -> Iterator[Statistics]:
+    """In the order of the partitions, whatever the number of processes."""
+    if workers == 1 or len(jobs) == 1:
+        yield from map(run_partition, jobs)
+        return
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        yield from pool.imap(run_partition, jobs)
+
+
+def _progress(items: Iterator[Any], text: str, total: int | None, show: bool) -> Iterator[Any]:
+    """Passes the items on with a bar that counts them."""
+    if not show:
+        yield from items
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        every = 1 if total is not None else 512
+        for number, item in enumerate(items, start=1):
+            if number % every == 0:
+                bar.update(task, completed=number)
+            yield item

@@ -1,0 +1,238 @@
+"""The run as a whole: nothing lost, split by prompt, the same bytes, cleaning step by step."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import pytest
+
+from posttrain.data.prep import PrepConfig, prepare
+from posttrain.data.prep.duplicates import PromptIndex
+from posttrain.data.prep.partition import Statistics
+from posttrain.data.prep.report import length_bias
+from posttrain.data.prep.show import difference
+from posttrain.data.readers import read_file
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def pair(prompt, chosen="good", rejected="bad", **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def run(tmp_path, rows, name="out", **options):
+    source = rows if isinstance(rows, str) else write(tmp_path / "raw.jsonl", rows)
+    config = PrepConfig(**{"inputs": [source], "out": tmp_path / name, "workers": 1, **options})
+    return prepare(config, show_progress=False)
+
+
+def read(folder):
+    return [row.values for path in sorted(folder.glob("*.parquet")) for row in read_file(path)]
+
+
+def all_files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def accounted(manifest):
+    """Rows in = bad + parsed; samples = used + dropped; built rows = written + dropped."""
+    counts = manifest["counts"]
+    assert counts["read"] == counts["parsed"] + counts["rejected"]
+    sample_reasons = (
+        "nothing to compare: one answer, or all tied",
+        "near-duplicate prompt",
+        "shares an n-gram with the evaluation set",
+    )
+    answers = ("empty answer", "repeated answer")
+    rows_dropped = sum(n for reason, n in manifest["dropped"].items() if reason not in (*sample_reasons, *answers))
+    assert counts["dropped_samples"] == sum(manifest["dropped"].get(r, 0) for r in sample_reasons)
+    assert counts["built"] == counts["written_train"] + counts.get("written_test", 0) + rows_dropped
+
+
+def test_cleaning_counts_every_reason(tmp_path):
+    rows = [
+        pair("one"), pair("one"), pair("two"), pair("two", "bad", "good"), pair("three", "same", "same"), pair("four", "", "x"),
+        pair("five", score_chosen=3, score_rejected=2.9), pair("six", score_chosen=3, score_rejected=1), {"text": "?"},
+        pair("seven", "a" * 99, "b"),
+    ]  # fmt: skip
+    manifest = run(tmp_path, rows)
+    accounted(manifest)
+    assert manifest["dropped"] == {
+        "contradictory: both orders are preferred": 2, "empty answer": 1, "equal sides": 1,
+        "nothing to compare: one answer, or all tied": 1, "repeated pair": 1,
+    }  # fmt: skip
+    assert [r["prompt"][0]["content"] for r in read(tmp_path / "out" / "train")] == ["one", "five", "six", "seven"]
+    limited = run(tmp_path, rows, name="limited", min_margin=0.5, max_chars=50)
+    accounted(limited)
+    assert [r["margin"] for r in read(tmp_path / "limited" / "train")] == [2.0]
+    assert limited["dropped"]["margin below the minimum"] == 1 and limited["dropped"]["no scores, so no margin"] == 2
+    rejects = [json.loads(line) for line in (tmp_path / "limited" / "rejects.jsonl").read_text().splitlines()]
+    assert rejects[0]["row"] == 9 and "unknown format" in rejects[0]["reason"] and rejects[0]["file"] == "raw.jsonl"
+    assert len(rejects) == 1 + sum(n for reason, n in limited["dropped"].items() if reason != "empty answer")
+
+
+def test_scattered_rows_are_joined_by_prompt(tmp_path):
+    rows = [{"prompt": f"q{i % 3}", "completion": f"a{i}", "label": i % 2 == 0} for i in range(9)]
+    manifest = run(tmp_path, rows, strategy="all")
+    accounted(manifest)
+    made = {
+        (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"])
+        for r in read(tmp_path / "out" / "train")
+    }
+    wanted = {
+        (a["prompt"], a["completion"], b["completion"])
+        for a in rows for b in rows if a["prompt"] == b["prompt"] and a["label"] and not b["label"]
+    }  # fmt: skip
+    assert made == wanted
+
+
+def test_layouts(tmp_path):
+    rows = [{"prompt": "q", "completions": ["c", "a", "b"], "scores": [1.0, 3.0, 1.0]}, pair("p")]
+    run(tmp_path, rows, name="groups", layout="groups")
+    first = next(r for r in read(tmp_path / "groups" / "train") if r["scores"])
+    assert [c[0]["content"] for c in first["completions"]] == ["a", "c", "b"]
+    assert (first["ranks"], first["scores"]) == ([0, 1, 1], [3.0, 1.0, 1.0])
+    run(tmp_path, rows, name="labelled", layout="labelled")
+    labels = sorted((r["completion"][0]["content"], r["label"]) for r in read(tmp_path / "labelled" / "train"))
+    assert labels == [("a", True), ("b", False), ("bad", False), ("c", False), ("good", True)]
+    run(tmp_path, rows, name="sft", layout="sft")
+    assert sorted(r["messages"][-1]["content"] for r in read(tmp_path / "sft" / "train")) == ["a", "good"]
+
+
+def vocabulary_prompt(rng):
+    return " ".join(
+        rng.choice(["red", "blue", "cat", "dog", "runs", "jumps", "over", "under", "hill", "river", "sun", "moon"])
+        for _ in range(30)
+    )
+
+
+def test_split_is_by_prompt_and_its_near_duplicates(tmp_path):
+    rng = random.Random(0)
+    prompts = [vocabulary_prompt(rng) for _ in range(150)]
+    rows = [pair(p, f"good {k}") for p in prompts for k in range(2)] + [pair(p + " please", "fine") for p in prompts]
+    rng.shuffle(rows)
+    manifest = run(tmp_path, rows, test_fraction=0.3, near_duplicates="split")
+    accounted(manifest)
+    sides = {
+        side: {r["prompt"][0]["content"].removesuffix(" please") for r in read(tmp_path / "out" / side)}
+        for side in ("train", "test")
+    }
+    assert not sides["train"] & sides["test"]
+    assert 25 <= len(sides["test"]) <= 65
+    dropped = run(tmp_path, rows, name="dropped", near_duplicates="drop")
+    accounted(dropped)
+    left = [r["prompt"][0]["content"] for r in read(tmp_path / "dropped" / "train")]
+    assert len({p.removesuffix(" please") for p in left}) == 150 == len(set(left))
+
+
+def test_minhash_finds_near_duplicates_and_nothing_else():
+    rng = random.Random(1)
+    index, near = PromptIndex(), {}
+    for i in range(200):
+        text = vocabulary_prompt(rng)
+        index.add(f"{i}a", text)
+        index.add(f"{i}b", text + " now")
+        near[f"{i}b"] = f"{i}a"
+    assert index.representatives(0.75) == near
+    assert index.representatives(1.0).items() < near.items()  # only those whose 64 minima are all equal
+
+
+def test_same_options_same_bytes_whatever_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.data.prep.pipeline._PARTITION_BYTES", 4000)
+    rng = random.Random(2)
+    rows = [pair(vocabulary_prompt(rng), f"good {i}", f"bad {i}") for i in range(120)] + [{"x": 1}]
+    outputs = []
+    for name, workers in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path, rows, name=name, test_fraction=0.2, near_duplicates="split", workers=workers)
+        outputs.append(all_files(tmp_path / name))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert sum(name.startswith("train/") for name in outputs[0]) > 3
+    run(tmp_path, rows, name="d", test_fraction=0.2, near_duplicates="split", seed=1)
+    assert all_files(tmp_path / "d") != outputs[0]
+
+
+def test_decontamination(tmp_path):
+    long = "how many clips did natalia sell altogether in april and may of this year"
+    evaluation = write(tmp_path / "eval.jsonl", [{"question": long, "answer": "42"}, {"question": "what is the capital"}])
+    rows = [
+        pair("please say " + long + " now"),
+        pair("What is the CAPITAL?"),
+        pair("what is the capital of france"),
+        pair("42 things", "42", "41"),
+    ]
+    manifest = run(tmp_path, rows, decontaminate=[evaluation])
+    assert manifest["dropped"] == {"shares an n-gram with the evaluation set": 2}
+    left = {r["prompt"][0]["content"] for r in read(tmp_path / "out" / "train")}
+    assert left == {"what is the capital of france", "42 things"}
+
+
+def test_bad_files_lose_only_what_is_bad(tmp_path):
+    good = [json.dumps(pair(f"p{i}")) for i in range(40)]
+    (tmp_path / "latin.jsonl").write_bytes(
+        "\n".join([good[0], json.dumps(pair("x"))[:-1] + ', "é": 1}', "[1, 2]", "{", good[1]]).encode("latin-1")
+    )
+    packed = gzip.compress("\n".join(good).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) - 12])
+    (tmp_path / "lines.csv").write_text('prompt,chosen,rejected\n"two\nlines","good, really","bad"\nonly,two\n"last",a,b\n')
+    (tmp_path / "nested.jsonl").write_text(
+        json.dumps({"prompt": None, "chosen": [{"role": None}], "rejected": {"a": [None]}}) + "\n" + good[2] + "\n"
+    )
+    (tmp_path / "big.jsonl").write_text(json.dumps(pair("big", "y" * 10_000_000)) + "\n")
+    inputs = [str(tmp_path / n) for n in ("latin.jsonl", "cut.jsonl.gz", "lines.csv", "nested.jsonl", "big.jsonl")]
+    manifest = prepare(PrepConfig(inputs=inputs, out=tmp_path / "out", workers=1), show_progress=False)
+    accounted(manifest)
+    reasons = {
+        (r["file"], r["row"]): r["reason"] for r in map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
+    }
+    assert (
+        "not UTF-8" in reasons["latin.jsonl", 2]
+        and "JSON object" in reasons["latin.jsonl", 3]
+        and "not JSON" in reasons["latin.jsonl", 4]
+    )
+    assert any(file == "cut.jsonl.gz" and "cut short" in reason for (file, _), reason in reasons.items())
+    assert "fields of the header" in reasons["lines.csv", 2]
+    assert ("nested.jsonl", 1) in reasons
+    prompts = {r["prompt"][0]["content"] for r in read(tmp_path / "out" / "train")}
+    assert {"two\nlines", "last", "big", "p0", "p1", "p2"} <= prompts
+    with pytest.raises(ValueError, match=r"latin.jsonl:2: not UTF-8.*--strict"):
+        prepare(PrepConfig(inputs=inputs, out=tmp_path / "strict", workers=1, strict=True), show_progress=False)
+    assert not (tmp_path / "strict").exists() and not list(tmp_path.glob(".strict*"))
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
+    run(tmp_path, [pair("p")])
+    with pytest.raises(ValueError, match="not empty"):
+        run(tmp_path, [pair("p")])
+    with pytest.raises(ValueError, match="No row of .* could be used .*unknown format"):
+        run(tmp_path, [{"text": "?"}], name="none")
+    with pytest.raises(ValueError, match="No training row is left"):
+        run(tmp_path, [pair("p", "a", "a")], name="left")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("posttrain.data.prep.pipeline.write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [pair("p")], name="stopped")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw.jsonl"]
+
+
+def test_report_warns_of_length_bias_and_escapes(tmp_path):
+    assert length_bias(Statistics(longer_chosen=80, unequal_lengths=100)) == (0.8, True)
+    assert length_bias(Statistics(longer_chosen=52, unequal_lengths=100))[1] is False
+    assert length_bias(Statistics(longer_chosen=3, unequal_lengths=4))[1] is False  # too few to tell
+    run(tmp_path, [pair(f"p{i} <script>", "longer than the other", "short", margin=float(i)) for i in range(50)])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Length bias" in page and "<svg" in page and "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("class='pair'") == 10
+
+
+def test_difference_marks_what_the_other_side_has_not():
+    left, right = difference("the cat sat", "the dog sat")
+    assert [left.plain[s.start : s.end] for s in left.spans] == ["cat"]
+    assert [right.plain[s.start : s.end] for s in right.spans] == ["dog"]
