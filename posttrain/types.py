@@ -38,6 +38,18 @@ class Completion:
     loss_mask: Sequence[bool | int]
     label: bool | None = None
     """Unpaired feedback (KTO): True desirable, False undesirable, None not rated."""
+    advantage: float | None = None
+    """Reinforcement learning: how much better than its baseline this completion was; None elsewhere."""
+    token_advantages: Sequence[float] | None = None
+    """One per token, where they differ along the completion (a KL penalty inside the reward); None: ``advantage`` everywhere."""
+    sampler_logps: Sequence[float] | None = None
+    """One per token: log-prob under the distribution it was drawn from, temperature and truncation included."""
+    proximal_logps: Sequence[float] | None = None
+    """One per token: log-prob under the policy as it was before the first update on these completions (PPO's pi_old, k1.5's
+    pi_theta_i); None: that policy is the present one."""
+    kept_ids: Sequence[Sequence[int]] | None = None
+    """One per token: the token ids that top-k, top-p or min-p left to draw from, over which its log-probs are renormalised;
+    None: the whole vocabulary."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.loss_mask):
@@ -47,6 +59,10 @@ class Completion:
             )
         if len(self.token_ids) == 0:
             raise ValueError("Completion needs at least one token; got none. Drop the sample and count it.")
+        for name in ("token_advantages", "sampler_logps", "proximal_logps", "kept_ids"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(f"Completion.{name} needs one entry per token; got {len(values)} for {len(self.token_ids)} tokens.")
 
     @property
     def num_trained(self) -> int:
@@ -156,6 +172,14 @@ class TokenLogps:
     margin_B: Tensor
     weight_B: Tensor
     label_S: Tensor
+    advantage_S: Tensor | None = None
+    """[S] ``Completion.advantage`` (0 where it is None); None outside of reinforcement learning."""
+    advantage_T: Tensor | None = None
+    """[T] ``Completion.token_advantages``, or the completion's ``advantage`` at each of its tokens."""
+    sampler_T: Tensor | None = None
+    """[T] ``Completion.sampler_logps``; None if a completion has none."""
+    given_proximal_T: Tensor | None = None
+    """[T] ``Completion.proximal_logps``; None if a completion has none."""
     reference_T: Tensor | None = None
     """[T] log-probs of the same tokens under the reference model, without gradient; None where the loss needs none."""
     batch_mean: Tensor | None = None
@@ -165,6 +189,14 @@ class TokenLogps:
         """values_S[s] = sum of values_T over the trained tokens of completion s; 0 for a completion without any."""
         zeros_S = values_T.new_zeros(self.group_S.shape[0])
         return zeros_S.index_add(0, self.sequence_T, values_T)
+
+    @cached_property
+    def proximal_T(self) -> Tensor:
+        """[T] log-probs of the policy before the first update on this batch, a constant: the denominator of PPO's ratio.
+
+        Where none were computed the present policy is that policy, and the ratio is exactly 1.
+        """
+        return self.logps_T.detach() if self.given_proximal_T is None else self.given_proximal_T
 
     @cached_property
     def logps_S(self) -> Tensor:

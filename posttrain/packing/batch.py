@@ -10,13 +10,13 @@ a target) are not part of the row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from posttrain.types import PairLogps, PromptGroup
+from posttrain.types import Completion, PairLogps, PromptGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,20 @@ class GroupPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptIds:
+    """For each trained token the ids it was drawn from: all of them in one tensor, with where each token's end."""
+
+    ids: Tensor
+    """[sum of sizes]"""
+    ends_T: Tensor
+    """[T] end of each token's ids in ``ids``; a token with none was drawn from the whole vocabulary."""
+
+    def to(self, device: torch.device) -> KeptIds:
+        """The same on ``device``."""
+        return KeptIds(ids=self.ids.to(device), ends_T=self.ends_T.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """One micro-batch as the model sees it. Shapes: see the legend in ``posttrain.types``."""
 
@@ -81,16 +95,30 @@ class PackedBatch:
     """[B] weight of each pair."""
     label_S: Tensor
     """[S] 1 desirable, -1 undesirable, 0 not rated."""
+    advantage_S: Tensor | None
+    """[S] float64; None outside of reinforcement learning, as the three below."""
+    advantage_T: Tensor | None
+    """[T] float64."""
+    sampler_T: Tensor | None
+    """[T] float64."""
+    proximal_T: Tensor | None
+    """[T] float64."""
+    kept_ids: KeptIds | None
+    """The vocabulary that each trained token was drawn from, where it was cut."""
     refs: tuple[tuple[int, int], ...]
     """[S] (index of the group in the global batch, index of the completion in the group)."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, (torch.Tensor, KeptIds))}
         return replace(self, **moved)
 
     def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
+
+        def cast(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(logps_T.dtype)
+
         return PairLogps(
             logps_T=logps_T,
             targets_T=self.targets_T,
@@ -102,6 +130,10 @@ class PackedBatch:
             margin_B=self.margin_B.to(logps_T.dtype),
             weight_B=self.weight_B.to(logps_T.dtype),
             label_S=self.label_S,
+            advantage_S=cast(self.advantage_S),
+            advantage_T=cast(self.advantage_T),
+            sampler_T=cast(self.sampler_T),
+            given_proximal_T=cast(self.proximal_T),
             reference_T=reference_T,
             batch_mean=batch_mean,
         )
@@ -219,5 +251,38 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
         margin_B=torch.tensor(margins, dtype=torch.float64),
         weight_B=torch.tensor(weights, dtype=torch.float64),
         label_S=long([0 if label is None else 1 if label else -1 for label in labels]),
+        **_rollout_fields([groups[g].completions[k] for g, k in row.refs]),
         refs=tuple(row.refs),
     )
+
+
+def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
+    """What reinforcement learning adds: advantages, log-probs of the sampler and of the proximal policy, kept ids."""
+    trained = [trained_positions(c.loss_mask) for c in completions]
+
+    def by_token(values_of: Callable[[Completion], Sequence[float] | None]) -> Tensor | None:
+        columns = [values_of(c) for c in completions]
+        if any(column is None and at for column, at in zip(columns, trained, strict=True)) or not any(trained):
+            return None
+        flat = [column[i] for column, at in zip(columns, trained, strict=True) if column is not None for i in at]
+        return torch.tensor(flat, dtype=torch.float64)
+
+    def advantages(c: Completion) -> Sequence[float] | None:
+        if c.token_advantages is not None or c.advantage is None:
+            return c.token_advantages
+        return [c.advantage] * len(c.token_ids)
+
+    kept = None
+    if any(c.kept_ids is not None for c in completions):
+        sets = [c.kept_ids[i] if c.kept_ids is not None else () for c, at in zip(completions, trained, strict=True) for i in at]
+        ends = torch.tensor([len(ids) for ids in sets], dtype=torch.long).cumsum(0)
+        kept = KeptIds(ids=torch.tensor([i for ids in sets for i in ids], dtype=torch.long), ends_T=ends)
+    scalars = [c.advantage for c in completions]
+    no_advantage = all(a is None for a in scalars)
+    return {
+        "advantage_S": None if no_advantage else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
+        "advantage_T": by_token(advantages),
+        "sampler_T": by_token(lambda c: c.sampler_logps),
+        "proximal_T": by_token(lambda c: c.proximal_logps),
+        "kept_ids": kept,
+    }

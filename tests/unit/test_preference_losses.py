@@ -297,9 +297,13 @@ def test_weighted_sum_keeps_terms_and_declarations():
     logps = one_pair(2.0, -1.0)
     assert sum(t.weight * float(t.items) for t in both(logps).terms) == pytest.approx(0.554355244 + 0.4, abs=1e-9)
     assert both.needs_reference and both.couples_completions
+    nested = weighted_sum([(0.5, both), (2.0, preference.nll_chosen)])(logps).terms
+    assert [t.weight for t in nested] == pytest.approx([0.5, 0.1, 2.0])
     free = weighted_sum([(1.0, preference.simpo), (0.2, preference.nll_chosen)])
     assert not free.needs_reference
-    assert weighted_sum([(1.0, preference.kto), (0.1, preference.nll_chosen)]).batch_statistic is preference.kto.batch_statistic
+    labelled = weighted_sum([(1.0, preference.kto), (0.1, preference.nll_chosen)])
+    assert labelled.batch_statistic is preference.kto.batch_statistic
+    assert labelled.couples_completions and not weighted_sum([(0.5, preference.kto)]).couples_completions
 
 
 def test_weighted_sum_tells_metrics_apart_and_knows_one_statistic():

@@ -82,6 +82,8 @@ def test_expected_calibration_error_by_hand():
     low = 1 / (1 + math.exp(-0.1))
     wanted = 3 / 4 * abs(2 / 3 - 0.75) + 1 / 4 * abs(0 - low)
     assert expected_calibration_error(gaps) == pytest.approx(wanted, abs=1e-12)
+    logit = torch.tensor([0.52, 0.58], dtype=torch.float64).logit()  # two bins: their errors do not cancel
+    assert expected_calibration_error(logit * torch.tensor([1, -1])) == pytest.approx((0.48 + 0.58) / 2, abs=1e-12)
     assert expected_calibration_error(torch.tensor([])) == 0.0
     assert expected_calibration_error(torch.full((5,), 1e9)) == pytest.approx(0.0)
 
