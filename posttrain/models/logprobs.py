@@ -15,19 +15,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.packing.batch import KeptIds
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """What a family does between head and softmax: ``softcap * tanh(scale * x / softcap)``, or ``scale * x`` without cap."""
+    """What a family does between head and softmax: ``softcap * tanh(scale * x / softcap)``, or ``scale * x`` without cap;
+    then the division by the sampling temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def apply(self, logits: Tensor) -> Tensor:
         """The transformed logits; the identity returns its argument."""
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -61,6 +67,7 @@ class _ChunkedLogps(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
         compute: torch.dtype,
+        kept: KeptIds | None,
     ) -> Tensor:
         weight = weight_VH.detach().to(compute)
         out = torch.promote_types(compute, torch.float32)
@@ -70,11 +77,11 @@ class _ChunkedLogps(torch.autograd.Function):
             logits = _logits(hidden_TH[part].to(compute), weight, bias_V)
             for rows in _blocks(logits):
                 here = slice(part.start + rows.start, part.start + rows.stop)
-                block = transform.apply(logits[rows].to(out))
+                block = _only_kept(transform.apply(logits[rows].to(out)), kept, here)
                 lse_T[here] = torch.logsumexp(block, dim=-1)
                 logps_T[here] = block.gather(1, targets_T[here, None]).squeeze(1) - lse_T[here]
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, lse_T)
-        ctx.transform, ctx.chunk, ctx.compute = transform, chunk, compute
+        ctx.transform, ctx.chunk, ctx.compute, ctx.kept = transform, chunk, compute, kept
         return logps_T
 
     @staticmethod
@@ -89,14 +96,14 @@ class _ChunkedLogps(torch.autograd.Function):
         for part in _chunks(targets_T.shape[0], ctx.chunk):
             hidden = hidden_TH[part].to(ctx.compute)
             grad = _logits(hidden, weight, bias_V)
-            _logits_to_gradient(grad, targets_T[part], lse_T[part], grad_T[part], ctx.transform)
+            _logits_to_gradient(grad, part, targets_T, lse_T, grad_T, ctx.transform, ctx.kept)
             if grad_bias is not None:
                 grad_bias += grad.sum(0).to(grad_bias.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = (grad @ weight).to(grad_hidden.dtype)
             if need_weight:
                 grad_weight = _add_matmul(grad_weight, grad, hidden, weight_VH.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:
@@ -119,14 +126,31 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
-def _logits_to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, transform: LogitTransform) -> None:
-    """Overwrites logits with d(sum grad * logp)/d(logits): grad * ([v = target] - softmax_v) * transform'."""
+def _only_kept(logits: Tensor, kept: KeptIds | None, tokens: slice) -> Tensor:
+    """Logits with -inf at every id that a token of ``tokens`` was not drawn from."""
+    if kept is None:
+        return logits
+    ends = kept.ends_T[tokens]
+    starts = torch.cat((kept.ends_T[tokens.start - 1 : tokens.start] if tokens.start else ends.new_zeros(1), ends[:-1]))
+    sizes = ends - starts
+    left_out = torch.ones_like(logits, dtype=torch.bool)
+    row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    left_out[row, kept.ids[int(starts[0]) : int(ends[-1])]] = False
+    left_out[sizes == 0] = False
+    return logits.masked_fill(left_out, float("-inf"))
+
+
+def _logits_to_gradient(
+    logits: Tensor, part: slice, targets_T: Tensor, lse_T: Tensor, grad_T: Tensor, transform: LogitTransform, kept: KeptIds | None
+) -> None:
+    """Overwrites a chunk's logits with d(sum grad * logp)/d(logits): grad * ([v = target] - softmax_v) * transform'."""
     for rows in _blocks(logits):
-        raw = logits[rows]
-        block = transform.apply(raw.to(lse.dtype))
+        raw, here = logits[rows], slice(part.start + rows.start, part.start + rows.stop)
+        block = transform.apply(raw.to(lse_T.dtype))
         slope = _transform_slope(block, transform)
-        grad = block.sub_(lse[rows, None]).exp_().mul_(-grad_logps[rows, None])
-        grad.scatter_add_(1, targets[rows, None], grad_logps[rows, None].to(grad.dtype))
+        grad_logps = grad_T[here, None]
+        grad = _only_kept(block, kept, here).sub_(lse_T[here, None]).exp_().mul_(-grad_logps)
+        grad.scatter_add_(1, targets_T[here, None], grad_logps.to(grad.dtype))
         grad = grad if slope is None else grad.mul_(slope)
         if grad.data_ptr() != raw.data_ptr():
             raw.copy_(grad)
@@ -134,9 +158,10 @@ def _logits_to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, grad_logps
 
 def _transform_slope(logits: Tensor, transform: LogitTransform) -> Tensor | float | None:
     """d transform(x) / dx, expressed by its value; None for the identity."""
+    scale = transform.scale / transform.temperature
     if transform.softcap is not None:
-        return transform.scale * (1 - (logits / transform.softcap) ** 2)
-    return None if transform.scale == 1.0 else transform.scale
+        return scale * (1 - (logits * (transform.temperature / transform.softcap)) ** 2)
+    return None if scale == 1.0 else scale
 
 
 def _add_matmul(total: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,8 +181,18 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def token_logps(hidden_TH: Tensor, targets_T: Tensor, head: nn.Module, *, transform: LogitTransform, chunk: int) -> Tensor:
+def token_logps(
+    hidden_TH: Tensor,
+    targets_T: Tensor,
+    head: nn.Module,
+    *,
+    transform: LogitTransform,
+    chunk: int,
+    kept: KeptIds | None = None,
+) -> Tensor:
     """logps_T [T], at least float32, with gradient to the hidden states and to the head's trainable parameters.
+
+    ``kept``: log-probs are renormalised over these ids (a sampler that truncates its distribution).
 
     A plain linear head takes the fused path (its weight is read once per call, forward and backward). Any other head (LoRA on
     the head, a quantised one) is called as it is, chunk by chunk under recomputation: its weight gradients then
@@ -169,15 +204,16 @@ def token_logps(hidden_TH: Tensor, targets_T: Tensor, head: nn.Module, *, transf
     if type(head) is nn.Linear:
         compute = compute_dtype(head.weight)
         with torch.autocast(kind, enabled=False):
-            return _ChunkedLogps.apply(hidden_TH, head.weight, head.bias, targets_T, transform, chunk, compute)
+            return _ChunkedLogps.apply(hidden_TH, head.weight, head.bias, targets_T, transform, chunk, compute, kept)
 
-    def part_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+    def part_logps(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head(hidden)
         logits = transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        logits = _only_kept(logits, kept, slice(start, start + len(targets)))
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
     pieces = [
-        checkpoint(part_logps, hidden, targets, use_reentrant=False)
-        for hidden, targets in zip(hidden_TH.split(chunk), targets_T.split(chunk), strict=True)
+        checkpoint(part_logps, hidden_TH[at : at + chunk], targets_T[at : at + chunk], at, use_reentrant=False)
+        for at in range(0, targets_T.shape[0], chunk)
     ]
     return torch.cat(pieces)

@@ -130,13 +130,16 @@ def _choose_backend(packing: PackingConfig, *, device_type: str, dropout: bool) 
 class Policy(nn.Module):
     """``Policy(model, packing)(batch) -> logps_T``: the backbone over one packed row, the head on trained tokens only."""
 
-    def __init__(self, model: nn.Module, packing: PackingConfig, *, device_type: str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, packing: PackingConfig, *, device_type: str = "cpu", temperature: float = 1.0
+    ) -> None:
+        """``temperature``: log-probs are those of the logits divided by it, as the sampler's."""
         super().__init__()
         self.model = model
         self.packing = packing
         self.forward_mode = choose_mode(model, packing, device_type=device_type)
         base = _base_model(model)
-        self.transform = logit_transform(base.config)
+        self.transform = replace(logit_transform(base.config), temperature=temperature)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         if self.forward_mode.backend is not None:
             attention.register()
@@ -185,7 +188,14 @@ class Policy(nn.Module):
             return self._plain_logps(batch)
         head = self.base.get_output_embeddings()
         hidden_TH = self.hidden(batch)
-        return token_logps(hidden_TH, batch.targets_T, head, transform=self.transform, chunk=self.packing.logits_chunk)
+        return token_logps(
+            hidden_TH,
+            batch.targets_T,
+            head,
+            transform=self.transform,
+            chunk=self.packing.logits_chunk,
+            kept=batch.kept_ids,
+        )
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """[T, H] the backbone's last hidden states at the positions that predict a trained token."""
@@ -206,7 +216,7 @@ class Policy(nn.Module):
         with plain_attention(self.model):
             logits = self.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[0, -(last + 1) :]
         mask = torch.tensor([bool(m) for m in completion.loss_mask[: last + 1]], device=device)
-        logits_TV, targets_T = logits[mask], ids[-(last + 1) :][mask]
+        logits_TV, targets_T = logits[mask] / self.transform.temperature, ids[-(last + 1) :][mask]
         logps_TV = torch.log_softmax(logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1)
         return logps_TV.gather(1, targets_T[:, None]).squeeze(1)
 
@@ -214,7 +224,7 @@ class Policy(nn.Module):
         """Through the whole model, adapters' virtual tokens included (prompt-learning PEFT): its own logits, from the end."""
         logits = self.model(input_ids=batch.input_ids_L[None], use_cache=False).logits[0]
         logits_TV = logits[-batch.input_ids_L.shape[0] :].index_select(0, batch.predictor_T)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)) / self.transform.temperature
         return torch.log_softmax(logits_TV, dim=-1).gather(1, batch.targets_T[:, None]).squeeze(1)
 
 

@@ -87,7 +87,12 @@ class RunReference:
                 "model (--model.lora.rank 0), or leave reference.sync_every at 0."
             )
         if self._load_other is not None:
-            other = Policy(self._load_other().to(self._device), self._policy.packing, device_type=self._device.type)
+            other = Policy(
+                self._load_other().to(self._device),
+                self._policy.packing,
+                device_type=self._device.type,
+                temperature=self._policy.transform.temperature,
+            )
             self._frozen = freeze(other, compute=self._held_in)
         elif not base_is_reference and not self._config.cache:
             self._frozen = frozen_copy(self._policy, compute=self._held_in)

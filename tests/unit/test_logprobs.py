@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 from posttrain.models.logprobs import LogitTransform, token_logps
+from posttrain.packing.batch import KeptIds
 
-TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softcap=2.0), LogitTransform(scale=3.0, softcap=5.0)]
+TRANSFORMS = [
+    LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softcap=2.0), LogitTransform(scale=3.0, softcap=5.0),
+    LogitTransform(temperature=0.7), LogitTransform(scale=3.0, softcap=5.0, temperature=1.6),
+]  # fmt: skip
 
 
 def dense(hidden, targets, head, transform):
@@ -30,6 +34,37 @@ def test_value_and_gradient_in_float64(chunk, bias, transform):
     leaves = [hidden, *head.parameters()]
     wanted_gradient = torch.autograd.grad((wanted * weight).sum(), leaves)
     got = token_logps(hidden, targets, head, transform=transform, chunk=chunk)
+    torch.testing.assert_close(got, wanted, atol=1e-13, rtol=0)
+    for a, b in zip(torch.autograd.grad((got * weight).sum(), leaves), wanted_gradient, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
+
+
+def test_a_temperature_divides_the_logits():
+    head = nn.Linear(8, 23, dtype=torch.float64)
+    hidden = torch.randn(5, 8, dtype=torch.float64)
+    got = token_logps(hidden, torch.arange(5), head, transform=LogitTransform(temperature=2.0), chunk=3)
+    torch.testing.assert_close(got, torch.log_softmax(head(hidden) / 2, -1)[range(5), range(5)], atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_kept_ids_renormalise_value_and_gradient(chunk, plain_head):
+    """Seven tokens, of which the second and the last were drawn from the whole vocabulary."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 23, dtype=torch.float64)
+    head = head if plain_head else Wrapped(head)
+    hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    targets, weight = torch.randint(0, 23, (7,)), torch.randn(7, dtype=torch.float64)
+    sets = [sorted({int(t), 1, 5, 22 - i}) if i not in (1, 6) else [] for i, t in enumerate(targets)]
+    kept = KeptIds(ids=torch.tensor([v for ids in sets for v in ids]), ends_T=torch.tensor([len(ids) for ids in sets]).cumsum(0))
+    transform = LogitTransform(softcap=2.0, temperature=0.8)
+    logits = transform.apply(head(hidden))
+    wanted = torch.stack(
+        [logits[i, t] - torch.logsumexp(logits[i, ids or slice(None)], 0) for i, (t, ids) in enumerate(zip(targets, sets, strict=True))]
+    )
+    leaves = [hidden, *head.parameters()]
+    wanted_gradient = torch.autograd.grad((wanted * weight).sum(), leaves)
+    got = token_logps(hidden, targets, head, transform=transform, chunk=chunk, kept=kept)
     torch.testing.assert_close(got, wanted, atol=1e-13, rtol=0)
     for a, b in zip(torch.autograd.grad((got * weight).sum(), leaves), wanted_gradient, strict=True):
         torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
