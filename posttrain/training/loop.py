@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,11 +27,46 @@ from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from posttrain.training.reference import RunReference
-from posttrain.training.run_folder import RunFolder
+from posttrain.training.run_folder import Extra, RunFolder
 from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
 from posttrain.types import Counts, PromptGroup
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one optimizer step trains, where that is more than a list of groups (reinforcement learning)."""
+
+    groups: Sequence[PromptGroup]
+    counts: Counts | None = None
+    """Denominators; None: counted over ``groups``. Groups without a learning signal may be left out and still count here."""
+    fresh_optimizer: bool = False
+    """AdamW forgets its moments before this step (Kimi k1.5)."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the step's line in metrics.jsonl, put before the step's own."""
+
+
+class Source(Protocol):
+    """Where batches come from if they depend on the policy. Its state is part of every checkpoint."""
+
+    def start(self, loop: Loop) -> None:
+        """Once, when policy, optimizer and reference are ready and before a checkpoint is read."""
+
+    def batch(self, step: int) -> StepBatch:
+        """The global batch of step 0, 1, ...: called once for each, in order, the same on every rank."""
+
+    def check(self) -> dict[str, Any]:
+        """After a step's gradient and before its update: further metrics. Raises to stop the run."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures, named eval_*."""
+
+    def write(self, folder: Path) -> None:
+        """Main process: its state into a checkpoint."""
+
+    def read(self, folder: Path) -> None:
+        """Every process: what ``write`` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +85,8 @@ class TrainResult:
 
 @dataclass(kw_only=True)
 class Loop:
-    """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a pure function of the step."""
+    """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a pure function of the step;
+    with a ``source`` its batches are trained, and ``batches(0)`` is only what the self-check compares."""
 
     accelerator: Any
     precision: PrecisionPlan
@@ -71,6 +107,12 @@ class Loop:
     """The packed forward: log-probs, or scores of a reward model."""
     reference: RunReference | None = None
     """The reference model of preference losses and KL terms."""
+    source: Source | None = None
+    """Batches that are sampled from the policy."""
+    temperature: float = 1.0
+    """Log-probs are those of the logits divided by it."""
+    shown: Sequence[str] = ("loss", "lr", "tokens_per_s")
+    """Metrics of the live line."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +134,7 @@ class Loop:
             self.optimizer,
             self.schedule,
             run={**self.identity, "mode": self.mode, "precision": self.precision.name},
-            extra=self.reference,
+            extras=self._extras,
         )
         if start > self.num_steps:
             raise ValueError(
@@ -105,23 +147,25 @@ class Loop:
             start=start,
             accelerator=self.accelerator,
             log_every=self.train.log_every,
+            shown=self.shown,
         )
         last = folder.last_metrics()
         try:
             if start == 0:
-                metrics.evaluation(0, {"data": self.data_counts, **self._evaluate()})
+                metrics.evaluation(0, {"data": self.data_counts, **self._evaluate(0)})
             for step in range(start + 1, self.num_steps + 1):
                 values = self._step(step)
                 metrics.step(step, values)
                 evaluation = {k: v for k, v in last.items() if is_held_out(k)}
                 last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
-                if self.eval_groups and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
-                    evaluation = self._evaluate()
+                if self._evaluates and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
+                    evaluation = self._evaluate(step)
                     last.update(evaluation)
-                    metrics.evaluation(step, evaluation)
+                    if evaluation:
+                        metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
-                    folder.save(step, self.policy, self.optimizer, self.schedule, extra=self.reference)
+                    folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
         finally:
             metrics.close()
         final = folder.save_final(lambda path: save_model(self._unwrapped().model, self.tokenizer, path))  # type: ignore[arg-type]
@@ -132,7 +176,9 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        policy = self.policy_class(self.model.to(device), self.packing, device_type=device.type)
+        policy = self.policy_class(
+            self.model.to(device), self.packing, device_type=device.type, temperature=self.temperature
+        )
         self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
@@ -153,14 +199,20 @@ class Loop:
         self.policy.train()
         if self.reference is not None:
             self.reference.start(self.policy, self.forward_plan)
+        if self.source is not None:
+            self.source.start(self)
+
+    @property
+    def _extras(self) -> list[Extra]:
+        return [extra for extra in (self.reference, self.source) if extra is not None]
 
     def _unwrapped(self) -> Policy:
         policy = self.accelerator.unwrap_model(self.policy)
         assert isinstance(policy, Policy)
         return policy
 
-    def _plan(self, groups: Sequence[PromptGroup]) -> StepPlan:
-        return plan_step(
+    def _plan(self, groups: Sequence[PromptGroup], counts: Counts | None = None) -> StepPlan:
+        plan = plan_step(
             groups,
             world_size=self.accelerator.num_processes,
             max_tokens=self.packing.max_tokens,
@@ -168,12 +220,14 @@ class Loop:
             coupled=couples_completions(self.loss),
             length_limit=self.length_limit,
         )
+        return plan if counts is None else replace(plan, counts=counts)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
-        groups = self.batches(step - 1)
-        plan = self._plan(groups)
+        batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
+        groups = batch.groups
+        plan = self._plan(groups, batch.counts)
         result = step_gradient(
             self.accelerator,
             self.policy,
@@ -184,10 +238,13 @@ class Loop:
             reference=self.reference,
             batch_mean=batch_mean(self.forward_plan, self.policy, self.reference, self.loss, groups),
         )
+        checked = {} if self.source is None else self.source.check()
         grad_norm = clip_and_check(
             self.accelerator, self.policy, result, groups, max_grad_norm=self.optimizer_config.max_grad_norm, step=step
         )
         lr = float(self.schedule.get_last_lr()[0])
+        if batch.fresh_optimizer:
+            self.optimizer.state.clear()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.reference is not None:
@@ -199,7 +256,8 @@ class Loop:
             raise NonFiniteError(
                 f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
             )
-        return self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
+        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
+        return {**batch.metrics, **checked, **own}
 
     def _metrics(
         self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float
@@ -225,7 +283,13 @@ class Loop:
             "peak_fraction": flops_per_s / self.peak_flops,
         }
 
-    def _evaluate(self) -> dict[str, float]:
+    @property
+    def _evaluates(self) -> bool:
+        return self.source is not None or bool(self.eval_groups)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.source is not None:
+            return self.source.evaluate(step)
         if not self.eval_groups:
             return {}
         if self._eval_counts is None:

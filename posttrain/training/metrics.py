@@ -16,7 +16,9 @@ from torch import nn
 
 from posttrain.packing.batch import Layout
 
-TIMING_KEYS = ("step_s", "tokens_per_s", "tflops_per_s", "peak_fraction")
+TIMING_KEYS = (
+    "step_s", "tokens_per_s", "tflops_per_s", "peak_fraction", "rollout_s", "reward_s", "prepare_s", "rollout_tokens_per_s",
+)  # fmt: skip
 """Metrics that differ between two identical runs; everything else must be equal."""
 
 
@@ -100,12 +102,12 @@ def _synchronize(device: torch.device) -> None:
 class MetricsLog:
     """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal and plain lines elsewhere. Main process only."""
 
-    def __init__(self, path: Path, *, num_steps: int, start: int, accelerator: Any, log_every: int) -> None:
+    def __init__(self, path: Path, *, num_steps: int, start: int, accelerator: Any, log_every: int, shown: Sequence[str]) -> None:
         self._accelerator = accelerator
         self._every = max(log_every, 1)
         self._num_steps = num_steps
         self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
-        self._bar = _ProgressBar(num_steps, start) if accelerator.is_main_process else None
+        self._bar = _ProgressBar(num_steps, start, shown) if accelerator.is_main_process else None
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """One optimizer step done; ``values`` is what metrics.jsonl gets, in this order."""
@@ -139,13 +141,14 @@ class MetricsLog:
 class _ProgressBar:
     """rich's bar on a terminal; a line every few seconds where nobody watches."""
 
-    def __init__(self, total: int, start: int) -> None:
+    def __init__(self, total: int, start: int, shown: Sequence[str]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console = Console()
         self._last_line = 0.0
         self._total = total
+        self._shown = shown
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -158,8 +161,7 @@ class _ProgressBar:
         self._progress.start()
 
     def show(self, step: int, values: dict[str, Any]) -> None:
-        wanted = ("loss", "lr", "tokens_per_s")
-        now = "  ".join(f"{name} {_short(values[name])}" for name in wanted if name in values)
+        now = "  ".join(f"{name} {_short(values[name])}" for name in self._shown if name in values)
         self._progress.update(self._task, completed=step, now=now)
         if not self._console.is_terminal and (time.monotonic() - self._last_line > 10 or step == self._total):
             self._last_line = time.monotonic()

@@ -9,7 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Extra(Protocol):
-    """State of a run beside policy and optimizer (a moving reference)."""
+    """State of a run beside policy and optimizer (a moving reference, what was sampled)."""
 
     def write(self, folder: Path) -> None:
         """Main process: its files into the checkpoint."""
@@ -91,7 +91,7 @@ class RunFolder:
                 "folder, or set --train.resume auto to continue it."
             )
 
-    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any], extra: Extra | None = None) -> int:
+    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any], extras: Sequence[Extra] = ()) -> int:
         """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one.
 
         ``run``: what else decides the numbers (data, loss, mode); a warning names what differs from the saved run.
@@ -108,7 +108,7 @@ class RunFolder:
             step = int(state["step"])
             self._warn_about_differences(state)
             training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)
-            if extra is not None:
+            for extra in extras:
                 extra.read(folder)
             log.warning("resumed from %s", folder)
         if self._accelerator.is_main_process:
@@ -135,12 +135,12 @@ class RunFolder:
             details = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
             log.warning("the resumed run differs from the one that was saved, so it will not be bit-identical: %s", details)
 
-    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extra: Extra | None = None) -> Path:
+    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()) -> Path:
         """Checkpoint of ``step``, whole or not at all; older ones beyond the limit go."""
 
         def write(folder: Path) -> None:
             training_state.write_state(self._accelerator, policy, optimizer, schedule, folder)
-            if extra is not None and self._accelerator.is_main_process:
+            for extra in extras if self._accelerator.is_main_process else ():
                 extra.write(folder)
 
         return checkpoint.save_checkpoint(

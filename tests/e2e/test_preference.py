@@ -86,8 +86,9 @@ def test_an_interrupted_prep_leaves_no_output(inputs, tmp_path, stop):
 
 
 def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_path):
-    live = check(run("cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "live")))
-    assert "self-check passed" in live.stdout and "held out, before and after 12 steps" in live.stdout
+    longer = ("--train.max_steps", "24", "--loss_options.beta", "0.5")
+    live = check(run("cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "live", *longer)))
+    assert "self-check passed" in live.stdout and "held out, before and after 24 steps" in live.stdout
     lines = read_metrics(tmp_path / "live" / "metrics.jsonl")
     first, last = lines[0], lines[-1]
     assert first["eval_loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards_eval/accuracies"] == 0.0
@@ -96,7 +97,7 @@ def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_pa
         run(
             "cpu.yaml",
             "recipes/dpo.py",
-            *settings(inputs, pairs, tmp_path, "cached", "--reference.cache", "true", "--reference.cache_dir", str(tmp_path)),
+            *settings(inputs, pairs, tmp_path, "cached", *longer, "--reference.cache", "true", "--reference.cache_dir", str(tmp_path)),
         )
     )
     for a, b in zip(steps_of(tmp_path / "live"), steps_of(tmp_path / "cached"), strict=True):
@@ -144,7 +145,7 @@ def test_reward_model_learns_and_scores_the_same_in_plain_transformers(inputs, p
     from posttrain.packing.plan import PackingConfig
     from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 
-    more = ["--model.lora.rank", "4", "--optimizer.lr", "2e-2"] if lora else []
+    more = ["--model.lora.rank", "4", "--optimizer.lr", "2e-2"] if lora else ["--train.max_steps", "36", "--optimizer.lr", "1e-2"]
     check(
         run("cpu.yaml", "recipes/reward.py", *settings(inputs, pairs, tmp_path, "rm", "--loss_options.centering", "0.01", *more))
     )
@@ -189,7 +190,7 @@ def test_mistakes_are_told_in_one_line(inputs, pairs, tmp_path):
         ("--loss", "simpo", "--reference.cache", "true"): "reads no reference",
         ("--loss", "kto", "--reference.cache", "true"): "no cache holds",
         ("--loss", "kto"): "learns from labelled answers",
-        ("--data.train", f"[{inputs[1]}]"): "not JSON",
+        ("--data.train", f"[{inputs[1]}]"): "are split by `posttrain prep pairs FILE --out DIR`",
     }
     for more, message in cases.items():
         arguments = [sys.executable, str(REPO / "recipes" / "dpo.py"), *settings(inputs, pairs, tmp_path, "bad", *more)]

@@ -147,7 +147,7 @@ def empty(path: Path) -> Path:
         (["--train.batchsize", "3"], "Did you mean --train.batch_size?"),
         (["--train.batch_size", "0"], "number of groups >= 1; got 0"),
         (["--train.precision", "fp16"], "needs a CUDA device"),
-        (["--loss", "posttrain.losses.sft.sfd"], "--loss is a dotted path"),
+        (["--loss", "posttrain.losses.sft.sfd"], "--loss is a function of"),
         (["--loss_options.agregation", "x"], "Did you mean aggregation?"),
         (["--packing.max_tokens", "10"], "Raise --packing.max_tokens"),
         (["--packing.backend", "flex"], "needs CUDA"),

@@ -1,0 +1,117 @@
+"""What cannot be computed again the same way is written down as it comes: rollouts of a server, results of rewards.
+
+One file of JSON lines per iteration and rank. A run that was killed finds in it what the iteration already had and goes on
+from there. The last line may be torn: it is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
+
+
+class Journal:
+    """``once(key, compute)``: the value written under the key, else computed now and written."""
+
+    def __init__(self, path: Path, *, run: str) -> None:
+        """``run`` names what decides the values (settings, step): a journal of another is discarded."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._values: dict[str, Any] = {}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        good = 0
+        for line in lines[:-1]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if good == 0 and entry != {"run": run}:
+                break
+            if good:
+                self._values[entry["key"]] = entry["value"]
+            good += len(line) + 1
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(good)
+        self._file.seek(good)
+        if not good:
+            self._write({"run": run})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def get(self, key: str) -> Any | None:
+        """The value under the key, or None."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Written before it returns: a killed process loses nothing that was put."""
+        self._values[key] = value
+        self._write({"key": key, "value": value})
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value under the key; computed and put the first time. As JSON has it, also the first time."""
+        if key not in self._values:
+            self.put(key, json.loads(json.dumps(compute())))
+        return self._values[key]
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+
+def _to_json(drawn: Sampled) -> dict[str, Any]:
+    return asdict(drawn)
+
+
+def _from_json(entry: dict[str, Any]) -> Sampled:
+    kept = entry["kept_ids"]
+    return Sampled(
+        **{
+            **entry,
+            "token_ids": tuple(entry["token_ids"]),
+            "logps": tuple(entry["logps"]),
+            "kept_ids": None if kept is None else tuple(tuple(ids) for ids in kept),
+        }
+    )
+
+
+def journalled(
+    engine: Engine, journal: Journal, requests: Sequence[Request], sampling: SamplingConfig, *, by_completion: bool
+) -> list[list[Sampled]]:
+    """``engine.generate``, with what the journal has taken from there.
+
+    ``by_completion``: each completion is written as it is finished (a server draws it again differently). Otherwise the
+    call as a whole: an engine in this process draws the same again, and bit for bit only in the same batch.
+    """
+    if not by_completion:
+        digest = hashlib.blake2b(repr(requests).encode(), digest_size=8).hexdigest()
+        entries = journal.once(
+            f"generate {digest}", lambda: [[_to_json(d) for d in row] for row in engine.generate(requests, sampling)]
+        )
+        return [[_from_json(entry) for entry in row] for row in entries]
+
+    def key(request: Request, k: int) -> str:
+        return f"completion {request.seeds[k]} {len(request.prefixes[k]) if request.prefixes else 0}"
+
+    missing: list[tuple[int, list[int]]] = []
+    for i, request in enumerate(requests):
+        wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
+        if wanted:
+            missing.append((i, wanted))
+    left = [
+        Request(
+            prompt_ids=requests[i].prompt_ids,
+            seeds=tuple(requests[i].seeds[k] for k in wanted),
+            prefixes=tuple(requests[i].prefixes[k] for k in wanted) if requests[i].prefixes else (),
+        )
+        for i, wanted in missing
+    ]
+    if left:
+        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), _to_json(drawn)))
+    return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
