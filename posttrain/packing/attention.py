@@ -76,7 +76,8 @@ def segment_attention(
     """
     layout = _layout(module, packing, extra)
     lengths = list(layout.lengths)
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    compute = _compute_dtype(query, layout)
+    queries, keys, values = (x.to(compute).split(lengths, dim=2) for x in (query, key, value))
     outputs = []
     for i, prefix in enumerate(layout.prefixes):
         q, k, v = queries[i], keys[i], values[i]
@@ -84,7 +85,20 @@ def segment_attention(
             k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
         mask = _segment_mask(layout, i, sliding_window, q)
         outputs.append(_attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap))
-    return torch.cat([o.transpose(1, 2) for o in outputs], dim=1), None
+    return torch.cat([o.transpose(1, 2) for o in outputs], dim=1).to(query.dtype), None
+
+
+CPU_FLOAT32_KEYS = 512
+"""On a CPU, torch's bfloat16 attention is slower than its float32 one for rows up to about this many keys: forward and backward
+of 57 queries on 182 keys take 2.4 ms against 0.8 ms (Zen 4), of 512 on 512 the same 18 ms."""
+
+
+def _compute_dtype(query: Tensor, layout: Layout) -> torch.dtype:
+    """float32 for short bfloat16 segments on a CPU, else the query's own."""
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return query.dtype
+    longest = max(layout.length_with_prefix(i) for i in range(len(layout.lengths)))
+    return torch.float32 if longest < CPU_FLOAT32_KEYS else query.dtype
 
 
 def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
