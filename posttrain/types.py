@@ -62,7 +62,7 @@ class Completion:
         for name in ("token_advantages", "sampler_logps", "proximal_logps", "kept_ids"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.token_ids):
-                raise ValueError(f"Completion.{name} needs one entry per token; got {len(values)} for {len(self.token_ids)} tokens.")
+                raise ValueError(f"Completion.{name} needs one entry per token; got {len(values)} for {len(self.token_ids)}.")
 
     @property
     def num_trained(self) -> int:

@@ -130,9 +130,7 @@ def _choose_backend(packing: PackingConfig, *, device_type: str, dropout: bool) 
 class Policy(nn.Module):
     """``Policy(model, packing)(batch) -> logps_T``: the backbone over one packed row, the head on trained tokens only."""
 
-    def __init__(
-        self, model: nn.Module, packing: PackingConfig, *, device_type: str = "cpu", temperature: float = 1.0
-    ) -> None:
+    def __init__(self, model: nn.Module, packing: PackingConfig, *, device_type: str = "cpu", temperature: float = 1.0) -> None:
         """``temperature``: log-probs are those of the logits divided by it, as the sampler's."""
         super().__init__()
         self.model = model

@@ -1,7 +1,7 @@
-"""Completions in the making: groups wait here until all of their completions are finished, over several iterations if need be.
+"""Completions in the making: groups wait here until all of their completions are finished, over iterations if need be.
 
-Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most ``sampling.budget_tokens`` on a completion;
-an unfinished one keeps its tokens, with the policy version that drew each segment, and is continued in the next iteration.
+Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most ``sampling.budget_tokens`` on a
+completion; an unfinished one keeps its tokens, with the policy version that drew each segment, and is continued in the next.
 """
 
 from __future__ import annotations

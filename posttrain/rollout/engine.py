@@ -28,7 +28,7 @@ class SamplingConfig:
     stop_strings: list[str] = field(default_factory=list)
     """Texts that end a completion, beside the tokenizer's stop tokens; they stay part of it."""
     budget_tokens: int = 0
-    """Partial rollouts: most tokens of a completion in one iteration; what is unfinished is continued in the next. 0: no limit."""
+    """Partial rollouts: most tokens of a completion in one iteration; the next continues what is unfinished. 0: no limit."""
     repeat_ngram: int = 0
     """Stop a completion when its last ``repeat_ngram`` tokens have occurred ``repeat_times`` times in a row; 0: never."""
     repeat_times: int = 4
@@ -68,7 +68,7 @@ class Request:
                 f"A request needs a prompt token and a seed; got {len(self.prompt_ids)} prompt tokens, {len(self.seeds)} seeds."
             )
         if self.prefixes and len(self.prefixes) != len(self.seeds):
-            raise ValueError(f"A request needs one prefix per seed or none; got {len(self.prefixes)} for {len(self.seeds)} seeds.")
+            raise ValueError(f"A request needs one prefix per seed or none; got {len(self.prefixes)} for {len(self.seeds)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: returned to the system, each costs its page faults again (a tenth of a CPU step)."""
+    """Tells glibc to keep large freed blocks: given back, each costs its page faults again (a tenth of a CPU step)."""
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")

@@ -176,9 +176,7 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        policy = self.policy_class(
-            self.model.to(device), self.packing, device_type=device.type, temperature=self.temperature
-        )
+        policy = self.policy_class(self.model.to(device), self.packing, device_type=device.type, temperature=self.temperature)
         self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit

@@ -97,7 +97,9 @@ def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_pa
         run(
             "cpu.yaml",
             "recipes/dpo.py",
-            *settings(inputs, pairs, tmp_path, "cached", *longer, "--reference.cache", "true", "--reference.cache_dir", str(tmp_path)),
+            *settings(
+                inputs, pairs, tmp_path, "cached", *longer, "--reference.cache", "true", "--reference.cache_dir", str(tmp_path)
+            ),
         )
     )
     for a, b in zip(steps_of(tmp_path / "live"), steps_of(tmp_path / "cached"), strict=True):

@@ -60,7 +60,10 @@ def test_kept_ids_renormalise_value_and_gradient(chunk, plain_head):
     transform = LogitTransform(softcap=2.0, temperature=0.8)
     logits = transform.apply(head(hidden))
     wanted = torch.stack(
-        [logits[i, t] - torch.logsumexp(logits[i, ids or slice(None)], 0) for i, (t, ids) in enumerate(zip(targets, sets, strict=True))]
+        [
+            logits[i, t] - torch.logsumexp(logits[i, ids or slice(None)], 0)
+            for i, (t, ids) in enumerate(zip(targets, sets, strict=True))
+        ]
     )
     leaves = [hidden, *head.parameters()]
     wanted_gradient = torch.autograd.grad((wanted * weight).sum(), leaves)
