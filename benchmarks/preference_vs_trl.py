@@ -78,7 +78,7 @@ def run_ours(pairs: list[dict[str, Any]], model_folder: str, args: argparse.Name
 
         def load_and_start(*arguments: Any) -> Any:
             model = load(*arguments)
-            memory.start()
+            memory.start(model)
             return model
 
         def set_up_and_keep(loop: Any, *arguments: Any) -> None:
@@ -119,7 +119,7 @@ def run_trl(pairs: list[dict[str, Any]], model_folder: str, args: argparse.Names
         memory = Memory()
         if args.task == "reward":
             model = AutoModelForSequenceClassification.from_pretrained(model_folder, dtype=torch.float32, num_labels=1)
-            memory.start()
+            memory.start(model)
             trainer: Any = RewardTrainer(
                 model=model, args=RewardConfig(**shared), train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
             )
@@ -127,7 +127,7 @@ def run_trl(pairs: list[dict[str, Any]], model_folder: str, args: argparse.Names
             cached = args.contestant.endswith("cached")
             model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
             reference = None if cached else AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-            memory.start()
+            memory.start(*(m for m in (model, reference) if m is not None))
             trainer = DPOTrainer(
                 model=model, ref_model=reference, args=DPOConfig(**shared, precompute_ref_log_probs=cached),
                 train_dataset=data, processing_class=tokenizer, callbacks=[Clock()],

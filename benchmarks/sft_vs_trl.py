@@ -65,7 +65,7 @@ def run_ours(rows: list[dict[str, str]], model_folder: str, args: argparse.Names
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model, dtype=torch.float32)
         memory = Memory()
-        memory.start()
+        memory.start(model)
         SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, config=config).train()
         peak = memory.above()
         steps = [m for m in read_metrics(Path(folder) / "sft" / "metrics.jsonl") if "step_s" in m][1:]
@@ -108,7 +108,7 @@ def run_trl(rows: list[dict[str, str]], model_folder: str, args: argparse.Namesp
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         memory = Memory()
-        memory.start()
+        memory.start(model)
         trainer = SFTTrainer(model=model, args=config, train_dataset=chat, processing_class=tokenizer, callbacks=[Clock()])
         counts: list[int] = []
         collate = trainer.data_collator

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from posttrain.cli import eval as evaluation
 from posttrain.cli import prep
 
 
@@ -65,6 +66,7 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "prep": Command(help="make training rows of raw preference data", declare=prep.declare, run=prep.run),
+    "eval": Command(help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run),
     "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
     "version": Command(help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version),
 }

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from posttrain.packing.batch import Layout
+from posttrain.packing.decode import DecodeLayout, decode_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,7 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Layout | None = None,
+    packing: Layout | DecodeLayout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -74,18 +75,21 @@ def segment_attention(
 
     Returns [1, L, heads, D]. The row is cut once and joined once, so the backward costs O(L), not O(segments * L).
     """
+    if isinstance(packing, DecodeLayout):
+        return decode_attention(query, key, value, packing, scaling=scaling, sliding_window=sliding_window, softcap=softcap), None
     layout = _layout(module, packing, extra)
     lengths = list(layout.lengths)
     compute = _compute_dtype(query, layout)
     queries, keys, values = (x.to(compute).split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for i, prefix in enumerate(layout.prefixes):
-        q, k, v = queries[i], keys[i], values[i]
-        if prefix >= 0:
-            k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
-        mask = _segment_mask(layout, i, sliding_window, q)
-        outputs.append(_attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap))
-    return torch.cat([o.transpose(1, 2) for o in outputs], dim=1).to(query.dtype), None
+    with torch.autocast(query.device.type, enabled=False):
+        for i, prefix in enumerate(layout.prefixes):
+            q, k, v = queries[i], keys[i], values[i]
+            if prefix >= 0:
+                k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
+            mask = _segment_mask(layout, i, sliding_window, q)
+            outputs.append(_attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap))
+        return torch.cat([o.transpose(1, 2) for o in outputs], dim=1).to(value.dtype), None
 
 
 CPU_FLOAT32_KEYS = 512
@@ -94,11 +98,13 @@ of 57 queries on 182 keys take 2.4 ms against 0.8 ms (Zen 4), of 512 on 512 the 
 
 
 def _compute_dtype(query: Tensor, layout: Layout) -> torch.dtype:
-    """float32 for short bfloat16 segments on a CPU, else the query's own."""
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
-        return query.dtype
+    """What autocast or the model asks for; float32 for short bfloat16 segments on a CPU."""
+    kind = query.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if wanted != torch.bfloat16 or kind != "cpu":
+        return wanted
     longest = max(layout.length_with_prefix(i) for i in range(len(layout.lengths)))
-    return torch.float32 if longest < CPU_FLOAT32_KEYS else query.dtype
+    return torch.float32 if longest < CPU_FLOAT32_KEYS else wanted
 
 
 def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
@@ -182,7 +188,7 @@ def flex_segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Layout | None = None,
+    packing: Layout | DecodeLayout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -190,6 +196,8 @@ def flex_segment_attention(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """As ``segment_attention``, through one compiled FlexAttention kernel (CUDA; its backward is not implemented on CPU)."""
+    if isinstance(packing, DecodeLayout):
+        return decode_attention(query, key, value, packing, scaling=scaling, sliding_window=sliding_window, softcap=softcap), None
     layout = _layout(module, packing, extra)
     if dropout > 0:
         raise RuntimeError(f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa.")

@@ -14,9 +14,9 @@ from typing import Any
 from posttrain.rollout.engine import FinishReason, Request, Sampled
 
 
-def stream_seed(seed: int, *, iteration: int, prompt: int, sample: int) -> int:
+def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
     """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in the batch."""
-    text = f"{seed}:{iteration}:{prompt}:{sample}".encode()
+    text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -69,10 +69,13 @@ class RolloutBuffer:
     def __init__(self) -> None:
         self.groups: list[TrajectoryGroup] = []
 
-    def begin(self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int) -> None:
-        """Adds a group without tokens for each prompt."""
-        for prompt in prompts:
-            seeds = [stream_seed(seed, iteration=iteration, prompt=prompt, sample=k) for k in range(group_size)]
+    def begin(self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0) -> None:
+        """Adds a group without tokens for each prompt. ``round``: how many prompts the iteration has begun before (a prompt that
+        comes twice is drawn anew)."""
+        for number, prompt in enumerate(prompts):
+            seeds = [
+                stream_seed(seed, iteration=iteration, round=round + number, prompt=prompt, sample=k) for k in range(group_size)
+            ]
             group = TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=[Trajectory(seed=s) for s in seeds])
             self.groups.append(group)
 

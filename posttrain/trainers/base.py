@@ -137,7 +137,7 @@ class Trainer:
         self._set_up(loop, train, evaluation)
         result = loop.run()
         if accelerator.is_main_process:
-            _show_held_out(result)
+            show_held_out(result)
             print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
         return result
 
@@ -233,7 +233,7 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
     Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
 
 
-def _show_held_out(result: TrainResult) -> None:
+def show_held_out(result: TrainResult) -> None:
     """Held-out figures at the start and at the end, where there are two."""
     from rich.console import Console
     from rich.table import Table

@@ -23,7 +23,7 @@ from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_st
 from posttrain.precision import PrecisionPlan
 from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
-from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
+from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from posttrain.training.reference import RunReference
@@ -233,7 +233,7 @@ class Loop:
             plan,
             self.loss,
             mode=self.mode,
-            reference=self.reference,
+            reference=self.reference if needs_reference(self.loss) else None,
             batch_mean=batch_mean(self.forward_plan, self.policy, self.reference, self.loss, groups),
         )
         checked = {} if self.source is None else self.source.check()

@@ -1,0 +1,171 @@
+"""`posttrain eval`: held-out problems answered and verified; `posttrain prep difficulty`: the same, written beside each row."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.training.pass_at_k import Evaluation
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `eval`; imports nothing heavy."""
+    _declare_shared(parser)
+    parser.add_argument("--out", metavar="FILE", help="write every answer with its rewards here, JSON lines")
+    parser.set_defaults(samples=1, temperature=0.0)
+
+
+def declare_difficulty(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `prep difficulty`."""
+    _declare_shared(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the rows with pass_rate and difficulty (1 - pass_rate)")
+    parser.add_argument("--guess-tries", type=int, default=0, metavar="N",
+                        help="leave out problems that are right within N tries without reasoning (k1.5: 8); 0: none")  # fmt: skip
+    parser.add_argument("--guess-suffix", default="\n\nAnswer with the result only.", help="put after the prompt for a guess")
+    parser.set_defaults(samples=10, temperature=1.0)
+
+
+def _declare_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="embedded model, folder or hub id")
+    parser.add_argument(
+        "--task", required=True, nargs="+", metavar="ROWS", help="files of rows, or gym:NAME for reasoning-gym's NAME"
+    )
+    parser.add_argument(
+        "--reward", default="math_answer", help="what tells right from wrong (default: math_answer; gym: gym_answer)"
+    )
+    parser.add_argument("--samples", type=int, help="answers of each problem (default: eval 1, difficulty 10)")
+    parser.add_argument("--temperature", type=float, help="0: greedy (default: eval 0, difficulty 1)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
+    parser.add_argument(
+        "--problems", type=int, default=0, metavar="N", help="only the first N; gym: how many (default: all; gym 200)"
+    )
+    parser.add_argument("--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-rows", type=int, default=64, help="completions that run at the same time (default: 64)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a table of figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    evaluation = evaluate(arguments, _rows(arguments))
+    metrics = evaluation.metrics()
+    table = Table(title=f"{arguments.model}: {len(evaluation.groups)} problems, {arguments.samples} answers of each")
+    table.add_column("")
+    table.add_column("", justify="right")
+    interval = metrics.pop("eval_pass@1_ci95")
+    for name, value in metrics.items():
+        text = f"{value:.1%}" if "@" in name or name == "eval_truncated" else f"{value:.3f}"
+        table.add_row(name.removeprefix("eval_"), f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text)
+    Console().print(table)
+    if arguments.out:
+        lines = [
+            {"where": g.prompt.sample.get("_where"), "text": str(t), "tokens": t.num_tokens, "finish_reason": t.finish_reason,
+             "correct": ok, "rewards": s.parts}
+            for g, row in zip(evaluation.groups, evaluation.correct, strict=True)
+            for t, s, ok in zip(g.texts, g.scores, row, strict=True)
+        ]  # fmt: skip
+        Path(arguments.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def run_difficulty(arguments: argparse.Namespace) -> None:
+    """Pass rates beside the rows. Kimi k1.5, arXiv:2501.12599 section 2.1."""
+    import statistics
+
+    rows = _rows(arguments)
+    evaluation = evaluate(arguments, rows)
+    guessed: set[str] = set()
+    if arguments.guess_tries:
+        quick = argparse.Namespace(**{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32})
+        hurried = [{**row, "_where": row["_where"], _prompt_column(row): _suffixed(row, arguments.guess_suffix)} for row in rows]
+        tried = evaluate(quick, hurried)
+        guessed = {str(g.prompt.sample["_where"]) for g, row in zip(tried.groups, tried.correct, strict=True) if any(row)}
+    lines = []
+    for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
+        rate = statistics.fmean(correct)
+        if str(group.prompt.sample["_where"]) not in guessed:
+            kept = {k: v for k, v in group.prompt.sample.items() if k != "_where"}
+            lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
+    Path(arguments.out).write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
+    print(
+        f"{len(evaluation.groups)} problems, {len(guessed)} left out because a guess was right; wrote {len(lines)} to {arguments.out}"
+    )
+
+
+def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evaluation:
+    """Answers and judges the rows."""
+    import torch
+    from accelerate import PartialState
+
+    from posttrain.data import stop_token_ids
+    from posttrain.data.prompts import PromptConfig, prompts_from_rows
+    from posttrain.models.load import ModelConfig, load_model, load_tokenizer
+    from posttrain.models.policy import Policy
+    from posttrain.packing.plan import PackingConfig
+    from posttrain.precision import default_precision, torch_dtype
+    from posttrain.rewards.compose import RewardConfig, Rewards
+    from posttrain.rollout.engine import SamplingConfig
+    from posttrain.rollout.local import LocalConfig, LocalEngine
+    from posttrain.training.collect import Collector
+    from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
+
+    state = PartialState()
+    is_gym = arguments.task[0].startswith("gym:")
+    reward = "gym_answer" if is_gym and arguments.reward == "math_answer" else arguments.reward
+    settings = EvaluationConfig(
+        samples=arguments.samples, temperature=arguments.temperature, top_p=arguments.top_p, prompts=0, correct=reward
+    )
+    rewards = Rewards(RewardConfig(functions={reward: 1.0}, max_unscored=1.0))
+    source = ModelConfig(name=arguments.model)
+    tokenizer = load_tokenizer(source)
+    dtype = torch_dtype(default_precision(state.device.type).compute)
+    policy = Policy(
+        load_model(source, dtype=dtype).to(state.device), PackingConfig(max_tokens=8192), device_type=state.device.type
+    )
+    engine = LocalEngine(
+        policy, compute=dtype, stop_ids=stop_token_ids(tokenizer), config=LocalConfig(max_rows=arguments.max_rows),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+    )  # fmt: skip
+    prompts, _ = prompts_from_rows(rows, tokenizer, PromptConfig(template=arguments.template, system=arguments.system))
+    collector = Collector(
+        accelerator=state, engine=engine, rewards=rewards, prompts=prompts, tokenizer=tokenizer,
+        sampling=SamplingConfig(max_tokens=arguments.max_tokens), by_completion=False,
+    )  # fmt: skip
+    try:
+        with torch.no_grad():
+            return evaluate_prompts(collector, prompts, settings, seed=arguments.seed)
+    finally:
+        rewards.close()
+
+
+def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from posttrain.data.readers import read_rows
+
+    rows: list[dict[str, Any]] = []
+    for source in arguments.task:
+        if source.startswith("gym:"):
+            import reasoning_gym
+
+            name = source.removeprefix("gym:")
+            made = reasoning_gym.create_dataset(name, size=arguments.problems or 200, seed=arguments.seed)
+            rows += [{**entry, "task": name, "_where": f"{source}:{i}"} for i, entry in enumerate(made, start=1)]
+        else:
+            rows += [{**row.values, "_where": row.where} for row in read_rows(source)]
+    return rows[: arguments.problems or None]
+
+
+def _prompt_column(row: dict[str, Any]) -> str:
+    return next((c for c in ("prompt", "question") if isinstance(row.get(c), str)), "question")
+
+
+def _suffixed(row: dict[str, Any], suffix: str) -> str:
+    text = row.get(_prompt_column(row))
+    if text is None:
+        raise ValueError(f"{row['_where']}: guesses need a prompt or question as text.")
+    return f"{text}{suffix}"

@@ -1,0 +1,1 @@
+"""Rewards: plain functions (completion, sample) -> float, or None for "cannot be scored"; how they are combined and run."""

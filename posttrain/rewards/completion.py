@@ -1,0 +1,28 @@
+"""What a reward function gets: a completion as text that knows how it was drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CompletionText(str):
+    """The completion's text without special tokens; a plain ``str`` to whoever needs no more.
+
+    ``num_tokens``: tokens drawn, the stop token included. ``finish_reason``: stop, length, repeat (see
+    ``rollout.engine.FinishReason``).
+    """
+
+    num_tokens: int
+    finish_reason: str
+
+    def __new__(cls, text: str, *, num_tokens: int | None = None, finish_reason: str = "stop") -> CompletionText:
+        """``num_tokens`` None: the number of words, for texts that no model drew."""
+        self = super().__new__(cls, text)
+        self.num_tokens = len(text.split()) if num_tokens is None else num_tokens
+        self.finish_reason = finish_reason
+        return self
+
+
+def lengths(completions: Sequence[str]) -> list[int]:
+    """Tokens of each."""
+    return [c.num_tokens if isinstance(c, CompletionText) else len(c.split()) for c in completions]

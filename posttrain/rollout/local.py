@@ -1,0 +1,344 @@
+"""The engine in the training process: any device, no other library, the policy's own forward.
+
+Each prompt is computed once for all its completions, in packed rows. Then all running completions take one token per
+forward; a finished one leaves at once and a waiting one takes its slot. Who enters when depends on the requests alone
+(never on time or free memory), so the same requests under the same weights give the same completions, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.models.logprobs import LogitTransform, logit_transform
+from posttrain.models.policy import Policy
+from posttrain.packing.batch import Layout
+from posttrain.packing.decode import DecodeLayout
+from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
+from posttrain.rollout.kv import RecordingCache, SlotCache
+from posttrain.rollout.sampling import draw
+from posttrain.rollout.stopping import StopRule
+from posttrain.rollout.weights import SamplingWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """Memory and speed of sampling in the training process; never what is sampled."""
+
+    max_rows: int = 64
+    """Most completions that run at the same time."""
+    kv_cache_gb: float = 4.0
+    """Most memory of their keys and values, 10^9 bytes; fewer completions run at the same time where it is too little."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1 or self.kv_cache_gb <= 0:
+            raise ValueError(
+                f"sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got {self.max_rows} and {self.kv_cache_gb}."
+            )
+
+
+@dataclass(kw_only=True)
+class _Row:
+    """A completion that is being drawn."""
+
+    request: int
+    completion: int
+    seed: int
+    prefix: tuple[int, ...]
+    length: int
+    """Tokens in its slot."""
+    next_input: int
+    token_ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    kept_ids: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Index in its completion of the token that is drawn next."""
+        return len(self.prefix) + len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prefilled:
+    """A request whose prompt and prefixes are computed: a recorded row, and the spans of it that each completion starts with."""
+
+    recorded: dict[int, tuple[Tensor, Tensor]]
+    spans: list[list[tuple[int, int]]]
+    """[completion] -> spans, in order."""
+
+
+class LocalEngine:
+    """Draws from ``policy``. ``refresh`` after every update of its weights.
+
+    ``compute``: dtype of the matrix products, as in training (autocast's). Raises ValueError for a model that cannot run packed
+    (``models/policy.py`` says which): sample from those with the vLLM engine.
+    """
+
+    returns_kept_ids = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        compute: torch.dtype,
+        stop_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
+        config: LocalConfig | None = None,
+    ) -> None:
+        """``decode``: ids to text, for stop strings."""
+        if policy.forward_mode.backend is None:
+            raise ValueError(
+                f"Sampling in the training process is not possible for this model: {policy.forward_mode.reason}. Use a vLLM "
+                "server (--engine vllm)."
+            )
+        self._policy = policy
+        self._config = config or LocalConfig()
+        self._stop_ids, self._decode = tuple(stop_ids), decode
+        self._transform: LogitTransform = replace(logit_transform(policy.config), temperature=1.0)
+        self._weights = SamplingWeights(policy, compute=compute)
+        self._version = 0
+
+    def refresh(self, version: int) -> None:
+        """From now on samples come from the policy's present weights, which are the result of ``version`` updates."""
+        self._weights.refresh()
+        self._version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
+    ) -> list[list[Sampled]]:
+        """[request][completion]; see ``engine.Engine``."""
+        if not requests:
+            return []
+        stop = StopRule(sampling, self._stop_ids, self._decode)
+        self._check_lengths(requests, sampling)
+        with self._weights.sampling():
+            run = _Run(self, requests, sampling, stop, on_finished)
+            run.to_the_end()
+        return run.results
+
+    def _check_lengths(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
+        config = self._policy.config.get_text_config()
+        longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
+        shortest = min(len(r.prompt_ids) for r in requests)
+        limit = self._policy.forward_mode.length_limit
+        if limit is not None and shortest <= limit < longest:
+            raise ValueError(
+                f"This model scales its positions by whether a sequence is longer than {limit} tokens; sequences of {shortest} "
+                f"to {longest} tokens cannot be sampled together here. Lower sampling.max_tokens, or use a vLLM server."
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
+                "sampling.max_tokens or leave out long prompts."
+            )
+
+    def slots(self, requests: Sequence[Request], sampling: SamplingConfig, capacity: int) -> int:
+        """Completions that run at the same time."""
+        config = self._policy.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * width * capacity * self.kv_dtype.itemsize
+        fit = int(self._config.kv_cache_gb * 1e9 // each)
+        if fit < 1:
+            raise ValueError(
+                f"One completion's keys and values take {each / 1e9:.2f} GB ({capacity} tokens), the budget is "
+                f"{self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
+            )
+        return min(fit, self._config.max_rows, sum(len(r.seeds) for r in requests))
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._weights.compute
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Most tokens of a row of prompts."""
+        return self._policy.packing.max_tokens
+
+    def hidden(self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout) -> Tensor:
+        """[rows, tokens, H] the backbone's last hidden states."""
+        decoder = self._weights.model.get_decoder()
+        output = decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, packing=layout)
+        return output.last_hidden_state
+
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        """[B, V] in at least float32, after the family's transform, at temperature 1."""
+        with torch.autocast(hidden_BH.device.type, enabled=False):
+            logits = self._weights.logits(hidden_BH)
+            return self._transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self._policy.parameters()).device
+
+    @property
+    def version(self) -> int:
+        """Updates that the weights have seen."""
+        return self._version
+
+
+class _Run:
+    """One call of ``generate``."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        stop: StopRule,
+        on_finished: OnFinished | None,
+    ) -> None:
+        self._engine, self._requests, self._sampling, self._stop = engine, requests, sampling, stop
+        self._on_finished = on_finished
+        self.results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
+        self._waiting = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))][::-1]
+        self._prefilled: dict[int, _Prefilled] = {}
+        self._rows: list[_Row] = []
+        capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
+        self._cache = SlotCache(slots=engine.slots(requests, sampling, capacity), capacity=capacity, dtype=engine.kv_dtype)
+
+    def to_the_end(self) -> None:
+        """Until every completion is drawn."""
+        while self._waiting or self._rows:
+            self._admit()
+            self._step()
+
+    def _admit(self) -> None:
+        """Waiting completions, first come first served, into the free slots behind the running ones."""
+        free = self._cache.slots - len(self._rows)
+        entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
+        by_request: dict[int, list[int]] = {}
+        for i, k in entering:
+            by_request.setdefault(i, []).append(k)
+        self._prefill([i for i in by_request if i not in self._prefilled])
+        for i, ks in by_request.items():
+            request, done = self._requests[i], self._prefilled[i]
+            groups: dict[tuple[tuple[int, int], ...], list[int]] = {}  # those that start alike are copied together
+            for k in ks:
+                slot = len(self._rows)
+                groups.setdefault(tuple(done.spans[k]), []).append(slot)
+                prefix = request.prefixes[k] if request.prefixes else ()
+                self._rows.append(
+                    _Row(
+                        request=i, completion=k, seed=request.seeds[k], prefix=prefix,
+                        length=sum(end - start for start, end in done.spans[k]),
+                        next_input=prefix[-1] if prefix else request.prompt_ids[-1],
+                    )
+                )  # fmt: skip
+            for spans, slots in groups.items():
+                self._cache.fill(slots, done.recorded, spans)
+            if not self._waiting or self._waiting[-1][0] != i:
+                del self._prefilled[i]
+
+    def _prefill(self, wanted: Sequence[int]) -> None:
+        """Prompts and prefixes without their last token, which is the first input of the decoding; several to a row."""
+        row: list[int] = []
+        tokens = 0
+        for i in wanted:
+            own = len(self._requests[i].prompt_ids) + sum(map(len, self._requests[i].prefixes))
+            if row and tokens + own > self._engine.prefill_tokens:
+                self._prefill_row(row)
+                row, tokens = [], 0
+            row.append(i)
+            tokens += own
+        if row:
+            self._prefill_row(row)
+
+    def _prefill_row(self, wanted: Sequence[int]) -> None:
+        ids: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []
+        prefixes: list[int] = []
+
+        def segment(tokens: Sequence[int], first: int, prefix: int) -> tuple[int, int]:
+            start = len(ids)
+            if tokens:
+                ids.extend(tokens)
+                positions.extend(range(first, first + len(tokens)))
+                lengths.append(len(tokens))
+                prefixes.append(prefix)
+            return start, len(ids)
+
+        spans: dict[int, list[list[tuple[int, int]]]] = {}
+        for i in wanted:
+            request = self._requests[i]
+            n = len(request.prompt_ids)
+            start, end = segment(request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1], 0, -1)
+            prompt_segment = len(lengths) - 1
+            spans[i] = []
+            for k in range(len(request.seeds)):
+                prefix = request.prefixes[k] if request.prefixes else ()
+                own = [(start, start + (n if prefix else n - 1))]
+                if len(prefix) > 1:
+                    own.append(segment(prefix[:-1], n, prompt_segment))
+                spans[i].append([(a, b) for a, b in own if b > a])
+        cache = RecordingCache()
+        if ids:
+            device = self._engine.device
+            layout = Layout(lengths=tuple(lengths), prefixes=tuple(prefixes))
+            self._engine.hidden(torch.tensor([ids], device=device), torch.tensor([positions], device=device), cache, layout)
+        for i in wanted:
+            self._prefilled[i] = _Prefilled(recorded=cache.recorded, spans=spans[i])
+
+    def _step(self) -> None:
+        """One token for every running completion."""
+        rows, device = self._rows, self._engine.device
+        lengths = torch.tensor([r.length for r in rows], device=device)
+        longest = max(r.length for r in rows) + 1
+        self._cache.begin_step(lengths, longest)
+        inputs = torch.tensor([[r.next_input] for r in rows], device=device)
+        layout = DecodeLayout(num_keys_B=lengths + 1, longest=longest)
+        hidden = self._engine.hidden(inputs, lengths[:, None], self._cache, layout)
+        drawn = draw(
+            self._engine.logits(hidden[:, 0]),
+            self._sampling,
+            seeds=[r.seed for r in rows],
+            positions=[r.position for r in rows],
+        )
+        tokens, logps = drawn.token_ids_B.tolist(), drawn.logps_B.tolist()
+        finished: dict[int, FinishReason] = {}
+        for b, row in enumerate(rows):
+            row.length += 1
+            row.next_input = tokens[b]
+            row.token_ids.append(tokens[b])
+            row.logps.append(logps[b])
+            if drawn.kept_BV is not None:
+                row.kept_ids.append(tuple(drawn.kept_BV[b].nonzero()[:, 0].tolist()))
+            reason = self._stop.reason(row.prefix, row.token_ids)
+            if reason is not None:
+                finished[b] = reason
+        for b, reason in finished.items():
+            self._finish(rows[b], reason)
+        self._close_gaps(set(finished))
+
+    def _finish(self, row: _Row, reason: FinishReason) -> None:
+        sampled = Sampled(
+            token_ids=tuple(row.token_ids),
+            logps=tuple(row.logps),
+            finish_reason=reason,
+            policy_version=self._engine.version,
+            kept_ids=tuple(row.kept_ids) if row.kept_ids else None,
+        )
+        self.results[row.request][row.completion] = sampled
+        if self._on_finished is not None:
+            self._on_finished(row.request, row.completion, sampled)
+
+    def _close_gaps(self, gone: set[int]) -> None:
+        """The last running rows move into the slots of those that left."""
+        last = len(self._rows) - 1
+        for b in sorted(gone):
+            while last in gone:
+                last -= 1
+            if b >= last:
+                break
+            self._cache.move(last, b, self._rows[last].length)
+            self._rows[b] = self._rows[last]
+            last -= 1
+        del self._rows[len(self._rows) - len(gone) :]

@@ -1,0 +1,97 @@
+"""The weights that the engine in this process samples with: the training model itself, or a copy in the compute dtype.
+
+Training in bfloat16 keeps float32 weights and casts them in every forward; decoding makes hundreds of forwards between
+two updates. So the copy holds what autocast would cast to (the same log-probs), LoRA merged in. Every other weight is
+shared with the training model: nothing is held twice that is not cast.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.policy import Policy
+
+
+class SamplingWeights:
+    """``model`` and ``head`` under the policy's present weights, as of the last ``refresh``."""
+
+    def __init__(self, policy: Policy, *, compute: torch.dtype) -> None:
+        self._live = policy.base
+        self.compute = compute
+        self._casts = any(_is_cast(m, compute) for m in self._live.modules())
+        self._pairs: list[tuple[nn.Module, nn.Linear]] = []
+        self.model: Any = self._copy() if self._casts else self._live
+        self.refresh()
+
+    def _copy(self) -> nn.Module:
+        """A model whose own weights are only those that are cast."""
+        shared: dict[int, Any] = {id(t): t for t in (*self._live.parameters(), *self._live.buffers())}
+        merged = {name: m for name, m in self._live.named_modules() if _is_mergeable(m)}
+        inside = tuple(f"{name}." for name in merged)
+        twin = copy.deepcopy(self._live, dict(shared))
+        for name, module in list(self._live.named_modules()):
+            if name in merged or (_is_cast(module, self.compute) and not name.startswith(inside)):
+                base = module.get_base_layer() if name in merged else module
+                linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+                linear.weight = nn.Parameter(torch.empty_like(base.weight, dtype=self.compute), requires_grad=False)
+                linear.bias = base.bias
+                parent, _, attribute = name.rpartition(".")
+                setattr(twin.get_submodule(parent), attribute, linear)
+                self._pairs.append((module, linear))
+        return twin.eval()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the present weights."""
+        for module, linear in self._pairs:
+            linear.weight.copy_(_merged_weight(module))
+
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        """[B, V] the head on hidden states, before the family's transform; autocast must be off."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            with torch.autocast(hidden_BH.device.type, dtype=self.compute, enabled=self._casts):
+                return head(hidden_BH)
+        bias = None if head.bias is None else head.bias.to(head.weight.dtype)
+        return nn.functional.linear(hidden_BH.to(head.weight.dtype), head.weight, bias)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, no gradients and no dropout; afterwards every module is in the mode that it was in."""
+        modes = [(module, module.training) for module in self._live.modules()]
+        kind = next(self._live.parameters()).device.type
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(kind, dtype=self.compute, enabled=self._casts):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _is_cast(module: nn.Module, compute: torch.dtype) -> bool:
+    """A plain linear layer that autocast would cast (also an output head that shares the embedding's weight)."""
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16)
+
+
+def _is_mergeable(module: nn.Module) -> bool:
+    """A LoRA layer on a plain linear one, without DoRA."""
+    if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
+        return False
+    plain = type(module.get_base_layer()) is nn.Linear and not getattr(module, "fan_in_fan_out", False)
+    return plain and not any(getattr(module, "use_dora", {}).values()) and not getattr(module, "merged_adapters", [])
+
+
+def _merged_weight(module: Any) -> Tensor:
+    if type(module) is nn.Linear:
+        return module.weight
+    weight = module.get_base_layer().weight
+    if getattr(module, "disable_adapters", False):
+        return weight
+    return weight + sum(module.get_delta_weight(name).to(weight.dtype) for name in module.active_adapters)

@@ -1,0 +1,251 @@
+"""Reinforcement learning on verifiable or learned rewards: GRPO and its relatives, RLOO, REINFORCE++, Kimi k1.5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from posttrain.algorithms import Algorithm, resolve_algorithm
+from posttrain.data import stop_token_ids
+from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
+from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.packing.plan import PackingConfig
+from posttrain.rewards.compose import RewardConfig, Rewards
+from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rollout.engine import Engine, SamplingConfig
+from posttrain.rollout.local import LocalConfig, LocalEngine
+from posttrain.trainers.base import show_held_out
+from posttrain.training.collect import Collector
+from posttrain.training.config import TrainConfig, to_dict, with_options
+from posttrain.training.experience import RolloutConfig, RolloutSource
+from posttrain.training.launch import make_accelerator
+from posttrain.training.loop import Loop, TrainResult
+from posttrain.training.optimizer import OptimizerConfig
+from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
+from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.types import Completion, PromptGroup
+
+Rows = Sequence[Mapping[str, Any]]
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Everything that decides a reinforcement-learning run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model, full or LoRA"""
+    data: PromptConfig = field(default_factory=PromptConfig)
+    """Prompts to sample from and to evaluate on"""
+    algorithm: str = "grpo"
+    """grpo, r1, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline, k15, or the path of an Algorithm."""
+    algorithm_options: dict[str, float | int | bool | str] = field(default_factory=dict)
+    """Options of its advantages, its loss or itself, e.g. --algorithm_options.epsilon_high 0.28 or beta, tau, std."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How completions are drawn"""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How an iteration is made"""
+    engine: Literal["local"] = "local"
+    """Where completions are drawn: in this process."""
+    local: LocalConfig = field(default_factory=LocalConfig)
+    """Sampling in this process: memory and speed"""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """What completions are worth"""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """The order of prompts"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How held-out problems are answered"""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The model of the KL penalty; read by algorithms with beta > 0"""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """Micro-batches: memory and speed, never the gradient"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule"""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
+    """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
+
+
+class RLTrainer:
+    """``RLTrainer(model="smollm2-135m", train_dataset=rows, rewards={my_reward: 1.0}, config=...).train()``.
+
+    ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read. ``rewards``: functions
+    ``(completion, sample) -> float | None`` with their weight, beside those of ``config.rewards``. ``algorithm`` goes before
+    ``config.algorithm``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        rewards: Mapping[RewardFunction, float] | None = None,
+        algorithm: Algorithm | None = None,
+        config: RLConfig | None = None,
+    ) -> None:
+        config = config or RLConfig()
+        if isinstance(model, str):
+            config, model = replace(config, model=replace(config.model, name=model)), None
+        if train_dataset is not None and config.data.train:
+            raise ValueError("RLTrainer would ignore something: data.train beside train_dataset. Give one of them.")
+        if config.reference.cache:
+            raise ValueError("reference.cache holds log-probs of a fixed data set; rollouts are new in every step. Leave it off.")
+        self.config = config
+        self._model, self._tokenizer = model, tokenizer
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self._rewards = Rewards(config.rewards, given={f.__name__: (f, weight) for f, weight in (rewards or {}).items()})
+        self.algorithm = algorithm or _resolved(config)
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
+        config = self.config
+        accelerator, precision = make_accelerator(
+            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+        )
+        torch.manual_seed(config.train.seed)
+        tokenizer = self._tokenizer or load_tokenizer(config.model)
+        with accelerator.main_process_first():
+            train, counts = self._prompts(self._train_dataset, config.data.train, tokenizer)
+            held_out = config.data.eval or self._eval_dataset is not None
+            evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
+            model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
+        check_vocabulary(model, tokenizer)
+        for prompt in (*train, *(evaluation or ())):
+            self._rewards.weights_of(prompt.sample)
+        _check_budget(config, train)
+        source = self._source(train, evaluation, tokenizer)
+        loss = with_options(self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)})
+        loop = Loop(
+            accelerator=accelerator,
+            precision=precision,
+            model=model,
+            tokenizer=tokenizer,
+            loss=source.watched(loss),
+            batches=lambda _: [_probe_group(p) for p in train[:2]],
+            num_steps=_num_steps(config, len(train)),
+            train=config.train,
+            optimizer_config=config.optimizer,
+            packing=config.packing,
+            source=source,
+            temperature=config.sampling.temperature,
+            shown=("reward", "length", "loss", "rollout_tokens_per_s", "tokens_per_s"),
+            settings=to_dict(config),
+            data_counts=counts,
+            identity={"algorithm": self.algorithm.name, "prompts": len(train)},
+        )
+        if self.algorithm.needs_reference:
+            loop.reference = _reference(config, self.algorithm, loop)
+        try:
+            result = loop.run()
+        finally:
+            self._rewards.close()
+        if accelerator.is_main_process:
+            show_held_out(result)
+            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        return result
+
+    def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
+        if rows is not None:
+            return prompts_from_rows(rows, tokenizer, self.config.data)
+        if not sources:
+            raise ValueError("There are no prompts. Set --data.train, or give RLTrainer a train_dataset.")
+        return load_prompts(self.config.data, sources, tokenizer)
+
+    def _source(self, train: Sequence[Prompt], evaluation: Sequence[Prompt] | None, tokenizer: Any) -> RolloutSource:
+        config = self.config
+
+        def collector(loop: Loop) -> Collector:
+            return Collector(
+                accelerator=loop.accelerator,
+                engine=local_engine(loop, tokenizer, config.local),
+                rewards=self._rewards,
+                prompts=train,
+                tokenizer=tokenizer,
+                sampling=config.sampling,
+                by_completion=False,
+            )
+
+        def evaluator(collector: Collector, step: int) -> dict[str, float]:
+            assert evaluation is not None
+            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed).metrics()
+
+        return RolloutSource(
+            config=config.rollout,
+            algorithm=self.algorithm,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            sampler=PromptSampler(config.curriculum, [p.sample for p in train], seed=config.train.seed),
+            make_collector=collector,
+            evaluator=evaluator if evaluation is not None else None,
+            folder=config.train.folder / "rollouts",
+            correct=config.evaluation.correct,
+        )
+
+
+def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
+    """The engine in this process, under the loop's policy and precision."""
+    return LocalEngine(
+        loop.accelerator.unwrap_model(loop.policy),
+        compute=getattr(torch, loop.precision.compute),
+        stop_ids=stop_token_ids(tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        config=config,
+    )
+
+
+def _resolved(config: RLConfig) -> Algorithm:
+    options = dict(config.algorithm_options)
+    algorithm = resolve_algorithm(config.algorithm, options)
+    if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get("constant"):
+        algorithm = resolve_algorithm(config.algorithm, {**options, "constant": float(config.sampling.max_tokens)})
+    if algorithm.kl_in == "token_reward" and algorithm.beta and algorithm.advantage_options.get("baseline", "none") != "none":
+        raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
+    if config.sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0.")
+    return algorithm
+
+
+def _kl_options(algorithm: Algorithm) -> dict[str, Any]:
+    in_loss = algorithm.beta > 0 and algorithm.kl_in == "loss"
+    return {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if in_loss else {}
+
+
+def _num_steps(config: RLConfig, num_prompts: int) -> int:
+    """Every optimizer step trains on batch_size prompts, each of them ``epochs`` times."""
+    if config.train.max_steps:
+        return config.train.max_steps
+    return config.train.num_steps(num_prompts) * config.rollout.epochs
+
+
+def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReference:
+    settings = config.reference
+    if algorithm.reference_every and not settings.sync_every:
+        settings = replace(settings, sync_every=algorithm.reference_every, sync_mix=1.0)
+    name = settings.model
+
+    def load_other() -> torch.nn.Module:
+        return load_model(ModelConfig(name=str(name)), dtype=loop.precision.load_dtype)
+
+    return RunReference(settings, precision=loop.precision, load_other=load_other if name is not None else None)
+
+
+def _probe_group(prompt: Prompt) -> PromptGroup:
+    """Before anything is sampled, the self-check compares the second half of two prompts as if they were completions."""
+    cut = max(1, len(prompt.ids) // 2)
+    tail = prompt.ids[cut:] or prompt.ids[-1:]
+    completions = [Completion(token_ids=tail, loss_mask=(1,) * len(tail)), Completion(token_ids=tail[:1], loss_mask=(1,))]
+    return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
+
+
+def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:
+    longest = max(len(p.ids) for p in prompts) + config.sampling.max_tokens
+    if longest - 1 > config.packing.max_tokens:
+        raise ValueError(
+            f"One completion with its prompt must fit into packing.max_tokens; the longest may have {longest} tokens (prompt and "
+            f"sampling.max_tokens), the budget is {config.packing.max_tokens}. Raise --packing.max_tokens or lower "
+            "--sampling.max_tokens."
+        )

@@ -1,0 +1,151 @@
+"""Prompts -> completions -> rewards, over all ranks: each samples and scores its share, then all have everything."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards.completion import CompletionText
+from posttrain.rewards.compose import RewardError, Rewards, Scored
+from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
+from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
+from posttrain.rollout.journal import Journal, journalled
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """The finished completions of a prompt with their rewards."""
+
+    group: TrajectoryGroup
+    prompt: Prompt
+    texts: tuple[CompletionText, ...]
+    scores: tuple[Scored, ...]
+
+    @property
+    def totals(self) -> list[float | None]:
+        """[completion] rewards."""
+        return [s.total for s in self.scores]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether two completions have different rewards."""
+        return len({t for t in self.totals if t is not None}) > 1
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds and tokens of one iteration, on this rank."""
+
+    rollout_s: float = 0.0
+    reward_s: float = 0.0
+    tokens: int = 0
+    scorings: int = 0
+
+
+@dataclass(kw_only=True)
+class Collector:
+    """Samples and scores what the buffer holds. The same calls in the same order on every rank."""
+
+    accelerator: Any
+    engine: Engine
+    rewards: Rewards
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+    sampling: SamplingConfig
+    by_completion: bool
+    """Whether the engine draws a completion differently the second time: its completions are then journalled one by one."""
+    timing: Timing = field(default_factory=Timing)
+
+    def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
+        """Draws for every open completion of the buffer: to its end, or up to the iteration's budget."""
+        began = time.perf_counter()
+        wanted = buffer.requests([p.ids for p in self.prompts])
+        mine = self._share(range(len(wanted)))
+
+        def draw() -> list[tuple[int, list[Sampled]]]:
+            requests: list[Request] = [wanted[i][0] for i in mine]
+            if journal is None:
+                drawn = self.engine.generate(requests, self.sampling)
+            else:
+                drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
+            return list(zip(mine, drawn, strict=True))
+
+        for i, drawn in self._from_all(draw):
+            for trajectory, sampled in zip(wanted[i][1], drawn, strict=True):
+                trajectory.extend(sampled)
+                self.timing.tokens += len(sampled.token_ids)
+        self.timing.rollout_s += time.perf_counter() - began
+
+    def score(self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int) -> list[ScoredGroup]:
+        """Rewards of finished groups, in their order."""
+        began = time.perf_counter()
+        texts = [tuple(map(self._text, group.trajectories)) for group in groups]
+        mine = self._share(range(len(groups)))
+
+        def score() -> list[tuple[int, list[dict[str, Any]]]]:
+            pairs = [(self.prompts[groups[i].prompt].sample, texts[i]) for i in mine]
+
+            def compute() -> list[list[dict[str, Any]]]:
+                return [[vars(s) for s in row] for row in self.rewards.score(pairs, iteration=iteration)]
+
+            rows = compute() if journal is None else journal.once(f"rewards {self.timing.scorings}", compute)
+            return list(zip(mine, rows, strict=True))
+
+        scored = dict(self._from_all(score))
+        self.timing.scorings += 1
+        self.timing.reward_s += time.perf_counter() - began
+        return [
+            ScoredGroup(
+                group=group,
+                prompt=self.prompts[group.prompt],
+                texts=texts[i],
+                scores=tuple(Scored(**{**row, "problems": tuple(row["problems"])}) for row in scored[i]),
+            )
+            for i, group in enumerate(groups)
+        ]
+
+    def _text(self, trajectory: Any) -> CompletionText:
+        text = self.tokenizer.decode(trajectory.token_ids, skip_special_tokens=True)
+        reason = trajectory.finish_reason or "budget"
+        return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason)
+
+    def _share(self, indices: Sequence[int]) -> list[int]:
+        return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
+        """Joins what every rank computes. What one rank raises, all raise: none waits for another that is gone."""
+        if self.accelerator.num_processes == 1:
+            return compute()
+        from accelerate.utils import gather_object
+
+        mine: tuple[list[T], str | None]
+        try:
+            mine = (compute(), None)
+        except (ValueError, RuntimeError, OSError) as error:
+            log.exception("rank %d", self.accelerator.process_index)
+            mine = ([], f"rank {self.accelerator.process_index}: {error}")
+        gathered = gather_object([mine])
+        failed = next((problem for _, problem in gathered if problem), None)
+        if failed is not None:
+            raise RewardError(failed)
+        return [item for items, _ in gathered for item in items]
+
+
+def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
+    """The journal of an iteration on this rank."""
+    return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
+
+
+def forget_journals(folder: Path, *, before: int) -> None:
+    """Iterations before a checkpoint are not done again."""
+    for path in folder.glob("iteration_*.jsonl"):
+        if int(path.name.split("_")[1]) < before:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""Held-out problems, sampled and verified: pass@1, unbiased pass@k, majority vote, length. Of a run and of `posttrain eval`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards.answers import judged_text
+from posttrain.rollout.buffer import RolloutBuffer
+from posttrain.rollout.engine import SamplingConfig
+from posttrain.training.collect import Collector, ScoredGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out problems are answered and judged."""
+
+    samples: int = 1
+    """Answers of each problem."""
+    temperature: float = 0.0
+    """0: greedy. DeepSeek-R1 reports 0.6 with top_p 0.95."""
+    top_p: float = 1.0
+    """Nucleus of the answers."""
+    max_tokens: int = 0
+    """Longest answer; 0: sampling.max_tokens."""
+    prompts: int = 200
+    """Problems (the first ones); 0: all."""
+    correct: str | None = None
+    """Name of the reward that tells right (> 0) from wrong; None: the first."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                "evaluation needs samples >= 1 and temperature >= 0, and more than one sample a temperature > 0; got "
+                f"samples={self.samples}, temperature={self.temperature}."
+            )
+
+    def sampling(self, training: SamplingConfig) -> SamplingConfig:
+        """What is drawn with."""
+        return SamplingConfig(
+            max_tokens=self.max_tokens or training.max_tokens, temperature=self.temperature, top_p=self.top_p,
+            stop_strings=training.stop_strings,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What came of it; ``groups`` in the order of the problems."""
+
+    groups: Sequence[ScoredGroup]
+    correct: Sequence[Sequence[bool]]
+    """[problem][answer]"""
+
+    def metrics(self) -> dict[str, float]:
+        """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k = samples > 1, eval_length in
+        tokens, eval_reward, eval_truncated."""
+        k = len(self.correct[0])
+        shares = [statistics.fmean(row) for row in self.correct]
+        texts = [t for g in self.groups for t in g.texts]
+        totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
+        metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares)}
+        if k > 1:
+            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(k, sum(row), k) for row in self.correct)
+            metrics[f"eval_cons@{k}"] = statistics.fmean(map(majority_is_right, self.groups, self.correct))
+        if totals:
+            metrics["eval_reward"] = statistics.fmean(totals)
+        return {
+            **metrics,
+            "eval_length": statistics.fmean(t.num_tokens for t in texts),
+            "eval_truncated": statistics.fmean(t.finish_reason == "length" for t in texts),
+        }
+
+
+def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: EvaluationConfig, *, seed: int = 0) -> Evaluation:
+    """Answers the problems with the collector's engine, over all ranks, and judges them with its rewards."""
+    chosen = prompts[: config.prompts or len(prompts)]
+    sampling = config.sampling(collector.sampling)
+    mine = replace(collector, prompts=chosen, sampling=sampling)
+    buffer = RolloutBuffer()
+    buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
+    mine.roll(buffer, None)
+    groups = mine.score(buffer.take_finished(), None, iteration=2**62)
+    name = config.correct or collector.rewards.names[0]
+    if name not in collector.rewards.names:
+        raise ValueError(f"evaluation.correct is one of the rewards {', '.join(collector.rewards.names)}; got {name!r}.")
+    return Evaluation(groups=groups, correct=[[(s.parts.get(name) or 0.0) > 0 for s in g.scores] for g in groups])
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k answers, drawn without replacement from n (c right), is right: 1 - C(n-c, k) / C(n, k).
+
+    Chen et al. 2021, arXiv:2107.03374 eq. 1.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}.")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_is_right(group: ScoredGroup, correct: Sequence[bool]) -> bool:
+    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); of equal ones the first."""
+    answers = [" ".join((judged_text(t) or "").split()) for t in group.texts]
+    best = Counter(answers).most_common(1)[0][0]
+    return bool(correct[answers.index(best)])
+
+
+def half_width(shares: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean over problems; Wilson's (1927) where every share is 0 or 1."""
+    n, z = len(shares), 1.96
+    mean = statistics.fmean(shares)
+    if set(shares) <= {0.0, 1.0}:
+        return z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return z * statistics.stdev(shares) / math.sqrt(n) if n > 1 else 1.0

@@ -1,0 +1,173 @@
+"""recipes/rl.py end to end on a tiny model: it learns, is the same on two ranks, and survives a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from posttrain.training.metrics import TIMING_KEYS, read_metrics
+from tests.e2e.launching import REPO, check, command, environment, run
+from tests.tiny import model_folder
+
+REWARD = "tests.reward_functions"
+SHORT = ["--sampling.max_tokens", "3", "--train.max_steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"prompt": f"{a}?", "task": "digit"} for a in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return model_folder(folder / "model"), folder / "rows.jsonl"
+
+
+def settings(inputs, tmp_path: Path, name: str, *more: str, reward: str = "starts_with_digit") -> list[str]:
+    return [
+        "--model.name", str(inputs[0]), "--data.train", f"[{inputs[1]}]", "--train.run_dir", str(tmp_path), "--train.name", name,
+        "--train.batch_size", "8", "--rollout.group_size", "8", "--sampling.max_tokens", "2", "--train.max_steps", "60", "--optimizer.lr", "1e-2",
+        "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0", "--packing.max_tokens", "400", "--train.precision", "fp32",
+        "--rewards.functions", json.dumps({f"{REWARD}.{reward}": 1.0}), *more,
+    ]  # fmt: skip
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [m for m in read_metrics(folder / "metrics.jsonl", drop=TIMING_KEYS) if "grad_norm" in m]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("grpo", ["--algorithm_options.beta", "0.0"]),
+        ("rloo", ["--algorithm_options.beta", "0.001"]),
+        ("k15", ["--algorithm_options.tau", "0.1", "--rollout.updates", "2", "--rollout.epochs", "2"]),
+        ("dapo", ["--rollout.updates", "2"]),
+        ("reinforce_pp", ["--algorithm_options.beta", "0.001"]),
+    ],
+)
+def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
+    arguments = settings(inputs, tmp_path, "run", "--algorithm", algorithm, *more, "--data.eval", f"[{inputs[1]}]",
+                         "--evaluation.samples", "4", "--evaluation.temperature", "1.0")  # fmt: skip
+    result = check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    steps = steps_of(tmp_path / "run")
+    assert steps[0]["reward"] < 0.25 and steps[-1]["reward"] > 0.9, [s["reward"] for s in steps]
+    assert steps[0]["sampler_mismatch_nats"] < 1e-5
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines[0]["eval_pass@1"] < 0.25 < 0.9 < lines[-1]["eval_pass@1"]
+    assert "eval_pass@4" in lines[-1] and "held out, before and after" in result.stdout
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table(sorted((tmp_path / "run" / "rollouts").glob("*.parquet"))[0]).to_pylist()
+    assert len(kept) >= 64 and {"text", "reward", "advantage", "logps"} <= kept[0].keys()
+
+
+def test_no_reward_changes_nothing(inputs, tmp_path):
+    check(
+        run(
+            "cpu.yaml",
+            "recipes/rl.py",
+            *settings(inputs, tmp_path, "run", *SHORT, "--algorithm_options.beta", "0.0", reward="nothing"),
+        )
+    )
+    before, after = load_file(inputs[0] / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all((before[n] == after[n]).all() for n in after)
+    assert all(s["groups_without_signal"] == 1.0 and s["grad_norm"] == 0.0 for s in steps_of(tmp_path / "run"))
+
+
+def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
+    for name, beta in (("free", "0.0"), ("held", "30.0")):
+        more = ["--train.max_steps", "25", "--algorithm_options.beta", beta, "--optimizer.lr", "3e-3"]
+        check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
+    free, held = steps_of(tmp_path / "free"), steps_of(tmp_path / "held")
+    assert free[-1]["reward"] > held[-1]["reward"] + 0.2
+    assert max(s["kl_reference_nats"] for s in held) < 0.05
+
+
+def test_two_ranks_do_what_one_does(inputs, tmp_path):
+    more = [*SHORT, "--rollout.updates", "2", "--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"]
+    for launch in ("cpu", "cpu2"):
+        check(run(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more)))
+    for a, b in zip(steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cpu2"), strict=True):
+        assert a["reward"] == b["reward"] and a["length"] == b["length"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-5)
+
+
+def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
+    more = ["--sampling.max_tokens", "9", "--sampling.budget_tokens", "4", "--algorithm", "k15", "--algorithm_options.tau", "0.1",
+            "--train.max_steps", "10", "--rollout.updates", "2"]  # fmt: skip
+    check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
+    import pyarrow.parquet as pq
+
+    rows = [r for p in (tmp_path / "run" / "rollouts").glob("*.parquet") for r in pq.read_table(p).to_pylist()]
+    assert any(len(set(r["versions"])) > 1 for r in rows) and all(r["finish_reason"] in ("stop", "length") for r in rows)
+    assert max(len(r["token_ids"]) for r in rows) == 9
+
+
+@pytest.mark.parametrize("launch", ["cpu", "cpu2"])
+def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, launch):
+    """Kills fall into rollouts, scoring and updates; mini-batches of an iteration are in flight at most checkpoints."""
+    more = [
+        *SHORT, "--train.max_steps", "9", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2",
+        "--algorithm", "k15", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
+    ]  # fmt: skip
+    check(run(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "whole", *more, reward="slow_digit")))
+    arguments = settings(inputs, tmp_path, "cut", *more, reward="slow_digit")
+    rng, kills = random.Random(0), 0
+    while kills < 3:
+        process = subprocess.Popen(
+            command(f"{launch}.yaml", "recipes/rl.py", *arguments),
+            cwd=REPO,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        marks = (tmp_path / "cut" / "metrics.jsonl", tmp_path / "cut" / "rollouts")
+        deadline = time.monotonic() + 120
+        while not all(m.exists() for m in marks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.5, 5.0) + 2 * kills)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)
+        kills += 1
+    check(run(f"{launch}.yaml", "recipes/rl.py", *arguments))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
+    assert steps_of(whole) == steps_of(cut)
+    assert not list((cut / "rollouts").glob("iteration_000000_*.jsonl"))
+
+
+def test_mistakes_are_told_in_one_line(inputs, tmp_path):
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    cases = {
+        ("--algorithm", "gropo"): "dotted path",
+        ("--algorithm_options.epsilon_hi", "1"): "Did you mean epsilon_high?",
+        ("--rewards.functions", "{}"): "There is no reward",
+        ("--rewards.functions", '{"no.such": 1}'): "dotted path of a function",
+        ("--sampling.temperature", "0"): "would be the same",
+        ("--packing.max_tokens", "4"): "Raise --packing.max_tokens",
+        ("--curriculum.order", "curriculum"): "no column 'difficulty'",
+        (
+            "--data.prompt_column",
+            "nothing",
+            "--data.train",
+            f"[{inputs[1].parent / 'bad.jsonl'}]",
+        ): "bad.jsonl:1: no prompt in column",
+    }
+    (inputs[1].parent / "bad.jsonl").write_text('{"text": "x"}\n')
+    for more, message in cases.items():
+        arguments = [sys.executable, str(REPO / "recipes" / "rl.py"), *settings(inputs, tmp_path, "bad", *more)]
+        result = subprocess.run(arguments, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2, (more, result.stderr[-2000:])
+        assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (more, result.stderr[-2000:])

@@ -1,0 +1,65 @@
+"""Rewards that tests hand to worker processes by name."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+
+def hangs(completion, sample):
+    while True:
+        pass
+
+
+def sleeps_for_bad_ones(completion, sample):
+    if completion == "bad":
+        time.sleep(60)
+    return 1.0
+
+
+def raises(completion, sample):
+    raise KeyError(sample["name"])
+
+
+def is_nan(completion, sample):
+    return math.nan
+
+
+def eats_memory(completion, sample):
+    return len("x" * (1 << 40))
+
+
+def dies(completion, sample):
+    os._exit(3)
+
+
+def chatters(completion, sample):
+    print("noise " * 100_000)
+    return float(len(completion)) + sample["plus"]
+
+
+async def asynchronous(completion, sample):
+    if completion == "bad":
+        raise ValueError("no")
+    return 2.0
+
+
+def batched(completions, samples):
+    return [float(len(c)) for c in completions]
+
+
+batched.batched = True
+
+
+def starts_with_digit(completion, sample):
+    return 1.0 if completion[:1].isdigit() else 0.0
+
+
+def nothing(completion, sample):
+    return 0.0
+
+
+def slow_digit(completion, sample):
+    time.sleep(0.05)
+    return starts_with_digit(completion, sample)
