@@ -85,7 +85,7 @@ def test_no_reward_changes_nothing(inputs, tmp_path):
 
 def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
     for name, beta in (("free", "0.0"), ("held", "30.0")):
-        more = ["--train.max_steps", "25", "--algorithm_options.beta", beta, "--optimizer.lr", "3e-3"]
+        more = ["--train.max_steps", "50", "--algorithm_options.beta", beta, "--optimizer.lr", "6e-3"]
         check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
     free, held = steps_of(tmp_path / "free"), steps_of(tmp_path / "held")
     assert free[-1]["reward"] > held[-1]["reward"] + 0.2
@@ -104,7 +104,8 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path):
 
 def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
     more = ["--sampling.max_tokens", "9", "--sampling.budget_tokens", "4", "--algorithm", "k15", "--algorithm_options.tau", "0.1",
-            "--train.max_steps", "10", "--rollout.updates", "2"]  # fmt: skip
+            "--train.max_steps", "10", "--rollout.updates", "2", "--rollout.group_size", "2",
+            "--sampling.stop_strings", json.dumps(list("abcdefghijklmnopqrstuvwxyz"))]  # fmt: skip
     check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
     import pyarrow.parquet as pq
 
