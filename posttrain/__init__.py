@@ -10,19 +10,25 @@ if "torch" not in sys.modules:  # torch reads it once; large CPU tensors in huge
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
+    from posttrain.algorithms import Algorithm
     from posttrain.data import DataConfig
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
+    from posttrain.rewards.compose import RewardsConfig
+    from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig, DPOTrainer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
+    from posttrain.trainers.rl import RLConfig, RLTrainer
     from posttrain.trainers.sft import SFTConfig, SFTTrainer
     from posttrain.training.config import TrainConfig
+    from posttrain.training.experience import RolloutConfig
     from posttrain.training.optimizer import OptimizerConfig
     from posttrain.training.reference import ReferenceConfig
     from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PairLogps, PromptGroup, TokenLogps
 
 _HOME = {
+    "Algorithm": "posttrain.algorithms",
     "BatchStatistic": "posttrain.types",
     "Completion": "posttrain.types",
     "DPOConfig": "posttrain.trainers.dpo",
@@ -37,15 +43,21 @@ _HOME = {
     "Pair": "posttrain.types",
     "PairLogps": "posttrain.types",
     "PromptGroup": "posttrain.types",
+    "RLConfig": "posttrain.trainers.rl",
+    "RLTrainer": "posttrain.trainers.rl",
     "ReferenceConfig": "posttrain.training.reference",
     "RewardConfig": "posttrain.trainers.reward",
     "RewardTrainer": "posttrain.trainers.reward",
+    "RewardsConfig": "posttrain.rewards.compose",
+    "RolloutConfig": "posttrain.training.experience",
     "SFTConfig": "posttrain.trainers.sft",
     "SFTTrainer": "posttrain.trainers.sft",
+    "SamplingConfig": "posttrain.rollout.engine",
     "TokenLogps": "posttrain.types",
     "TrainConfig": "posttrain.training.config",
 }
 __all__ = [
+    "Algorithm",
     "BatchStatistic",
     "Completion",
     "DPOConfig",
@@ -60,11 +72,16 @@ __all__ = [
     "Pair",
     "PairLogps",
     "PromptGroup",
+    "RLConfig",
+    "RLTrainer",
     "ReferenceConfig",
     "RewardConfig",
     "RewardTrainer",
+    "RewardsConfig",
+    "RolloutConfig",
     "SFTConfig",
     "SFTTrainer",
+    "SamplingConfig",
     "TokenLogps",
     "TrainConfig",
 ]

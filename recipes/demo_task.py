@@ -19,16 +19,22 @@ from typing import Any
 TASK = "word_sequence_reversal"
 MIN_WORDS, MAX_WORDS = 3, 6
 SYSTEM = "Answer with the result only."
+REASONING_SYSTEM = "Think between <think> and </think>, then give the result between <answer> and </answer>."
 # reasoning-gym draws problem i of seed s from Random(s + i): seeds 0 and 1 would share all problems but one
 SEED_STRIDE = 10_000_019
 
 
-def make_rows(*, num_train: int, num_heldout: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out rows, all questions different. Different seeds (0 to 200) draw different problems."""
+def make_rows(
+    *, num_train: int, num_heldout: int, seed: int, reasoning: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and held-out rows, all questions different. Different seeds (0 to 200) draw different problems.
+
+    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought numbers the words and goes through them backwards.
+    """
     if num_train < 1 or num_heldout < 1:
         raise ValueError(f"At least one row is needed in each file; got --train {num_train} --eval {num_heldout}.")
     problems = _different_problems(seed)
-    rows = [_row(next(problems)) for _ in range(num_train + num_heldout)]
+    rows = [_row(next(problems), reasoning) for _ in range(num_train + num_heldout)]
     return rows[:num_train], rows[num_train:]
 
 
@@ -57,12 +63,17 @@ def _different_problems(seed: int) -> Iterator[Mapping[str, Any]]:
             yield problem
 
 
-def _row(problem: Mapping[str, Any]) -> dict[str, Any]:
+def _row(problem: Mapping[str, Any], reasoning: bool) -> dict[str, Any]:
+    answer = problem["answer"]
+    if reasoning:
+        words = answer.split(", ")
+        thought = " ".join(f"{len(words) - i} {word}" for i, word in enumerate(words))
+        answer = f"<think>{thought}</think><answer>{answer}</answer>"
     return {
         "messages": [
-            {"role": "system", "content": SYSTEM},
+            {"role": "system", "content": REASONING_SYSTEM if reasoning else SYSTEM},
             {"role": "user", "content": problem["question"].strip()},
-            {"role": "assistant", "content": problem["answer"]},
+            {"role": "assistant", "content": answer},
         ],
         "task": TASK,
         "answer": problem["answer"],
@@ -80,10 +91,13 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
     parser.add_argument("--train", type=int, default=1500, help="training rows (default: 1500)")
     parser.add_argument("--eval", type=int, default=200, help="held-out rows (default: 200)")
+    parser.add_argument("--reasoning", action="store_true", help="demonstrations with a thought, in DeepSeek-R1's format")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems (default: 0)")
     arguments = parser.parse_args()
     try:
-        train, heldout = make_rows(num_train=arguments.train, num_heldout=arguments.eval, seed=arguments.seed)
+        train, heldout = make_rows(
+            num_train=arguments.train, num_heldout=arguments.eval, seed=arguments.seed, reasoning=arguments.reasoning
+        )
         arguments.out.mkdir(parents=True, exist_ok=True)
         _write(arguments.out / "train.jsonl", train)
         _write(arguments.out / "heldout.jsonl", heldout)

@@ -63,3 +63,7 @@ def nothing(completion, sample):
 def slow_digit(completion, sample):
     time.sleep(0.05)
     return starts_with_digit(completion, sample)
+
+
+def always(completion, sample):
+    return 1.0

@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     evaluation = evaluate(arguments, _rows(arguments))
     metrics = evaluation.metrics()
-    table = Table(title=f"{arguments.model}: {len(evaluation.groups)} problems, {arguments.samples} answers of each")
+    answers = "1 answer" if arguments.samples == 1 else f"{arguments.samples} answers"
+    print(f"{arguments.model}: {len(evaluation.groups)} problems, {answers} of each")
+    table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     interval = metrics.pop("eval_pass@1_ci95")
@@ -94,7 +96,7 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
     Path(arguments.out).write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(evaluation.groups)} problems, {len(guessed)} left out because a guess was right; wrote {len(lines)} to {arguments.out}"
+        f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right); wrote {len(lines)} to {arguments.out}"
     )
 
 
@@ -109,7 +111,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
     from posttrain.models.policy import Policy
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import default_precision, torch_dtype
-    from posttrain.rewards.compose import RewardConfig, Rewards
+    from posttrain.rewards.compose import Rewards, RewardsConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig, LocalEngine
     from posttrain.training.collect import Collector
@@ -121,7 +123,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
     settings = EvaluationConfig(
         samples=arguments.samples, temperature=arguments.temperature, top_p=arguments.top_p, prompts=0, correct=reward
     )
-    rewards = Rewards(RewardConfig(functions={reward: 1.0}, max_unscored=1.0))
+    rewards = Rewards(RewardsConfig(functions={reward: 1.0}, max_unscored=1.0))
     source = ModelConfig(name=arguments.model)
     tokenizer = load_tokenizer(source)
     dtype = torch_dtype(default_precision(state.device.type).compute)

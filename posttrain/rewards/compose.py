@@ -46,7 +46,7 @@ class RewardError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardsConfig:
     """Which functions score a completion, and with what weight."""
 
     functions: dict[str, float] = field(default_factory=dict)
@@ -96,7 +96,7 @@ Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 class Rewards:
     """``score(groups, iteration=...)``. ``given``: functions passed in from Python, by name, with their weight."""
 
-    def __init__(self, config: RewardConfig, *, given: Mapping[str, tuple[Callable[..., Any], float]] | None = None) -> None:
+    def __init__(self, config: RewardsConfig, *, given: Mapping[str, tuple[Callable[..., Any], float]] | None = None) -> None:
         self.config = config
         self._functions: dict[str, Callable[..., Any]] = {name: f for name, (f, _) in (given or {}).items()}
         self._weights = {**config.functions, **{name: weight for name, (_, weight) in (given or {}).items()}}

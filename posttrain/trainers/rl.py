@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,12 +13,14 @@ import torch
 from posttrain.algorithms import Algorithm, resolve_algorithm
 from posttrain.data import stop_token_ids
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, save_model
+from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
-from posttrain.rewards.compose import RewardConfig, Rewards
+from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
+from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import show_held_out
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict, with_options
@@ -48,11 +52,13 @@ class RLConfig:
     """How completions are drawn"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How an iteration is made"""
-    engine: Literal["local"] = "local"
-    """Where completions are drawn: in this process."""
+    engine: Literal["local", "vllm"] = "local"
+    """Where completions are drawn: in this process, or by a running vLLM server (launch/vllm.sh)."""
     local: LocalConfig = field(default_factory=LocalConfig)
     """Sampling in this process: memory and speed"""
-    rewards: RewardConfig = field(default_factory=RewardConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """The vLLM server"""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """What completions are worth"""
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """The order of prompts"""
@@ -161,12 +167,14 @@ class RLTrainer:
         def collector(loop: Loop) -> Collector:
             return Collector(
                 accelerator=loop.accelerator,
-                engine=local_engine(loop, tokenizer, config.local),
+                engine=local_engine(loop, tokenizer, config.local)
+                if config.engine == "local"
+                else vllm_engine(loop, tokenizer, config),
                 rewards=self._rewards,
                 prompts=train,
                 tokenizer=tokenizer,
                 sampling=config.sampling,
-                by_completion=False,
+                by_completion=config.engine == "vllm",
             )
 
         def evaluator(collector: Collector, step: int) -> dict[str, float]:
@@ -197,6 +205,26 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     )
 
 
+def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
+    """The engine of a running server, fed with the loop's weights."""
+    policy = loop.accelerator.unwrap_model(loop.policy)
+
+    def save(folder: Path) -> None:
+        model = policy.model
+        if has_adapters(model):
+            model = copy.deepcopy(model).merge_and_unload()
+        save_model(model, tokenizer, folder)
+
+    return VLLMEngine(
+        config.vllm,
+        save_weights=save,
+        stop_ids=stop_token_ids(tokenizer),
+        weights_dir=config.train.folder / "vllm_weights",
+        is_main=loop.accelerator.is_main_process,
+        barrier=loop.accelerator.wait_for_everyone,
+    )
+
+
 def _resolved(config: RLConfig) -> Algorithm:
     options = dict(config.algorithm_options)
     algorithm = resolve_algorithm(config.algorithm, options)
@@ -204,6 +232,10 @@ def _resolved(config: RLConfig) -> Algorithm:
         algorithm = resolve_algorithm(config.algorithm, {**options, "constant": float(config.sampling.max_tokens)})
     if algorithm.kl_in == "token_reward" and algorithm.beta and algorithm.advantage_options.get("baseline", "none") != "none":
         raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
+    if config.engine == "vllm" and config.sampling.truncates:
+        raise ValueError(
+            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from all."
+        )
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0.")
     return algorithm

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.rewards.code import code_tests, run_sandboxed
 from posttrain.rewards.completion import CompletionText
-from posttrain.rewards.compose import BUILT_IN, RewardConfig, RewardError, Rewards
+from posttrain.rewards.compose import BUILT_IN, RewardError, Rewards, RewardsConfig
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.language import language_consistency
 from posttrain.rewards.length import cosine_length, k15_length, overlong_penalty, repetition_penalty
@@ -26,7 +26,7 @@ def texts(*values: str) -> list[CompletionText]:
 def rewards_of():
     made = []
 
-    def make(config: RewardConfig, **more) -> Rewards:
+    def make(config: RewardsConfig, **more) -> Rewards:
         made.append(Rewards(config, **more))
         return made[-1]
 
@@ -106,7 +106,9 @@ ANSWERS = [
 
 def test_answers_in_worker_processes(rewards_of):
     names = dict.fromkeys(name for name, *_ in ANSWERS)
-    rewards = rewards_of(RewardConfig(by_task={n: {n: 1.0} for n in names}, task_column="reward", timeout_s=30, max_unscored=1.0))
+    rewards = rewards_of(
+        RewardsConfig(by_task={n: {n: 1.0} for n in names}, task_column="reward", timeout_s=30, max_unscored=1.0)
+    )
     groups = [({**sample, "reward": name}, texts(text)) for name, text, sample, _ in ANSWERS]
     for (name, text, _, wanted), (scored,) in zip(ANSWERS, rewards.score(groups), strict=True):
         assert scored.total == wanted, (name, text, scored)
@@ -121,7 +123,7 @@ HOSTILE = [
 
 
 def test_hostile_answers_score_zero_in_bounded_time(rewards_of):
-    rewards = rewards_of(RewardConfig(functions={"math_answer": 1.0, "numeric_answer": 1.0, "exact_answer": 1.0}, timeout_s=4))
+    rewards = rewards_of(RewardsConfig(functions={"math_answer": 1.0, "numeric_answer": 1.0, "exact_answer": 1.0}, timeout_s=4))
     began = time.monotonic()
     (row,) = rewards.score([({"answer": "72"}, texts(*HOSTILE))])
     assert [s.total for s in row] == [0.0] * len(HOSTILE)
@@ -132,7 +134,7 @@ def test_hostile_answers_score_zero_in_bounded_time(rewards_of):
 
 def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
     broken = {f"{HERE}.{name}": 1.0 for name in ("hangs", "raises", "is_nan", "eats_memory", "dies")}
-    rewards = rewards_of(RewardConfig(functions={**broken, f"{HERE}.chatters": 1.0}, timeout_s=2, max_unscored=1.0))
+    rewards = rewards_of(RewardsConfig(functions={**broken, f"{HERE}.chatters": 1.0}, timeout_s=2, max_unscored=1.0))
     ((scored,),) = rewards.score([({"name": "n1", "plus": 0.5, "_where": "rows.jsonl:7"}, texts("abc"))])
     assert scored.total is None and scored.parts[f"{HERE}.chatters"] == 3.5
     wanted = {"hangs": "longer than 2 s", "raises": "KeyError", "is_nan": "nan", "eats_memory": "out of memory", "dies": "died"}
@@ -143,13 +145,13 @@ def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
 
 
 def test_one_slow_completion_does_not_take_the_others_along(rewards_of):
-    rewards = rewards_of(RewardConfig(functions={f"{HERE}.sleeps_for_bad_ones": 1.0}, timeout_s=1.0, workers=2))
+    rewards = rewards_of(RewardsConfig(functions={f"{HERE}.sleeps_for_bad_ones": 1.0}, timeout_s=1.0, workers=2))
     (row,) = rewards.score([({}, texts("a", "bad", "b", "c", "d"))])
     assert [s.total for s in row] == [1.0, None, 1.0, 1.0, 1.0]
 
 
 def test_too_many_unscored_stop_the_run(rewards_of):
-    rewards = rewards_of(RewardConfig(functions={f"{HERE}.raises": 1.0}, max_unscored=0.4))
+    rewards = rewards_of(RewardsConfig(functions={f"{HERE}.raises": 1.0}, max_unscored=0.4))
     with pytest.raises(RewardError, match=r"2 of 2 completions could not be scored .*rows:1.*KeyError"):
         rewards.score([({"name": "x", "_where": "rows:1"}, texts("a", "b"))])
 
@@ -160,7 +162,7 @@ def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
 
     length_of_group.grouped = True
     rewards = rewards_of(
-        RewardConfig(
+        RewardsConfig(
             functions={f"{HERE}.batched": 0.5, f"{HERE}.asynchronous": 1.0},
             by_task={"long": {f"{HERE}.chatters": 0.1}},
             max_unscored=1.0,
@@ -174,7 +176,7 @@ def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
 
 
 def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
-    config = RewardConfig(functions={f"{HERE}.batched": 1.0, "k15_length": 1.0}, starts={"k15_length": 3})
+    config = RewardsConfig(functions={f"{HERE}.batched": 1.0, "k15_length": 1.0}, starts={"k15_length": 3})
     rewards = rewards_of(config)
     group = [({}, texts("a", "b b b"))]
     before, after = rewards.score(group, iteration=2)[0], rewards.score(group, iteration=3)[0]
@@ -184,13 +186,13 @@ def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
 
 def test_mistakes_in_the_settings():
     with pytest.raises(ValueError, match="math_answer, numeric_answer"):
-        Rewards(RewardConfig(functions={"no_such": 1.0}))
+        Rewards(RewardsConfig(functions={"no_such": 1.0}))
     with pytest.raises(ValueError, match="which rewards.functions and rewards.by_task do not use"):
-        RewardConfig(functions={"math_answer": 1.0}, options={"exact_answer": {}})
+        RewardsConfig(functions={"math_answer": 1.0}, options={"exact_answer": {}})
     with pytest.raises(ValueError, match="knows column"):
-        Rewards(RewardConfig(functions={"exact_answer": 1.0}, options={"exact_answer": {"colum": "x"}}))
+        Rewards(RewardsConfig(functions={"exact_answer": 1.0}, options={"exact_answer": {"colum": "x"}}))
     with pytest.raises(ValueError, match="There is no reward"):
-        Rewards(RewardConfig())
+        Rewards(RewardsConfig())
     assert all(path.startswith("posttrain.rewards.") for path in BUILT_IN.values())
 
 

@@ -1,0 +1,218 @@
+"""The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
+
+The server runs in an environment of its own; this module needs no vLLM. Weights are handed over as a folder that both sides
+see, and reloaded in place between pausing and resuming the server. What a completion's log-probs are depends on how the
+server was started: ``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
+from posttrain.rollout.stopping import repeats
+
+log = logging.getLogger(__name__)
+
+TESTED = "0.32"
+"""Minor version of the server that the requests below were tested with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMConfig:
+    """Where the server is and how patient to be with it."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Base URL of the server."""
+    weights_dir: str = ""
+    """Folder that trainer and server both see; weights are handed over in it. Default: vllm_weights in the run folder."""
+    concurrency: int = 64
+    """Most requests at the same time."""
+    timeout_s: float = 600.0
+    """Most seconds for one request."""
+    retries: int = 5
+    """How often a request is tried again when the server does not answer; each time after twice the wait, from one second."""
+    any_version: bool = False
+    """Accept a server of another version than the one tested."""
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
+            raise ValueError(
+                f"vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got {self.concurrency}, {self.timeout_s} "
+                f"and {self.retries}."
+            )
+
+
+class ServerError(RuntimeError):
+    """The server does not answer, or answers something else than a vLLM server of the right version does."""
+
+
+class VLLMEngine:
+    """Draws through the server. ``save_weights(folder)`` writes the policy as a folder that transformers loads."""
+
+    returns_kept_ids = False
+
+    def __init__(
+        self,
+        config: VLLMConfig,
+        *,
+        save_weights: Callable[[Path], None],
+        stop_ids: Sequence[int],
+        weights_dir: Path,
+        is_main: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``is_main``: this rank hands the weights over; ``barrier`` waits for all ranks."""
+        self._is_main, self._barrier = is_main, barrier
+        self._config, self._save_weights, self._stop_ids = config, save_weights, list(stop_ids)
+        self._folder = Path(config.weights_dir) if config.weights_dir else weights_dir
+        self._version = -1
+        self._model = ""
+        self._check_server()
+
+    def refresh(self, version: int) -> None:
+        """Hands the present weights over; the same version twice costs nothing."""
+        if version == self._version:
+            return
+        self._barrier()  # nobody samples from the old weights any more
+        if self._is_main:
+            target, partial = self._folder / "current", self._folder / "partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            self._save_weights(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            self._load_weights()
+        self._version = version
+        self._barrier()
+
+    def _load_weights(self) -> None:
+        self._call("POST", "/pause?mode=wait")
+        try:
+            path = str((self._folder / "current").resolve())
+            self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            self._call("POST", "/reset_prefix_cache")
+        finally:
+            self._call("POST", "/resume")
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
+    ) -> list[list[Sampled]]:
+        """[request][completion]. A completion that fails is asked for again, after the weights are there again."""
+        if sampling.truncates:
+            raise ValueError(
+                "The server does not say which tokens top-k, top-p or min-p left, so the trainer could not renormalise its "
+                "log-probs. Sample from the whole distribution, or use --engine local."
+            )
+        results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
+        left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
+        for attempt in range(self._config.retries + 1):
+            failed: list[tuple[int, int]] = []
+            problem: Exception | None = None
+            with ThreadPoolExecutor(self._config.concurrency) as pool:
+                futures = {pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left}
+                for future in as_completed(futures):
+                    i, k = futures[future]
+                    try:
+                        results[i][k] = future.result()
+                    except (OSError, HTTPException) as error:
+                        failed.append((i, k))
+                        problem = error
+                        continue
+                    if on_finished is not None:
+                        on_finished(i, k, results[i][k])
+            if not failed:
+                return results
+            left = sorted(failed)
+            log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt + 1)
+            self._wait_for_server(2.0**attempt)
+        raise ServerError(
+            f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on {len(left)} completions, the last "
+            f"time with: {problem}. What was finished is in the run's journal: start the server and the same command again."
+        )
+
+    def _wait_for_server(self, seconds: float) -> None:
+        """A server that was restarted has the weights it was started with: they are handed over again."""
+        time.sleep(seconds)
+        try:
+            self._check_server()
+            if self._version >= 0:
+                self._load_weights()
+        except ServerError as error:
+            log.warning("%s", error)
+
+    def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
+        prefix = request.prefixes[k] if request.prefixes else ()
+        limit = sampling.max_tokens - len(prefix)
+        budget = min(limit, sampling.budget_tokens or limit)
+        body = {
+            "model": self._model, "prompt": [*request.prompt_ids, *prefix], "max_tokens": budget,
+            "seed": request.seeds[k] % 2**31, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+            "logprobs": 0, "return_token_ids": True, "stop_token_ids": self._stop_ids, "stop": sampling.stop_strings or None,
+            "include_stop_str_in_output": True,
+        }  # fmt: skip
+        answer = self._request("POST", "/v1/completions", body)
+        choice = answer["choices"][0]
+        ids = tuple(choice["token_ids"])
+        logps = tuple(float(p) for p in choice["logprobs"]["token_logprobs"])
+        if len(ids) != len(logps) or not ids:
+            raise ServerError(f"The server gave {len(ids)} token ids and {len(logps)} log-probs. Is it vLLM {TESTED}?")
+        reason: FinishReason = "stop" if choice["finish_reason"] == "stop" else "length" if len(ids) >= limit else "budget"
+        whole = [*prefix, *ids]
+        if (
+            reason != "stop"
+            and sampling.repeat_ngram
+            and repeats(whole, ngram=sampling.repeat_ngram, times=sampling.repeat_times)
+        ):
+            reason = "repeat"
+        return Sampled(token_ids=ids, logps=logps, finish_reason=reason, policy_version=self._version)
+
+    def _check_server(self) -> None:
+        version = str(self._call("GET", "/version").get("version", "unknown"))
+        if not version.startswith(f"{TESTED}.") and not self._config.any_version:
+            raise ServerError(
+                f"{self._config.url} runs vLLM {version}; its requests were tested with {TESTED}. Install that version "
+                "(launch/vllm.sh), or set --vllm.any_version true."
+            )
+        self._model = str(self._call("GET", "/v1/models")["data"][0]["id"])
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """A control request: tried again with growing waits."""
+        for attempt in range(self._config.retries + 1):
+            try:
+                return self._request(method, path, body)
+            except (OSError, HTTPException) as error:
+                problem = error
+                if isinstance(error, urllib.error.HTTPError) and error.code in (400, 404, 405):
+                    raise ServerError(
+                        f"{self._config.url}{path} answered {error.code}: not a vLLM server with VLLM_SERVER_DEV_MODE=1. Start "
+                        "it with launch/vllm.sh."
+                    ) from error
+                if attempt < self._config.retries:
+                    time.sleep(2.0**attempt)
+        raise ServerError(
+            f"No vLLM server answers at {self._config.url} ({problem}). Start it with launch/vllm.sh MODEL, or set --vllm.url."
+        ) from problem
+
+    def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self._config.url.rstrip("/") + path, data=data, method=method, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:  # noqa: S310 - the user's own server
+            text = response.read().decode()
+        try:
+            answer = json.loads(text) if text.strip() else {}
+        except ValueError as error:
+            raise ServerError(f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}.") from error
+        return answer if isinstance(answer, dict) else {"value": answer}

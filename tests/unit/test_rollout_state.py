@@ -1,0 +1,164 @@
+"""Prompts, curriculum, buffer, journal, credit and pass@k."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from posttrain.data.prompts import R1_ZERO_TEMPLATE, PromptConfig, prompts_from_rows
+from posttrain.rewards.completion import CompletionText
+from posttrain.rewards.compose import Scored
+from posttrain.rollout.buffer import RolloutBuffer, Trajectory, TrajectoryGroup
+from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler, priorities
+from posttrain.rollout.engine import Request, Sampled, SamplingConfig
+from posttrain.rollout.journal import Journal, journalled
+from posttrain.training.collect import ScoredGroup
+from posttrain.training.pass_at_k import Evaluation, half_width, pass_at_k
+from tests.tiny import byte_tokenizer
+
+
+def test_prompts_of_every_writing():
+    tokenizer = byte_tokenizer()
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"prompt": "2+2?"}, {"question": "2+2?"}, {"messages": messages, "answer": "4"}, {"prompt": messages[:1]}]
+    prompts, counts = prompts_from_rows(rows, tokenizer, PromptConfig())
+    assert len({p.ids for p in prompts}) == 1 and counts == {"read": 4, "kept": 4, "too long": 0}
+    assert tokenizer.decode(prompts[0].ids).endswith("<|im_start|>assistant\n") and prompts[2].sample["answer"] == "4"
+    system = prompts_from_rows(rows[:1], tokenizer, PromptConfig(system="Be brief.", opening="<think>"))[0][0]
+    assert "Be brief." in tokenizer.decode(system.ids) and tokenizer.decode(system.ids).endswith("<think>")
+    zero = prompts_from_rows(rows[:1], tokenizer, PromptConfig(template="r1-zero"))[0][0]
+    assert tokenizer.decode(zero.ids) == R1_ZERO_TEMPLATE.replace("{prompt}", "2+2?")
+    with pytest.raises(ValueError, match="row 1: no prompt"):
+        prompts_from_rows([{"text": "x"}], tokenizer, PromptConfig())
+    with pytest.raises(ValueError, match="2 longer"):
+        prompts_from_rows(rows[:2], tokenizer, PromptConfig(max_prompt_length=3))
+
+
+def test_priorities_of_k15():
+    assert priorities([0.9, 0.5, 0.1, 1.0]) == pytest.approx([0.1 / 1.5, 0.5 / 1.5, 0.9 / 1.5, 0.0])
+    assert priorities([1.0, 1.0]) == pytest.approx([0.5, 0.5])
+    assert priorities([1.0, 0.0], floor=0.1)[0] > 0
+
+
+def test_prioritized_draws_follow_the_success_rates():
+    sampler = PromptSampler(CurriculumConfig(order="prioritized", floor=0.0), [{}] * 4, seed=0)
+    for i, s in enumerate([0.9, 0.5, 0.1, 1.0]):
+        sampler.update(i, tries=10, successes=10 * s)
+    drawn = [sampler.next(1, iteration=0)[0] for _ in range(6000)]
+    assert np.bincount(drawn, minlength=4) / 6000 == pytest.approx([0.0667, 0.3333, 0.6, 0], abs=0.025)
+    assert len(set(sampler.next(3, iteration=0))) == 3
+
+
+@pytest.mark.parametrize("order", ["uniform", "curriculum", "prioritized"])
+def test_a_sampler_continues_where_it_was_saved(order):
+    samples = [{"difficulty": d} for d in (0.5, 0.1, 0.9, 0.3)]
+    one = PromptSampler(CurriculumConfig(order=order), samples, seed=1)
+    one.next(3, iteration=0)
+    one.update(2, tries=8, successes=3)
+    two = PromptSampler(CurriculumConfig(order=order), samples, seed=1)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert [one.next(2, iteration=i) for i in range(5)] == [two.next(2, iteration=i) for i in range(5)]
+
+
+def test_curriculum_goes_from_easy_to_hard_or_from_uniform_to_hard():
+    samples = [{"difficulty": d} for d in (0.5, 0.1, 0.9, 0.3)]
+    easy_first = PromptSampler(CurriculumConfig(order="curriculum"), samples, seed=0)
+    assert easy_first.next(4, iteration=0) == [1, 3, 0, 2]
+    ablation = PromptSampler(CurriculumConfig(order="curriculum", hard_from=24), samples, seed=0)
+    assert set(ablation.next(4, iteration=23)) == {0, 1, 2, 3} and set(ablation.next(8, iteration=24)) == {0, 2}
+    uniform = PromptSampler(CurriculumConfig(), samples, seed=0)
+    assert sorted(uniform.next(4, iteration=0)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="no column 'difficulty'"):
+        PromptSampler(CurriculumConfig(order="curriculum"), [{}], seed=0)
+
+
+class FakeEngine:
+    """Counts its calls; the test is about the journal, not about sampling."""
+
+    returns_kept_ids = True
+
+    def __init__(self, fail_after=10**9):
+        self.drawn, self.fail_after = 0, fail_after
+
+    def generate(self, requests, sampling, *, on_finished=None):
+        results = []
+        for i, r in enumerate(requests):
+            results.append([])
+            for k, seed in enumerate(r.seeds):
+                if self.drawn >= self.fail_after:
+                    raise ConnectionError("killed")
+                self.drawn += 1
+                results[i].append(Sampled(token_ids=(seed % 7, 2), logps=(-0.1, -1 / 3), finish_reason="stop", policy_version=4))
+                if on_finished is not None:
+                    on_finished(i, k, results[i][k])
+        return results
+
+    def refresh(self, version):
+        raise AssertionError("not here")
+
+
+@pytest.mark.parametrize("by_completion", [True, False])
+def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, by_completion):
+    requests = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(ConnectionError):
+        journalled(FakeEngine(fail_after=3), Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion)
+    with path.open("ab") as torn:
+        torn.write(b'{"key": "torn')
+    engine = FakeEngine()
+    drawn = journalled(engine, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion)
+    assert engine.drawn == (1 if by_completion else 4)
+    assert drawn == FakeEngine().generate(requests, SamplingConfig())
+    again = FakeEngine()
+    assert (
+        journalled(again, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion) == drawn
+        and again.drawn == 0
+    )
+    other = FakeEngine()
+    journalled(other, Journal(path, run="b"), requests, SamplingConfig(), by_completion=by_completion)
+    assert other.drawn == 4
+
+
+def test_a_buffer_keeps_segments_and_their_versions():
+    buffer = RolloutBuffer()
+    buffer.begin([3], iteration=0, group_size=2, seed=0)
+    first = Sampled(token_ids=(5, 6), logps=(-1.0, -2.0), finish_reason="budget", policy_version=1)
+    done = Sampled(token_ids=(7,), logps=(-3.0,), finish_reason="stop", policy_version=1)
+    ((request, open_ones),) = buffer.requests([(9,)] * 4)
+    assert request.prompt_ids == (9,) and request.prefixes == () and len(set(request.seeds)) == 2
+    open_ones[0].extend(first)
+    open_ones[1].extend(done)
+    assert buffer.take_finished() == []
+    restored = RolloutBuffer()
+    restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    ((request, open_ones),) = restored.requests([(9,)] * 4)
+    assert request.prefixes == ((5, 6),)
+    open_ones[0].extend(Sampled(token_ids=(8,), logps=(-4.0,), finish_reason="stop", policy_version=2))
+    (group,) = restored.take_finished()
+    assert group.trajectories[0].segments == [(2, 1), (3, 2)] and group.trajectories[0].tokens_before(2) == 2
+    assert group.trajectories[0].token_ids == [5, 6, 8] and restored.groups == []
+
+
+@pytest.mark.parametrize(("n", "c", "k", "wanted"), [(10, 3, 1, 0.3), (10, 3, 5, 0.9166667), (4, 0, 2, 0), (4, 3, 2, 1)])
+def test_pass_at_k(n, c, k, wanted):
+    assert pass_at_k(n, c, k) == pytest.approx(wanted, abs=1e-7)
+
+
+def test_evaluation_figures():
+    def group(*texts):
+        trajectories = [Trajectory(seed=0, token_ids=[1], finish_reason="stop") for _ in texts]
+        prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
+        return ScoredGroup(
+            group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories), prompt=prompt,
+            texts=tuple(CompletionText(t) for t in texts), scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
+        )  # fmt: skip
+
+    made = Evaluation(
+        groups=[group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), group("1", "2", "2")],
+        correct=[[True, False, True], [True, False, False]],
+    )
+    metrics = made.metrics()
+    assert metrics["eval_pass@1"] == pytest.approx(0.5) and metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == 0.5
+    assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0961, abs=1e-3)

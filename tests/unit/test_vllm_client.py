@@ -1,0 +1,143 @@
+"""The client against a server that fails in every way a real one does. (tests/vllm has the real server.)"""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from posttrain.rollout.engine import Request, SamplingConfig
+from posttrain.rollout.vllm import ServerError, VLLMConfig, VLLMEngine
+
+REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
+
+
+class Server:
+    """Answers as vLLM 0.32 does; ``misbehave(path, count)`` may return (code, body) or "drop"."""
+
+    def __init__(self, version="0.32.0", misbehave=lambda path, count: None):
+        self.log: list[tuple[str, dict]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                self.answer({"/version": {"version": version}, "/v1/models": {"data": [{"id": "m"}]}}.get(self.path, {}))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+                outer.log.append((self.path, body))
+                count = sum(path == self.path for path, _ in outer.log)
+                odd = misbehave(self.path, count)
+                if odd == "drop":
+                    self.connection.close()
+                elif odd is not None:
+                    self.answer(odd[1], code=odd[0])
+                elif self.path == "/v1/completions":
+                    ids = [body["seed"], 7][: body["max_tokens"]]
+                    self.answer(
+                        {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)},
+                                      "finish_reason": "stop" if len(ids) == 2 else "length"}]}
+                    )  # fmt: skip
+                else:
+                    self.answer({})
+
+            def answer(self, body, code=200):
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def paths(self):
+        return [path for path, _ in self.log]
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    servers = []
+    monkeypatch.setattr("posttrain.rollout.vllm.time.sleep", lambda s: None)
+
+    def start(retries=3, **options):
+        servers.append(Server(**options))
+        saved = []
+
+        def save(folder):
+            folder.mkdir(parents=True)
+            saved.append(folder)
+
+        config = VLLMConfig(url=servers[-1].url, retries=retries, concurrency=4)
+        return servers[-1], lambda: VLLMEngine(config, save_weights=save, stop_ids=[2], weights_dir=tmp_path / "w"), saved
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+
+
+def test_tokens_in_tokens_out(serve):
+    server, make, _ = serve()
+    drawn = make().generate(REQUESTS, SamplingConfig(max_tokens=5, temperature=0.7))
+    assert [[d.token_ids for d in row] for row in drawn] == [[(10, 7), (11, 7)], [(12, 7), (13, 7)]]
+    assert all(d.finish_reason == "stop" and d.logps == (-0.5, -0.5) for row in drawn for d in row)
+    body = next(b for p, b in server.log if p == "/v1/completions" and b["seed"] == 12)
+    assert body["prompt"] == [3] and body["stop_token_ids"] == [2] and body["top_p"] == 1.0 and body["temperature"] == 0.7
+
+
+def test_partial_rollouts_send_what_there_is(serve):
+    server, make, _ = serve()
+    request = Request(prompt_ids=(3,), seeds=(12,), prefixes=((8, 9),))
+    ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=5, budget_tokens=1))
+    assert server.log[-1][1]["prompt"] == [3, 8, 9] and drawn.finish_reason == "budget" and drawn.token_ids == (12,)
+
+
+def test_weights_go_between_pause_and_resume(serve):
+    server, make, saved = serve()
+    engine = make()
+    engine.refresh(4)
+    engine.refresh(4)
+    assert server.paths() == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"] and len(saved) == 1
+    assert server.log[1][1]["kwargs"]["weights_path"].endswith("w/current")
+    assert engine.generate(REQUESTS, SamplingConfig(max_tokens=5))[0][0].policy_version == 4
+
+
+@pytest.mark.parametrize("odd", ["drop", (503, {"error": "busy"}), (500, {})])
+def test_a_failing_server_loses_no_sample_and_gets_the_weights_again(serve, odd):
+    server, make, _ = serve(misbehave=lambda path, n: odd if path == "/v1/completions" and n in (2, 3) else None)
+    engine = make()
+    engine.refresh(1)
+    finished = []
+    drawn = engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k)))
+    assert sorted(finished) == [(0, 0), (0, 1), (1, 0), (1, 1)] and all(d is not None for row in drawn for d in row)
+    assert server.paths().count("/v1/completions") == 6 and server.paths().count("/collective_rpc") == 2
+
+
+def test_a_dead_server_is_given_up_with_a_clear_error(serve):
+    server, make, _ = serve(retries=2, misbehave=lambda path, n: "drop" if path == "/v1/completions" and n > 1 else None)
+    finished = []
+    with pytest.raises(ServerError, match="failed 3 times on 3 completions.*journal"):
+        make().generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k)))
+    assert len(finished) == 1
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ServerError, match="No vLLM server answers.*launch/vllm.sh"):
+        make()
+
+
+def test_the_wrong_server_is_told_apart(serve):
+    with pytest.raises(ServerError, match="runs vLLM 0.31.1"):
+        serve(version="0.31.1")[1]()
+    _, make, _ = serve(misbehave=lambda path, n: (404, {}) if path == "/collective_rpc" else None)
+    with pytest.raises(ServerError, match="not a vLLM server with VLLM_SERVER_DEV_MODE"):
+        make().refresh(1)
+    with pytest.raises(ServerError, match="not JSON"):
+        serve(misbehave=lambda path, n: (200, b"<html>"))[1]().generate(REQUESTS, SamplingConfig(max_tokens=5))
+    with pytest.raises(ValueError, match="does not say which tokens"):
+        serve()[1]().generate(REQUESTS, SamplingConfig(max_tokens=5, top_p=0.9))
