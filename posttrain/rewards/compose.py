@@ -35,6 +35,8 @@ BUILT_IN = {
         "code": ("code_tests",),
         "format": ("think_answer_format",),
         "language": ("language_consistency",),
+        "model": ("reward_model",),
+        "judge": ("llm_judge",),
         "length": ("k15_length", "overlong_penalty", "cosine_length", "repetition_penalty"),
     }.items()
     for name in names
@@ -51,8 +53,8 @@ class RewardsConfig:
 
     functions: dict[str, float] = field(default_factory=dict)
     """{name: weight} for every sample: a built-in (math_answer, numeric_answer, exact_answer, choice_answer, gym_answer,
-    code_tests, think_answer_format, language_consistency, k15_length, overlong_penalty, cosine_length, repetition_penalty),
-    or the dotted path of a function. The reward is the weighted sum."""
+    code_tests, think_answer_format, language_consistency, k15_length, overlong_penalty, cosine_length, repetition_penalty,
+    reward_model, llm_judge), or the dotted path of a function. The reward is the weighted sum."""
     by_task: dict[str, dict[str, float]] = field(default_factory=dict)
     """{task: {name: weight}}: further functions for samples of one task (mixed data)."""
     task_column: str = "task"

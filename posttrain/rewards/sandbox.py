@@ -53,7 +53,7 @@ def _unshare(libc: Any) -> None:
 
 
 def _enter(libc: Any, root: Path) -> None:
-    """Only the interpreter, read-only, and an empty folder /work are left of the file system."""
+    """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
     _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
     _mount(libc, "tmpfs", str(root), _MS_NOSUID, "tmpfs")
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
@@ -63,11 +63,11 @@ def _enter(libc: Any, root: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         _mount(libc, source, str(target), _MS_BIND | _MS_REC)
         _call(libc.mount(None, str(target).encode(), None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID, None), f"{target}")
-    for folder in ("work", "tmp", "dev"):
+    for folder in ("box", "tmp", "dev"):
         (root / folder).mkdir(exist_ok=True)
         (root / folder).chmod(0o777)
     os.chroot(root)
-    os.chdir("/work")
+    os.chdir("/box")
 
 
 def _limit(job: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def _program(job: dict[str, Any], libc: Any, stdin: int, output: int) -> None:
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib"}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/box", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib"}
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     os.execve(interpreter, [interpreter, "-I", "-c", job["program"]], environment)
 

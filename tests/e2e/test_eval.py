@@ -30,13 +30,27 @@ def test_eval_prints_figures_and_writes_answers(inputs, tmp_path):
 
 
 def test_reasoning_gym_by_name(inputs):
-    result = check(posttrain("eval", str(inputs[0]), "--task", "gym:word_sequence_reversal", "--problems", "3", "--max-tokens", "4"))
+    result = check(
+        posttrain("eval", str(inputs[0]), "--task", "gym:word_sequence_reversal", "--problems", "3", "--max-tokens", "4")
+    )
     assert "3 problems" in result.stdout and "0.0%" in result.stdout
 
 
 def test_difficulty_is_one_minus_the_pass_rate_and_guessable_problems_go(inputs, tmp_path):
     out = tmp_path / "rated.jsonl"
-    arguments = ["prep", "difficulty", str(inputs[0]), "--task", str(inputs[1]), "--max-tokens", "2", "--samples", "16", "--out", str(out)]
+    arguments = [
+        "prep",
+        "difficulty",
+        str(inputs[0]),
+        "--task",
+        str(inputs[1]),
+        "--max-tokens",
+        "2",
+        "--samples",
+        "16",
+        "--out",
+        str(out),
+    ]
     check(posttrain(*arguments, "--reward", "tests.reward_functions.starts_with_digit"))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["question"] for r in rows] == [f"{a}?" for a in range(6)]
