@@ -230,5 +230,6 @@ def _advantage_T(logps: TokenLogps) -> Any:
     return logps.advantage_T
 
 
-for _loss in (clipped, reinforce, cispo, gspo, mirror_descent):
-    _loss.couples_completions = False  # type: ignore[attr-defined]
+_losses: tuple[Any, ...] = (clipped, reinforce, cispo, gspo, mirror_descent)
+for _loss in _losses:
+    _loss.couples_completions = False
