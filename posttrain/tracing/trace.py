@@ -23,7 +23,7 @@ from posttrain.losses.sft import sft
 from posttrain.models.adapters import LoraConfig, add_adapters
 from posttrain.models.heads import Scorer
 from posttrain.models.policy import Policy
-from posttrain.models.reference import adapters_off, freeze
+from posttrain.models.reference import adapters_off, freeze, has_adapters
 from posttrain.packing.batch import PackedBatch
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.precision import PrecisionPlan, torch_dtype
@@ -71,18 +71,17 @@ def trace_step(
     chosen = loss or {"sft": sft, "reward": bradley_terry, "dpo": dpo, "rl": policy_losses.clipped}[method]
     wants_reference = method == "dpo" if with_reference is None else with_reference
     live = _FakeStorages(num_vocabulary=config.get_text_config().vocab_size)
-    with FakeTensorMode():
+    with torch.device("meta"):  # peft cannot build on fake tensors
         model = build_model(config, method, precision, lora=lora, gradient_checkpointing=gradient_checkpointing)
-        policy = (Scorer if method == "reward" else Policy)(model, packing)
+        frozen = build_model(config, method, precision) if wants_reference and not has_adapters(model) else None
+    with FakeTensorMode():
+        policy = (Scorer if method == "reward" else Policy)(_with_storage(model), packing)
         policy.train()
         accelerator = _OneDevice(precision)
         live.watch(policy)
-        reference: Reference | None = None
-        if wants_reference and (lora is None or lora.rank == 0):
-            frozen = Policy(build_model(config, method, precision), packing)
-            reference = _frozen(freeze(frozen, compute=_lower(precision)), live)
-        elif wants_reference:
-            reference = _base_of(policy)
+        reference: Reference | None = _base_of(policy) if wants_reference else None
+        if frozen is not None:
+            reference = _frozen(freeze(Policy(_with_storage(frozen), packing), compute=_lower(precision)), live)
         adamw = build_optimizer(policy, optimizer or OptimizerConfig(), plan=precision)
         with live:
             _make_moments(policy, adamw, live)
@@ -105,7 +104,7 @@ def trace_step(
 def build_model(
     config: Any, method: Method, precision: PrecisionPlan, *, lora: LoraConfig | None = None, gradient_checkpointing: bool = False
 ) -> nn.Module:
-    """The model of a config with random weights (none under ``FakeTensorMode``), as ``load_model`` would give it."""
+    """The model of a config with random weights (none on the meta device), as ``load_model`` would give it."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     is_reward = method == "reward"
@@ -119,6 +118,19 @@ def build_model(
         model = add_adapters(model, lora, base="", revision=None, task_type=task, modules_to_save=head)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_storage(model: nn.Module) -> nn.Module:
+    """Parameters and buffers of a meta model become tensors of the CPU (fake ones, under the mode); a tied one once."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in made:
+                made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+            module._parameters[name] = None if p is None else made[id(p)]
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else made.setdefault(id(b), torch.empty(b.shape, dtype=b.dtype))
     return model
 
 

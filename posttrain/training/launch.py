@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from posttrain.precision import PrecisionPlan, resolve_precision
+from posttrain.training.allocator import keep_freed_memory
 from posttrain.training.config import UserFacingError
 
 
@@ -42,15 +40,6 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
         )
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: given back, each costs its page faults again (a tenth of a CPU step)."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_dir: Path) -> tuple[Any, PrecisionPlan]:
     """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns every denominator."""
     import torch
@@ -58,7 +47,7 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
     from accelerate.utils import DistributedDataParallelKwargs
 
     check_launch(os.environ)
-    _keep_freed_memory()
+    keep_freed_memory()
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     if several_on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from posttrain.losses.reduce import reduce_term
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
+from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import UserFacingError
 from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
@@ -133,7 +134,9 @@ def step_gradient(
             reference_T = None if cached else step.reference_logps(batch)
             is_last = i == len(micro_batches) - 1
             with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
+                return_freed_memory(accelerator.device.type)  # of the last backward
                 logps_T = policy(batch)
+                return_freed_memory(accelerator.device.type)  # of the forward: the backward starts at the step's peak
                 if micro_batch.is_dummy:
                     share = 0.0 * logps_T.sum()
                 elif cached:
