@@ -1,8 +1,9 @@
-"""The training state of a run, bit for bit: weights, AdamW's moments, schedule, loss scale, random numbers.
+"""The training state of a run, bit for bit: weights, the optimizer's state, schedule, loss scale, random numbers.
 
-    model.safetensors      trained parameters, persistent buffers (one process and DDP;
-    optimizer.safetensors  AdamW's state by parameter name         FSDP2 and DeepSpeed: the
-    optimizer.json         groups, fingerprint of frozen weights   folders accelerate writes)
+    model.safetensors      trained parameters, persistent buffers      (one process and DDP;
+    optimizer.safetensors  tensors of the optimizer's state by name     FSDP2 and DeepSpeed: the
+    optimizer.json         options, fingerprint of frozen weights,      folders accelerate writes)
+                           the state's numbers, specs of its tensors
     schedule.json, scaler.json, rng_<rank>.json
 
 It is read without pickle. Sharded runs are read by torch and DeepSpeed, which unpickle (``.metadata``;
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from posttrain.training.optimizer import OffloadedOptimizer
+
 _SHARDED = ("FSDP", "DEEPSPEED")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -35,42 +37,73 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Trained parameters, persistent buffers and AdamW's state, exact, by name; a tied tensor once.
+    """Trained parameters, persistent buffers and the optimizer's state (any of its tensors and numbers), exact, by name.
 
-    Frozen parameters are not saved (they are the model's own files): a fingerprint of them is.
+    A tensor that has two names (tied weights, the code books of 8-bit moments) is saved once. Frozen parameters are not saved
+    (they are the model's own files): a fingerprint of them is.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     names = _names(model, optimizer)
     state = {f"{kind}/{names[p]}": value for p, entry in optimizer.state.items() for kind, value in entry.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    first = {id(t): name for name, t in reversed(tensors.items())}
+    own = {name: t for name, t in tensors.items() if first[id(t)] == name}
     save_file(_own_storage(_saved_tensors(model)), folder / "model.safetensors")
-    save_file(_own_storage(state), folder / "optimizer.safetensors")
-    _write_json(folder / "optimizer.json", {"frozen weights": _fingerprint(model), **_options(names, optimizer)})
+    save_file(_own_storage(own), folder / "optimizer.safetensors")
+    about = {
+        "run": _about(model, names, optimizer),
+        "tensors": _specs(own),
+        "shared": {name: first[id(t)] for name, t in tensors.items() if name not in own},
+        "numbers": {name: value for name, value in state.items() if name not in tensors and value is not None},
+    }
+    _write_json(folder / "optimizer.json", about)
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Puts ``save_training_state``'s values into a model and an AdamW built the same way, whatever their order.
+    """Puts ``save_training_state``'s values into a model and an optimizer built the same way, whatever their order.
 
     The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
-    names, shapes, dtypes, optimizer options or frozen weights differ.
+    names, shapes, dtypes, the optimizer, its options or frozen weights differ.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     names, own = _names(model, optimizer), _saved_tensors(model)
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    steps = {name: moments.pop(f"step/{name}") for name in names.values() if f"step/{name}" in moments}
-    wanted = {f"{kind}/{name}": p for p, name in names.items() if name in steps for kind in _MOMENTS}
-    about = {"frozen weights": _fingerprint(model), **_options(names, optimizer)}
-    _check_same(folder / "optimizer.json", json.loads((folder / "optimizer.json").read_bytes()), about)
+    weights, tensors = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    about = json.loads((folder / "optimizer.json").read_bytes())
+    _check_same(folder / "optimizer.json", about["run"], _about(model, names, optimizer))
     _check_same(folder / "model.safetensors", _specs(weights), _specs(own))
-    _check_same(folder / "optimizer.safetensors", _specs(moments), _specs(wanted))
+    _check_same(folder / "optimizer.safetensors", _specs(tensors), about["tensors"])
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+    parameters = {name: p for p, name in names.items()}
+    on_host = isinstance(_unwrapped(optimizer), OffloadedOptimizer)
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for p, name in names.items():
-        optimizer.state.pop(p, None)
-        if name in steps:  # fused: moments with the strides of p (else silently wrong), step on its device
-            optimizer.state[p] = {kind: torch.empty_like(p).copy_(moments[f"{kind}/{name}"]) for kind in _MOMENTS}
-            optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
+    placed: dict[str, Any] = dict(about["numbers"])
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        p = parameters[name]
+        device = "cpu" if on_host or (kind == "step" and p not in fused) else p.device
+        # a moment gets the strides of its parameter: fused kernels are silently wrong with others
+        empty = torch.empty_like(p if value.shape == p.shape else value, dtype=value.dtype, device=device)
+        placed[key] = empty.detach().copy_(value)
+    placed |= {key: placed[owner] for key, owner in about["shared"].items()}
+    optimizer.state.clear()
+    for key, value in placed.items():
+        kind, name = key.split("/", 1)
+        optimizer.state[parameters[name]][kind] = value
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside of accelerate's."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _about(model: nn.Module, names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
+    """What must not change in a run: frozen weights, the optimizer, its options for every parameter."""
+    inner = _unwrapped(optimizer)
+    name = f"offloaded {type(inner.inner).__name__}" if isinstance(inner, OffloadedOptimizer) else type(inner).__name__
+    return {"frozen weights": _fingerprint(model), "optimizer": name, **_options(names, optimizer)}
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
