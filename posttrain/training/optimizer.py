@@ -206,7 +206,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
     elif config.name == "adamw_8bit":
         optimizer = _adamw_8bit(groups, config)
     elif config.name == "sgd":
-        optimizer = SGD(groups, lr=config.lr, momentum=config.velocity)  # fused on a CPU, torch 2.13 writes junk into bf16 momenta
+        optimizer = SGD(groups, lr=config.lr, momentum=config.velocity)  # torch 2.13, fused on a CPU: junk in bf16 momenta
     else:
         # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024 steps (1 - beta2 < 2^-8),
         # and its lr is relative to the size of the weights.
