@@ -74,8 +74,8 @@ def whole_state(model: nn.Module, *, keep: bool, only_trained: bool) -> dict[str
 def shard_frozen(module: nn.Module, device: torch.device, *, layer_names: Iterable[str], compute: torch.dtype | None) -> None:
     """FSDP2 around a model without gradients: each process holds a part of it, layers are gathered in turn.
 
-    ``layer_names``: classes that are gathered as one (``_no_split_modules``); ``compute``: dtype they are gathered in, None: their
-    own. Works beside DeepSpeed as well.
+    ``layer_names``: classes that are gathered as one (``_no_split_modules``); ``compute``: dtype they are gathered in, None:
+    their own. Works beside DeepSpeed as well.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -78,8 +78,8 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
     )
     if sharding != "NO" and accelerator.distributed_type != sharding:
         raise UserFacingError(
-            f"The launch configuration asks for {sharding}, but the run became {accelerator.distributed_type.value}: the model would "
-            "not be sharded. Start it with `accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
+            f"The launch configuration asks for {sharding}, but the run became {accelerator.distributed_type.value}: the model "
+            "would not be sharded. Start it with `accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
         )
     if sharding == "DEEPSPEED":
         _settle_deepspeed(accelerator)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from posttrain.models.load import save_model
+from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
-from posttrain.models.policy import Policy
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
 from posttrain.precision import PrecisionPlan

@@ -198,10 +198,11 @@ def read_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedu
             f"{folder} was written by {saved['ranks']} processes, this run has {accelerator.num_processes} and could "
             f"not equal an uninterrupted one. Launch {saved['ranks']} processes."
         )
-    if saved.get("sharding", "whole") != sharding.kind(accelerator):
+    before, now = saved.get("sharding", "whole"), sharding.kind(accelerator)
+    if before != now:
         raise ValueError(
-            f"{folder} was written by a run sharded as {saved.get('sharding', 'whole')}, this one is {sharding.kind(accelerator)}. Resume with "
-            "the launch configuration it was started with, or start a new run from its final/ folder."
+            f"{folder} was written by a run whose weights were held as {before}, this one holds them as {now}. Resume with the "
+            "launch configuration it was started with, or start a new run from its final/ folder."
         )
     if sharding.is_deepspeed(accelerator):
         _load_zero(folder, policy, accelerator.process_index)

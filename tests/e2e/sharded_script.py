@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -59,9 +58,11 @@ def main(out: Path, precise: bool) -> None:
         "three": random_groups(3, sizes=(1,), seed=5, max_prompt=18),
     }
     results = []
-    for (name, groups), (loss, value), tied, tokens in itertools.product(
-        batches.items(), ((sft, token_mean), (all_pairs, all_pairs_reference)), (False, True), (24, 1000)
-    ):
+    losses = {"sft": (sft, token_mean), "pairs": (all_pairs, all_pairs_reference)}
+    cases = [("many", "sft", False, 24), ("many", "sft", True, 24), ("many", "pairs", True, 24), ("many", "pairs", False, 1000),
+             ("one", "sft", False, 24), ("one", "pairs", True, 24), ("three", "sft", True, 24), ("three", "pairs", False, 24)]  # fmt: skip
+    for name, loss_name, tied, tokens in cases:
+        groups, (loss, value) = batches[name], losses[loss_name]
         dtype = torch.float64 if precise else torch.float32
         wanted = one_process(tiny_gpt2(tied=tied).to(dtype).eval(), groups, value, 3)
         model = tiny_gpt2(tied=tied).to(dtype).train()
