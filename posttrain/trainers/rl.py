@@ -30,6 +30,7 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.sharding import kind, shards_weights
 from posttrain.types import Completion, PromptGroup
 
 Rows = Sequence[Mapping[str, Any]]
@@ -112,6 +113,11 @@ class RLTrainer:
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
         )
+        if shards_weights(accelerator):
+            raise ValueError(
+                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
+                "Launch with ZeRO-2 (launch/zero2.yaml), which shards gradients and optimizer state, or DDP with --model.lora.rank 16."
+            )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():

@@ -88,9 +88,14 @@ def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
     if not is_deepspeed(accelerator):
         return [local(p.grad) for p in policy.parameters() if p.grad is not None]
     zero = policy.optimizer
-    masters = zero.fp32_partitioned_groups_flat if kind(accelerator) == "zero3" else zero.single_partition_of_fp32_groups
-    offloaded = [m.grad for m in masters if m.grad is not None]
+    offloaded = [m.grad for m in masters(zero) if m.grad is not None]
     return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
+
+
+def masters(zero: Any) -> list[Tensor]:
+    """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
 
 
 def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:
