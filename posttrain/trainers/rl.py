@@ -116,7 +116,8 @@ class RLTrainer:
         if shards_weights(accelerator):
             raise ValueError(
                 f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
-                "Launch with ZeRO-2 (launch/zero2.yaml), which shards gradients and optimizer state, or DDP with --model.lora.rank 16."
+                "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
+                "--model.lora.rank 16."
             )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
