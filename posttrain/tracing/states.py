@@ -23,9 +23,8 @@ def measured_states(accelerator: Any, policy: nn.Module, optimizer: Any) -> dict
     moments: exp_avg and exp_avg_sq; not the step counters. buckets: flat buffers that ZeRO keeps for communication.
     Not counted: buffers of the model, a reference model, activations.
     """
-    unwrapped = accelerator.unwrap_model(policy)
-    reshard(unwrapped)
-    parameters = list(unwrapped.parameters())
+    reshard(policy)
+    parameters = list(policy.parameters())
     states = sharding.base_optimizer(optimizer).state.values()
     zero = policy.optimizer if sharding.is_deepspeed(accelerator) else None
     partitions = [] if zero is None else _zero_gradients(zero)

@@ -30,7 +30,7 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
-from posttrain.training.sharding import kind, shards_weights
+from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 Rows = Sequence[Mapping[str, Any]]
@@ -204,7 +204,7 @@ class RLTrainer:
 def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     """The engine in this process, under the loop's policy and precision."""
     return LocalEngine(
-        loop.accelerator.unwrap_model(loop.policy),
+        unwrapped(loop.policy),
         compute=getattr(torch, loop.precision.compute),
         stop_ids=stop_token_ids(tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -214,7 +214,7 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
 
 def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
-    policy = loop.accelerator.unwrap_model(loop.policy)
+    policy = unwrapped(loop.policy)
 
     def save(folder: Path) -> None:
         model = policy.model

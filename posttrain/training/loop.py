@@ -232,7 +232,7 @@ class Loop:
         return [extra for extra in (self.reference, self.source) if extra is not None]
 
     def _unwrapped(self) -> Policy:
-        policy = self.accelerator.unwrap_model(self.policy)
+        policy = sharding.unwrapped(self.policy)
         assert isinstance(policy, Policy)
         return policy
 

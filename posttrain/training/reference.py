@@ -24,7 +24,7 @@ from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
-from posttrain.training.sharding import is_deepspeed, shards_weights
+from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 
@@ -110,7 +110,7 @@ class RunReference:
 
     def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
         """After ``build`` and accelerate, before the first step and before a checkpoint is read."""
-        self._policy = plan.accelerator.unwrap_model(policy)
+        self._policy = unwrapped(policy)
         self._is_sharded = self._frozen is not None and shards_weights(plan.accelerator)
         if self._frozen is not None and self._is_sharded:
             compute = None if is_deepspeed(plan.accelerator) else self._compute

@@ -41,6 +41,11 @@ def is_deepspeed(accelerator: Any) -> bool:
     return kind(accelerator).startswith("zero")
 
 
+def unwrapped(policy: Any) -> Any:
+    """The policy inside of DDP or a DeepSpeed engine. accelerate's own function imports deepspeed (2 s) wherever it is installed."""
+    return getattr(policy, "module", policy)
+
+
 def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
     if shards_weights(accelerator):

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,7 +41,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
     Frozen parameters are not saved (they are the model's own files): a fingerprint of them is. ``part`` goes into the file names:
     of FSDP2's DTensors every process saves its own.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = sharding.unwrapped(model)
     reshard(model)
     names = _names(model, optimizer)
     state = {f"{kind}/{names[p]}": local(value) for p, entry in optimizer.state.items() for kind, value in entry.items()}
@@ -57,7 +56,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
     The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
     names, shapes, dtypes, optimizer options or frozen weights differ.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = sharding.unwrapped(model)
     reshard(model)
     names, own = _names(model, optimizer), _saved_tensors(model)
     weights, moments = load_file(folder / f"model{part}.safetensors"), load_file(folder / f"optimizer{part}.safetensors")

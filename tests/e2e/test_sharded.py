@@ -132,3 +132,18 @@ def test_adapters_and_reward_models_are_those_of_one_process(inputs, alone, tmp_
 
         model, report = AutoModelForSequenceClassification.from_pretrained(final, output_loading_info=True)
         assert not report["missing_keys"] and model.score.weight.shape == (1, 32)
+
+
+def test_reinforcement_learning_under_zero2_is_that_of_one_process(inputs, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{a}?"}) + "\n" for a in range(24)))
+    for name, launch in (("one", "cpu.yaml"), ("zero2", LAUNCH["zero2"])):
+        arguments = [
+            "--model.name", str(inputs[0]), "--data.train", f"[{tmp_path / 'rows.jsonl'}]", "--train.run_dir", str(tmp_path),
+            "--train.name", name, "--train.batch_size", "4", "--train.max_steps", "4", "--rollout.group_size", "4",
+            "--sampling.max_tokens", "3", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-4", "--train.precision", "fp32",
+            "--rewards.functions", json.dumps({"tests.reward_functions.starts_with_digit": 1.0}),
+        ]  # fmt: skip
+        check(run(launch, "recipes/rl.py", *arguments))
+    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "zero2")
+    assert [s["reward"] for s in one] == [s["reward"] for s in two] and len({s["reward"] for s in one}) > 1
+    assert_same_run(tmp_path / "zero2", tmp_path / "one")
