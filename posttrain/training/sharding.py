@@ -42,7 +42,7 @@ def is_deepspeed(accelerator: Any) -> bool:
 
 
 def unwrapped(policy: Any) -> Any:
-    """The policy inside of DDP or a DeepSpeed engine. accelerate's own function imports deepspeed (2 s) wherever it is installed."""
+    """The policy inside of DDP or a DeepSpeed engine (accelerate's own function imports deepspeed, wherever it is installed)."""
     return getattr(policy, "module", policy)
 
 
