@@ -224,6 +224,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
     return optimizer
 
 
+def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
+    """Under ZeRO and FSDP2 (``sharding.kind``) only AdamW: 8-bit blocks and Adafactor's rows would straddle the parts."""
+    if kind != "whole" and (config.name != "adamw" or config.offload):
+        option = "offload" if config.offload else f"name={config.name}"
+        raise ValueError(
+            f"optimizer.{option} is for one process and DDP; this launch shards the optimizer state ({kind}). Take adamw, and "
+            "for offload DeepSpeed's own (offload_optimizer_device: cpu in the launch file)."
+        )
+
+
 def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
     # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler must be there).
     try:
