@@ -225,6 +225,7 @@ class Loop:
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups
+        sampled = time.perf_counter()
         plan = self._plan(groups, batch.counts)
         result = step_gradient(
             self.accelerator,
@@ -254,8 +255,11 @@ class Loop:
             raise NonFiniteError(
                 f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
             )
-        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
-        return {**batch.metrics, **checked, **own}
+        ended = time.perf_counter()
+        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=ended - began)
+        update_s = ended - sampled
+        phase = {} if self.source is None else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
+        return {**batch.metrics, **checked, **own, **phase}
 
     def _metrics(
         self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float
