@@ -3,8 +3,8 @@
     make test-vllm      # installs the server's environment
     python benchmarks/rollout_vs_vllm.py --rows gsm8k_train_2000.jsonl.gz --rounds 3
 
-8 GSM8K questions, 8 completions of each, up to 128 tokens, temperature 1. The server: all cores (vLLM keeps one free otherwise) and
-its defaults, or, as `vllm-default`, one core left to HTTP as vLLM chooses by itself. One generate call warms each up.
+8 GSM8K questions, 8 completions of each, up to 128 tokens, temperature 1. `vllm`: the server has all cores, and its defaults;
+`vllm-default`: it keeps one core for HTTP, as vLLM does by itself. A short call warms each up.
 """
 
 from __future__ import annotations
