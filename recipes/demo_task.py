@@ -38,15 +38,6 @@ def make_rows(
     return rows[:num_train], rows[num_train:]
 
 
-def score_answer(completion_text: str, row: Mapping[str, Any]) -> float:
-    """1.0 if reasoning-gym's verifier accepts the whole completion, else 0.0: its partial credit is not given."""
-    import reasoning_gym
-
-    entry = {"answer": row["answer"], "metadata": row["metadata"]}
-    score = reasoning_gym.get_score_answer_fn(row["task"])(completion_text.strip(), entry)
-    return 1.0 if score >= 1.0 else 0.0
-
-
 def _different_problems(seed: int) -> Iterator[Mapping[str, Any]]:
     try:
         import reasoning_gym
