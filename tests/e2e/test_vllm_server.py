@@ -132,9 +132,10 @@ def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
     for d in (d for row in whole for d in row):
         stopped = d.token_ids[-1] == tokenizer.eos_token_id
         assert d.finish_reason == ("stop" if stopped else "length") and (stopped or len(d.token_ids) == 40)
-    text = tokenizer.decode(whole[0][0].token_ids[:6])
-    (first, *_), _ = client.generate(REQUESTS, SamplingConfig(max_tokens=40, stop_strings=[text[2:4]]))
-    assert first.finish_reason == "stop" and tokenizer.decode(first.token_ids).endswith(text[2:4])
+    letter = next(text for t in whole[0][0].token_ids if (text := tokenizer.decode([t])).isalpha())
+    (first, *_), _ = client.generate(REQUESTS, SamplingConfig(max_tokens=40, stop_strings=[letter]))
+    assert first.finish_reason == "stop" and first.token_ids == whole[0][0].token_ids[: len(first.token_ids)]
+    assert tokenizer.decode(first.token_ids).endswith(letter) and letter not in tokenizer.decode(first.token_ids[:-1])
     begun = client.generate(REQUESTS, SamplingConfig(max_tokens=12, budget_tokens=5))
     assert all(d.finish_reason in ("budget", "stop") and len(d.token_ids) <= 5 for row in begun for d in row)
     going_on = [
