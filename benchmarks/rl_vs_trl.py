@@ -3,8 +3,8 @@
     python benchmarks/rl_vs_trl.py --rows gsm8k_train_2000.jsonl.gz --dtype bf16 --rounds 2
 
 A step: --prompts questions, 8 completions of each (up to --max_tokens), a reward, one update, no KL. `--reward answer` (the last
-number is right) gives most groups of this model nothing to learn from, and those are not computed here; with `--reward dense` (the
-share of letters that are e) every completion is trained, so that the same work is compared. TRL
+number is right) gives most groups of this model nothing to learn from, and those are not computed here; with `--reward dense`
+(the share of letters that are e) every completion is trained, so that the same work is compared. TRL
 generates with transformers' generate (`trl`) or its continuous batching (`trl-cb`), and trains without gradient checkpointing
 in batches of --per_device completions. Reported: prompts/s of whole steps, completion tokens/s of sampling alone, trained
 tokens/s of all that is not sampling or reward, over all steps but the first; and the peak of resident memory above the
