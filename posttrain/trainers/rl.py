@@ -31,6 +31,7 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 Rows = Sequence[Mapping[str, Any]]
@@ -120,6 +121,12 @@ class RLTrainer:
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
         )
+        if shards_weights(accelerator):
+            raise ValueError(
+                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
+                "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
+                "--model.lora.rank 16."
+            )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
@@ -205,7 +212,7 @@ class RLTrainer:
 def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     """The engine in this process, under the loop's policy and precision."""
     return LocalEngine(
-        loop.accelerator.unwrap_model(loop.policy),
+        unwrapped(loop.policy),
         compute=getattr(torch, loop.precision.compute),
         stop_ids=stop_token_ids(tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -215,7 +222,7 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
 
 def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
-    policy = loop.accelerator.unwrap_model(loop.policy)
+    policy = unwrapped(loop.policy)
 
     def merged() -> Any:
         return copy.deepcopy(policy.model).merge_and_unload() if has_adapters(policy.model) else policy.model
