@@ -71,7 +71,7 @@ class RLConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Micro-batches: memory and speed, never the gradient"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
+    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
 

@@ -1,4 +1,4 @@
-"""The loop of every method: global batch -> plan -> step gradient -> check -> AdamW -> metrics, evaluation, checkpoint.
+"""The loop of every method: global batch -> plan -> step gradient -> check -> optimizer -> metrics, evaluation, checkpoint.
 
 What differs between methods comes in from outside: where a step's groups come from (a pure function of the step), the
 loss, and what is evaluated.
@@ -45,7 +45,7 @@ class StepBatch:
     counts: Counts | None = None
     """Denominators; None: counted over ``groups``. Groups without a learning signal may be left out and still count here."""
     fresh_optimizer: bool = False
-    """AdamW forgets its moments before this step (Kimi k1.5)."""
+    """The optimizer forgets its state before this step (Kimi k1.5)."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Further entries of the step's line in metrics.jsonl, put before the step's own."""
 

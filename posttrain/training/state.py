@@ -1,8 +1,9 @@
-"""The training state of a run, bit for bit: weights, AdamW's moments, schedule, loss scale, random numbers.
+"""The training state of a run, bit for bit: weights, the optimizer's state, schedule, loss scale, random numbers.
 
-    model.safetensors      trained parameters, persistent buffers   FSDP2: model_<rank>.safetensors, ...
-    optimizer.safetensors  AdamW's state by parameter name          with the part of each process
-    optimizer.json         groups, fingerprint of frozen weights    DeepSpeed: zero/, as its engine writes it
+    model.safetensors      trained parameters, persistent buffers          FSDP2: model_<rank>.safetensors, ...
+    optimizer.safetensors  tensors of the optimizer's state by name         with the part of each process
+    optimizer.json         options, fingerprint of frozen weights, the      DeepSpeed: zero/, as its engine writes it
+                           state's numbers, specs of its tensors
     schedule.json, scaler.json, rng_<rank>.json
 
 It is read without pickle, but for ``zero/``: DeepSpeed unpickles with ``weights_only=False``, so resume those only from
@@ -27,8 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from posttrain.models.sharding import local, reshard
 from posttrain.training import sharding
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from posttrain.training.optimizer import OffloadedOptimizer
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -36,47 +36,71 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
-    """Trained parameters, persistent buffers and AdamW's state, exact, by name; a tied tensor once.
+    """Trained parameters, persistent buffers and the optimizer's state (any of its tensors and numbers), exact, by name.
 
-    Frozen parameters are not saved (they are the model's own files): a fingerprint of them is. ``part`` goes into the file names:
-    of FSDP2's DTensors every process saves its own.
+    A tensor that has two names (tied weights, the code books of 8-bit moments) is saved once. Frozen parameters are not saved
+    (they are the model's own files): a fingerprint of them is. ``part`` goes into the file names: of FSDP2's DTensors every
+    process saves its own.
     """
     model = sharding.unwrapped(model)
     reshard(model)
     names = _names(model, optimizer)
     state = {f"{kind}/{names[p]}": local(value) for p, entry in optimizer.state.items() for kind, value in entry.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    first = {id(t): name for name, t in reversed(tensors.items())}
+    own = {name: t for name, t in tensors.items() if first[id(t)] == name}
     save_file(_own_storage(_saved_tensors(model)), folder / f"model{part}.safetensors")
-    save_file(_own_storage(state), folder / f"optimizer{part}.safetensors")
-    _write_json(folder / f"optimizer{part}.json", {"frozen weights": _fingerprint(model), **_options(names, optimizer)})
+    save_file(_own_storage(own), folder / f"optimizer{part}.safetensors")
+    about = {
+        "run": _about(model, names, optimizer),
+        "tensors": _specs(own),
+        "shared": {name: first[id(t)] for name, t in tensors.items() if name not in own},
+        "numbers": {name: value for name, value in state.items() if name not in tensors and value is not None},
+    }
+    _write_json(folder / f"optimizer{part}.json", about)
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
-    """Puts ``save_training_state``'s values into a model and an AdamW built the same way, whatever their order.
+    """Puts ``save_training_state``'s values into a model and an optimizer built the same way, whatever their order.
 
     The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
-    names, shapes, dtypes, optimizer options or frozen weights differ.
+    names, shapes, dtypes, the optimizer, its options or frozen weights differ.
     """
     model = sharding.unwrapped(model)
     reshard(model)
     names, own = _names(model, optimizer), _saved_tensors(model)
-    weights, moments = load_file(folder / f"model{part}.safetensors"), load_file(folder / f"optimizer{part}.safetensors")
-    steps = {name: moments.pop(f"step/{name}") for name in names.values() if f"step/{name}" in moments}
-    wanted = {f"{kind}/{name}": local(p) for p, name in names.items() if name in steps for kind in _MOMENTS}
-    about = {"frozen weights": _fingerprint(model), **_options(names, optimizer)}
-    _check_same(folder / f"optimizer{part}.json", json.loads((folder / f"optimizer{part}.json").read_bytes()), about)
+    weights, tensors = load_file(folder / f"model{part}.safetensors"), load_file(folder / f"optimizer{part}.safetensors")
+    about = json.loads((folder / f"optimizer{part}.json").read_bytes())
+    _check_same(folder / f"optimizer{part}.json", about["run"], _about(model, names, optimizer))
     _check_same(folder / f"model{part}.safetensors", _specs(weights), _specs(own))
-    _check_same(folder / f"optimizer{part}.safetensors", _specs(moments), _specs(wanted))
+    _check_same(folder / f"optimizer{part}.safetensors", _specs(tensors), about["tensors"])
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+    parameters = {name: p for p, name in names.items()}
+    on_host = isinstance(sharding.base_optimizer(optimizer), OffloadedOptimizer)
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for p, name in names.items():
-        optimizer.state.pop(p, None)
-        if name in steps:  # fused: moments with the strides of p (else silently wrong), step on its device
-            optimizer.state[p] = {kind: torch.empty_like(p) for kind in _MOMENTS}
-            for kind in _MOMENTS:
-                local(optimizer.state[p][kind]).copy_(moments[f"{kind}/{name}"])
-            optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
+    placed: dict[str, Any] = dict(about["numbers"])
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        p = parameters[name]
+        device = "cpu" if on_host or (kind == "step" and p not in fused) else p.device
+        # a moment gets the strides of its parameter (and its sharding): fused kernels are silently wrong with others
+        like = p if value.shape == local(p).shape else value
+        placed[key] = torch.empty_like(like, dtype=value.dtype, device=device).detach()
+        local(placed[key]).copy_(value)
+    placed |= {key: placed[owner] for key, owner in about["shared"].items()}
+    optimizer.state.clear()
+    for key, value in placed.items():
+        kind, name = key.split("/", 1)
+        optimizer.state[parameters[name]][kind] = value
+
+
+def _about(model: nn.Module, names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
+    """What must not change in a run: frozen weights, the optimizer, its options for every parameter."""
+    inner = sharding.base_optimizer(optimizer)
+    name = f"offloaded {type(inner.inner).__name__}" if isinstance(inner, OffloadedOptimizer) else type(inner).__name__
+    return {"frozen weights": _fingerprint(model), "optimizer": name, **_options(names, optimizer)}
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
