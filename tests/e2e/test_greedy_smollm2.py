@@ -14,7 +14,16 @@ from posttrain.rollout.local import LocalConfig, LocalEngine
 NEW_TOKENS = 6
 TIE = 1e-4
 """Where the two best logits are closer than this, either may come first."""
-SUBJECTS = ["a river", "seven and five", "the moon", "a short poem", "bread", "the word green", "winter", "a list of three fruits"]
+SUBJECTS = [
+    "a river",
+    "seven and five",
+    "the moon",
+    "a short poem",
+    "bread",
+    "the word green",
+    "winter",
+    "a list of three fruits",
+]
 TASKS = ["Tell me about {}.", "What is {}?", "Repeat: {}", "Write one line on {}", "Why {}?", "Is {} good? Yes or no.",
          "Translate {} to French.", "Say the opposite of {}"]  # fmt: skip
 
