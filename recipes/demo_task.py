@@ -31,7 +31,7 @@ def make_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows, all questions different. Different seeds (0 to 200) draw different problems.
 
-    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought numbers the words and goes through them backwards.
+    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought goes through the words backwards and counts them.
     """
     if num_train < 1 or num_heldout < 1:
         raise ValueError(f"At least one row is needed in each file; got --train {num_train} --eval {num_heldout}.")
@@ -63,7 +63,7 @@ def _row(task: str, problem: Mapping[str, Any], reasoning: bool) -> dict[str, An
         return {"question": problem["question"].strip(), **judged}
     if reasoning:
         words = answer.split(", ")
-        thought = " ".join(f"{len(words) - i} {word}" for i, word in enumerate(words))
+        thought = " ".join(f"{i} {word}" for i, word in enumerate(words, start=1))
         answer = f"<think>{thought}</think><answer>{answer}</answer>"
     return {
         "messages": [

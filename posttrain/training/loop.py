@@ -191,6 +191,8 @@ class Loop:
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
         )
+        if self.train.self_check and not self._checks_sharded:
+            self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.reference is not None:
@@ -200,7 +202,7 @@ class Loop:
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
         if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
-        if self.train.self_check:
+        if self.train.self_check and self._checks_sharded:
             self._self_check(policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
@@ -208,6 +210,12 @@ class Loop:
             self.reference.start(self.policy, self.forward_plan)
         if self.source is not None:
             self.source.start(self)
+
+    @property
+    def _checks_sharded(self) -> bool:
+        """Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around
+        the forward, in their own precision."""
+        return sharding.shards_weights(self.accelerator)
 
     def _self_check(self, policy: Policy) -> None:
         """Every process compares the same two groups."""
