@@ -28,7 +28,7 @@ from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
-from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, refuse_sharded
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import Extra, RunFolder
 from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
@@ -197,6 +197,7 @@ class Loop:
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.reference is not None:
             self.reference.build(policy, self.accelerator)
+        refuse_sharded(self.optimizer_config, sharding.kind(self.accelerator))
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
@@ -278,7 +279,7 @@ class Loop:
         )
         lr = float(self.schedule.get_last_lr()[0])
         if batch.fresh_optimizer:
-            sharding.forget_moments(self.optimizer)
+            sharding.forget_moments(self.accelerator, self.optimizer)
         sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
             self.reference.after_step(step, self.policy)

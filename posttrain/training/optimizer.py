@@ -206,9 +206,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
     elif config.name == "adamw_8bit":
         optimizer = _adamw_8bit(groups, config)
     elif config.name == "sgd":
-        optimizer = SGD(
-            groups, lr=config.lr, momentum=config.velocity
-        )  # fused writes junk into bf16 momenta on a CPU (torch 2.13)
+        optimizer = SGD(groups, lr=config.lr, momentum=config.velocity)  # torch 2.13, fused on a CPU: junk in bf16 momenta
     else:
         # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024 steps (1 - beta2 < 2^-8),
         # and its lr is relative to the size of the weights.
@@ -224,6 +222,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
             )
         return OffloadedOptimizer(optimizer)
     return optimizer
+
+
+def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
+    """Under ZeRO and FSDP2 (``sharding.kind``) only AdamW: 8-bit blocks and Adafactor's rows would straddle the parts."""
+    if kind != "whole" and (config.name != "adamw" or config.offload):
+        option = "offload" if config.offload else f"name={config.name}"
+        raise ValueError(
+            f"optimizer.{option} is for one process and DDP; this launch shards the optimizer state ({kind}). Take adamw, and "
+            "for offload DeepSpeed's own (offload_optimizer_device: cpu in the launch file)."
+        )
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:

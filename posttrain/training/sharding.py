@@ -112,9 +112,13 @@ def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def forget_moments(optimizer: Any) -> None:
-    """AdamW as if it had never stepped."""
-    for state in base_optimizer(optimizer).state.values():
+def forget_moments(accelerator: Any, optimizer: Any) -> None:
+    """The optimizer as if it had never stepped."""
+    base = base_optimizer(optimizer)
+    if not is_deepspeed(accelerator):
+        base.state.clear()  # not zeroed: 8-bit moments have code books and step counters that are no tensors
+        return
+    for state in base.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
                 value.zero_()

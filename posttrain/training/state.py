@@ -1,9 +1,9 @@
 """The training state of a run, bit for bit: weights, the optimizer's state, schedule, loss scale, random numbers.
 
-    model.safetensors      trained parameters, persistent buffers          FSDP2: model_<rank>.safetensors, ...
-    optimizer.safetensors  tensors of the optimizer's state by name         with the part of each process
-    optimizer.json         options, fingerprint of frozen weights, the      DeepSpeed: zero/, as its engine writes it
-                           state's numbers, specs of its tensors
+    model.safetensors      trained parameters, persistent buffers      FSDP2: model_<rank>.safetensors, ...
+    optimizer.safetensors  tensors of the optimizer's state by name    with the part of each process
+    optimizer.json         options, fingerprint of frozen weights,     DeepSpeed: zero/, as its engine writes it
+                           the state's numbers, specs of its tensors
     schedule.json, scaler.json, rng_<rank>.json
 
 It is read without pickle, but for ``zero/``: DeepSpeed unpickles with ``weights_only=False``, so resume those only from
@@ -45,10 +45,10 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
     model = sharding.unwrapped(model)
     reshard(model)
     names = _names(model, optimizer)
-    state = {f"{kind}/{names[p]}": local(value) for p, entry in optimizer.state.items() for kind, value in entry.items()}
+    state = {f"{kind}/{names[p]}": value for p, entry in optimizer.state.items() for kind, value in entry.items()}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     first = {id(t): name for name, t in reversed(tensors.items())}
-    own = {name: t for name, t in tensors.items() if first[id(t)] == name}
+    own = {name: local(t) for name, t in tensors.items() if first[id(t)] == name}
     save_file(_own_storage(_saved_tensors(model)), folder / f"model{part}.safetensors")
     save_file(_own_storage(own), folder / f"optimizer{part}.safetensors")
     about = {
@@ -85,9 +85,9 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
         kind, name = key.split("/", 1)
         p = parameters[name]
         device = "cpu" if on_host or (kind == "step" and p not in fused) else p.device
-        # a moment gets the strides of its parameter (and its sharding): fused kernels are silently wrong with others
+        # a moment gets the strides (and the sharding) of its parameter: fused kernels are silently wrong with others
         like = p if value.shape == local(p).shape else value
-        placed[key] = torch.empty_like(like, dtype=value.dtype, device=device).detach()
+        placed[key] = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False)
         local(placed[key]).copy_(value)
     placed |= {key: placed[owner] for key, owner in about["shared"].items()}
     optimizer.state.clear()
@@ -98,8 +98,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
 
 def _about(model: nn.Module, names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
     """What must not change in a run: frozen weights, the optimizer, its options for every parameter."""
-    inner = sharding.base_optimizer(optimizer)
-    name = f"offloaded {type(inner.inner).__name__}" if isinstance(inner, OffloadedOptimizer) else type(inner).__name__
+    base = sharding.base_optimizer(optimizer)
+    name = f"offloaded {type(base.inner).__name__}" if isinstance(base, OffloadedOptimizer) else type(base).__name__
     return {"frozen weights": _fingerprint(model), "optimizer": name, **_options(names, optimizer)}
 
 

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.precision import PRECISIONS
-from posttrain.training.optimizer import OffloadedOptimizer, OptimizerConfig, build_optimizer, build_schedule
+from posttrain.training.optimizer import OffloadedOptimizer, OptimizerConfig, build_optimizer, build_schedule, refuse_sharded
+from posttrain.training.sharding import forget_moments
 from posttrain.training.state import load_training_state, read_state, save_training_state, write_state
 from tests.helpers import tiny_llama
 from tests.unit.test_checkpoint import OneProcess, assert_same
@@ -147,6 +148,15 @@ def test_offload_is_refused_where_there_is_nothing_to_offload_to() -> None:
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(offload=True))
 
 
+@pytest.mark.parametrize("settings", [{"name": "adamw_8bit"}, {"name": "adafactor"}, {"name": "sgd"}, {"offload": True}])
+def test_sharded_launches_take_adamw_only(settings: dict[str, Any]) -> None:
+    for kind in ("fsdp2", "zero1", "zero2", "zero3"):
+        with pytest.raises(ValueError, match=f"this launch shards the optimizer state \\({kind}\\)"):
+            refuse_sharded(OptimizerConfig(**settings), kind)
+        refuse_sharded(OptimizerConfig(), kind)
+    refuse_sharded(OptimizerConfig(**settings), "whole")
+
+
 # --- a training run of every optimizer ----------------------------------------------------------------------------------------
 def build(name: str, *, offload: bool = False, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Any]:
     model = tiny_llama(hidden_size=64, tie_word_embeddings=True).to(dtype)  # an embedding of 6208 elements: in 8 bits
@@ -235,15 +245,15 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cleared_state_is_a_new_optimizer(name: str) -> None:
-    """Kimi k1.5 starts every iteration with a fresh optimizer: ``state.clear()`` through accelerate's wrapper."""
-    Accelerator(cpu=True)
+    """Kimi k1.5 starts every iteration with a fresh optimizer: moments, step counters and all, through accelerate's wrapper."""
     model, optimizer, schedule = build(name)
     train(model, optimizer, schedule, range(3))
     other = tiny_llama(hidden_size=64, tie_word_embeddings=True)
     other.load_state_dict(model.state_dict())
     fresh = build_optimizer(other, config(name, lr=schedule.get_last_lr()[0]))
-    wrapped = Accelerator(cpu=True).prepare(optimizer)
-    wrapped.state.clear()
+    accelerator = Accelerator(cpu=True)
+    wrapped = accelerator.prepare(optimizer)
+    forget_moments(accelerator, wrapped)
     for m, o in ((model, wrapped), (other, fresh)):
         train(m, o, schedule=type("NoSchedule", (), {"step": lambda self: None})(), steps=range(3, 4))
     assert_same(everything(model, wrapped), everything(other, fresh))
