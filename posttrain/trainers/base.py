@@ -44,7 +44,7 @@ class BaseConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Micro-batches: memory and speed, never the gradient"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
+    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, cadence and place of the run"""
 

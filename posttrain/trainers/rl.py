@@ -30,6 +30,7 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 Rows = Sequence[Mapping[str, Any]]
@@ -69,7 +70,7 @@ class RLConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Micro-batches: memory and speed, never the gradient"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
+    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
 
@@ -112,6 +113,12 @@ class RLTrainer:
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
         )
+        if shards_weights(accelerator):
+            raise ValueError(
+                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
+                "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
+                "--model.lora.rank 16."
+            )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
@@ -197,7 +204,7 @@ class RLTrainer:
 def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     """The engine in this process, under the loop's policy and precision."""
     return LocalEngine(
-        loop.accelerator.unwrap_model(loop.policy),
+        unwrapped(loop.policy),
         compute=getattr(torch, loop.precision.compute),
         stop_ids=stop_token_ids(tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -207,7 +214,7 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
 
 def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
-    policy = loop.accelerator.unwrap_model(loop.policy)
+    policy = unwrapped(loop.policy)
 
     def save(folder: Path) -> None:
         model = policy.model

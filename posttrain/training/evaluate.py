@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.models.policy import Policy, plain_attention
+from posttrain.models.policy import PlainSequence, Policy, plain_attention
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
@@ -75,10 +75,11 @@ SELF_CHECK_TOKENS = 256
 
 
 @torch.no_grad()
-def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int) -> float:
+def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int, compute: torch.dtype | None = None) -> float:
     """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at a time.
 
-    Raises SelfCheckError when it is beyond the rounding of the weights' dtype, ValueError if ``groups`` train nothing.
+    Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
+    nothing. A collective where weights are sharded.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
@@ -87,15 +88,15 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
     policy.eval()
     squares, worst = [], (0.0, "")
     for micro_batch in plan.ranks[0]:
-        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(next(policy.parameters()).device)
+        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
         packed_T = policy(batch)
         for s, (g, k) in enumerate(batch.refs):
-            difference = (packed_T[batch.sequence_T == s] - policy.plain_values(groups[g], k)).double()
+            difference = (packed_T[batch.sequence_T == s] - policy(PlainSequence(group=groups[g], completion=k))).double()
             squares.append(difference.square())
             worst = max(worst, (float(difference.abs().max()), groups[g].where))
     policy.train(was_training)
     rms = float(torch.cat(squares).mean().sqrt())
-    limit = SELF_CHECK_RMS_NATS[next(policy.parameters()).dtype]
+    limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     if not rms <= limit:
         raise SelfCheckError(
             f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from the model's own by {rms:.3g} "

@@ -225,8 +225,10 @@ class RolloutSource:
         self._collector.engine.refresh(step)
         return self.evaluator(self._collector, step)
 
-    def write(self, folder: Path) -> None:
-        """Everything that decides what comes next, and the mini-batches that are still to be trained."""
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Everything that decides what comes next, and the mini-batches that are still to be trained; the same on all ranks."""
+        if not is_main:
+            return
         state = {
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),

@@ -1,0 +1,124 @@
+"""One interface over whole copies (one process, DDP), FSDP2 and DeepSpeed ZeRO-1, 2 and 3.
+
+| kind | weights | gradients | optimizer state | gradients after backward are in |
+|---|---|---|---|---|
+| whole | whole | whole | whole | ``p.grad`` |
+| fsdp2 | part | part | part | ``p.grad``, a DTensor |
+| zero1, zero2 | whole | part | part | the optimizer's ``averaged_gradients`` |
+| zero3 | part | part | part | the optimizer's ``averaged_gradients`` |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from posttrain.models.sharding import local
+from posttrain.training.config import UserFacingError
+
+Kind = Literal["whole", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+def kind(accelerator: Any) -> Kind:
+    """How the launch shards the model."""
+    if accelerator.distributed_type == "FSDP":
+        return "fsdp2"
+    if accelerator.distributed_type == "DEEPSPEED":
+        stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        return ("zero1", "zero2", "zero3")[stage - 1]  # type: ignore[return-value]
+    return "whole"
+
+
+def shards_weights(accelerator: Any) -> bool:
+    """Whether a process holds only a part of the weights, so that every forward is a collective."""
+    return kind(accelerator) in ("fsdp2", "zero3")
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    """Whether policy is an engine and optimizer a ZeRO optimizer."""
+    return kind(accelerator).startswith("zero")
+
+
+def unwrapped(policy: Any) -> Any:
+    """The policy inside of DDP or a DeepSpeed engine (accelerate's own function imports deepspeed, wherever it is installed)."""
+    return getattr(policy, "module", policy)
+
+
+def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
+    if shards_weights(accelerator):
+        _refuse_4bit(policy)
+    wrapped, prepared = accelerator.prepare(policy, optimizer)
+    if is_deepspeed(accelerator):
+        _check_engine(accelerator, wrapped)
+        if kind(accelerator) == "zero3":
+            import deepspeed
+
+            # the chunk loop reads the head outside of its module: the policy gathers it, in forward and backward, and releases it
+            head = policy.base.get_output_embeddings()
+            for parameter in head.parameters() if head is not None else ():
+                deepspeed.zero.register_external_parameter(policy, parameter)
+    return wrapped, prepared
+
+
+def _check_engine(accelerator: Any, engine: Any) -> None:
+    wanted = int(kind(accelerator)[-1])
+    stage, size, steps = engine.zero_optimization_stage(), engine.dp_world_size, engine.gradient_accumulation_steps()
+    if (stage, size, steps) != (wanted, accelerator.num_processes, 1):
+        raise UserFacingError(
+            f"DeepSpeed runs ZeRO-{stage} on {size} processes with {steps} accumulation steps; ZeRO-{wanted} on "
+            f"{accelerator.num_processes} with 1 was asked for. Check the launch configuration."
+        )
+
+
+def _refuse_4bit(policy: nn.Module) -> None:
+    if any(type(p).__name__ == "Params4bit" for p in policy.parameters()):
+        raise UserFacingError(
+            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with lora.quantize_4bit, or train "
+            "adapters on unquantised weights."
+        )
+
+
+def base_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's and DeepSpeed's wrappers: its groups hold the learning rates."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
+    """After the last backward of a step, this process's part of the reduced gradient; changing it changes the update."""
+    if not is_deepspeed(accelerator):
+        return [local(p.grad) for p in policy.parameters() if p.grad is not None]
+    zero = policy.optimizer
+    offloaded = [m.grad for m in masters(zero) if m.grad is not None]
+    return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
+
+
+def masters(zero: Any) -> list[Tensor]:
+    """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
+
+
+def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:
+    """One update, and the gradients are gone."""
+    if is_deepspeed(accelerator):
+        policy.step()
+    else:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def forget_moments(accelerator: Any, optimizer: Any) -> None:
+    """The optimizer as if it had never stepped."""
+    base = base_optimizer(optimizer)
+    if not is_deepspeed(accelerator):
+        base.state.clear()  # not zeroed: 8-bit moments have code books and step counters that are no tensors
+        return
+    for state in base.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
