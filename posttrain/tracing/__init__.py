@@ -1,1 +1,1 @@
-"""What a run really allocates, measured."""
+"""Memory and model states as torch sees them: traced on fake tensors, measured in a run."""
