@@ -38,6 +38,8 @@ class Parameter:
     """One parameter tensor; a tied one is listed once."""
 
     shape: tuple[int, ...]
+    name: str = ""
+    """As the model names it."""
     dtype: str = "float32"
     """torch's name."""
     trainable: bool = True
@@ -45,6 +47,8 @@ class Parameter:
     """The weight of a plain linear layer: what autocast casts."""
     in_embedding: bool = False
     """Also, or only, read by an embedding (autocast leaves it alone there)."""
+    in_matmul: bool = False
+    """Of another layer that is a matrix product (GPT-2's Conv1D): autocast casts it, a frozen copy keeps it."""
 
     @property
     def numel(self) -> int:
@@ -240,15 +244,21 @@ def frozen_bytes(parameters: Iterable[Parameter], *, compute: str, num_devices: 
 
 def parameters_of(model: Any) -> list[Parameter]:
     """The parameter tensors of a torch module, on any device (``meta`` too), a tied one once."""
-    linear = {id(m.weight) for m in model.modules() if type(m).__name__ == "Linear" and hasattr(m, "weight")}
-    embedding = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
+
+    def weights_of(kind: str) -> set[int]:
+        return {id(m.weight) for m in model.modules() if type(m).__name__ == kind and hasattr(m, "weight")}
+
+    tables = [m for m in model.modules() if any(base.__name__ == "Embedding" for base in type(m).__mro__)]
+    linear, matmul, embedding = weights_of("Linear"), weights_of("Conv1D"), {id(m.weight) for m in tables}
     return [
         Parameter(
             shape=tuple(p.shape),
+            name=name,
             dtype=str(p.dtype).removeprefix("torch."),
             trainable=bool(p.requires_grad),
             in_linear=id(p) in linear,
             in_embedding=id(p) in embedding,
+            in_matmul=id(p) in matmul,
         )
-        for p in model.parameters()
+        for name, p in model.named_parameters()
     ]

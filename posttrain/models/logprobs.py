@@ -152,7 +152,7 @@ def _logits_to_gradient(
         grad = _only_kept(block, kept, here).sub_(lse_T[here, None]).exp_().mul_(-grad_logps)
         grad.scatter_add_(1, targets_T[here, None], grad_logps.to(grad.dtype))
         grad = grad if slope is None else grad.mul_(slope)
-        if grad.data_ptr() != raw.data_ptr():
+        if grad is not raw:  # it was cast, or transformed out of place
             raw.copy_(grad)
 
 

@@ -1,1 +1,1 @@
-"""What a run really allocates, measured."""
+"""The memory of a run as torch sees it: traced without weights, or measured in the real run."""

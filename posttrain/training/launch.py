@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from posttrain.precision import PrecisionPlan, resolve_precision
+from posttrain.training.allocator import keep_freed_memory
 from posttrain.training.config import UserFacingError
 
 
@@ -43,15 +41,6 @@ def asked_sharding(environment: Mapping[str, str]) -> str:
     return asked[0] if asked else "NO"
 
 
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: given back, each costs its page faults again (a tenth of a CPU step)."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_dir: Path) -> tuple[Any, PrecisionPlan]:
     """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns every denominator.
 
@@ -61,7 +50,7 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
     from accelerate.utils import DistributedDataParallelKwargs
 
     check_launch(os.environ)
-    _keep_freed_memory()
+    keep_freed_memory()
     sharding = asked_sharding(os.environ)
     state, several_on_cpu = _join_processes(sharding)
     check_launch(os.environ, state.num_processes)

@@ -1,0 +1,40 @@
+"""glibc's heap on a CPU: keep freed blocks while a micro-batch runs, give the rest back between its parts.
+
+A block that goes back to the system costs its page faults when it is taken again, so within a forward or a backward nothing
+goes back. But glibc cannot put an aligned block into the hole that one of the same size left (posix_memalign asks for size +
+alignment), so holes pile up: resident memory lay 20 to 40 % above the live tensors, by an amount that depended on the order of
+allocations. Given back at two points of every micro-batch, it is the live tensors plus a constant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+
+@cache
+def _glibc() -> Any:
+    """None where there is another C library."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            return libc if libc.malloc_trim and libc.mallopt else None
+    return None
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks: given back at once, each costs its page faults again (a tenth of a CPU step)."""
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory(device_type: str) -> None:
+    """Gives the pages of freed blocks back to the system; on a CPU with glibc only. Microseconds where there are none."""
+    libc = _glibc() if device_type == "cpu" else None
+    if libc is not None:
+        libc.malloc_trim(0)

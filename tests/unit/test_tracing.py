@@ -1,0 +1,127 @@
+"""What the trace says a step holds is what the real step of a real loop holds, to the byte."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.losses.policy import clipped
+from posttrain.losses.preference import dpo
+from posttrain.losses.reward import bradley_terry
+from posttrain.losses.sft import sft
+from posttrain.models.adapters import LoraConfig
+from posttrain.models.heads import Scorer
+from posttrain.models.policy import Policy
+from posttrain.packing.plan import PackingConfig
+from posttrain.precision import PRECISIONS
+from posttrain.tracing.live import CATEGORIES, LiveStorages
+from posttrain.tracing.trace import build_model, trace_step, worst_case
+from posttrain.training.config import TrainConfig
+from posttrain.training.launch import make_accelerator
+from posttrain.training.loop import Loop
+from posttrain.training.optimizer import OptimizerConfig
+from posttrain.training.reference import ReferenceConfig, RunReference
+
+LOSSES = {"sft": sft, "reward": bradley_terry, "dpo": dpo, "rl": clipped}
+TOKENS = 96
+PACKING = PackingConfig(max_tokens=TOKENS, logits_chunk=32)
+
+
+def llama(**overrides):
+    from transformers import LlamaConfig
+
+    settings = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaConfig(**{**settings, **overrides})
+
+
+def others(name):
+    from transformers import Gemma2Config, GPT2Config, Qwen3Config
+
+    if name == "gpt2":
+        return GPT2Config(
+            vocab_size=97, n_positions=256, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
+    sizes = dict(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return Gemma2Config(**sizes, sliding_window=32) if name == "gemma2" else Qwen3Config(**sizes)
+
+
+@pytest.fixture(autouse=True)
+def other_precisions():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+
+
+class MeasuredLoop(Loop):
+    """Peak of live storages of the last step, when the moments exist."""
+
+    def _step(self, step):
+        self.live.phases.clear()
+        return super()._step(step)
+
+
+def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=False):
+    """Through the real loop: accelerate's wrappers, the real reference, two steps."""
+    accelerator, plan = make_accelerator(precision=precision, project_dir=tmp_path)
+    live = LiveStorages()
+    with live:
+        torch.manual_seed(0)
+        model = build_model(config, method, plan, lora=lora, gradient_checkpointing=checkpointing)
+        loop = MeasuredLoop(
+            accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=LOSSES[method],
+            batches=lambda _: worst_case(method, TOKENS), num_steps=2, train=TrainConfig(run_dir=str(tmp_path), max_steps=2, self_check=False),
+            optimizer_config=OptimizerConfig(), packing=PACKING, policy_class=Scorer if method == "reward" else Policy,
+        )  # fmt: skip
+        loop.live = live
+        if method == "dpo":
+            loop.reference = RunReference(ReferenceConfig(), precision=plan)
+        loop.run()
+    return live.peak.total_bytes
+
+
+CASES = [
+    *[(llama(), method, precision, None, False) for method, precision in itertools.product(LOSSES, ("fp32", "bf16"))],
+    *[(llama(), method, "fp32", None, True) for method in LOSSES],
+    (llama(), "sft", "bf16", None, True),
+    (llama(tie_word_embeddings=True), "sft", "bf16", None, False),
+    (llama(tie_word_embeddings=True), "dpo", "bf16", None, False),
+    *[(llama(), method, "fp32", LoraConfig(rank=4), True) for method in ("sft", "dpo", "reward")],
+    (llama(), "rl", "bf16", LoraConfig(rank=4), False),
+    (llama(), "sft", "bf16-pure", None, False),
+    *[(others(name), "dpo", "fp32", None, False) for name in ("gpt2", "gemma2", "qwen3")],
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "precision", "lora", "checkpointing"),
+    CASES,
+    ids=lambda v: getattr(v, "model_type", None) or ("lora" if isinstance(v, LoraConfig) else str(v)),
+)
+def test_traced_is_what_the_real_loop_holds(tmp_path, config, method, precision, lora, checkpointing):
+    traced = trace_step(
+        config, method=method, packing=PACKING, precision=PRECISIONS[precision], lora=lora, gradient_checkpointing=checkpointing
+    )
+    assert sum(traced.by_category.values()) == traced.peak_bytes
+    assert set(traced.by_category) <= set(CATEGORIES)
+    assert traced.peak_bytes == measured(tmp_path, config, method, precision, lora=lora, checkpointing=checkpointing)
