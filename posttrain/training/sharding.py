@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,6 +51,10 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
     """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
     if shards_weights(accelerator):
         _refuse_4bit(policy)
+    if is_deepspeed(accelerator):
+        _size_buckets(accelerator, policy)
+    if kind(accelerator) == "zero3":
+        _partition(accelerator, policy)
     wrapped, prepared = accelerator.prepare(policy, optimizer)
     if is_deepspeed(accelerator):
         _check_engine(accelerator, wrapped)
@@ -61,6 +66,34 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
             for parameter in head.parameters() if head is not None else ():
                 deepspeed.zero.register_external_parameter(policy, parameter)
     return wrapped, prepared
+
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Largest communication bucket (elements); DeepSpeed's own 5e8 would take 2 GB, and ZeRO-3 keeps one allocated."""
+
+
+def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
+    """What DeepSpeed's configuration says of the model, where the launch does not."""
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        zero.setdefault(name, min(_BUCKET_ELEMENTS, trained))
+    # norms and biases stay whole
+    zero.setdefault("stage3_param_persistence_threshold", 10 * policy.config.get_text_config().hidden_size)
+
+
+def _partition(accelerator: Any, policy: nn.Module) -> None:
+    """Parameter by parameter, from the CPU: ``deepspeed.initialize`` alone would first move the whole model to the device."""
+    import deepspeed
+
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for tensor in policy.parameters():
+        if tensor.is_floating_point() and config["bf16"]["enabled"]:
+            tensor.data = tensor.data.to(torch.bfloat16)
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    known = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": config["zero_optimization"], "bf16": config["bf16"]}
+    deepspeed.zero.Init(module=policy, config_dict_or_path=known)
 
 
 def _check_engine(accelerator: Any, engine: Any) -> None:
