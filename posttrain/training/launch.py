@@ -149,6 +149,7 @@ def _settle_deepspeed(accelerator: Any) -> None:
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
     config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    config["bf16"]["immediate_grad_update"] = True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
     zero = config["zero_optimization"]
     if zero["stage"] not in (1, 2, 3):
         raise UserFacingError(f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole copies use launch/ddp.yaml.")

@@ -126,14 +126,17 @@ def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
     if not is_deepspeed(accelerator):
         return [local(p.grad) for p in policy.parameters() if p.grad is not None]
     zero = policy.optimizer
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+        return list(zero.fp32_groups_gradient_flat_partition)
     offloaded = [m.grad for m in masters(zero) if m.grad is not None]
     return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
 
 
 def masters(zero: Any) -> list[Tensor]:
     """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
+    # ZeRO-3; ZeRO-1 and 2; ZeRO-1 with bfloat16 weights, which is another class
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
 
 
 def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:

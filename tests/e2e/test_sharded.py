@@ -33,6 +33,7 @@ def test_three_updates_are_those_of_one_process(tmp_path, kind):
     assert len(results) == 8 and {r["kind"] for r in results} == {kind}
     worst = max(results, key=lambda r: max(r["errors"]))
     assert max(worst["errors"]) < (1e-10 if precise else 1e-5), worst
+    assert all(r["all_stop"] for r in results), "a gradient that is not finite on one rank stops all"
     for result in results:
         for rank, states in enumerate(result["states"]):
             check_states(kind, rank, result["parameters"], states)
