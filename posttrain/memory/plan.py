@@ -26,6 +26,8 @@ LIBRARIES_BYTES = {"cpu": 760_000_000, "cuda": 500_000_000}
 ALLOCATOR_BYTES = {"cpu": 60_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {"cpu": 0.03, "cuda": 0.06}
 """What the allocator holds beyond live tensors: a constant and a share of them (rounding, holes, kernels' scratch)."""
+MAPPED = "mapped file"
+"""A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
 DEEPSPEED_BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket by default; two of them, since it overlaps."""
 
@@ -115,8 +117,8 @@ class MemoryPlan:
     """What this rank sends per optimizer step of one micro-batch."""
 
     def total(self, phase: Phase) -> int:
-        """Bytes of a phase."""
-        return sum(self.phases[phase].values())
+        """Bytes of a phase that cannot be given back."""
+        return sum(n for name, n in self.phases[phase].items() if name != MAPPED)
 
     @property
     def worst(self) -> Phase:
@@ -161,13 +163,13 @@ def memory_plan(job: Job) -> MemoryPlan:
     gradients = {"gradients": on.get("gradients", 0)}
     buckets = {"communication": communication_bytes(job)}
     stored = sum(p.num_bytes for p in job.parameters)
-    phases: dict[Phase, dict[str, int]] = {"load": {"weights": stored, "reference": held["reference"]}}
+    phases: dict[Phase, dict[str, int]] = {"load": {"weights": stored, "reference": held["reference"], MAPPED: stored}}
     if job.rollout is not None:
         phases["rollout"] = held | {n: b for n, b in sampler.items() if n != "rollout copy"}
     phases["update"] = held | gradients | buckets | dict(act.items)
     phases["optimizer step"] = held | gradients | buckets | {"temporaries": _update_temporaries(job)}
     phases["save"] = held
-    phases["resume"] = held | {"checkpoint": sum(held[n] for n in ("weights", "master", "moments", "counters"))}
+    phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "master", "moments", "counters"))}
     return MemoryPlan(
         job=job,
         phases={name: _with_overheads(items, job.device) for name, items in phases.items()},
@@ -178,7 +180,7 @@ def memory_plan(job: Job) -> MemoryPlan:
 
 
 def _with_overheads(items: Mapping[str, int], device: Device) -> dict[str, int]:
-    live = sum(items.values())
+    live = sum(n for name, n in items.items() if name != MAPPED)
     own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * live)
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
 

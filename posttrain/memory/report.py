@@ -12,7 +12,7 @@ COLOURS = {
     "weights": "blue", "gradients": "magenta", "master": "bright_blue", "moments": "cyan", "counters": "cyan",
     "reference": "green", "reward model": "bright_green", "rollout copy": "bright_cyan", "KV cache": "bright_magenta",
     "activations": "yellow", "recomputed": "bright_yellow", "attention masks": "bright_yellow", "casts": "bright_black",
-    "logits": "red", "temporaries": "bright_red", "communication": "white", "checkpoint": "bright_black",
+    "logits": "red", "temporaries": "bright_red", "communication": "white", "mapped file": "bright_black",
     "libraries": "dim", "allocator": "dim",
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def _table(plan: MemoryPlan) -> Any:
         values = [items.get(name, 0) for items in plan.phases.values()]
         table.add_row(name, *(f"{v / 1e9:.3f}" if v else "" for v in values))
     table.add_section()
-    table.add_row("total", *(f"{plan.total(phase) / 1e9:.3f}" for phase in plan.phases))
+    table.add_row("total without mapped file", *(f"{plan.total(phase) / 1e9:.3f}" for phase in plan.phases))
     return table
 
 

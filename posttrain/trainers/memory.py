@@ -62,7 +62,7 @@ def job_of(
     parameters = parameters_of(model)
     arch = architecture_of(model.config, parameters)
     mode = choose_mode(model, config.packing, device_type=device)
-    checkpointing = bool(getattr(model, "is_gradient_checkpointing", False)) if given else config.model.gradient_checkpointing
+    checkpointing = bool(getattr(model, "is_activation_checkpointing", False)) if given else config.model.gradient_checkpointing
     moves = wants_reference and bool(config.reference.sync_every)
     job = Job(
         method=method,

@@ -198,10 +198,13 @@ class Loop:
         refuse_sharded(self.optimizer_config, sharding.kind(self.accelerator))
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
+        checks_whole = self.train.self_check and not sharding.shards_weights(self.accelerator)
+        if checks_whole:  # before accelerate puts autocast around the forward
+            self._self_check(policy)
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
         if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
-        if self.train.self_check:
+        if self.train.self_check and not checks_whole:
             self._self_check(policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
