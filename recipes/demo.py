@@ -79,8 +79,8 @@ def show(rows: list[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft-steps", type=int, default=12, help="optimizer steps of the cold start")
-    parser.add_argument("--rl-steps", type=int, default=60, help="optimizer steps of GRPO")
+    parser.add_argument("--sft-steps", type=int, default=16, help="optimizer steps of the cold start")
+    parser.add_argument("--rl-steps", type=int, default=26, help="optimizer steps of GRPO")
     args = parser.parse_args()
     began = time.monotonic()
     for name in ("demo_cold_start", "demo_rl"):

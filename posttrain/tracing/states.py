@@ -48,7 +48,9 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _zero_gradients(zero: Any) -> list[Tensor]:
-    """What ZeRO accumulates into; ZeRO-1 also keeps whole gradients in a wider dtype beside ``p.grad``."""
+    """What ZeRO accumulates into; with bfloat16 weights ZeRO-1 keeps whole gradients in float32."""
+    if hasattr(zero, "fp32_groups_gradients_flat"):
+        return list(zero.fp32_groups_gradients_flat)
     held = [g for group in zero.averaged_gradients.values() if group is not None for g in group]
     if hasattr(zero, "bit16_groups"):
         held += [p.grad_accum for group in zero.bit16_groups for p in group if getattr(p, "grad_accum", None) is not None]

@@ -23,6 +23,7 @@ from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import show_held_out
+from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict, with_options
 from posttrain.training.experience import RolloutConfig, RolloutSource
@@ -127,6 +128,9 @@ class RLTrainer:
                 "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
                 "--model.lora.rank 16."
             )
+        memory = MemoryCheck.start(
+            config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference
+        )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
@@ -164,6 +168,7 @@ class RLTrainer:
             result = loop.run()
         finally:
             self._rewards.close()
+        memory.finish(accelerator)
         if accelerator.is_main_process:
             show_held_out(result)
             print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")

@@ -24,6 +24,7 @@ from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
+from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
@@ -173,6 +174,7 @@ class Loop:
                     if evaluation:
                         metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
+                    return_freed_memory(self.accelerator.device.type)
                     folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
         finally:
             metrics.close()
