@@ -150,9 +150,10 @@ def model_states(
 def moment_bytes(shape: Sequence[int], *, dtype: str, optimizer: OptimizerName) -> tuple[int, int]:
     """(moments, counters) that an optimizer keeps for one tensor.
 
-    adamw: two of the tensor's dtype and a float32 step; sgd: one; adafactor (Shazeer & Stern 2018, arXiv:1804.04235): one row
-    and one column per matrix, the whole second moment of a vector, a step; adamw_8bit (Dettmers et al. 2022, arXiv:2110.02861):
-    two bytes per element and two float32 scales per block of 256, float32 moments below 4096 elements.
+    adamw: two of the tensor's dtype and a float32 step; sgd: one (with momentum); adafactor (Shazeer & Stern 2018,
+    arXiv:1804.04235): in float32 one row and one column per matrix, the whole second moment of a vector, the weights' RMS;
+    adamw_8bit (Dettmers et al. 2022, arXiv:2110.02861): two bytes per element and two float32 scales per block of 256, float32
+    moments below 4096 elements.
     """
     numel, size = math.prod(shape), bytes_per_element(dtype)
     if optimizer == "adamw":
@@ -161,7 +162,7 @@ def moment_bytes(shape: Sequence[int], *, dtype: str, optimizer: OptimizerName) 
         return numel * size, 0
     if optimizer == "adafactor":
         factored = numel // shape[-1] + numel // shape[-2] if len(shape) > 1 else numel
-        return factored * size, 4
+        return factored * max(size, 4), 4
     if numel < SMALLEST_8BIT:
         return 2 * numel * 4, 0
     return 2 * numel + 2 * 4 * -(-numel // BLOCK_8BIT), 0

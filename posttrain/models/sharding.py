@@ -13,27 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of it."""
-    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
+def _is_dtensor(tensor: Any) -> bool:
+    return hasattr(tensor, "placements")  # without the import, which takes half a second
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory with the parameter; the tensor itself where it is whole."""
-    if isinstance(tensor, DTensor):
+    if _is_dtensor(tensor):
         return tensor.to_local()
     return tensor.ds_tensor if hasattr(tensor, "ds_tensor") else tensor
 
 
 def reshard(module: nn.Module) -> None:
     """FSDP2 leaves the outermost weights whole after a forward without backward; afterwards every parameter is a shard."""
-    from torch.distributed.fsdp import FSDPModule
-
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if hasattr(part, "reshard"):
             part.reshard()
 
 
@@ -41,7 +37,7 @@ def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
     """Each tensor whole, one at a time: what is yielded is valid until the next one."""
     for name, tensor in named:
         with _gathered(tensor):
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            yield name, tensor.full_tensor() if _is_dtensor(tensor) else tensor.detach()
 
 
 def _gathered(tensor: Tensor) -> Any:
@@ -91,11 +87,11 @@ def shard_frozen(module: nn.Module, device: torch.device, *, layer_names: Iterab
 @torch.no_grad()
 def mix_into(mine: nn.Module, theirs: nn.Module, share: float) -> None:
     """mine <- share * theirs + (1 - share) * mine, parameter by parameter, however either is sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
     reshard(mine)
     reshard(theirs)
     targets = list(mine.parameters())
     for target, (_, source) in zip(targets, whole_tensors((n, p) for n, p in theirs.named_parameters()), strict=True):
-        part = (
-            distribute_tensor(source, target.device_mesh, target.placements).to_local() if isinstance(target, DTensor) else source
-        )
+        part = distribute_tensor(source, target.device_mesh, target.placements).to_local() if _is_dtensor(target) else source
         local(target).lerp_(part.to(target.dtype), share)

@@ -1,1 +1,1 @@
-"""Memory and model states as torch sees them: traced on fake tensors, measured in a run."""
+"""The memory of a run as torch sees it: traced without weights, or measured in the real run."""

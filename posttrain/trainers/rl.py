@@ -19,6 +19,7 @@ from posttrain.packing.plan import PackingConfig
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig
+from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import show_held_out
@@ -74,6 +75,13 @@ class RLConfig:
     """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
+
+
+SHOWN = (
+    "reward", "accuracy", "length", "kl_reference_nats", "surprise_nats", "rollout_tokens_per_s", "scores_per_s",
+    "update_tokens_per_s",
+)  # fmt: skip
+"""The live line. ``surprise_nats``: -log pi of the sampled tokens, whose mean is the entropy."""
 
 
 class RLTrainer:
@@ -149,7 +157,7 @@ class RLTrainer:
             packing=config.packing,
             source=source,
             temperature=config.sampling.temperature,
-            shown=("reward", "length", "loss", "rollout_tokens_per_s", "tokens_per_s"),
+            shown=SHOWN,
             settings=to_dict(config),
             data_counts=counts,
             identity={"algorithm": self.algorithm.name, "prompts": len(train)},
@@ -221,17 +229,20 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
     policy = unwrapped(loop.policy)
 
-    def save(folder: Path) -> None:
-        model = policy.model
-        if has_adapters(model):
-            model = copy.deepcopy(model).merge_and_unload()
-        save_model(model, tokenizer, folder)
+    def merged() -> Any:
+        return copy.deepcopy(policy.model).merge_and_unload() if has_adapters(policy.model) else policy.model
 
+    handover: Handover
+    if config.vllm.handover == "nccl":
+        host, _, port = config.vllm.nccl_address.rpartition(":")
+        handover = NCCLHandover(url=config.vllm.url, address=host, port=int(port), timeout_s=config.vllm.timeout_s, model=merged)
+    else:
+        folder = Path(config.vllm.weights_dir) if config.vllm.weights_dir else config.train.folder / "vllm_weights"
+        handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
     return VLLMEngine(
         config.vllm,
-        save_weights=save,
+        handover=handover,
         stop_ids=stop_token_ids(tokenizer),
-        weights_dir=config.train.folder / "vllm_weights",
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
     )

@@ -1,64 +1,17 @@
-"""Greedy answers, and the check that the packed forward is the model's own."""
+"""The check that the packed forward is the model's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
 
-from posttrain.models.policy import PlainSequence, Policy, plain_attention
+from posttrain.models.policy import PlainSequence, Policy
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
 from posttrain.types import Completion, PromptGroup
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    advance: Callable[[int], None] | None = None,
-) -> Iterator[str]:
-    """Greedy completions of tokenised prompts, decoded without special tokens, in the order given.
-
-    Prompts are batched by length with left padding; ``advance(n)`` is called after each batch (a progress bar).
-    """
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, str] = {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    with plain_attention(model):
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.full((len(rows), width), pad, device=device)
-            mask = torch.zeros_like(ids)
-            for r, i in enumerate(rows):
-                ids[r, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]), device=device)
-                mask[r, width - len(prompts[i]) :] = 1
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                use_cache=True,
-            )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            answers.update(zip(rows, texts, strict=True))
-            if advance is not None:
-                advance(len(rows))
-    model.train(was_training)
-    yield from (answers[i] for i in range(len(prompts)))
 
 
 class SelfCheckError(UserFacingError):

@@ -127,10 +127,6 @@ def _fsdp_plugin(plan: PrecisionPlan) -> Any:
     )
 
 
-_BUCKET_ELEMENTS = 50_000_000
-"""DeepSpeed's communication buckets (elements); its default of 5e8 takes 2 GB."""
-
-
 def _settle_deepspeed(accelerator: Any) -> None:
     """The part of DeepSpeed's configuration that is not topology. Clipping and accumulation are ``training/step.py``'s."""
     from transformers.integrations import unset_hf_deepspeed_config
@@ -142,9 +138,7 @@ def _settle_deepspeed(accelerator: Any) -> None:
     config = accelerator.deepspeed_plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
     config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    config["bf16"]["immediate_grad_update"] = True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
     zero = config["zero_optimization"]
     if zero["stage"] not in (1, 2, 3):
         raise UserFacingError(f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole copies use launch/ddp.yaml.")
-    for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
-        zero.setdefault(name, _BUCKET_ELEMENTS)
-    zero.setdefault("stage3_param_persistence_threshold", "auto")  # 10 * hidden size: norms and biases stay whole

@@ -24,6 +24,7 @@ from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
+from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
@@ -173,6 +174,7 @@ class Loop:
                     if evaluation:
                         metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
+                    return_freed_memory(self.accelerator.device.type)
                     folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
         finally:
             metrics.close()
@@ -191,6 +193,8 @@ class Loop:
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
         )
+        if self.train.self_check and not self._checks_sharded:
+            self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.reference is not None:
@@ -198,13 +202,10 @@ class Loop:
         refuse_sharded(self.optimizer_config, sharding.kind(self.accelerator))
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
-        checks_whole = self.train.self_check and not sharding.shards_weights(self.accelerator)
-        if checks_whole:  # before accelerate puts autocast around the forward
-            self._self_check(policy)
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
         if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
-        if self.train.self_check and not checks_whole:
+        if self.train.self_check and self._checks_sharded:
             self._self_check(policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
@@ -212,6 +213,12 @@ class Loop:
             self.reference.start(self.policy, self.forward_plan)
         if self.source is not None:
             self.source.start(self)
+
+    @property
+    def _checks_sharded(self) -> bool:
+        """Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around
+        the forward, in their own precision."""
+        return sharding.shards_weights(self.accelerator)
 
     def _self_check(self, policy: Policy) -> None:
         """Every process compares the same two groups."""
@@ -256,6 +263,7 @@ class Loop:
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups
+        sampled = time.perf_counter()
         plan = self._plan(groups, batch.counts)
         result = step_gradient(
             self.accelerator,
@@ -284,8 +292,11 @@ class Loop:
             raise NonFiniteError(
                 f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
             )
-        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
-        return {**batch.metrics, **checked, **own}
+        ended = time.perf_counter()
+        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=ended - began)
+        update_s = ended - sampled
+        phase = {} if self.source is None else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
+        return {**batch.metrics, **checked, **own, **phase}
 
     def _metrics(
         self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float

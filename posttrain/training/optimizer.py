@@ -28,7 +28,7 @@ class OptimizerConfig:
 
     name: Name = "adamw"
     """``adamw``: two moments in the weights' dtype, 8 bytes a parameter in fp32. ``adamw_8bit``: both in 8 bits with one fp32
-    scale per 256 elements, 2.03 bytes (tensors below 4096 elements: fp32), by bitsandbytes; slow on a CPU (9 s a step for 135M
+    scale per 256 elements, 2.03 bytes (tensors below 4096 elements: fp32), by bitsandbytes; slow on a CPU (3.4 s a step for 135M
     parameters, ``adamw`` 0.1 s). ``sgd``: one momentum, 4 bytes in fp32; its lr has another scale, try 1e-2. ``adafactor``: a
     sum per row and per column instead of a moment, about 0 bytes; lr means what it means for adamw."""
     offload: bool = False

@@ -104,7 +104,8 @@ class RunReference:
                     "reference.sync_every would average in bfloat16, the dtype of DeepSpeed's weights, and lose small moves. Use "
                     "--train.precision fp32, FSDP2 (launch/fsdp.yaml) or DDP."
                 )
-            self._frozen.to(self._precision.load_dtype)  # as the engine does with the policy
+            for p in self._frozen.parameters():  # as the engine does with the policy; buffers (rotary frequencies) stay
+                p.data = p.data.to(self._precision.load_dtype)
         if self._config.cache:
             self._digest = weights_digest((self._frozen or policy).model)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,6 +51,10 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
     """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
     if shards_weights(accelerator):
         _refuse_4bit(policy)
+    if is_deepspeed(accelerator):
+        _size_buckets(accelerator, policy)
+    if kind(accelerator) == "zero3":
+        _partition(accelerator, policy)
     wrapped, prepared = accelerator.prepare(policy, optimizer)
     if is_deepspeed(accelerator):
         _check_engine(accelerator, wrapped)
@@ -61,6 +66,34 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
             for parameter in head.parameters() if head is not None else ():
                 deepspeed.zero.register_external_parameter(policy, parameter)
     return wrapped, prepared
+
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Largest communication bucket (elements); DeepSpeed's own 5e8 would take 2 GB, and ZeRO-3 keeps one allocated."""
+
+
+def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
+    """What DeepSpeed's configuration says of the model, where the launch does not."""
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        zero.setdefault(name, min(_BUCKET_ELEMENTS, trained))
+    # norms and biases stay whole
+    zero.setdefault("stage3_param_persistence_threshold", 10 * policy.config.get_text_config().hidden_size)
+
+
+def _partition(accelerator: Any, policy: nn.Module) -> None:
+    """Parameter by parameter, from the CPU: ``deepspeed.initialize`` alone would first move the whole model to the device."""
+    import deepspeed
+
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for tensor in policy.parameters():
+        if tensor.is_floating_point() and config["bf16"]["enabled"]:
+            tensor.data = tensor.data.to(torch.bfloat16)
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    known = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": config["zero_optimization"], "bf16": config["bf16"]}
+    deepspeed.zero.Init(module=policy, config_dict_or_path=known)
 
 
 def _check_engine(accelerator: Any, engine: Any) -> None:
@@ -93,14 +126,17 @@ def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
     if not is_deepspeed(accelerator):
         return [local(p.grad) for p in policy.parameters() if p.grad is not None]
     zero = policy.optimizer
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+        return list(zero.fp32_groups_gradient_flat_partition)
     offloaded = [m.grad for m in masters(zero) if m.grad is not None]
     return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
 
 
 def masters(zero: Any) -> list[Tensor]:
     """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
+    # ZeRO-3; ZeRO-1 and 2; ZeRO-1 with bfloat16 weights, which is another class
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
 
 
 def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:

@@ -19,7 +19,7 @@ from posttrain.tracing.states import measured_states
 from posttrain.training import sharding
 from posttrain.training.launch import make_accelerator
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
-from posttrain.training.step import clip_and_check, couples_completions, step_gradient
+from posttrain.training.step import NonFiniteError, clip_and_check, couples_completions, step_gradient
 from tests.helpers import random_groups, reference_gradient, tiny_gpt2, token_mean
 from tests.losses_for_tests import all_pairs, all_pairs_reference
 
@@ -71,6 +71,15 @@ def run_case(
         figures = {"loss": result.loss, "norm": norm, "states": states}
         sharding.take_step(accelerator, policy, optimizer)
     state = whole_state(model, keep=accelerator.is_main_process, only_trained=False)
+    step_gradient(accelerator, policy, groups, plan, loss, mode="shared")
+    if accelerator.process_index == 1:
+        sharding.local_gradients(accelerator, policy)[0].fill_(float("nan"))
+    try:
+        clip_and_check(accelerator, policy, result, groups, max_grad_norm=1.0, step=3)
+        stopped = False
+    except NonFiniteError:
+        stopped = True
+    figures["all_stop"] = all(gather_object([stopped]))
     accelerator.free_memory()
     return plan, figures, state
 
@@ -100,6 +109,7 @@ def main(out: Path, precise: bool) -> None:
                 "case": case,
                 "kind": sharding.kind(accelerator),
                 "states": figures["states"],
+                    "all_stop": figures["all_stop"],
                 "parameters": [list(p.shape) for p in alone.parameters()],
                 "micro_batches": [sum(not m.is_dummy for m in rank) for rank in plan.ranks],
                 "coupled": any(m.coupled_group is not None for rank in plan.ranks for m in rank),

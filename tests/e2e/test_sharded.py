@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -24,16 +25,38 @@ LAUNCH = {
 
 @pytest.mark.parametrize("kind", LAUNCH)
 def test_three_updates_are_those_of_one_process(tmp_path, kind):
-    """Clipped AdamW with decay against torch's own on one sequence at a time: float64 under FSDP2, fp32 masters under DeepSpeed."""
+    """Clipped AdamW with decay against torch's own on one sequence at a time: float64 under FSDP2, fp32 masters under DeepSpeed.
+
+    The first use of DeepSpeed on a machine compiles an extension (1-2 minutes).
+    """
     out = tmp_path / "results.json"
     precise = kind == "fsdp2"
-    check(run(LAUNCH[kind], "tests/e2e/sharded_script.py", str(out), "float64" if precise else "float32"))
+    check(run(LAUNCH[kind], "tests/e2e/sharded_script.py", str(out), "float64" if precise else "float32", timeout_s=600))
     results = json.loads(out.read_text())
     assert len(results) == 8 and {r["kind"] for r in results} == {kind}
     worst = max(results, key=lambda r: max(r["errors"]))
     assert max(worst["errors"]) < (1e-10 if precise else 1e-5), worst
+    assert all(r["all_stop"] for r in results), "a gradient that is not finite on one rank stops all"
+    for result in results:
+        for rank, states in enumerate(result["states"]):
+            check_states(kind, rank, result["parameters"], states)
     shapes = {tuple(sorted(r["micro_batches"])) for r in results}
     assert any(0 in shape for shape in shapes) and any(0 < a < b for a, b in shapes) and any(r["coupled"] for r in results)
+
+
+def check_states(kind: str, rank: int, shapes: list[list[int]], states: dict[str, int]) -> None:
+    """To the byte: FSDP2 cuts rows (float64 here) and pads its storage, ZeRO-3 cuts every parameter, ZeRO-1 and 2 a flat buffer."""
+    rows = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    if kind == "fsdp2":
+        part = 8 * sum(-(-n // 2) * width for n, width in rows)
+        mine = 8 * sum((-(-n // 2) if rank == 0 else n // 2) * width for n, width in rows)
+        assert states == {"weights": part, "gradients": part, "master": 0, "moments": 2 * mine, "buckets": 0}
+        return
+    part = 4 * sum(-(-n * width // 2) for n, width in rows)
+    assert states["master"] == part and states["moments"] == 2 * part
+    assert states["weights"] == (part if kind == "zero3" else 2 * part)
+    # the flat cut falls inside a parameter, whose whole gradient both ranks keep
+    assert states["gradients"] == part if kind == "zero3" else part <= states["gradients"] <= 2 * part
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,7 @@ def test_fsdp2_shards_add_up():
 def test_moments_by_shape():
     assert moment_bytes((100, 30), dtype="float32", optimizer="adafactor") == (4 * 130, 4)
     assert moment_bytes((30,), dtype="float32", optimizer="adafactor") == (4 * 30, 4)
+    assert moment_bytes((100, 30), dtype="bfloat16", optimizer="adafactor") == (4 * 130, 4)  # its sums stay in float32
     assert moment_bytes((64, 64), dtype="float32", optimizer="adamw_8bit") == (2 * 4096 + 8 * 16, 0)
     assert moment_bytes((64, 63), dtype="bfloat16", optimizer="adamw_8bit") == (8 * 64 * 63, 0)
     with pytest.raises(ValueError, match="run_states"):

@@ -1,0 +1,233 @@
+"""Memory known before the run: traced and closed form against live storages and resident memory of a real run.
+
+    python benchmarks/memory_accuracy.py                      # the grid, about 15 minutes on one core; resumes where it stopped
+    python benchmarks/memory_accuracy.py --only gemma2 --table
+
+A case is one process: a model with random weights is loaded as a run loads it and trained for three steps of two full rows
+through the real loop, checkpoint and final model included. `live` is the most bytes of tensor storages alive at once in its
+steps (every operator is watched), `resident` the peak resident set of the whole process (VmHWM). Predicted: `traced`, the same
+step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import spawn
+
+FAMILIES = ("smollm2", "qwen3", "gemma2", "gpt2")
+METHODS = ("sft", "dpo", "reward", "rl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the table."""
+
+    family: str
+    method: str
+    tokens: int
+    checkpointing: bool
+    precision: str
+
+
+def grid() -> list[Case]:
+    """Every family with every method; precision, checkpointing and length alternate. Then SmolLM2-135M as it is."""
+    cases = []
+    for i, family in enumerate(FAMILIES):
+        for j, method in enumerate(METHODS):
+            cases.append(
+                Case(
+                    family=family,
+                    method=method,
+                    tokens=(512, 1024, 2048)[(i + 2 * j) % 3],
+                    checkpointing=(i + j // 2) % 2 == 1,
+                    precision=("fp32", "bf16")[(i + j) % 2],
+                )  # fmt: skip
+            )
+    small = [Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16")]
+    return [*cases, *small, Case(family="smollm2-135m", method="dpo", tokens=512, checkpointing=True, precision="fp32")]
+
+
+def config_of(family: str) -> Any:
+    """20 to 40 million parameters in the shape of the family; SmolLM2-135M as it is."""
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+
+    common: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    if family == "smollm2-135m":
+        return LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=50257, n_positions=4096, n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            **common,
+        )  # fmt: skip
+    sizes: dict[str, Any] = dict(
+        vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=8192, **common,
+    )  # fmt: skip
+    if family == "qwen3":
+        return Qwen3Config(**{**sizes, "vocab_size": 50000, "head_dim": 128}, tie_word_embeddings=True)
+    if family == "gemma2":
+        return Gemma2Config(**{**sizes, "vocab_size": 64000, "hidden_size": 384}, sliding_window=256, query_pre_attn_scalar=64)
+    return LlamaConfig(**sizes, tie_word_embeddings=False)
+
+
+class NoTokenizer:
+    """The models have none; what loop and reward model ask of it."""
+
+    pad_token_id, unk_token_id = 3, None
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 3
+
+    def save_pretrained(self, folder: str) -> None:
+        (Path(folder) / "tokenizer_config.json").write_text("{}")
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """In a process of its own: three steps of the real loop, and what they held."""
+    import datasets
+    import peft
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from posttrain.losses import policy, preference, reward, sft
+    from posttrain.models.heads import Scorer, load_reward_model
+    from posttrain.models.load import ModelConfig, load_model
+    from posttrain.packing.plan import PackingConfig
+    from posttrain.tracing.live import LiveStorages
+    from posttrain.tracing.measure import status_bytes
+    from posttrain.tracing.trace import worst_case
+    from posttrain.training.config import TrainConfig
+    from posttrain.training.launch import make_accelerator
+    from posttrain.training.loop import Loop
+    from posttrain.training.optimizer import OptimizerConfig
+    from posttrain.training.reference import ReferenceConfig, RunReference
+
+    live, peaks = LiveStorages(), []
+
+    class WatchedLoop(Loop):
+        def _step(self, step: int) -> dict[str, Any]:
+            live.phases.clear()
+            values = super()._step(step)
+            peaks.append((live.peak.total_bytes, status_bytes("VmHWM")))
+            return values
+
+    losses = {"sft": sft.sft, "dpo": preference.dpo, "reward": reward.bradley_terry, "rl": policy.clipped}
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = Path(folder) / "model"
+        command = [sys.executable, "-c", WRITE_MODEL, case.family, str(model_folder)]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)
+        accelerator, plan = make_accelerator(precision=case.precision, project_dir=Path(folder))
+        assert all((datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification))  # what every run imports
+        libraries, began = status_bytes("VmRSS"), time.perf_counter()
+        with live:
+            config = ModelConfig(name=str(model_folder), gradient_checkpointing=case.checkpointing)
+            is_reward = case.method == "reward"
+            model = (
+                load_reward_model(config, NoTokenizer(), dtype=plan.load_dtype)
+                if is_reward
+                else load_model(config, dtype=plan.load_dtype)
+            )
+            groups = worst_case(case.method, case.tokens)
+            loop = WatchedLoop(
+                accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
+                batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
+                train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward), optimizer_config=OptimizerConfig(),
+            )  # fmt: skip
+            if is_reward:
+                loop.policy_class = Scorer
+            if case.method == "dpo":
+                loop.reference = RunReference(ReferenceConfig(), precision=plan)
+            loop.run()
+    return {
+        "live": max(p for p, _ in peaks), "resident": status_bytes("VmHWM"), "resident_steps": peaks[-1][1],
+        "libraries": libraries, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+WRITE_MODEL = "import sys; from memory_accuracy import write_model; write_model(*sys.argv[1:])"
+
+
+def write_model(family: str, folder: str) -> None:
+    """Random weights, as a folder that ``load_model`` reads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
+
+
+def predict(case: Case) -> dict[str, Any]:
+    """Before any run."""
+    from posttrain.packing.plan import PackingConfig
+    from posttrain.precision import PRECISIONS
+    from posttrain.tracing.trace import trace_step
+
+    began = time.perf_counter()
+    traced = trace_step(
+        config_of(case.family), method=case.method, packing=PackingConfig(max_tokens=case.tokens),
+        precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing,
+    )  # fmt: skip
+    return {"traced": traced.peak_bytes, "by_category": traced.by_category, "trace_s": time.perf_counter() - began}
+
+
+def error(predicted: int | None, measured: int) -> str:
+    """Signed, in percent of what was measured."""
+    return "" if predicted is None else f"{100 * (predicted / measured - 1):+.1f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; MB are 1e6 bytes, errors in percent."""
+    lines = [
+        "| family | method | tokens | checkpointing | precision | live MB | traced % | resident MB | above libraries and live |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['family']} | {r['method']} | {r['tokens']} | {'yes' if r['checkpointing'] else 'no'} | {r['precision']} "
+            f"| {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {r['resident'] / 1e6:.0f} "
+            f"| {(r['resident'] - r['libraries'] - r['live']) / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--results", default="runs/memory_accuracy.jsonl", help="one line per finished case; these are not run again"
+    )
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run_case(Case(**json.loads(args.case)))))
+        return
+    results = Path(args.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {json.dumps(asdict(Case(**{k: r[k] for k in Case.__dataclass_fields__}))) for r in rows}
+    for case in [] if args.table else grid():
+        key = json.dumps(asdict(case))
+        if key in done or args.only not in key:
+            continue
+        row = {**asdict(case), **predict(case), **spawn(__file__, ["--case", key])}
+        rows.append(row)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(table([row]).splitlines()[-1], f"{row['seconds']:.0f} s", flush=True)
+    print(table([r for r in rows if args.only in json.dumps(r)]))
+
+
+if __name__ == "__main__":
+    main()
