@@ -30,8 +30,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, schedule="const
 def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """|a - b| / |b| over all tensors of b together."""
     assert set(b) <= set(a), (sorted(b), sorted(a))
-    difference = sum(float((a[n].double() - b[n].double()).square().sum()) for n in b)
-    return (difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5
+    difference = sum(float((a[n].detach().double() - b[n].detach().double()).square().sum()) for n in b)
+    return (difference / sum(float(t.detach().double().square().sum()) for t in b.values())) ** 0.5
 
 
 def one_process(model: nn.Module, groups: Any, value: Any, steps: int) -> tuple[float, float, dict[str, Tensor]]:
