@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     from posttrain.memory.report import show, to_json
 
     limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
-    job, shortest = _job(arguments, is_elsewhere=limit is not None)
+    with redirect_stdout(sys.stderr):  # libraries that announce themselves
+        job, shortest = _job(arguments, is_elsewhere=limit is not None)
     limit = limit if limit is not None else _limit_here(job.device)
     devices, stages = _devices_and_stages(arguments)
     if arguments.solve:

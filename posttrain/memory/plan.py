@@ -326,7 +326,7 @@ def changes(job: Job) -> list[Change]:
             Change(option=f"--local.kv_cache_gb {half.kv_cache_bytes / 1e9:g}", apply=lambda j: replace(j, rollout=half))
         )
     for stage in range(job.zero_stage + 1, 4) if job.num_devices > 1 else ():
-        name = {1: "ZeRO-1", 2: "launch/zero2.yaml", 3: "launch/fsdp.yaml"}[stage]
+        name = {1: "launch/zero2.yaml with zero_stage: 1", 2: "launch/zero2.yaml", 3: "launch/fsdp.yaml"}[stage]
         possible.append(Change(option=name, apply=lambda j, s=stage: j.sharded(s, j.num_devices)))  # type: ignore[misc]
     if job.optimizer == "adamw" and job.engine == "plain" and job.device == "cuda":
         possible.append(Change(option="--optimizer.name adamw_8bit", apply=lambda j: replace(j, optimizer="adamw_8bit")))

@@ -202,7 +202,7 @@ class _FakeStorages(LiveStorages):
 class _OneDevice:
     """What ``step_gradient`` needs of an Accelerator."""
 
-    process_index, num_processes, scaler = 0, 1, None
+    process_index, num_processes, scaler, distributed_type = 0, 1, None, "NO"
     device = torch.device("cpu")
 
     def __init__(self, precision: PrecisionPlan) -> None:
