@@ -136,6 +136,12 @@ def _settle_deepspeed(accelerator: Any) -> None:
     )  # its calls
     unset_hf_deepspeed_config()  # else from_pretrained would partition: models are loaded whole and partitioned by prepare
     config = accelerator.deepspeed_plugin.deepspeed_config
+    given = {name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
+    if given["gradient_accumulation_steps"] not in (None, 1, "auto") or given["gradient_clipping"] not in (None, 0.0, "auto"):
+        raise UserFacingError(
+            f"The launch configuration sets {given}, which would be ignored: micro-batches follow from --packing.max_tokens, and "
+            "--optimizer.max_grad_norm clips. Leave both out of it."
+        )
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
     config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     config["bf16"]["immediate_grad_update"] = True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes

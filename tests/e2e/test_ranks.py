@@ -47,3 +47,9 @@ def test_a_launch_that_would_not_shard_is_refused(tmp_path):
     result = run("fsdp_cpu2.yaml --num_processes 1", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
     assert result.returncode != 0
     assert "asks for FSDP, but the run became" in result.stderr
+
+
+def test_a_launch_option_that_would_be_ignored_is_refused(tmp_path):
+    result = run("zero_cpu2.yaml --gradient_clipping 0.5", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    assert result.returncode != 0
+    assert "would be ignored" in result.stderr and "--optimizer.max_grad_norm" in result.stderr

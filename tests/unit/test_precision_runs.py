@@ -98,7 +98,7 @@ def test_fp32_master_weights_learn_what_bf16_weights_lose() -> None:
         return losses[0], losses[-1], weights
 
     first, last, weights = trained("bf16")
-    assert last < first - 1.0 and float((weights - 1).abs().median()) > 0.05
+    assert last < first - 0.5 and float((weights - 1).abs().median()) > 0.05
     first, last, weights = trained("bf16-pure")
     assert last == first and torch.equal(weights, torch.ones_like(weights))
 
