@@ -13,7 +13,7 @@ from typing import Literal
 
 from posttrain.memory.activations import Setting, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
-from posttrain.memory.published import ring_bytes, zero_communication
+from posttrain.memory.published import ring_bytes
 from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
 from posttrain.precision import PrecisionPlan, bytes_per_element
 
@@ -248,15 +248,20 @@ def communication_bytes(job: Job) -> int:
 
 
 def sent_bytes(job: Job, *, micro_batches: int = 1) -> float:
-    """What a rank sends per optimizer step over a ring: gradients in their dtype, and what the ZeRO stage adds (arXiv:1910.02054
-    section 7). Frozen weights travel only in stage 3."""
+    """What a rank sends per optimizer step over a ring: gradients in the dtype they are reduced in, weights in the compute dtype.
+
+    In elements it is arXiv:1910.02054 section 7 (``published.zero_communication``). Frozen weights travel only in stage 3.
+    """
     if job.num_devices == 1:
         return 0.0
-    size = bytes_per_element(job.precision.compute if job.engine != "plain" else job.precision.gradient)
-    elements = zero_communication(job.trainable_params, zero_stage=job.zero_stage, accumulation=micro_batches)
-    if job.zero_stage == 3:
-        elements += 2 * micro_batches * (job.num_params - job.trainable_params)
-    return ring_bytes(elements, num_devices=job.num_devices, bytes_each=size)
+    reduced = 4 if job.engine == "deepspeed" else bytes_per_element(job.precision.gradient)
+    gathered = bytes_per_element(job.precision.compute)
+    trained, times = job.trainable_params, micro_batches if job.zero_stage >= 2 else 1
+    sent = {
+        0: 2 * trained * reduced,
+        3: times * (trained * reduced + 2 * job.num_params * gathered),
+    }.get(job.zero_stage, trained * (times * reduced + gathered))
+    return ring_bytes(sent, num_devices=job.num_devices, bytes_each=1)
 
 
 # The questions asked the other way.

@@ -186,8 +186,8 @@ def run_states(
     """What the largest rank of our run holds between backward and optimizer step, tensor by tensor.
 
     plain: the weights are their own master under autocast, gradients and moments have their dtype. fsdp2: the same of each
-    tensor's shard (``zero_stage`` 3). deepspeed: weights and gradients in the compute dtype, a float32 master and float32
-    moments in one flat partition, under every precision but fp32.
+    tensor's shard (``zero_stage`` 3). deepspeed: weights in the compute dtype; gradients, a master copy and moments in float32,
+    partitioned.
     """
     _check(zero_stage, num_devices, optimizer, offload)
     if (engine == "plain") != (zero_stage == 0) or (engine == "fsdp2" and zero_stage != 3):
@@ -219,14 +219,16 @@ def _tensor_items(parameters: Sequence[Parameter], optimizer: OptimizerName, num
 def _deepspeed_items(
     parameters: Sequence[Parameter], plan: PrecisionPlan, optimizer: OptimizerName, zero_stage: int, num_devices: int
 ) -> dict[str, int]:
+    """One flat buffer in stages 1 and 2 (up to padding, and to the parameter that a rank's cut falls into), parameter by
+    parameter in stage 3. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit weights."""
     size = bytes_per_element(plan.compute)
-    every, trained = sum(p.numel for p in parameters), sum(p.numel for p in parameters if p.trainable)
-    share = -(-trained // num_devices)
+    every, trained = [p.numel for p in parameters], [p.numel for p in parameters if p.trainable]
+    share = sum(-(-n // num_devices) for n in trained) if zero_stage == 3 else -(-sum(trained) // num_devices)
     moments, counters = moment_bytes((share,), dtype="float32", optimizer=optimizer)
     return {
-        "weights": size * (-(-every // num_devices) if zero_stage == 3 else every),
-        "gradients": size * (share if zero_stage >= 2 else trained),
-        "master": 4 * share if size < 4 else 0,
+        "weights": size * (sum(-(-n // num_devices) for n in every) if zero_stage == 3 else sum(every)),
+        "gradients": 4 * (sum(trained) if zero_stage == 1 and size < 4 else share),
+        "master": 4 * share,
         "moments": moments,
         "counters": counters,
     }

@@ -116,6 +116,25 @@ def test_fsdp2_shards_add_up():
     assert frozen_bytes(parameters, compute="float32", num_devices=2) == 4 * (15 + 3 + 8)
 
 
+def test_deepspeed_partitions():
+    """As measured in two-process runs (tests/e2e/test_sharded.py): stage 3 parameter by parameter, 1 and 2 one flat buffer."""
+    parameters = [Parameter(shape=(5, 3)), Parameter(shape=(7,)), Parameter(shape=(4, 4), trainable=False)]
+    states = {
+        (name, stage): run_states(parameters, plan=PRECISIONS[name], engine="deepspeed", zero_stage=stage, num_devices=2)
+        for name in ("fp32", "bf16")
+        for stage in (1, 2, 3)
+    }
+    assert states["fp32", 2].device == {
+        "weights": 4 * 38,
+        "gradients": 4 * 11,
+        "master": 4 * 11,
+        "moments": 8 * 11,
+        "counters": 4,
+    }
+    assert states["bf16", 1]["gradients"] == 4 * 22 and states["bf16", 1]["weights"] == 2 * 38
+    assert states["bf16", 3]["weights"] == 2 * (8 + 4 + 8) and states["bf16", 3]["master"] == 4 * (8 + 4)
+
+
 def test_moments_by_shape():
     assert moment_bytes((100, 30), dtype="float32", optimizer="adafactor") == (4 * 130, 4)
     assert moment_bytes((30,), dtype="float32", optimizer="adafactor") == (4 * 30, 4)
