@@ -22,7 +22,6 @@ from posttrain.losses.reduce import reduce_term
 from posttrain.models.sharding import local
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
-from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import UserFacingError
 from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
 from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
@@ -140,9 +139,7 @@ def step_gradient(
             reference_T = step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
             is_last = i == len(micro_batches) - 1
             with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
-                return_freed_memory(accelerator.device.type)  # of the last backward
                 logps_T = policy(batch)
-                return_freed_memory(accelerator.device.type)  # of the forward: the backward starts at the step's peak
                 if micro_batch.is_dummy:
                     share = 0.0 * logps_T.sum()
                 elif cached:
