@@ -212,7 +212,7 @@ class _OneDevice:
         return nullcontext() if self._compute is None else torch.autocast("cpu", dtype=self._compute)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / 1).backward()  # accelerate divides by its accumulation steps
 
     def unscale_gradients(self) -> None:
         """Nothing is scaled."""
