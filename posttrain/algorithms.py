@@ -124,7 +124,7 @@ class Algorithm:
     reference_every: int = 0
     """Steps between replacing the reference by the policy; 0: never (the policy at the start of the run)."""
     fresh_optimizer: bool = False
-    """AdamW's moments are forgotten at the start of each iteration."""
+    """The optimizer's state is forgotten at the start of each iteration."""
     skip_zero: Literal["always", "first_update", "never"] = "always"
     """When a group of which every advantage is exactly 0 has exactly no gradient, apart from a KL in the loss; such groups are
     not computed, and stay in the denominators."""

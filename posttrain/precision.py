@@ -8,7 +8,7 @@ last place of the weight is rounded away: ratio 2^11 in fp16, 2^8 in bf16), fp32
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -54,7 +54,7 @@ class PrecisionPlan:
     (then float32 weights are their own master: see ``update``). Additive: counting ``weight`` and ``master`` counts no
     byte twice."""
     moment: DType
-    """Dtype of both AdamW moments."""
+    """Dtype of AdamW's two moments (other optimizers: ``memory/states.py``)."""
     compute: DType
     """Dtype of the matmuls in forward and backward (autocast when it differs from ``weight``)."""
     reduce: DType
@@ -151,11 +151,27 @@ PRECISIONS: dict[str, PrecisionPlan] = {
 }
 
 
-def resolve_precision(name: str | None, device_type: str) -> PrecisionPlan:
+# DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and accumulated in fp32.
+DEEPSPEED_BF16 = replace(PRECISIONS["bf16"], weight="bfloat16", master="float32")
+# It updates an fp32 copy even of fp32 weights.
+DEEPSPEED_FP32 = replace(PRECISIONS["fp32"], master="float32")
+
+
+def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = False) -> PrecisionPlan:
     """The plan of a name on a device type (``"cpu"``, ``"cuda"``, ...); None takes ``default_precision``.
 
-    Raises ValueError for an unknown name, and for fp16 anywhere but on CUDA.
+    Raises ValueError for an unknown name, for fp16 anywhere but on CUDA, and under DeepSpeed for fp16 and bf16-pure.
     """
+    if deepspeed:
+        name = name or default_precision(device_type).name
+        found = {"fp32": DEEPSPEED_FP32, "bf16": DEEPSPEED_BF16}.get(name)
+        if found is None and name in PRECISIONS:
+            raise ValueError(
+                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 copy of the weights, and its fp16 "
+                "loss scale is its own. Use --train.precision bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
+            )
+        if found is not None:
+            return found
     if name is None:
         return default_precision(device_type)
     if name not in PRECISIONS:

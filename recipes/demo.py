@@ -1,116 +1,105 @@
-"""`make demo`: trains SmolLM2-135M-Instruct on a task it cannot do, with the recipe that users run, and shows what changed.
+"""`make demo`: DeepSeek-R1 in miniature. SmolLM2-135M-Instruct learns a format from a few demonstrations (cold start), then
+the task from a verifier alone (GRPO). With the recipes that users run.
 
-    python recipes/demo.py [--steps N]
+    python recipes/demo.py [--sft-steps N] [--rl-steps N]
 
-Held-out problems appear nowhere in the training data. Answers are greedy and scored by reasoning-gym's own verifier.
+Problems: put the words of a list into reverse order (reasoning-gym, its verifier). Held-out problems are in no training data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from demo_task import score_answer
-
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data" / "demo"
-RUN = REPO / "runs" / "demo"
-MAX_ANSWER_TOKENS = 32
+RUNS = REPO / "runs"
 NUM_SHOWN = 3
-TRAIN_ROWS = 640
 
 
-def answer_all(model_source: str, rows: list[dict[str, Any]], title: str) -> list[str]:
-    """Greedy answers of a model to every row's question."""
-    from rich.progress import Progress
-
-    from posttrain.models.load import ModelConfig, load_model, load_tokenizer
-    from posttrain.precision import default_precision, torch_dtype
-    from posttrain.training.evaluate import greedy_answers
-
-    config = ModelConfig(name=model_source)
-    tokenizer = load_tokenizer(config)
-    model = load_model(config, dtype=torch_dtype(default_precision("cpu").compute))
-    prompts = [
-        tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
-        for row in rows
-    ]
-    with Progress() as bar:
-        task = bar.add_task(title, total=len(prompts))
-        return list(
-            greedy_answers(
-                model, tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS, batch_size=50,
-                advance=lambda n: bar.advance(task, n),
-            )
-        )  # fmt: skip
+def run(*command: str) -> None:
+    """A command as a user would type it, shown first."""
+    shown = " ".join(command).replace(f"{REPO}/", "")
+    print(f"\n$ {shown}\n", flush=True)
+    programs = {
+        "python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+        "posttrain": [sys.executable, "-m", "posttrain.cli.main"],
+    }  # fmt: skip
+    arguments = [*programs[command[0]], *command[1:]]
+    subprocess.run(arguments, cwd=REPO, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
-def accuracy(answers: list[str], rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Share of exact answers, and half the width of its 95 % interval (Wilson 1927)."""
-    n = len(rows)
-    p = sum(score_answer(a, r) for a, r in zip(answers, rows, strict=True)) / n
-    z = 1.96
-    return p, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+def evaluate(model: str, name: str) -> list[dict[str, Any]]:
+    """Greedy answers to the held-out problems, verified."""
+    out = DATA / f"answers_{name}.jsonl"
+    run(
+        "posttrain", "eval", model, "--task", str(DATA / "heldout.jsonl"), "--reward", "gym_answer", "--max-tokens", "64",
+        "--out", str(out),
+    )  # fmt: skip
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def train(steps: int | None) -> dict[str, list[float]]:
-    """The recipe, as a user starts it; returns the held-out losses it measured."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu.yaml", "recipes/sft.py",
-        "--config", "recipes/configs/sft_smollm2.yaml", "--train.name", RUN.name, "--train.resume", "never",
-        *(["--train.max_steps", str(steps)] if steps else []),
-    ]  # fmt: skip
-    print("\n$ " + " ".join(["accelerate launch", *command[3:]]) + "\n", flush=True)
-    subprocess.run(command, cwd=REPO, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    lines = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    return {"eval_loss": [m["eval_loss"] for m in lines if "eval_loss" in m], "loss": [m["loss"] for m in lines if "loss" in m]}
-
-
-def show(rows: list[dict[str, Any]], before: list[str], after: list[str], losses: dict[str, list[float]]) -> None:
-    """Two tables: what was learned, and three problems with their answers."""
+def show(rows: list[dict[str, Any]], answers: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+    """What each stage changed, and three problems."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    (p0, w0), (p1, w1) = accuracy(before, rows), accuracy(after, rows)
+    from posttrain.training.pass_at_k import half_width
+
     summary = Table(title=f"{len(rows)} held-out problems", title_justify="left")
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        summary.add_column(column, justify=justify)  # type: ignore[arg-type]
-    summary.add_row("loss (nats per token)", f"{losses['eval_loss'][0]:.3f}", f"{losses['eval_loss'][-1]:.3f}")
-    summary.add_row("exact-match accuracy", f"{p0:.1%} ± {w0:.1%}", f"{p1:.1%} ± {w1:.1%}")
-    answers = Table(title="Three of them", title_justify="left", show_lines=True)
-    for column in ("question", "wanted", "before", "after"):
-        answers.add_column(column, overflow="fold")
+    problems = Table(title="Three of them", title_justify="left", show_lines=True)
+    summary.add_column("")
+    for column in ("question", "wanted"):
+        problems.add_column(column, overflow="fold")
+    for name in answers:
+        summary.add_column(name, justify="right")
+        problems.add_column(name, overflow="fold")
+    right = {name: [float(a["correct"]) for a in given] for name, given in answers.items()}
+    summary.add_row("pass@1 (95 % interval)", *(f"{statistics.fmean(r):.1%} ± {half_width(r):.1%}" for r in right.values()))
+    summary.add_row("mean length, tokens", *(f"{statistics.fmean(a['tokens'] for a in given):.1f}" for given in answers.values()))
     for i in range(NUM_SHOWN):
-        answers.add_row(
-            rows[i]["messages"][-2]["content"].splitlines()[-1], rows[i]["messages"][-1]["content"], before[i], after[i]
-        )
+        texts = [Text(given[i]["text"], style="green" if given[i]["correct"] else "red") for given in answers.values()]
+        question = rows[i]["messages"][-2]["content"].splitlines()[-1]
+        problems.add_row(Text(question), Text(rows[i]["answer"]), *texts)
     console = Console()
     console.print()
     console.print(summary)
-    console.print(answers)
-    console.print(f"The trained model is in {RUN.relative_to(REPO) / 'final'}.")
+    console.print(problems)
+    console.print(f"{seconds / 60:.0f} minutes. The trained model is in runs/demo_rl/final.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="optimizer steps; default: one pass over the training rows")
+    parser.add_argument("--sft-steps", type=int, default=16, help="optimizer steps of the cold start")
+    parser.add_argument("--rl-steps", type=int, default=26, help="optimizer steps of GRPO")
     args = parser.parse_args()
-    subprocess.run([sys.executable, "recipes/demo_task.py", "--out", str(DATA), "--train", str(TRAIN_ROWS)], cwd=REPO, check=True)
+    began = time.monotonic()
+    for name in ("demo_cold_start", "demo_rl"):
+        shutil.rmtree(RUNS / name, ignore_errors=True)
+    run("python", "recipes/demo_task.py", "--out", str(DATA), "--train", "640", "--reasoning")
     rows = [json.loads(line) for line in (DATA / "heldout.jsonl").read_text().splitlines()]
-    before = answer_all("smollm2-135m", rows, "answers before")
-    if RUN.exists():
-        import shutil
-
-        shutil.rmtree(RUN)
-    losses = train(args.steps)
-    after = answer_all(str(RUN / "final"), rows, "answers after")
-    show(rows, before, after, losses)
+    answers = {"before": evaluate("smollm2-135m", "before")}
+    launch = ("accelerate", "launch", "--config_file", "launch/cpu.yaml")
+    run(
+        *launch, "recipes/sft.py", "--config", "recipes/configs/sft_smollm2.yaml", "--train.name", "demo_cold_start",
+        "--train.max_steps", str(args.sft_steps),
+    )  # fmt: skip
+    answers["after SFT"] = evaluate("runs/demo_cold_start/final", "sft")
+    run(
+        *launch, "recipes/rl.py", "--config", "recipes/configs/grpo_smollm2.yaml", "--model.name", "runs/demo_cold_start/final",
+        "--train.name", "demo_rl", "--train.max_steps", str(args.rl_steps), "--data.eval", "[]",
+    )  # fmt: skip
+    answers["after RL"] = evaluate("runs/demo_rl/final", "rl")
+    show(rows, answers, time.monotonic() - began)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python recipes/demo_task.py --out data/demo --train 1500 --eval 200 --seed 0
 
 writes ``train.jsonl`` and ``heldout.jsonl``. The problems and the verifier are reasoning-gym's
-``word_sequence_reversal``; no question is in both files. A row: ``messages`` (system, user, assistant), ``task``,
-``answer``, ``metadata``.
+``word_sequence_reversal``, or ``chain_sum`` (sums and differences of two numbers); no question is in both files. A row:
+``messages`` (system, user, assistant; chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-TASK = "word_sequence_reversal"
-MIN_WORDS, MAX_WORDS = 3, 6
+TASKS: dict[str, dict[str, int]] = {
+    "word_sequence_reversal": {"min_words": 3, "max_words": 5},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+}
 SYSTEM = "Answer with the result only."
 REASONING_SYSTEM = "Think between <think> and </think>, then give the result between <answer> and </answer>."
 # reasoning-gym draws problem i of seed s from Random(s + i): seeds 0 and 1 would share all problems but one
@@ -25,36 +27,27 @@ SEED_STRIDE = 10_000_019
 
 
 def make_rows(
-    *, num_train: int, num_heldout: int, seed: int, reasoning: bool = False
+    *, task: str, num_train: int, num_heldout: int, seed: int, reasoning: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows, all questions different. Different seeds (0 to 200) draw different problems.
 
-    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought numbers the words and goes through them backwards.
+    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought goes through the words backwards and counts them.
     """
     if num_train < 1 or num_heldout < 1:
         raise ValueError(f"At least one row is needed in each file; got --train {num_train} --eval {num_heldout}.")
-    problems = _different_problems(seed)
-    rows = [_row(next(problems), reasoning) for _ in range(num_train + num_heldout)]
+    if reasoning and task != "word_sequence_reversal":
+        raise ValueError(f"There are demonstrations with a thought for word_sequence_reversal only; got --task {task}.")
+    problems = _different_problems(task, seed)
+    rows = [_row(task, next(problems), reasoning) for _ in range(num_train + num_heldout)]
     return rows[:num_train], rows[num_train:]
 
 
-def score_answer(completion_text: str, row: Mapping[str, Any]) -> float:
-    """1.0 if reasoning-gym's verifier accepts the whole completion, else 0.0: its partial credit is not given."""
-    import reasoning_gym
-
-    entry = {"answer": row["answer"], "metadata": row["metadata"]}
-    score = reasoning_gym.get_score_answer_fn(row["task"])(completion_text.strip(), entry)
-    return 1.0 if score >= 1.0 else 0.0
-
-
-def _different_problems(seed: int) -> Iterator[Mapping[str, Any]]:
+def _different_problems(task: str, seed: int) -> Iterator[Mapping[str, Any]]:
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
         raise ValueError("The demo task needs reasoning-gym. Run: pip install 'posttrain[demo]'") from error
-    problems = reasoning_gym.create_dataset(
-        TASK, size=SEED_STRIDE, seed=seed * SEED_STRIDE, min_words=MIN_WORDS, max_words=MAX_WORDS
-    )
+    problems = reasoning_gym.create_dataset(task, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **TASKS[task])
     seen: set[str] = set()
     for problem in problems:
         question = problem["question"]
@@ -63,11 +56,14 @@ def _different_problems(seed: int) -> Iterator[Mapping[str, Any]]:
             yield problem
 
 
-def _row(problem: Mapping[str, Any], reasoning: bool) -> dict[str, Any]:
+def _row(task: str, problem: Mapping[str, Any], reasoning: bool) -> dict[str, Any]:
     answer = problem["answer"]
+    judged = {"task": task, "answer": answer, "metadata": problem["metadata"]}
+    if task == "chain_sum":
+        return {"question": problem["question"].strip(), **judged}
     if reasoning:
         words = answer.split(", ")
-        thought = " ".join(f"{len(words) - i} {word}" for i, word in enumerate(words))
+        thought = " ".join(f"{i} {word}" for i, word in enumerate(words, start=1))
         answer = f"<think>{thought}</think><answer>{answer}</answer>"
     return {
         "messages": [
@@ -75,9 +71,7 @@ def _row(problem: Mapping[str, Any], reasoning: bool) -> dict[str, Any]:
             {"role": "user", "content": problem["question"].strip()},
             {"role": "assistant", "content": answer},
         ],
-        "task": TASK,
-        "answer": problem["answer"],
-        "metadata": problem["metadata"],
+        **judged,
     }
 
 
@@ -89,6 +83,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
+    parser.add_argument("--task", choices=list(TASKS), default="word_sequence_reversal", help="which problems")
     parser.add_argument("--train", type=int, default=1500, help="training rows (default: 1500)")
     parser.add_argument("--eval", type=int, default=200, help="held-out rows (default: 200)")
     parser.add_argument("--reasoning", action="store_true", help="demonstrations with a thought, in DeepSeek-R1's format")
@@ -96,8 +91,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train, heldout = make_rows(
-            num_train=arguments.train, num_heldout=arguments.eval, seed=arguments.seed, reasoning=arguments.reasoning
-        )
+            task=arguments.task, num_train=arguments.train, num_heldout=arguments.eval, seed=arguments.seed,
+            reasoning=arguments.reasoning,
+        )  # fmt: skip
         arguments.out.mkdir(parents=True, exist_ok=True)
         _write(arguments.out / "train.jsonl", train)
         _write(arguments.out / "heldout.jsonl", heldout)

@@ -14,14 +14,14 @@ from posttrain.types import Completion, PromptGroup
 VOCAB = 97
 
 
-def tiny_gpt2(*, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+def tiny_gpt2(*, dropout: float = 0.0, seed: int = 0, tied: bool = True) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=256, n_embd=32, n_layer=2, n_head=4,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 

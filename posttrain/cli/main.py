@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from posttrain.cli import eval as evaluation
-from posttrain.cli import prep
+from posttrain.cli import plan, prep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Command:
     """Adds the arguments; imports nothing heavy."""
     run: Callable[[argparse.Namespace], None]
     """Does the work. Raises ValueError or OSError for what the user can mend."""
+    takes_settings: bool = False
+    """Options that it does not declare are settings of a run: they come as ``arguments.settings``."""
 
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,7 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "prep": Command(help="make training rows of raw preference data", declare=prep.declare, run=prep.run),
+    "plan": Command(help="what a run's memory will be", declare=plan.declare, run=plan.run, takes_settings=True),
     "eval": Command(help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run),
     "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
     "version": Command(help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version),
@@ -86,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``POSTTRAIN_TRACEBACK=1`` shows the traceback.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, arguments.settings = parser.parse_known_args(argv)
+    if arguments.settings and not COMMANDS[arguments.command].takes_settings:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.settings)}")
     try:
         COMMANDS[arguments.command].run(arguments)
     except (ValueError, OSError) as error:

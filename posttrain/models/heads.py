@@ -78,7 +78,7 @@ def give_pad_token(model: Any, tokenizer: Any) -> None:
 class Scorer(Policy):
     """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token before its score slot."""
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def values(self, batch: PackedBatch) -> Tensor:
         """[T] scores, at least float32; T is the number of completions: each has one trained position, its slot."""
         base = self.base
         hidden_TH = self.hidden(batch)
@@ -90,7 +90,7 @@ class Scorer(Policy):
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:
         """[1] the score by transformers' own forward of the sequence without its slot."""
         completion = group.completions[k]
-        device = next(self.parameters()).device
+        device = self.base.get_input_embeddings().weight.device
         ids = torch.tensor([*group.prompt_ids, *completion.token_ids[:-1]], device=device)
         with plain_attention(self.model):
             logits = self.model(input_ids=ids[None], use_cache=False).logits

@@ -164,19 +164,26 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
         )
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write model and tokenizer to ``folder``, safetensors only, in the dtype the parameters have.
 
     A plain model loads with ``AutoModelForCausalLM.from_pretrained(folder)`` alone. A model with adapters writes the
-    adapters and the name of their base; ``posttrain merge`` makes a plain model of it.
+    adapters and the name of their base; ``posttrain merge`` makes a plain model of it. ``state``: the weights where the model
+    itself is sharded (``models.sharding.whole_state``).
     """
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
         # "auto" would ask the hub for the base model's config, to see whether the vocabulary grew
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
     tokenizer.save_pretrained(str(folder))
     let_weights_be_read_like_the_rest(Path(folder))
 

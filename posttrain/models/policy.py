@@ -40,6 +40,14 @@ class ForwardMode:
     """Long-RoPE threshold in tokens: rows never mix sequences on both sides of it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainSequence:
+    """One completion with its prompt, for the model's own forward (the self-check)."""
+
+    group: PromptGroup
+    completion: int
+
+
 def _base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -180,7 +188,11 @@ class Policy(nn.Module):
         """The transformers model, inside of peft's wrapper if there is one."""
         return _base_model(self.model)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch | PlainSequence) -> Tensor:
+        """``values`` of a packed row; ``plain_values`` of a sequence: sharded weights are whole only inside of forward."""
+        return self.plain_values(batch.group, batch.completion) if isinstance(batch, PlainSequence) else self.values(batch)
+
+    def values(self, batch: PackedBatch) -> Tensor:
         """logps_T [T]: natural-log probability of each trained token under the model, at least float32."""
         if self.forward_mode.backend is None and _is_prompt_learning(self.model):
             return self._plain_logps(batch)
@@ -204,10 +216,10 @@ class Policy(nn.Module):
         return output.last_hidden_state[0].index_select(0, batch.predictor_T)
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:
-        """[t] what ``forward`` gives for one completion, through the model as transformers ships it: for the self-check."""
+        """[t] what ``values`` gives for one completion, through the model as transformers ships it: for the self-check."""
         completion = group.completions[k]
         last = max(i for i, m in enumerate(completion.loss_mask) if m)
-        device = next(self.parameters()).device
+        device = self.base.get_input_embeddings().weight.device
         ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
         forward = _base_model(self.model).forward
         keep = {"logits_to_keep": last + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}

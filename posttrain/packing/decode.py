@@ -18,7 +18,7 @@ class DecodeLayout:
 
     num_keys_B: Tensor
     longest: int
-    """The largest of them."""
+    """At least the largest of them: keys that are given for each row, the rest masked."""
     cache: dict[Any, Tensor] = field(default_factory=dict)
 
     def mask(self, sliding_window: int | None, like: Tensor) -> Tensor:

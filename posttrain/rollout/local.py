@@ -291,10 +291,9 @@ class _Run:
         """One token for every running completion."""
         rows, device = self._rows, self._engine.device
         lengths = torch.tensor([r.length for r in rows], device=device)
-        longest = max(r.length for r in rows) + 1
-        self._cache.begin_step(lengths, longest)
+        num_keys = self._cache.begin_step(lengths, max(r.length for r in rows) + 1)
         inputs = torch.tensor([[r.next_input] for r in rows], device=device)
-        layout = DecodeLayout(num_keys_B=lengths + 1, longest=longest)
+        layout = DecodeLayout(num_keys_B=lengths + 1, longest=num_keys)
         hidden = self._engine.hidden(inputs, lengths[:, None], self._cache, layout)
         drawn = draw(
             self._engine.logits(hidden[:, 0]),

@@ -1,15 +1,14 @@
 """The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
 
-The server runs in an environment of its own; this module needs no vLLM. Weights are handed over as a folder that both sides
-see, and reloaded in place between pausing and resuming the server. What a completion's log-probs are depends on how the
-server was started: ``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
+The server runs in an environment of its own; this module needs no vLLM. Weights are handed over (``rollout/handover.py``)
+between pausing and resuming the server. What a completion's log-probs are depends on how the server was started:
+``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -17,10 +16,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
+from posttrain.rollout.handover import Handover
 from posttrain.rollout.stopping import repeats
 
 log = logging.getLogger(__name__)
@@ -35,8 +34,12 @@ class VLLMConfig:
 
     url: str = "http://127.0.0.1:8000"
     """Base URL of the server."""
+    handover: Literal["folder", "nccl"] = "folder"
+    """How the server gets the weights: it reloads a folder (every device), or they are broadcast from GPU to GPU."""
     weights_dir: str = ""
-    """Folder that trainer and server both see; weights are handed over in it. Default: vllm_weights in the run folder."""
+    """folder: seen by trainer and server both. Default: vllm_weights in the run folder."""
+    nccl_address: str = "127.0.0.1:29600"
+    """nccl: HOST:PORT of the trainer's main process at which the server's workers meet it."""
     concurrency: int = 64
     """Most requests at the same time."""
     timeout_s: float = 600.0
@@ -52,6 +55,11 @@ class VLLMConfig:
                 f"vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got {self.concurrency}, {self.timeout_s} "
                 f"and {self.retries}."
             )
+        host, _, port = self.nccl_address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"vllm.nccl_address is HOST:PORT; got {self.nccl_address!r}.")
+        if self.handover == "nccl" and self.weights_dir:
+            raise ValueError("vllm.weights_dir would be ignored: handover=nccl writes no folder. Leave one of them out.")
 
 
 class ServerError(RuntimeError):
@@ -59,7 +67,7 @@ class ServerError(RuntimeError):
 
 
 class VLLMEngine:
-    """Draws through the server. ``save_weights(folder)`` writes the policy as a folder that transformers loads."""
+    """Draws through the server; ``handover`` brings the policy's weights there."""
 
     returns_kept_ids = False
 
@@ -67,16 +75,14 @@ class VLLMEngine:
         self,
         config: VLLMConfig,
         *,
-        save_weights: Callable[[Path], None],
+        handover: Handover,
         stop_ids: Sequence[int],
-        weights_dir: Path,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
         """``is_main``: this rank hands the weights over; ``barrier`` waits for all ranks."""
         self._is_main, self._barrier = is_main, barrier
-        self._config, self._save_weights, self._stop_ids = config, save_weights, list(stop_ids)
-        self._folder = Path(config.weights_dir) if config.weights_dir else weights_dir
+        self._config, self._handover, self._stop_ids = config, handover, list(stop_ids)
         self._version = -1
         self._model = ""
         self._check_server()
@@ -87,11 +93,7 @@ class VLLMEngine:
             return
         self._barrier()  # nobody samples from the old weights any more
         if self._is_main:
-            target, partial = self._folder / "current", self._folder / "partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self._save_weights(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            self._handover.take()
             self._load_weights()
         self._version = version
         self._barrier()
@@ -99,8 +101,7 @@ class VLLMEngine:
     def _load_weights(self) -> None:
         self._call("POST", "/pause?mode=wait")
         try:
-            path = str((self._folder / "current").resolve())
-            self._call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            self._handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
         finally:
             self._call("POST", "/resume")
@@ -147,6 +148,7 @@ class VLLMEngine:
         try:
             self._check_server()
             if self._version >= 0:
+                self._handover.forget()
                 self._load_weights()
         except ServerError as error:
             log.warning("%s", error)

@@ -202,7 +202,7 @@ class _FakeStorages(LiveStorages):
 class _OneDevice:
     """What ``step_gradient`` needs of an Accelerator."""
 
-    process_index, num_processes, scaler = 0, 1, None
+    process_index, num_processes, scaler, distributed_type = 0, 1, None, "NO"
     device = torch.device("cpu")
 
     def __init__(self, precision: PrecisionPlan) -> None:
@@ -212,7 +212,7 @@ class _OneDevice:
         return nullcontext() if self._compute is None else torch.autocast("cpu", dtype=self._compute)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / 1).backward()  # accelerate divides by its accumulation steps
 
     def unscale_gradients(self) -> None:
         """Nothing is scaled."""

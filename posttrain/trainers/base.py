@@ -25,6 +25,7 @@ from posttrain.data.config import Purpose
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan
+from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.config import TrainConfig, flat_settings, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult, longest_sequence
@@ -44,13 +45,14 @@ class BaseConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Micro-batches: memory and speed, never the gradient"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
+    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, cadence and place of the run"""
 
 
 Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
 Loss = Callable[..., LossOutput]
+METHODS: dict[Purpose, Any] = {"sft": "sft", "preference": "dpo", "reward": "reward"}
 
 
 class Trainer:
@@ -64,6 +66,8 @@ class Trainer:
     purpose: ClassVar[Purpose]
     """What the rows are read for."""
     loss: Loss
+    wants_reference: bool = False
+    """Whether the loss reads a reference model."""
 
     def __init__(
         self,
@@ -89,6 +93,9 @@ class Trainer:
         config = self.config
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+        )
+        memory = MemoryCheck.start(
+            config, METHODS[self.purpose], accelerator, precision, model=self._model, wants_reference=self.wants_reference
         )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
@@ -136,6 +143,7 @@ class Trainer:
         )
         self._set_up(loop, train, evaluation)
         result = loop.run()
+        memory.finish(accelerator)
         if accelerator.is_main_process:
             show_held_out(result)
             print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")

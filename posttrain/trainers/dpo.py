@@ -60,6 +60,7 @@ class DPOTrainer(Trainer):
         config = config or DPOConfig()
         super().__init__(config=config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
         chosen = choose_loss(config, loss, home="posttrain.losses.preference", default=DPOConfig.loss)
+        self.wants_reference = needs_reference(chosen)
         self.loss = with_preference_metrics(chosen, beta=float(config.loss_options.get("beta", 0.1)))
         if getattr(chosen, "batch_statistic", None) is not None and config.reference.cache:
             raise ValueError(

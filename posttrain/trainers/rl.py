@@ -19,9 +19,11 @@ from posttrain.packing.plan import PackingConfig
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig
+from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import show_held_out
+from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict, with_options
 from posttrain.training.experience import RolloutConfig, RolloutSource
@@ -30,6 +32,7 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 Rows = Sequence[Mapping[str, Any]]
@@ -69,9 +72,16 @@ class RLConfig:
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Micro-batches: memory and speed, never the gradient"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its schedule"""
+    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
+
+
+SHOWN = (
+    "reward", "accuracy", "length", "kl_reference_nats", "surprise_nats", "rollout_tokens_per_s", "scores_per_s",
+    "update_tokens_per_s",
+)  # fmt: skip
+"""The live line. ``surprise_nats``: -log pi of the sampled tokens, whose mean is the entropy."""
 
 
 class RLTrainer:
@@ -112,6 +122,15 @@ class RLTrainer:
         accelerator, precision = make_accelerator(
             precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
         )
+        if shards_weights(accelerator):
+            raise ValueError(
+                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
+                "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
+                "--model.lora.rank 16."
+            )
+        memory = MemoryCheck.start(
+            config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference
+        )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
@@ -138,7 +157,7 @@ class RLTrainer:
             packing=config.packing,
             source=source,
             temperature=config.sampling.temperature,
-            shown=("reward", "length", "loss", "rollout_tokens_per_s", "tokens_per_s"),
+            shown=SHOWN,
             settings=to_dict(config),
             data_counts=counts,
             identity={"algorithm": self.algorithm.name, "prompts": len(train)},
@@ -149,6 +168,7 @@ class RLTrainer:
             result = loop.run()
         finally:
             self._rewards.close()
+        memory.finish(accelerator)
         if accelerator.is_main_process:
             show_held_out(result)
             print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
@@ -197,7 +217,7 @@ class RLTrainer:
 def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     """The engine in this process, under the loop's policy and precision."""
     return LocalEngine(
-        loop.accelerator.unwrap_model(loop.policy),
+        unwrapped(loop.policy),
         compute=getattr(torch, loop.precision.compute),
         stop_ids=stop_token_ids(tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -207,19 +227,22 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
 
 def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
-    policy = loop.accelerator.unwrap_model(loop.policy)
+    policy = unwrapped(loop.policy)
 
-    def save(folder: Path) -> None:
-        model = policy.model
-        if has_adapters(model):
-            model = copy.deepcopy(model).merge_and_unload()
-        save_model(model, tokenizer, folder)
+    def merged() -> Any:
+        return copy.deepcopy(policy.model).merge_and_unload() if has_adapters(policy.model) else policy.model
 
+    handover: Handover
+    if config.vllm.handover == "nccl":
+        host, _, port = config.vllm.nccl_address.rpartition(":")
+        handover = NCCLHandover(url=config.vllm.url, address=host, port=int(port), timeout_s=config.vllm.timeout_s, model=merged)
+    else:
+        folder = Path(config.vllm.weights_dir) if config.vllm.weights_dir else config.train.folder / "vllm_weights"
+        handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
     return VLLMEngine(
         config.vllm,
-        save_weights=save,
+        handover=handover,
         stop_ids=stop_token_ids(tokenizer),
-        weights_dir=config.train.folder / "vllm_weights",
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
     )

@@ -60,6 +60,8 @@ class TrainConfig:
     """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
     self_check: bool = True
     """Compare two groups through the packed forward with the model's own forward before the first step."""
+    force: bool = False
+    """Start although the predicted memory is more than there is."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

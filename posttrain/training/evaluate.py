@@ -1,64 +1,17 @@
-"""Greedy answers, and the check that the packed forward is the model's own."""
+"""The check that the packed forward is the model's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
 
-from posttrain.models.policy import Policy, plain_attention
+from posttrain.models.policy import PlainSequence, Policy
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
 from posttrain.types import Completion, PromptGroup
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    advance: Callable[[int], None] | None = None,
-) -> Iterator[str]:
-    """Greedy completions of tokenised prompts, decoded without special tokens, in the order given.
-
-    Prompts are batched by length with left padding; ``advance(n)`` is called after each batch (a progress bar).
-    """
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, str] = {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    with plain_attention(model):
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.full((len(rows), width), pad, device=device)
-            mask = torch.zeros_like(ids)
-            for r, i in enumerate(rows):
-                ids[r, width - len(prompts[i]) :] = torch.tensor(list(prompts[i]), device=device)
-                mask[r, width - len(prompts[i]) :] = 1
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                use_cache=True,
-            )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            answers.update(zip(rows, texts, strict=True))
-            if advance is not None:
-                advance(len(rows))
-    model.train(was_training)
-    yield from (answers[i] for i in range(len(prompts)))
 
 
 class SelfCheckError(UserFacingError):
@@ -75,10 +28,11 @@ SELF_CHECK_TOKENS = 256
 
 
 @torch.no_grad()
-def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int) -> float:
+def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int, compute: torch.dtype | None = None) -> float:
     """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at a time.
 
-    Raises SelfCheckError when it is beyond the rounding of the weights' dtype, ValueError if ``groups`` train nothing.
+    Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
+    nothing. A collective where weights are sharded.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
@@ -87,15 +41,15 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
     policy.eval()
     squares, worst = [], (0.0, "")
     for micro_batch in plan.ranks[0]:
-        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(next(policy.parameters()).device)
+        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
         packed_T = policy(batch)
         for s, (g, k) in enumerate(batch.refs):
-            difference = (packed_T[batch.sequence_T == s] - policy.plain_values(groups[g], k)).double()
+            difference = (packed_T[batch.sequence_T == s] - policy(PlainSequence(group=groups[g], completion=k))).double()
             squares.append(difference.square())
             worst = max(worst, (float(difference.abs().max()), groups[g].where))
     policy.train(was_training)
     rms = float(torch.cat(squares).mean().sqrt())
-    limit = SELF_CHECK_RMS_NATS[next(policy.parameters()).dtype]
+    limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     if not rms <= limit:
         raise SelfCheckError(
             f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from the model's own by {rms:.3g} "

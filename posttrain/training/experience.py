@@ -125,13 +125,15 @@ class RolloutSource:
         self._log.keep(scored, groups, iteration=self._iteration)
         if self.config.show_every and self._iteration % self.config.show_every == 0:
             self._log.show(scored, iteration=self._iteration)
-        metrics = rollout_metrics(scored, cost=cost)
+        correct = self.correct or self._collector.rewards.names[0]
+        metrics = rollout_metrics(scored, cost=cost, correct=correct)
         timing = self._collector.timing
         timed = {
             "rollout_s": timing.rollout_s,
             "reward_s": timing.reward_s,
             "prepare_s": prepare_s,
             "rollout_tokens_per_s": timing.tokens / max(timing.rollout_s, 1e-9),
+            "scores_per_s": sum(len(s.scores) for s in scored) / max(timing.reward_s, 1e-9),
         }
         batches = self._mini_batches([g for g in groups if g.num_trained])
         if not batches:
@@ -225,8 +227,10 @@ class RolloutSource:
         self._collector.engine.refresh(step)
         return self.evaluator(self._collector, step)
 
-    def write(self, folder: Path) -> None:
-        """Everything that decides what comes next, and the mini-batches that are still to be trained."""
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Everything that decides what comes next, and the mini-batches that are still to be trained; the same on all ranks."""
+        if not is_main:
+            return
         state = {
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from posttrain.training.config import UserFacingError
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
-    """Raises UserFacingError for a launch that asked for several processes and became one, or for sharding.
+    """Raises UserFacingError for a launch that asked for several processes and became one.
 
     accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU`` without mpirun) sets the
     rendezvous address for several processes and then starts a single one without WORLD_SIZE. Without a GPU and without
@@ -27,12 +28,6 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
             "accelerate was asked for several processes and started one (its MULTI_CPU launcher needs mpirun): the run would "
             f"train on one process without saying so. {advice}"
         )
-    sharded = [name for name in ("FSDP", "DEEPSPEED") if environment.get(f"ACCELERATE_USE_{name}") == "true"]
-    if sharded:
-        raise UserFacingError(
-            f"Sharded training is not supported yet; the launch configuration asks for {sharded[0]}. Use launch/ddp.yaml, with "
-            "--model.lora.rank 16 or --model.gradient_checkpointing true if the model does not fit."
-        )
     wanted = int(environment.get("WORLD_SIZE", "1"))
     if num_processes is not None and num_processes != wanted:
         raise UserFacingError(
@@ -40,27 +35,116 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
         )
 
 
+def asked_sharding(environment: Mapping[str, str]) -> str:
+    """``"FSDP"``, ``"DEEPSPEED"`` or ``"NO"``: what the launch configuration asks for."""
+    asked = [name for name in ("FSDP", "DEEPSPEED") if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    return asked[0] if asked else "NO"
+
+
 def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_dir: Path) -> tuple[Any, PrecisionPlan]:
-    """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns every denominator."""
-    import torch
-    from accelerate import Accelerator, PartialState
+    """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns every denominator.
+
+    Raises UserFacingError where the processes do not become what the launch configuration asks for.
+    """
+    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     check_launch(os.environ)
     keep_freed_memory()
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    if several_on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
-    state = PartialState(cpu=True) if several_on_cpu else PartialState()
+    sharding = asked_sharding(os.environ)
+    state, several_on_cpu = _join_processes(sharding)
     check_launch(os.environ, state.num_processes)
-    plan = resolve_precision(None if precision == "auto" else precision, state.device.type)
+    plan = resolve_precision(None if precision == "auto" else precision, state.device.type, deepspeed=sharding == "DEEPSPEED")
     accelerator = Accelerator(
-        mixed_precision=plan.accelerate_mixed_precision,
-        cpu=several_on_cpu,
+        mixed_precision=_mixed_precision(plan, sharding),
+        cpu=several_on_cpu and sharding != "DEEPSPEED",
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
         project_dir=str(project_dir),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        fsdp_plugin=_fsdp_plugin(plan) if sharding == "FSDP" else None,
     )
+    if sharding != "NO" and accelerator.distributed_type != sharding:
+        raise UserFacingError(
+            f"The launch configuration asks for {sharding}, but the run became {accelerator.distributed_type.value}: the model "
+            "would not be sharded. Start it with `accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
+        )
+    if sharding == "DEEPSPEED":
+        _settle_deepspeed(accelerator)
     return accelerator, plan
+
+
+def _join_processes(sharding: str) -> tuple[Any, bool]:
+    """(accelerate's state, whether there are several processes without a GPU). Must be called before any Accelerator is built."""
+    import torch
+    from accelerate import DistributedType, PartialState
+
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    if not several_on_cpu:
+        return PartialState(), False
+    if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        return PartialState(backend="gloo"), True
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
+    state = PartialState(cpu=True)
+    if sharding == "FSDP":  # accelerate promotes MULTI_GPU to FSDP, but not MULTI_CPU
+        state.distributed_type = DistributedType.MULTI_GPU
+        state.device = torch.device("cpu")
+    return state, True
+
+
+def _mixed_precision(plan: PrecisionPlan, sharding: str) -> str:
+    """What accelerate is told: FSDP2 lowers by its own policy, DeepSpeed calls bfloat16 weights with a master copy bf16."""
+    if sharding == "FSDP":
+        return "no"
+    if sharding == "DEEPSPEED":
+        return "bf16" if plan.compute == "bfloat16" else "no"
+    return plan.accelerate_mixed_precision
+
+
+def _fsdp_plugin(plan: PrecisionPlan) -> Any:
+    """FSDP2 that gathers weights in the compute dtype and reduces gradients in the dtype of the sharded weights.
+
+    Not autocast, which would keep a cast copy of every gathered weight for the backward.
+    """
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserFacingError(
+            "Only FSDP2 is supported: set fsdp_version: 2 in the launch configuration, as launch/fsdp.yaml does."
+        )
+    lowers = plan.compute != plan.weight
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=getattr(torch, plan.compute) if lowers else None,
+            reduce_dtype=getattr(torch, plan.gradient) if lowers else None,
+            cast_forward_inputs=False,
+        ),
+        cpu_ram_efficient_loading=False,  # every process loads the model on its CPU and keeps its shard
+    )
+
+
+def _settle_deepspeed(accelerator: Any) -> None:
+    """The part of DeepSpeed's configuration that is not topology. Clipping and accumulation are ``training/step.py``'s."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+_tensor. is deprecated"
+    )  # its calls
+    unset_hf_deepspeed_config()  # else from_pretrained would partition: models are loaded whole and partitioned by prepare
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    given = {name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
+    if given["gradient_accumulation_steps"] not in (None, 1, "auto") or given["gradient_clipping"] not in (None, 0.0, "auto"):
+        raise UserFacingError(
+            f"The launch configuration sets {given}, which would be ignored: micro-batches follow from --packing.max_tokens, and "
+            "--optimizer.max_grad_norm clips. Leave both out of it."
+        )
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    config["bf16"]["immediate_grad_update"] = True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (1, 2, 3):
+        raise UserFacingError(f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole copies use launch/ddp.yaml.")

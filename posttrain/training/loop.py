@@ -1,4 +1,4 @@
-"""The loop of every method: global batch -> plan -> step gradient -> check -> AdamW -> metrics, evaluation, checkpoint.
+"""The loop of every method: global batch -> plan -> step gradient -> check -> optimizer -> metrics, evaluation, checkpoint.
 
 What differs between methods comes in from outside: where a step's groups come from (a pure function of the step), the
 loss, and what is evaluated.
@@ -18,15 +18,18 @@ from torch import nn
 
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
+from posttrain.models.reference import has_adapters
+from posttrain.models.sharding import whole_state
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
 from posttrain.precision import PrecisionPlan
+from posttrain.training import sharding
 from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import TrainConfig
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
-from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, refuse_sharded
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import Extra, RunFolder
 from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
@@ -43,7 +46,7 @@ class StepBatch:
     counts: Counts | None = None
     """Denominators; None: counted over ``groups``. Groups without a learning signal may be left out and still count here."""
     fresh_optimizer: bool = False
-    """AdamW forgets its moments before this step (Kimi k1.5)."""
+    """The optimizer forgets its state before this step (Kimi k1.5)."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Further entries of the step's line in metrics.jsonl, put before the step's own."""
 
@@ -63,8 +66,8 @@ class Source(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures, named eval_*."""
 
-    def write(self, folder: Path) -> None:
-        """Main process: its state into a checkpoint."""
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Every process: its state into a checkpoint; what is the same everywhere only where ``is_main``."""
 
     def read(self, folder: Path) -> None:
         """Every process: what ``write`` wrote."""
@@ -134,7 +137,12 @@ class Loop:
             self.policy,
             self.optimizer,
             self.schedule,
-            run={**self.identity, "mode": self.mode, "precision": self.precision.name},
+            run={
+                **self.identity,
+                "mode": self.mode,
+                "precision": self.precision.name,
+                "sharding": sharding.kind(self.accelerator),
+            },
             extras=self._extras,
         )
         if start > self.num_steps:
@@ -170,7 +178,7 @@ class Loop:
                     folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
         finally:
             metrics.close()
-        final = folder.save_final(lambda path: save_model(self._unwrapped().model, self.tokenizer, path))  # type: ignore[arg-type]
+        final = self._save_final(folder)
         if self.train.trackers:
             self.accelerator.end_training()
         return TrainResult(folder=folder.path, final=final, step=self.num_steps, metrics=last)
@@ -178,24 +186,28 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        policy = self.policy_class(self.model.to(device), self.packing, device_type=device.type, temperature=self.temperature)
+        if not sharding.shards_weights(self.accelerator):  # else each process moves only its part
+            self.model.to(device)
+        policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
         self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
         )
+        if self.train.self_check and not self._checks_sharded:
+            self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
-        if self.train.self_check:
-            first = [g for g in self.batches(0) if g.num_trained]
-            both = [first[0], max(first, key=lambda g: g.num_tokens_shared)] if first else []
-            rms = self_check(policy, both, max_tokens=self.packing.max_tokens)
-            if self.accelerator.is_main_process:
-                how = f"{policy.forward_mode.mode}: {policy.forward_mode.reason}"
-                print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({how})")
-        torch.manual_seed(self.train.seed + self.accelerator.process_index)
+        if self.reference is not None:
+            self.reference.build(policy, self.accelerator)
+        refuse_sharded(self.optimizer_config, sharding.kind(self.accelerator))
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
+        if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
+            self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
+        if self.train.self_check and self._checks_sharded:
+            self._self_check(policy)
+        torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
         if self.reference is not None:
             self.reference.start(self.policy, self.forward_plan)
@@ -203,11 +215,35 @@ class Loop:
             self.source.start(self)
 
     @property
+    def _checks_sharded(self) -> bool:
+        """Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around
+        the forward, in their own precision."""
+        return sharding.shards_weights(self.accelerator)
+
+    def _self_check(self, policy: Policy) -> None:
+        """Every process compares the same two groups."""
+        first = [g for g in self.batches(0) if g.num_trained]
+        both = [first[0], max(first, key=lambda g: g.num_tokens_shared)] if first else []
+        lowered = sharding.kind(self.accelerator) == "fsdp2" and self.precision.compute != self.precision.weight
+        compute = getattr(torch, self.precision.compute) if lowered else None
+        rms = self_check(policy, both, max_tokens=self.packing.max_tokens, compute=compute)
+        if self.accelerator.is_main_process:
+            how = f"{policy.forward_mode.mode}: {policy.forward_mode.reason}"
+            print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({how})")
+
+    def _save_final(self, folder: RunFolder) -> Path:
+        """Sharded weights are gathered by all processes; one writes."""
+        model, state = self._unwrapped().model, None
+        if sharding.shards_weights(self.accelerator):
+            state = whole_state(model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model))
+        return folder.save_final(lambda path: save_model(model, self.tokenizer, path, state=state))  # type: ignore[arg-type]
+
+    @property
     def _extras(self) -> list[Extra]:
         return [extra for extra in (self.reference, self.source) if extra is not None]
 
     def _unwrapped(self) -> Policy:
-        policy = self.accelerator.unwrap_model(self.policy)
+        policy = sharding.unwrapped(self.policy)
         assert isinstance(policy, Policy)
         return policy
 
@@ -227,6 +263,7 @@ class Loop:
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups
+        sampled = time.perf_counter()
         plan = self._plan(groups, batch.counts)
         result = step_gradient(
             self.accelerator,
@@ -244,9 +281,8 @@ class Loop:
         )
         lr = float(self.schedule.get_last_lr()[0])
         if batch.fresh_optimizer:
-            self.optimizer.state.clear()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            sharding.forget_moments(self.accelerator, self.optimizer)
+        sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
             self.reference.after_step(step, self.policy)
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
@@ -256,8 +292,11 @@ class Loop:
             raise NonFiniteError(
                 f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
             )
-        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=time.perf_counter() - began)
-        return {**batch.metrics, **checked, **own}
+        ended = time.perf_counter()
+        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=ended - began)
+        update_s = ended - sampled
+        phase = {} if self.source is None else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
+        return {**batch.metrics, **checked, **own, **phase}
 
     def _metrics(
         self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float

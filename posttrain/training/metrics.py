@@ -18,6 +18,7 @@ from posttrain.packing.batch import Layout
 
 TIMING_KEYS = (
     "step_s", "tokens_per_s", "tflops_per_s", "peak_fraction", "rollout_s", "reward_s", "prepare_s", "rollout_tokens_per_s",
+    "scores_per_s", "update_s", "update_tokens_per_s",
 )  # fmt: skip
 """Metrics that differ between two identical runs; everything else must be equal."""
 

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the learning rate as a pure function of the step."""
+"""The optimizer with its decay groups, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from posttrain.precision import PrecisionPlan
 
+Name = Literal["adamw", "adamw_8bit", "sgd", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 _DEFAULT_WSD_DECAY_RATIO = 0.1
+_DEFAULT_BETAS, _DEFAULT_EPS, _DEFAULT_MOMENTUM = (0.9, 0.999), 1e-8, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, its schedule and clipping. Every number is checked when the record is built."""
+    """The optimizer, its schedule and clipping. Every number is checked when the record is built."""
 
+    name: Name = "adamw"
+    """``adamw``: two moments in the weights' dtype, 8 bytes a parameter in fp32. ``adamw_8bit``: both in 8 bits with one fp32
+    scale per 256 elements, 2.03 bytes (tensors below 4096 elements: fp32), by bitsandbytes; slow on a CPU (3.4 s a step for 135M
+    parameters, ``adamw`` 0.1 s). ``sgd``: one momentum, 4 bytes in fp32; its lr has another scale, try 1e-2. ``adafactor``: a
+    sum per row and per column instead of a moment, about 0 bytes; lr means what it means for adamw."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory and update there, one parameter at a time; an accelerator then holds weights
+    and gradients only. Costs three copies of the weights over the bus per step. Refused on a CPU, where nothing is saved."""
     lr: float = 2e-5
     """Peak learning rate, per step."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices, as torch counts it: a weight shrinks by lr * weight_decay per step. Norms, biases
-    and embeddings never decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment, per step."""
-    eps: float = 1e-8
-    """Added to the root of the second moment, in units of the gradient."""
+    and embeddings never decay. ``sgd`` adds weight_decay * weight to the gradient instead, so it enters the momentum."""
+    betas: tuple[float, float] = _DEFAULT_BETAS
+    """Only for ``adamw`` and ``adamw_8bit``: decay rates of the first and second moment, per step."""
+    eps: float = _DEFAULT_EPS
+    """Only for ``adamw`` and ``adamw_8bit``: added to the root of the second moment, in units of the gradient."""
+    momentum: float | None = None
+    """Only for ``sgd``: share of the velocity that stays, per step; None means 0.9, 0 keeps no state."""
     schedule: Schedule = "linear"
     """Learning rate after the warmup: ``constant``, ``linear`` or ``cosine`` down to ``min_lr_ratio``, or ``wsd``
     (constant, then linear in the last ``wsd_decay_ratio`` of the run)."""
@@ -47,6 +60,8 @@ class OptimizerConfig:
     """Global L2 norm to which gradients are clipped, in units of the gradient; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(f"optimizer.name must be one of {', '.join(get_args(Name))}; got {self.name!r}.")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
         if len(self.betas) != 2:
@@ -62,6 +77,7 @@ class OptimizerConfig:
             ("betas[0]", beta1, 0 <= beta1 < 1, "in [0, 1)"),
             ("betas[1]", beta2, 0 <= beta2 < 1, "in [0, 1)"),
             ("eps", self.eps, self.eps > 0, "> 0"),
+            ("momentum", self.velocity, 0 <= self.velocity < 1, "in [0, 1)"),
             ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0"),
             ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)"),
             ("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
@@ -72,6 +88,15 @@ class OptimizerConfig:
                 raise ValueError(f"OptimizerConfig.{name} must be finite and {wanted}; got {value}.")
 
     def _check_ignored(self) -> None:
+        if self.momentum is not None and self.name != "sgd":
+            raise ValueError(
+                f"momentum={self.momentum} would be ignored by optimizer.name={self.name!r}. Set betas, or name 'sgd'."
+            )
+        for name, value, default in (("betas", tuple(self.betas), _DEFAULT_BETAS), ("eps", self.eps, _DEFAULT_EPS)):
+            if value != default and not self.name.startswith("adamw"):
+                raise ValueError(
+                    f"{name}={value} would be ignored by optimizer.name={self.name!r}. Leave it out, or take 'adamw'."
+                )
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both set and one would be "
@@ -92,6 +117,11 @@ class OptimizerConfig:
     def decay_ratio(self) -> float:
         """Share of the run in which ``wsd`` decays."""
         return _DEFAULT_WSD_DECAY_RATIO if self.wsd_decay_ratio is None else self.wsd_decay_ratio
+
+    @property
+    def velocity(self) -> float:
+        """Share of SGD's velocity that stays per step."""
+        return _DEFAULT_MOMENTUM if self.momentum is None else self.momentum
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Warmup steps of a run of ``num_steps``; a ratio always leaves one step at the full rate."""
@@ -155,24 +185,99 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: PrecisionPlan | None = None) -> AdamW:
-    """theta <- theta (1 - lr lambda) - lr m_hat / (sqrt(v_hat) + eps), over ``decay_groups``.
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: PrecisionPlan | None = None) -> Optimizer:
+    """The optimizer of ``config.name`` over ``decay_groups``.
 
-    Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; torch multiplies the decay by lr (lambda_paper = lr *
-    lambda).
+    adamw: theta <- theta (1 - lr lambda) - lr m_hat / (sqrt(v_hat) + eps). Loshchilov & Hutter 2019, arXiv:1711.05101,
+    algorithm 2; torch multiplies the decay by lr (lambda_paper = lr * lambda). adamw_8bit: the same with m and v quantised
+    by blocks between steps, Dettmers et al. 2022, arXiv:2110.02861. sgd: u <- momentum u + g + lambda theta; theta <- theta
+    - lr u. adafactor: v from row and column sums, the update's RMS clipped to 1, Shazeer & Stern 2018, arXiv:1804.04235,
+    algorithm 4, with lr for the relative step size and no first moment.
 
-    The fused kernel is used: on one core it updates the 135M parameters of SmolLM2 in 84 ms where ``foreach`` takes 528
-    ms, and repeats bit for bit. Not under loss scaling: torch then calls a fused step also on an overflow and skips
-    inside the kernel, so accelerate cannot see the skip and would advance the schedule.
+    Fused kernels are used: on one core AdamW's updates the 135M parameters of SmolLM2 in 84 ms where ``foreach`` takes 528
+    ms, and repeats bit for bit. Not under loss scaling: torch then calls a fused step also on an overflow and skips inside
+    the kernel, so accelerate cannot see the skip and would advance the schedule.
     """
+    groups = decay_groups(model, config.weight_decay)
     fused = plan is None or not plan.uses_loss_scaling
-    return AdamW(
-        decay_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=fused,
-    )
+    optimizer: Optimizer
+    if config.name == "adamw":
+        optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+    elif config.name == "adamw_8bit":
+        optimizer = _adamw_8bit(groups, config)
+    elif config.name == "sgd":
+        optimizer = SGD(groups, lr=config.lr, momentum=config.velocity)  # torch 2.13, fused on a CPU: junk in bf16 momenta
+    else:
+        # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024 steps (1 - beta2 < 2^-8),
+        # and its lr is relative to the size of the weights.
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
+    if config.offload:
+        device = groups[0]["params"][0].device
+        if device.type == "cpu":
+            raise ValueError(
+                "optimizer.offload moves the optimizer's state from an accelerator to host memory; here the model is in host "
+                "memory already. Leave it off; --optimizer.name adamw_8bit or adafactor needs less memory everywhere."
+            )
+        return OffloadedOptimizer(optimizer)
+    return optimizer
+
+
+def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
+    """Under ZeRO and FSDP2 (``sharding.kind``) only AdamW: 8-bit blocks and Adafactor's rows would straddle the parts."""
+    if kind != "whole" and (config.name != "adamw" or config.offload):
+        option = "offload" if config.offload else f"name={config.name}"
+        raise ValueError(
+            f"optimizer.{option} is for one process and DDP; this launch shards the optimizer state ({kind}). Take adamw, and "
+            "for offload DeepSpeed's own (offload_optimizer_device: cpu in the launch file)."
+        )
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler must be there).
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer.name=adamw_8bit needs bitsandbytes ({error}). pip install 'posttrain[adamw-8bit]', or take adafactor."
+        ) from error
+    optimizer: Optimizer = AdamW8bit(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
+    return optimizer
+
+
+class OffloadedOptimizer(Optimizer):
+    """``inner``'s update of parameters on an accelerator, computed on the host, where its whole state lives.
+
+    The optimizer half of ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840). Weight and gradient of one parameter at a time come
+    down into pinned memory, ``inner`` updates them, the weight goes up: 12 bytes a parameter over the bus per step in fp32.
+    Host memory: ``inner``'s state, and a weight and gradient of the largest parameter. Gradients stay on the accelerator
+    until the update, because clipping needs all of them. (torchao's copies them down in backward, before they are clipped.)
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; parameters without gradient keep weight and state."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                host = nn.Parameter(_on_host(p.detach()))
+                host.grad = _on_host(p.grad)
+                self.inner.param_groups = [{**group, "params": [host]}]
+                self.inner.state.clear()
+                self.inner.state[host] = self.state[p]
+                self.inner.step()
+                self.state[p] = self.inner.state.pop(host)
+                p.copy_(host, non_blocking=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def lr_multiplier(

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from posttrain.models.policy import Policy
 from posttrain.models.reference import adapters_off, freeze, frozen_copy, has_adapters, weights_digest
+from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
+from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
 
@@ -74,34 +76,52 @@ class RunReference:
         self._cache: ReferenceCache | None = None
         self._policy: Policy | None = None
         self._compute = getattr(torch, precision.compute)
+        self._precision = precision
 
-    def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
-        """Before the first step, and before a checkpoint is read: the weights are those the run starts from."""
-        self._policy = plan.accelerator.unwrap_model(policy)
-        self._device = plan.accelerator.device
-        assert self._policy is not None
-        base_is_reference = has_adapters(self._policy.model) and self._load_other is None
-        if self._config.sync_every and has_adapters(self._policy.model):
+    def build(self, policy: Policy, accelerator: Any) -> None:
+        """Before accelerate wraps, and maybe shards, the policy: the weights are those the run starts from."""
+        self._device = accelerator.device
+        self._base_is_reference = has_adapters(policy.model) and self._load_other is None
+        if self._config.sync_every and has_adapters(policy.model):
             raise ValueError(
                 "reference.sync_every averages weights, and a product of adapters is not the average's product. Train the whole "
                 "model (--model.lora.rank 0), or leave reference.sync_every at 0."
             )
         if self._load_other is not None:
+            model = self._load_other()
             other = Policy(
-                self._load_other().to(self._device),
-                self._policy.packing,
+                model if shards_weights(accelerator) else model.to(self._device),
+                policy.packing,
                 device_type=self._device.type,
-                temperature=self._policy.transform.temperature,
+                temperature=policy.transform.temperature,
             )
             self._frozen = freeze(other, compute=self._held_in)
-        elif not base_is_reference and not self._config.cache:
-            self._frozen = frozen_copy(self._policy, compute=self._held_in)
+        elif not self._base_is_reference and not self._config.cache:
+            self._frozen = frozen_copy(policy, compute=self._held_in)
+        if self._frozen is not None and is_deepspeed(accelerator):
+            if self._config.sync_every and self._precision.load_dtype != torch.float32:
+                raise ValueError(
+                    "reference.sync_every would average in bfloat16, the dtype of DeepSpeed's weights, and lose small moves. Use "
+                    "--train.precision fp32, FSDP2 (launch/fsdp.yaml) or DDP."
+                )
+            for p in self._frozen.parameters():  # as the engine does with the policy; buffers (rotary frequencies) stay
+                p.data = p.data.to(self._precision.load_dtype)
         if self._config.cache:
-            weights = weights_digest((self._frozen or self._policy).model)
+            self._digest = weights_digest((self._frozen or policy).model)
+
+    def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
+        """After ``build`` and accelerate, before the first step and before a checkpoint is read."""
+        self._policy = unwrapped(policy)
+        self._is_sharded = self._frozen is not None and shards_weights(plan.accelerator)
+        if self._frozen is not None and self._is_sharded:
+            compute = None if is_deepspeed(plan.accelerator) else self._compute
+            shard_frozen(self._frozen, self._device, layer_names=self._frozen._no_split_modules or (), compute=compute)
+        if self._config.cache:
             # before the first step the policy is its own reference: the cache needs no copy
-            live = self._live if self._frozen is not None or base_is_reference else self._policy_itself
+            live = self._live if self._frozen is not None or self._base_is_reference else self._policy_itself
+            weights = f"{self._digest} {self._compute}"
             self._cache = ReferenceCache.of(
-                self._config, plan, live, self._groups, weights=f"{weights} {self._compute}", show_progress=self._show_progress
+                self._config, plan, live, self._groups, weights=weights, show_progress=self._show_progress
             )
             self._frozen = None
 
@@ -113,7 +133,10 @@ class RunReference:
     @property
     def num_bytes(self) -> int:
         """Memory of the reference's own weights; 0 where the base under adapters or a cache is read."""
-        return 0 if self._frozen is None else sum(p.numel() * p.element_size() for p in self._frozen.parameters())
+        if self._frozen is None:
+            return 0
+        reshard(self._frozen)
+        return sum(local(p).numel() * p.element_size() for p in self._frozen.parameters())
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
@@ -142,20 +165,30 @@ class RunReference:
         if not self._config.sync_every or step % self._config.sync_every or self._frozen is None:
             return
         assert self._policy is not None
-        for mine, theirs in zip(self._frozen.parameters(), self._policy.parameters(), strict=True):
-            mine.lerp_(theirs.detach().to(mine.dtype), self._config.sync_mix)
+        mix_into(self._frozen, self._policy, self._config.sync_mix)
 
-    def write(self, folder: Path) -> None:
+    def _parts(self) -> dict[str, Tensor]:
+        """A moving reference's own weights, or this process's part of them."""
+        if not self._config.sync_every or self._frozen is None:
+            return {}
+        reshard(self._frozen)
+        return {n: local(p).detach() for n, p in self._frozen.named_parameters()}
+
+    @property
+    def _file(self) -> str:
+        return f"reference_{torch.distributed.get_rank()}.safetensors" if self._is_sharded else "reference.safetensors"
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
         """A moving reference into a checkpoint; a fixed one is made again from the same weights."""
-        if self._config.sync_every and self._frozen is not None:
-            save_file({n: p.detach().contiguous() for n, p in self._frozen.named_parameters()}, folder / "reference.safetensors")
+        if (parts := self._parts()) and (is_main or self._is_sharded):
+            save_file({n: p.contiguous() for n, p in parts.items()}, folder / self._file)
 
     def read(self, folder: Path) -> None:
         """What ``write`` wrote."""
-        if self._config.sync_every and self._frozen is not None:
-            saved = load_file(folder / "reference.safetensors")
-            for name, parameter in self._frozen.named_parameters():
-                parameter.data.copy_(saved[name])
+        if parts := self._parts():
+            saved = load_file(folder / self._file)
+            for name, part in parts.items():
+                part.copy_(saved[name])
 
 
 def sequence_key(group: PromptGroup, completion: Completion) -> bytes:

@@ -11,8 +11,8 @@ from posttrain.training.collect import ScoredGroup
 from posttrain.types import PromptGroup
 
 
-def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, float]:
-    """Means over completions unless the name says otherwise."""
+def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float, correct: str | None) -> dict[str, float]:
+    """Means over completions unless the name says otherwise; ``correct``: the reward that is > 0 for a right answer."""
     scores = [s for group in scored for s in group.scores]
     totals = [s.total for s in scores if s.total is not None]
     texts = [t for group in scored for t in group.texts]
@@ -34,6 +34,8 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, 
     for name in dict.fromkeys(name for s in scores for name in s.parts):
         known = [v for s in scores if (v := s.parts.get(name)) is not None]
         metrics[f"reward/{name}"] = statistics.fmean(known) if known else math.nan
+        if known and name == correct:
+            metrics["accuracy"] = statistics.fmean(v > 0 for v in known)
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Extra(Protocol):
     """State of a run beside policy and optimizer (a moving reference, what was sampled)."""
 
-    def write(self, folder: Path) -> None:
-        """Main process: its files into the checkpoint."""
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """Every process: its files into the checkpoint; what is the same everywhere only where ``is_main``."""
 
     def read(self, folder: Path) -> None:
         """Every process: what ``write`` wrote."""
@@ -140,8 +140,8 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             training_state.write_state(self._accelerator, policy, optimizer, schedule, folder)
-            for extra in extras if self._accelerator.is_main_process else ():
-                extra.write(folder)
+            for extra in extras:
+                extra.write(folder, is_main=self._accelerator.is_main_process)
 
         return checkpoint.save_checkpoint(
             self.checkpoints,

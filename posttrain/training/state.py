@@ -1,12 +1,13 @@
-"""The training state of a run, bit for bit: weights, AdamW's moments, schedule, loss scale, random numbers.
+"""The training state of a run, bit for bit: weights, the optimizer's state, schedule, loss scale, random numbers.
 
-    model.safetensors      trained parameters, persistent buffers (one process and DDP;
-    optimizer.safetensors  AdamW's state by parameter name         FSDP2 and DeepSpeed: the
-    optimizer.json         groups, fingerprint of frozen weights   folders accelerate writes)
+    model.safetensors      trained parameters, persistent buffers      FSDP2: model_<rank>.safetensors, ...
+    optimizer.safetensors  tensors of the optimizer's state by name    with the part of each process
+    optimizer.json         options, fingerprint of frozen weights,     DeepSpeed: zero/, as its engine writes it
+                           the state's numbers, specs of its tensors
     schedule.json, scaler.json, rng_<rank>.json
 
-It is read without pickle. Sharded runs are read by torch and DeepSpeed, which unpickle (``.metadata``;
-DeepSpeed uses ``weights_only=False``): resume those only from checkpoints you trust, a manifest finds no malice.
+It is read without pickle, but for ``zero/``: DeepSpeed unpickles with ``weights_only=False``, so resume those only from
+checkpoints you trust (a manifest finds no malice).
 """
 
 from __future__ import annotations
@@ -20,62 +21,91 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-_SHARDED = ("FSDP", "DEEPSPEED")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from posttrain.models.sharding import local, reshard
+from posttrain.training import sharding
+from posttrain.training.optimizer import OffloadedOptimizer
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
-def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Trained parameters, persistent buffers and AdamW's state, exact, by name; a tied tensor once.
+def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
+    """Trained parameters, persistent buffers and the optimizer's state (any of its tensors and numbers), exact, by name.
 
-    Frozen parameters are not saved (they are the model's own files): a fingerprint of them is.
+    A tensor that has two names (tied weights, the code books of 8-bit moments) is saved once. Frozen parameters are not saved
+    (they are the model's own files): a fingerprint of them is. ``part`` goes into the file names: of FSDP2's DTensors every
+    process saves its own.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = sharding.unwrapped(model)
+    reshard(model)
     names = _names(model, optimizer)
     state = {f"{kind}/{names[p]}": value for p, entry in optimizer.state.items() for kind, value in entry.items()}
-    save_file(_own_storage(_saved_tensors(model)), folder / "model.safetensors")
-    save_file(_own_storage(state), folder / "optimizer.safetensors")
-    _write_json(folder / "optimizer.json", {"frozen weights": _fingerprint(model), **_options(names, optimizer)})
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    first = {id(t): name for name, t in reversed(tensors.items())}
+    own = {name: local(t) for name, t in tensors.items() if first[id(t)] == name}
+    save_file(_own_storage(_saved_tensors(model)), folder / f"model{part}.safetensors")
+    save_file(_own_storage(own), folder / f"optimizer{part}.safetensors")
+    about = {
+        "run": _about(model, names, optimizer),
+        "tensors": _specs(own),
+        "shared": {name: first[id(t)] for name, t in tensors.items() if name not in own},
+        "numbers": {name: value for name, value in state.items() if name not in tensors and value is not None},
+    }
+    _write_json(folder / f"optimizer{part}.json", about)
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Puts ``save_training_state``'s values into a model and an AdamW built the same way, whatever their order.
+def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
+    """Puts ``save_training_state``'s values into a model and an optimizer built the same way, whatever their order.
 
     The present rate is not among them, it belongs to the schedule. Raises ValueError, before anything is changed, if
-    names, shapes, dtypes, optimizer options or frozen weights differ.
+    names, shapes, dtypes, the optimizer, its options or frozen weights differ.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    model = sharding.unwrapped(model)
+    reshard(model)
     names, own = _names(model, optimizer), _saved_tensors(model)
-    weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    steps = {name: moments.pop(f"step/{name}") for name in names.values() if f"step/{name}" in moments}
-    wanted = {f"{kind}/{name}": p for p, name in names.items() if name in steps for kind in _MOMENTS}
-    about = {"frozen weights": _fingerprint(model), **_options(names, optimizer)}
-    _check_same(folder / "optimizer.json", json.loads((folder / "optimizer.json").read_bytes()), about)
-    _check_same(folder / "model.safetensors", _specs(weights), _specs(own))
-    _check_same(folder / "optimizer.safetensors", _specs(moments), _specs(wanted))
+    weights, tensors = load_file(folder / f"model{part}.safetensors"), load_file(folder / f"optimizer{part}.safetensors")
+    about = json.loads((folder / f"optimizer{part}.json").read_bytes())
+    _check_same(folder / f"optimizer{part}.json", about["run"], _about(model, names, optimizer))
+    _check_same(folder / f"model{part}.safetensors", _specs(weights), _specs(own))
+    _check_same(folder / f"optimizer{part}.safetensors", _specs(tensors), about["tensors"])
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+    parameters = {name: p for p, name in names.items()}
+    on_host = isinstance(sharding.base_optimizer(optimizer), OffloadedOptimizer)
     fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for p, name in names.items():
-        optimizer.state.pop(p, None)
-        if name in steps:  # fused: moments with the strides of p (else silently wrong), step on its device
-            optimizer.state[p] = {kind: torch.empty_like(p).copy_(moments[f"{kind}/{name}"]) for kind in _MOMENTS}
-            optimizer.state[p]["step"] = steps[name].to(p.device if p in fused else "cpu", copy=True)
+    placed: dict[str, Any] = dict(about["numbers"])
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        p = parameters[name]
+        device = "cpu" if on_host or (kind == "step" and p not in fused) else p.device
+        # a moment gets the strides (and the sharding) of its parameter: fused kernels are silently wrong with others
+        like = p if value.shape == local(p).shape else value
+        placed[key] = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False)
+        local(placed[key]).copy_(value)
+    placed |= {key: placed[owner] for key, owner in about["shared"].items()}
+    optimizer.state.clear()
+    for key, value in placed.items():
+        kind, name = key.split("/", 1)
+        optimizer.state[parameters[name]][kind] = value
+
+
+def _about(model: nn.Module, names: Mapping[Tensor, str], optimizer: Optimizer) -> dict[str, str]:
+    """What must not change in a run: frozen weights, the optimizer, its options for every parameter."""
+    base = sharding.base_optimizer(optimizer)
+    name = f"offloaded {type(base.inner).__name__}" if isinstance(base, OffloadedOptimizer) else type(base).__name__
+    return {"frozen weights": _fingerprint(model), "optimizer": name, **_options(names, optimizer)}
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {n: local(p) for n, p in model.named_parameters() if p.requires_grad}
     return tensors | {n: b for n, b in model.named_buffers() if n in persistent}
 
 
@@ -92,7 +122,7 @@ def _fingerprint(model: nn.Module) -> str:
     for name, p in sorted(model.named_parameters()):
         if not p.requires_grad:
             digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().reshape(-1)[:1024].cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(local(p).detach().reshape(-1)[:1024].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -157,15 +187,30 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 def write_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedule: LambdaLR, folder: Path) -> None:
     """``write`` of ``save_checkpoint``, on every rank: its share of weights, moments, schedule and random state."""
-    if accelerator.distributed_type in _SHARDED:
-        accelerator.save_state(str(folder), safe_serialization=True)
+    if sharding.is_deepspeed(accelerator):
+        policy.save_checkpoint(str(folder), "zero", save_latest=False, exclude_frozen_parameters=True)
+        _write_json(folder / f"frozen_{accelerator.process_index}.json", {"frozen weights": _fingerprint(policy.module)})
+    elif sharding.kind(accelerator) == "fsdp2":
+        save_training_state(folder, policy, optimizer, part=f"_{accelerator.process_index}")
     elif accelerator.is_main_process:
         save_training_state(folder, policy, optimizer)
         if accelerator.scaler is not None:
             _write_json(folder / "scaler.json", accelerator.scaler.state_dict())
     if accelerator.is_main_process:
-        _write_json(folder / "schedule.json", {"step": schedule.last_epoch, "ranks": accelerator.num_processes})
+        topology = {"ranks": accelerator.num_processes, "sharding": sharding.kind(accelerator)}
+        _write_json(folder / "schedule.json", {"step": schedule.last_epoch, **topology})
     _write_json(folder / f"rng_{accelerator.process_index}.json", capture_rng())
+
+
+def _load_zero(folder: Path, engine: Any, rank: int) -> None:
+    frozen = folder / f"frozen_{rank}.json"
+    _check_same(frozen, json.loads(frozen.read_bytes()), {"frozen weights": _fingerprint(engine.module)})
+    all_trained = all(p.requires_grad for p in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(folder), "zero", load_module_strict=all_trained)
+    if path is None:
+        raise ValueError(
+            f"DeepSpeed found no state in {folder / 'zero'}. Delete the checkpoint, and the one before it is resumed."
+        )
 
 
 def read_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedule: LambdaLR, folder: Path) -> None:
@@ -176,10 +221,18 @@ def read_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, schedu
             f"{folder} was written by {saved['ranks']} processes, this run has {accelerator.num_processes} and could "
             f"not equal an uninterrupted one. Launch {saved['ranks']} processes."
         )
-    if accelerator.distributed_type in _SHARDED:
-        accelerator.load_state(str(folder))  # it only logs when its random states fail to load: ours follow below
+    before, now = saved.get("sharding", "whole"), sharding.kind(accelerator)
+    if before != now:
+        raise ValueError(
+            f"{folder} was written by a run whose weights were held as {before}, this one holds them as {now}. Resume with the "
+            "launch configuration it was started with, or start a new run from its final/ folder."
+        )
+    if sharding.is_deepspeed(accelerator):
+        _load_zero(folder, policy, accelerator.process_index)
     else:
-        load_training_state(folder, policy, optimizer)
+        load_training_state(
+            folder, policy, optimizer, part=f"_{accelerator.process_index}" if sharding.kind(accelerator) == "fsdp2" else ""
+        )
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(json.loads((folder / "scaler.json").read_bytes()))
     schedule.last_epoch, schedule._step_count = saved["step"], saved["step"] + 1

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.losses.reduce import reduce_term
+from posttrain.models.sharding import local
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
-from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import UserFacingError
+from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
 from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
 Loss = Callable[..., LossOutput]
@@ -90,6 +91,10 @@ class _Step:
         with torch.no_grad(), self.accelerator.autocast():
             return self.reference(self.groups, batch)
 
+    def others_read_the_reference(self, index: int) -> bool:
+        """A forward of sharded weights is a collective: all ranks make it if one needs it."""
+        return shards_weights(self.accelerator) and any(rank[index].coupled_group is None for rank in self.plan.ranks)
+
     def share(self, batch: PackedBatch, logps_T: Tensor, reference_T: Tensor | None) -> Tensor:
         """This micro-batch's part of the loss of the global batch; it and the metrics go into the totals."""
         logps = batch.with_logps(logps_T, reference_T=reference_T, batch_mean=self.batch_mean)
@@ -131,12 +136,10 @@ def step_gradient(
         for i, micro_batch in enumerate(micro_batches):
             batch = step.pack(micro_batch.parts)
             cached = micro_batch.coupled_group is not None
-            reference_T = None if cached else step.reference_logps(batch)
+            reference_T = step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
             is_last = i == len(micro_batches) - 1
             with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
-                return_freed_memory(accelerator.device.type)  # of the last backward
                 logps_T = policy(batch)
-                return_freed_memory(accelerator.device.type)  # of the forward: the backward starts at the step's peak
                 if micro_batch.is_dummy:
                     share = 0.0 * logps_T.sum()
                 elif cached:
@@ -144,7 +147,7 @@ def step_gradient(
                 else:
                     share = step.share(batch, logps_T, reference_T)
                     share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
-                accelerator.backward(share * accelerator.num_processes)
+                _backward(accelerator, policy, share * accelerator.num_processes, is_last=is_last)
             batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
             if not micro_batch.is_dummy:
                 result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
@@ -165,6 +168,15 @@ def loss_share(loss: Loss, logps: TokenLogps, counts: Counts) -> tuple[Tensor, d
         shares = [reduce_term(term, logps, counts) for term in output.terms]
         share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
     return share, dict(output.metrics)
+
+
+def _backward(accelerator: Any, policy: Any, loss: Tensor, *, is_last: bool) -> None:
+    """DeepSpeed's engine is called here and not through accelerate, which would step as well."""
+    if is_deepspeed(accelerator):
+        policy.set_gradient_accumulation_boundary(is_last)  # ZeRO-1 reduces at the last, ZeRO-2 and 3 every time
+        policy.backward(loss)
+    else:
+        accelerator.backward(loss)
 
 
 def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
@@ -288,7 +300,7 @@ def clip_and_check(
     Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers the scale.
     """
     accelerator.unscale_gradients()
-    grad_norm = _clip(policy, max_grad_norm)
+    grad_norm = _clip(accelerator, policy, max_grad_norm)
     loss_ok = result.loss == result.loss and abs(result.loss) != float("inf")
     grad_ok = grad_norm == grad_norm and grad_norm != float("inf")
     if loss_ok and (grad_ok or accelerator.scaler is not None):
@@ -300,11 +312,14 @@ def clip_and_check(
     )
 
 
-def _clip(policy: nn.Module, max_grad_norm: float) -> float:
+def _clip(accelerator: Any, policy: nn.Module, max_grad_norm: float) -> float:
     """Norm over all gradients, summed in at least float32, and torch's clipping g * min(1, max / (norm + 1e-6))."""
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    gradients = local_gradients(accelerator, policy)
     wide = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(wide))
+    norm = torch.linalg.vector_norm(torch.stack(wide)) if wide else torch.zeros((), device=accelerator.device)
+    if kind(accelerator) != "whole":  # disjoint parts
+        square = norm.to(torch.float64 if accelerator.device.type != "mps" else norm.dtype).square()
+        norm = accelerator.reduce(square, reduction="sum").sqrt()
     if max_grad_norm > 0:
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for g in gradients:
@@ -321,7 +336,8 @@ def _suspects(policy: nn.Module, result: StepResult, groups: Sequence[PromptGrou
     ]
     if bad:
         return f"Non-finite log-probs in {', '.join(dict.fromkeys(bad[:5]))}."
-    names = [n for n, p in policy.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    named = [(n, local(p.grad)) for n, p in policy.named_parameters() if p.grad is not None]
+    names = [n for n, gradient in named if not torch.isfinite(gradient).all()]
     where = ", ".join(dict.fromkeys(groups[batch.refs[0][0]].where for batch, _ in result.batches[:3]))
     parameters = ", ".join(names[:3]) or "no parameter of this rank"
     return f"Log-probs are finite; non-finite gradient in {parameters} (batch from {where})."

@@ -22,7 +22,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(launch: str, script: str, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(REPO / "launch" / launch)]
+    """``launch``: a file of launch/, and options of the launcher after it."""
+    file, *options = launch.split()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(REPO / "launch" / file), *options]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -42,7 +42,14 @@ def test_independent_processes_are_refused():
     check_launch({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, num_processes=2)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharded_launches_are_refused(kind):
-    with pytest.raises(RuntimeError, match=f"not supported yet; the launch configuration asks for {kind}"):
-        check_launch({f"ACCELERATE_USE_{kind}": "true", "WORLD_SIZE": "2"})
+def test_a_launch_that_would_not_shard_is_refused(tmp_path):
+    """accelerate takes sharding from the environment of several processes only: with one, the model would stay whole."""
+    result = run("fsdp_cpu2.yaml --num_processes 1", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    assert result.returncode != 0
+    assert "asks for FSDP, but the run became" in result.stderr
+
+
+def test_a_launch_option_that_would_be_ignored_is_refused(tmp_path):
+    result = run("zero_cpu2.yaml --gradient_clipping 0.5", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    assert result.returncode != 0
+    assert "would be ignored" in result.stderr and "--optimizer.max_grad_norm" in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -102,3 +103,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path, i
     result = check(run("cpu.yaml", "recipes/sft.py", *args))
     assert f"step_{STEPS} is damaged" in result.stderr and f"step_{STEPS - 2}" in result.stderr
     assert outcome(tmp_path / "damaged") == wanted
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adafactor"])
+def test_other_optimizers_resume_as_if_never_interrupted(tmp_path, inputs, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    args = [*arguments(inputs, tmp_path, "run"), "--optimizer.name", optimizer, "--train.max_steps", "8"]
+    check(run("cpu.yaml", "recipes/sft.py", *args))
+    folder = tmp_path / "run"
+    wanted = outcome(folder)
+    shutil.rmtree(folder / "checkpoints" / "step_8")
+    shutil.rmtree(folder / "final")
+    resumed = check(run("cpu.yaml", "recipes/sft.py", *args))
+    assert "step_4" in resumed.stdout + resumed.stderr and outcome(folder) == wanted

@@ -271,3 +271,15 @@ def test_the_default_on_cuda_needs_native_bf16(monkeypatch: pytest.MonkeyPatch) 
 def test_importing_the_plans_does_not_import_torch() -> None:
     code = "import sys, posttrain.precision as p; p.PRECISIONS['bf16'].state_bytes_per_param; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_deepspeed_updates_a_separate_fp32_copy_of_any_weights():
+    """bf16: 2 + 4 + 4 + 8 bytes per parameter before sharding; fp32: 4 + 4 + 4 + 8."""
+    bf16, fp32 = (resolve_precision(name, "cpu", deepspeed=True) for name in ("bf16", "fp32"))
+    assert (bf16.state_bytes_per_param, fp32.state_bytes_per_param) == (18, 20)
+    assert (bf16.load_dtype, bf16.update, fp32.update) == (torch.bfloat16, "float32", "float32")
+    for name in ("bf16-pure", "fp16"):
+        with pytest.raises(ValueError, match="does not exist under DeepSpeed"):
+            resolve_precision(name, "cuda", deepspeed=True)
+    with pytest.raises(ValueError, match="Did you mean 'bf16'"):
+        resolve_precision("bf17", "cpu", deepspeed=True)

@@ -27,7 +27,9 @@ def plan_of(max_tokens=10_000, mode="shared"):
 def started(model, config, *, plan=None, groups=GROUPS):
     policy = Policy(model, PackingConfig())
     reference = RunReference(config, precision=resolve_precision("fp32", "cpu"), groups=[groups])
-    reference.start(policy, plan or plan_of())
+    plan = plan or plan_of()
+    reference.build(policy, plan.accelerator)
+    reference.start(policy, plan)
     return policy, reference
 
 
@@ -127,7 +129,7 @@ def test_a_moving_reference_is_the_stated_average_and_survives_a_checkpoint(tmp_
     reference.after_step(2, policy)
     new = dict(model.named_parameters())
     assert torch.allclose(frozen[name], 0.6 * new[name] + 0.4 * old[name], atol=1e-7)
-    reference.write(tmp_path)
+    reference.write(tmp_path, is_main=True)
     _, resumed = started(tiny_llama(), ReferenceConfig(sync_every=2, sync_mix=0.6))
     resumed.read(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(resumed._frozen.parameters(), reference._frozen.parameters(), strict=True))

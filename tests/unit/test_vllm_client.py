@@ -1,4 +1,4 @@
-"""The client against a server that fails in every way a real one does. (tests/vllm has the real server.)"""
+"""The client against a server that fails in every way a real one does. (tests/e2e/test_vllm_server.py has the real one.)"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from posttrain.rollout.engine import Request, SamplingConfig
+from posttrain.rollout.handover import FolderHandover, NCCLHandover
 from posttrain.rollout.vllm import ServerError, VLLMConfig, VLLMEngine
 
 REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
@@ -75,7 +76,7 @@ def serve(monkeypatch, tmp_path):
             saved.append(folder)
 
         config = VLLMConfig(url=servers[-1].url, retries=retries, concurrency=4)
-        return servers[-1], lambda: VLLMEngine(config, save_weights=save, stop_ids=[2], weights_dir=tmp_path / "w"), saved
+        return servers[-1], lambda: VLLMEngine(config, handover=FolderHandover(tmp_path / "w", save), stop_ids=[2]), saved
 
     yield start
     for server in servers:
@@ -141,3 +142,12 @@ def test_the_wrong_server_is_told_apart(serve):
         serve(misbehave=lambda path, n: (200, b"<html>"))[1]().generate(REQUESTS, SamplingConfig(max_tokens=5))
     with pytest.raises(ValueError, match="does not say which tokens"):
         serve()[1]().generate(REQUESTS, SamplingConfig(max_tokens=5, top_p=0.9))
+
+
+def test_nccl_needs_vllm_beside_the_trainer_and_ignores_no_option():
+    with pytest.raises(ValueError, match="vLLM's trainer side.*--vllm.handover folder"):
+        NCCLHandover(url="http://127.0.0.1:1", address="127.0.0.1", port=29600, timeout_s=1.0, model=lambda: None)
+    with pytest.raises(ValueError, match="weights_dir would be ignored"):
+        VLLMConfig(handover="nccl", weights_dir="w")
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        VLLMConfig(nccl_address="29600")

@@ -1,0 +1,156 @@
+"""`posttrain plan`: the memory of a run before it starts, phase by phase, without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from posttrain.memory.plan import Job
+
+METHODS = ("sft", "reward", "dpo", "rl")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments; imports nothing heavy."""
+    parser.epilog = "Any other option is a setting of the run, e.g. --model.name DIR or --packing.max_tokens 4096."
+    parser.add_argument("config", metavar="CONFIG", help="settings of a run, e.g. recipes/configs/dpo_smollm2.yaml")
+    parser.add_argument("--method", choices=METHODS, help="kind of run (default: found from the settings)")
+    parser.add_argument("--devices", type=int, metavar="N", help="data-parallel processes (default: 1, or what --zero needs)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it is here or --device-memory is given")
+    parser.add_argument("--device-memory", metavar="SIZE", help="of one device, e.g. 80GB (default: this machine's)")
+    parser.add_argument("--zero", metavar="STAGES", help="ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1")
+    parser.add_argument("--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2")
+    parser.add_argument("--offload", choices=("optimizer",), help="optimizer state in host memory")
+    parser.add_argument("--solve", choices=("max-tokens", "min-devices", "cheapest-zero"), help="ask the other way round")
+    parser.add_argument("--json", action="store_true", help="print bytes of everything")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the plan, or answers ``--solve``."""
+    from posttrain.memory.limits import parse_bytes
+    from posttrain.memory.plan import memory_plan
+    from posttrain.memory.report import show, to_json
+
+    limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
+    with redirect_stdout(sys.stderr):  # libraries that announce themselves
+        job, shortest = _job(arguments, is_elsewhere=limit is not None)
+    limit = limit if limit is not None else _limit_here(job.device)
+    devices, stages = _devices_and_stages(arguments)
+    if arguments.solve:
+        print(_solve(arguments, job, limit, devices, stages))
+        return
+    engine: Any = "deepspeed" if arguments.deepspeed else None
+    plans = [memory_plan(job.sharded(stage, devices, engine=engine if stage == 3 else None)) for stage in stages]
+    if arguments.json:
+        print(json.dumps([to_json(plan, limit) for plan in plans], indent=1))
+    else:
+        show(plans, limit, shortest=shortest)
+
+
+def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
+    devices = arguments.devices or 1
+    try:
+        stages = [int(s) for s in arguments.zero.split(",")] if arguments.zero else ([0, 1, 2, 3] if devices > 1 else [0])
+    except ValueError as error:
+        raise ValueError(f"--zero is a list of ZeRO stages such as 0,1,2,3; got {arguments.zero!r}.") from error
+    if devices < 1 or not set(stages) <= {0, 1, 2, 3}:
+        raise ValueError(f"--devices must be >= 1 and --zero among 0,1,2,3; got {devices} and {stages}.")
+    return devices, stages
+
+
+def _limit_here(device: str) -> float | None:
+    from posttrain.memory.limits import available_bytes
+
+    if device == "cpu":
+        return available_bytes()
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]) -> str:
+    from posttrain.memory import plan as planner
+    from posttrain.memory.limits import gigabytes
+
+    if limit is None:
+        raise ValueError("--solve needs the memory of a device: --device-memory 80GB.")
+    answers: dict[str, Any]
+    if arguments.solve == "max-tokens":
+        answers = {str(s): planner.max_tokens(job.sharded(s, devices), limit) for s in stages}
+        lines = [f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits" for s, n in answers.items()]
+    elif arguments.solve == "min-devices":
+        wanted = stages if arguments.zero else [0, 1, 2, 3]
+        answers = {str(s): planner.min_devices(job, limit, zero_stage=s) for s in wanted}
+        lines = [f"ZeRO-{s}: {n} devices" if n else f"ZeRO-{s}: no number of devices is enough" for s, n in answers.items()]
+    else:
+        stage = planner.cheapest_zero(job, limit, num_devices=devices)
+        answers = {"stage": stage}
+        lines = [f"ZeRO-{stage} is enough" if stage is not None else f"nothing fits: {planner.advice(job, limit)}"]
+    if arguments.json:
+        return json.dumps({"solve": arguments.solve, "limit_bytes": limit, "devices": devices, "answers": answers})
+    return "\n".join([f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:", *lines])
+
+
+def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int]:
+    """(the run on one device, tokens that its longest sequence may have)."""
+    from dataclasses import replace
+
+    import torch
+
+    from posttrain.trainers.memory import job_of, plan_precision
+
+    method = arguments.method or find_method(arguments.config, arguments.settings)
+    config, trainer = _parse(method, arguments.config, arguments.settings)
+    has_cuda = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
+    precision = plan_precision(config.train.precision, device, is_here=device == "cpu" or has_cuda)
+    wants = trainer.algorithm.needs_reference if method == "rl" else trainer.wants_reference
+    job = job_of(config, method, precision=precision, device=device, wants_reference=wants)
+    if arguments.offload:
+        job = replace(job, offload=frozenset({arguments.offload}))
+    longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
+    return job, max(64, longest)
+
+
+def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
+    """The settings as the recipe reads them, and its trainer, which checks them against each other."""
+    from importlib import import_module
+
+    from posttrain.training.config import parse_config
+
+    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "rl": "RL"}[method]
+    module = import_module(f"posttrain.trainers.{method}")
+    config = parse_config(
+        getattr(module, f"{name}Config"), ["--config", path, *settings], description=f"settings of a {method} run"
+    )
+    return config, getattr(module, f"{name}Trainer")(config=config)
+
+
+def find_method(path: str, settings: list[str]) -> str:
+    """The kind of run that settings are for: by keys that only one kind has, then by the loss, then by its options.
+
+    Raises ValueError where they fit more than one kind and differ in memory (then give ``--method``).
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"There is no settings file {path!r}. Give one such as recipes/configs/sft_smollm2.yaml.")
+    keys: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    given = {*keys, *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--"))}
+    if given & {"algorithm", "algorithm_options", "sampling", "rollout", "rewards", "engine", "local", "curriculum"}:
+        return "rl"
+    loss = str(keys.get("loss", "")).rpartition(".")[2].split("*")[-1].split("+")[0].strip()
+    if "reference" in given:
+        return "dpo"
+    options = set(keys.get("loss_options") or {})
+    if loss == "bradley_terry" or options & {"centering", "margin_scale"}:
+        return "reward"
+    if loss and loss != "sft":
+        return "dpo"
+    return "sft"

@@ -1,0 +1,1 @@
+"""What a run's memory is, before it runs: closed forms in plain Python."""

@@ -1,0 +1,364 @@
+"""The memory of a run before it starts: what each phase holds on a rank, what fits, and the questions asked the other way.
+
+``Job`` is everything that decides memory, in numbers; ``memory_plan`` prices it. What a run allocates comes from
+``states.run_states`` and ``activations``, never from a paper's formula. All figures are bytes of one rank, the largest; GB is
+1e9 bytes. Out of it: memory of other processes, data on disk, a vLLM server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from posttrain.memory.activations import Setting, step_activations, worst_row
+from posttrain.memory.architecture import Architecture
+from posttrain.memory.published import ring_bytes
+from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
+from posttrain.precision import PrecisionPlan, bytes_per_element
+
+Method = Literal["sft", "reward", "dpo", "rl"]
+Phase = Literal["load", "rollout", "update", "optimizer step", "save", "resume"]
+Device = Literal["cpu", "cuda"]
+
+LIBRARIES_BYTES = {"cpu": 760_000_000, "cuda": 500_000_000}
+"""Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
+ALLOCATOR_BYTES = {"cpu": 60_000_000, "cuda": 0}
+ALLOCATOR_SHARE = {"cpu": 0.03, "cuda": 0.06}
+"""What the allocator holds beyond live tensors: a constant and a share of them (rounding, holes, kernels' scratch)."""
+MAPPED = "mapped file"
+"""A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
+DEEPSPEED_BUCKET = 500_000_000
+"""Elements of DeepSpeed's reduce bucket by default; two of them, since it overlaps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Sampling in the training process (``rollout.local``)."""
+
+    max_rows: int
+    kv_cache_bytes: float
+    capacity: int
+    """Most tokens of prompt and completion."""
+
+    def cache_bytes(self, arch: Architecture, bytes_each: int) -> int:
+        """One slot per running completion, as many as the budget holds."""
+        each = arch.kv_elements_per_token * self.capacity * bytes_each
+        return each * max(1, min(self.max_rows, int(self.kv_cache_bytes // each)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, as far as its memory goes."""
+
+    method: Method
+    arch: Architecture
+    parameters: tuple[Parameter, ...]
+    precision: PrecisionPlan
+    max_tokens: int
+    """Token budget of a row."""
+    completions: int
+    """Of one prompt in a full row."""
+    device: Device = "cpu"
+    shares_prompt: bool = True
+    own_attention: bool = False
+    checkpointing: bool = False
+    logits_chunk: int = 512
+    flex: bool = False
+    divides_logits: bool = False
+    optimizer: OptimizerName = "adamw"
+    offload: frozenset[Offload] = frozenset()
+    reference: tuple[Parameter, ...] = ()
+    """A frozen model beside the policy; empty where there is none, it is cached, or it is the base under adapters."""
+    reference_moves: bool = False
+    """TR-DPO: kept as precise as the policy."""
+    reward_model: tuple[Parameter, ...] = ()
+    """A learned reward, held by the process that trains."""
+    rollout: Rollout | None = None
+    num_devices: int = 1
+    zero_stage: int = 0
+    engine: Engine = "plain"
+
+    @property
+    def is_lora(self) -> bool:
+        """Adapters around a frozen model."""
+        return any(not p.trainable for p in self.parameters)
+
+    @property
+    def num_params(self) -> int:
+        """Of the policy, frozen ones included."""
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def trainable_params(self) -> int:
+        """Of the policy."""
+        return sum(p.numel for p in self.parameters if p.trainable)
+
+    def sharded(self, zero_stage: int, num_devices: int, *, engine: Engine | None = None) -> Job:
+        """The same run on other hardware: stage 0 plain, 3 FSDP2 (or DeepSpeed if the run uses it), 1 and 2 DeepSpeed."""
+        default: Engine = "fsdp2" if zero_stage == 3 and self.engine != "deepspeed" else "deepspeed"
+        return replace(
+            self, zero_stage=zero_stage, num_devices=num_devices, engine="plain" if zero_stage == 0 else engine or default
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by phase and item of the largest rank."""
+
+    job: Job
+    phases: Mapping[Phase, Mapping[str, int]]
+    """On the device that computes."""
+    host: Mapping[str, int]
+    """Offloaded."""
+    moment: str
+    """Where in a micro-batch the update peaks."""
+    sent_bytes: float
+    """What this rank sends per optimizer step of one micro-batch."""
+
+    def total(self, phase: Phase) -> int:
+        """Bytes of a phase that cannot be given back."""
+        return sum(n for name, n in self.phases[phase].items() if name != MAPPED)
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of that phase: what the device must have."""
+        return self.total(self.worst)
+
+    @property
+    def live_bytes(self) -> int:
+        """Peak of live tensors in the update alone, without libraries and allocator."""
+        return sum(n for name, n in self.phases["update"].items() if name not in ("libraries", "allocator"))
+
+
+def memory_plan(job: Job) -> MemoryPlan:
+    """Prices every phase of a run.
+
+    load: weights as they arrive; rollout: the sampler's copy, keys and values; update: the worst moment of a micro-batch;
+    optimizer step: after the backward; save and resume: the states, twice where they are read from a checkpoint.
+    """
+    states = run_states(
+        job.parameters,
+        plan=job.precision,
+        optimizer=job.optimizer,
+        engine=job.engine,
+        zero_stage=job.zero_stage,
+        num_devices=job.num_devices,
+        offload=job.offload,
+    )
+    on = dict(states.device)
+    shards = job.num_devices if job.zero_stage == 3 else 1
+    held = {name: on.get(name, 0) for name in ("weights", "master", "moments", "counters")}
+    held |= {"reference": _frozen(job.reference, job, shards), "reward model": _frozen(job.reward_model, job, 1)}
+    sampler = _sampler_bytes(job)
+    held["rollout copy"] = sampler.get("rollout copy", 0)
+    setting = _setting(job)
+    row = worst_row(job.max_tokens, completions=job.completions, shares_prompt=job.shares_prompt, scored=job.method == "reward")
+    act = step_activations(job.arch, job.parameters, row, setting)
+    gradients = {"gradients": on.get("gradients", 0)}
+    buckets = {"communication": communication_bytes(job)}
+    stored = sum(p.num_bytes for p in job.parameters)
+    phases: dict[Phase, dict[str, int]] = {"load": {"weights": stored, "reference": held["reference"], MAPPED: stored}}
+    if job.rollout is not None:
+        phases["rollout"] = held | {n: b for n, b in sampler.items() if n != "rollout copy"}
+    phases["update"] = held | gradients | buckets | dict(act.items)
+    phases["optimizer step"] = held | gradients | buckets | {"temporaries": _update_temporaries(job)}
+    phases["save"] = held
+    phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "master", "moments", "counters"))}
+    return MemoryPlan(
+        job=job,
+        phases={name: _with_overheads(items, job.device) for name, items in phases.items()},
+        host={n: b for n, b in states.host.items() if b},
+        moment=act.moment,
+        sent_bytes=sent_bytes(job),
+    )
+
+
+def _with_overheads(items: Mapping[str, int], device: Device) -> dict[str, int]:
+    live = sum(n for name, n in items.items() if name != MAPPED)
+    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * live)
+    return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
+
+
+def _frozen(parameters: Sequence[Parameter], job: Job, shards: int) -> int:
+    compute = job.precision.weight if job.reference_moves else job.precision.compute
+    return frozen_bytes(parameters, compute=compute, num_devices=shards)
+
+
+def _setting(job: Job) -> Setting:
+    plan = job.precision
+    if job.engine != "plain":  # weights are gathered, or held, in the compute dtype: no autocast
+        plan = replace(plan, weight=plan.compute)
+    return Setting(
+        plan=plan,
+        device=job.device,
+        checkpointing=job.checkpointing,
+        logits_chunk=job.logits_chunk,
+        flex=job.flex,
+        own_attention=job.own_attention,
+        trains_all=not job.is_lora,
+        divides_logits=job.divides_logits,
+        has_head=job.method != "reward",
+    )
+
+
+def _sampler_bytes(job: Job) -> dict[str, int]:
+    """Of sampling in this process: a copy of what autocast casts, keys and values, and one step's logits."""
+    if job.rollout is None:
+        return {}
+    size, head = bytes_per_element(job.precision.compute), job.arch.vocab * job.arch.hidden
+    casts = job.precision.compute != job.precision.weight
+    copied = [p for p in job.parameters if p.in_linear and p.dtype == "float32" and (p.in_embedding or ".lora_" not in p.name)]
+    rows = min(job.rollout.max_rows, max(1, int(job.rollout.kv_cache_bytes)))
+    prompt = job.arch.kv_elements_per_token * job.max_tokens * bytes_per_element(job.precision.weight)
+    work = 3 * 4 * rows * job.arch.vocab + 8 * job.arch.hidden * job.max_tokens * 4
+    copy = size * sum(p.numel for p in copied) if casts else 0
+    return {
+        "rollout copy": copy,
+        "KV cache": job.rollout.cache_bytes(job.arch, size) + prompt,
+        "logits": work + (0 if copied or not casts else size * head),
+    }
+
+
+def _update_temporaries(job: Job) -> int:
+    """adafactor divides each gradient by its factors out of place; 8-bit AdamW and the fused kernels update in place."""
+    if job.optimizer != "adafactor":
+        return 0
+    return 3 * max((p.num_bytes for p in job.parameters if p.trainable), default=0)
+
+
+def communication_bytes(job: Job) -> int:
+    """Buffers for collectives: none of DDP's (gradients are views of its buckets); FSDP2 the root's weights and two layers, with
+    a layer's gradient; ZeRO two reduce buckets, stage 3 also the gathered weights."""
+    if job.num_devices == 1 or job.engine == "plain":
+        return 0
+    size = bytes_per_element(job.precision.compute)
+    in_layers = [p for p in job.parameters if ".layers." in f".{p.name}" or ".h." in f".{p.name}"]
+    layer = sum(p.numel for p in in_layers) // max(len(job.arch.layers), 1)
+    root = job.num_params - sum(p.numel for p in in_layers)
+    if job.engine == "fsdp2":
+        return size * (root + 2 * layer) + bytes_per_element(job.precision.gradient) * (layer + root)
+    bucket = min(DEEPSPEED_BUCKET, job.trainable_params)
+    return 2 * size * bucket + (size * (root + 2 * layer) if job.zero_stage == 3 else 0)
+
+
+def sent_bytes(job: Job, *, micro_batches: int = 1) -> float:
+    """What a rank sends per optimizer step over a ring: gradients in the dtype they are reduced in, weights in the compute dtype.
+
+    In elements it is arXiv:1910.02054 section 7 (``published.zero_communication``). Frozen weights travel only in stage 3.
+    """
+    if job.num_devices == 1:
+        return 0.0
+    reduced = 4 if job.engine == "deepspeed" else bytes_per_element(job.precision.gradient)
+    gathered = bytes_per_element(job.precision.compute)
+    trained, times = job.trainable_params, micro_batches if job.zero_stage >= 2 else 1
+    sent = {
+        0: 2 * trained * reduced,
+        3: times * (trained * reduced + 2 * job.num_params * gathered),
+    }.get(job.zero_stage, trained * (times * reduced + gathered))
+    return ring_bytes(sent, num_devices=job.num_devices, bytes_each=1)
+
+
+# The questions asked the other way.
+
+
+def fits(job: Job, limit_bytes: float) -> bool:
+    """Whether every phase stays within the limit of a device."""
+    return memory_plan(job).peak_bytes <= limit_bytes
+
+
+def max_tokens(job: Job, limit_bytes: float) -> int:
+    """The largest ``packing.max_tokens`` that fits, to 16 tokens; 0 if none does."""
+    low, high = 0, 16
+    while high <= 2**24 and fits(replace(job, max_tokens=high), limit_bytes):
+        low, high = high, 2 * high
+    while high - low > 16:
+        middle = (low + high) // 32 * 16
+        low, high = (middle, high) if fits(replace(job, max_tokens=middle), limit_bytes) else (low, middle)
+    return low
+
+
+def min_devices(job: Job, limit_bytes: float, *, zero_stage: int, at_most: int = 65536) -> int | None:
+    """The fewest devices on which a ZeRO stage fits; None if no number does."""
+
+    def ok(n: int) -> bool:
+        return fits(job.sharded(zero_stage, n), limit_bytes)
+
+    high = 1
+    while not ok(high):
+        high *= 2
+        if high > at_most:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if ok(middle) else (middle, high)
+    return high
+
+
+def cheapest_zero(job: Job, limit_bytes: float, *, num_devices: int) -> int | None:
+    """The lowest ZeRO stage that fits on so many devices: the least communication. None if none does."""
+    stages = (0, 1, 2, 3) if num_devices > 1 else (0,)
+    return next((s for s in stages if fits(job.sharded(s, num_devices), limit_bytes)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One change to a run's settings."""
+
+    option: str
+    """As on the command line."""
+    apply: Callable[[Job], Job] = field(repr=False)
+
+
+def changes(job: Job) -> list[Change]:
+    """What could be changed, the one that costs least first."""
+    possible = []
+    if job.reference and job.method == "dpo" and not job.reference_moves:
+        possible.append(Change(option="--reference.cache true", apply=lambda j: replace(j, reference=())))
+    if not job.checkpointing:
+        possible.append(
+            Change(option="--model.gradient_checkpointing true", apply=lambda j: replace(j, checkpointing=True))
+        )  # fmt: skip
+    if job.rollout is not None:
+        half = replace(job.rollout, kv_cache_bytes=job.rollout.kv_cache_bytes / 4)
+        possible.append(
+            Change(option=f"--local.kv_cache_gb {half.kv_cache_bytes / 1e9:g}", apply=lambda j: replace(j, rollout=half))
+        )
+    for stage in range(job.zero_stage + 1, 4) if job.num_devices > 1 else ():
+        name = {1: "launch/zero2.yaml with zero_stage: 1", 2: "launch/zero2.yaml", 3: "launch/fsdp.yaml"}[stage]
+        possible.append(Change(option=name, apply=lambda j, s=stage: j.sharded(s, j.num_devices)))  # type: ignore[misc]
+    if job.optimizer == "adamw" and job.engine == "plain" and job.device == "cuda":
+        possible.append(Change(option="--optimizer.name adamw_8bit", apply=lambda j: replace(j, optimizer="adamw_8bit")))
+        possible.append(
+            Change(option="--optimizer.offload true", apply=lambda j: replace(j, offload=frozenset({"optimizer"})))
+        )  # fmt: skip
+    return possible
+
+
+def advice(job: Job, limit_bytes: float, *, shortest: int = 64) -> str | None:
+    """The one change that would make a run fit: a setting, a smaller token budget, or more devices; None if it fits.
+
+    ``shortest``: tokens that the longest sequence needs.
+    """
+    if fits(job, limit_bytes):
+        return None
+    for change in changes(job):
+        if fits(change.apply(job), limit_bytes):
+            return change.option
+    tokens = max_tokens(job, limit_bytes)
+    if tokens >= shortest:
+        return f"--packing.max_tokens {tokens}"
+    both = replace(job, checkpointing=True)
+    tokens = max_tokens(both, limit_bytes)
+    if tokens >= shortest and not job.checkpointing:
+        return f"--model.gradient_checkpointing true --packing.max_tokens {tokens}"
+    devices = min_devices(replace(both, max_tokens=shortest), limit_bytes, zero_stage=3)
+    if devices is not None:
+        return f"launch/fsdp.yaml on {max(devices, 2)} devices, with --model.gradient_checkpointing true"
+    return "a smaller model, or --model.lora.rank 16"

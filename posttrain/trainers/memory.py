@@ -1,0 +1,165 @@
+"""A run's memory from its settings: for ``posttrain plan``, and for the check at a run's start and end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.memory.architecture import architecture_of
+from posttrain.memory.limits import available_bytes, gigabytes, peak_rss_bytes
+from posttrain.memory.plan import Device, Job, MemoryPlan, Method, Rollout, memory_plan
+from posttrain.memory.report import one_line, verdict
+from posttrain.memory.states import Parameter, parameters_of
+from posttrain.models.adapters import add_adapters
+from posttrain.models.load import ModelConfig, read_config
+from posttrain.models.policy import choose_mode
+from posttrain.precision import PRECISIONS, PrecisionPlan, resolve_precision
+from posttrain.training.config import UserFacingError
+from posttrain.training.sharding import kind
+
+
+def meta_model(config: ModelConfig, precision: PrecisionPlan, *, scores: bool = False) -> nn.Module:
+    """The model as the run will hold it, without weights: shapes, dtypes and which parameters are trained."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    hf_config = read_config(config)
+    if scores:
+        hf_config.num_labels = 1
+    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(hf_config, dtype=precision.load_dtype)
+        if config.lora.rank > 0:
+            lora = replace(config.lora, quantize_4bit=False)
+            task = "SEQ_CLS" if scores else "CAUSAL_LM"
+            kept = ["score"] if scores else None
+            model = add_adapters(model, lora, base=config.name, revision=None, task_type=task, modules_to_save=kept)
+    return model
+
+
+def plan_precision(name: str, device: Device, *, is_here: bool = True) -> PrecisionPlan:
+    """The precision of a run; ``auto`` on a device that is not here is bf16."""
+    if name == "auto" and not is_here:
+        return PRECISIONS["bf16"]
+    return PRECISIONS[name] if name != "auto" and not is_here else resolve_precision(None if name == "auto" else name, device)
+
+
+def job_of(
+    config: Any,
+    method: Method,
+    *,
+    precision: PrecisionPlan,
+    device: Device,
+    wants_reference: bool,
+    model: nn.Module | None = None,
+) -> Job:
+    """What decides the memory of a run on one device. ``model``: the loaded one, else it is built without weights."""
+    given = model is not None
+    model = model if model is not None else meta_model(config.model, precision, scores=method == "reward")
+    parameters = parameters_of(model)
+    arch = architecture_of(model.config, parameters)
+    mode = choose_mode(model, config.packing, device_type=device)
+    checkpointing = bool(getattr(model, "is_activation_checkpointing", False)) if given else config.model.gradient_checkpointing
+    moves = wants_reference and bool(config.reference.sync_every)
+    job = Job(
+        method=method,
+        arch=arch,
+        parameters=tuple(parameters),
+        precision=precision,
+        max_tokens=config.packing.max_tokens,
+        completions={"sft": 1, "reward": 2, "dpo": 2}.get(method, 2),
+        device=device,
+        shares_prompt=mode.mode == "shared",
+        own_attention=mode.mode == "single",
+        flex=mode.backend == "posttrain_flex",
+        checkpointing=checkpointing,
+        logits_chunk=config.packing.logits_chunk,
+        optimizer=config.optimizer.name,
+        offload=frozenset({"optimizer"}) if config.optimizer.offload else frozenset(),
+        reference=_reference(config, precision, parameters) if wants_reference else (),
+        reference_moves=moves,
+    )
+    return _with_sampling(job, config, precision) if method == "rl" else job
+
+
+def _with_sampling(job: Job, config: Any, precision: PrecisionPlan) -> Job:
+    longest = config.sampling.max_tokens
+    room = config.packing.max_tokens
+    rollout = None
+    if config.engine == "local":
+        rollout = Rollout(
+            max_rows=config.local.max_rows, kv_cache_bytes=config.local.kv_cache_gb * 1e9, capacity=min(room, 2 * longest + 256)
+        )
+    learned = config.rewards.options.get("reward_model", {}).get("model")
+    return replace(
+        job,
+        completions=max(1, -(-room // longest)),
+        rollout=rollout,
+        divides_logits=config.sampling.temperature != 1.0,
+        reward_model=tuple(parameters_of(meta_model(ModelConfig(name=learned), precision, scores=True))) if learned else (),
+    )
+
+
+def _reference(config: Any, precision: PrecisionPlan, parameters: list[Parameter]) -> tuple[Parameter, ...]:
+    """Of the frozen model beside the policy; empty where its log-probs are cached, or where it is the base under adapters."""
+    if config.reference.cache:
+        return ()
+    if config.reference.model is not None:
+        return tuple(parameters_of(meta_model(ModelConfig(name=config.reference.model), precision)))
+    return () if any(".lora_" in p.name for p in parameters) else tuple(replace(p, trainable=False) for p in parameters)
+
+
+@dataclass(kw_only=True)
+class MemoryCheck:
+    """The memory of one run: said at its start, compared with what was measured at its end."""
+
+    plan: MemoryPlan
+    limit_bytes: float | None
+    is_main: bool
+
+    @classmethod
+    def start(
+        cls, config: Any, method: Method, accelerator: Any, precision: PrecisionPlan, *, model: nn.Module | None = None,
+        wants_reference: bool,
+    ) -> MemoryCheck:  # fmt: skip
+        """Prints the plan in one line. Raises UserFacingError if it cannot fit and ``train.force`` is off."""
+        device: Device = "cuda" if accelerator.device.type == "cuda" else "cpu"
+        job = job_of(config, method, precision=precision, device=device, model=model, wants_reference=wants_reference)
+        sharding = kind(accelerator)
+        stage = {"whole": 0, "fsdp2": 3}.get(sharding, int(sharding[-1]) if sharding.startswith("zero") else 0)
+        engine: Any = {"whole": "plain", "fsdp2": "fsdp2"}.get(sharding, "deepspeed")
+        plan = memory_plan(job.sharded(stage, accelerator.num_processes, engine=engine))
+        check = cls(plan=plan, limit_bytes=_limit(accelerator), is_main=accelerator.is_main_process)
+        if check.is_main:
+            print(one_line(plan, check.limit_bytes))
+        limit = check.limit_bytes
+        if limit is not None and plan.peak_bytes > limit and not config.train.force:
+            raise UserFacingError(
+                f"This run needs {gigabytes(plan.peak_bytes)} per process (GB = 1e9 bytes) and {gigabytes(limit)} are there. "
+                f"It {verdict(plan, limit)}. See `posttrain plan`; --train.force true starts it all the same."
+            )
+        return check
+
+    def finish(self, accelerator: Any) -> None:
+        """Predicted against measured, in one line."""
+        if accelerator.device.type == "cuda":
+            measured, name = torch.cuda.max_memory_reserved(accelerator.device), "reserved by the CUDA allocator"
+            predicted = self.plan.peak_bytes - self.plan.phases[self.plan.worst]["libraries"]
+        else:
+            measured, name, predicted = peak_rss_bytes() or 0, "peak resident", self.plan.peak_bytes
+        if self.is_main and measured:
+            print(
+                f"memory: predicted {gigabytes(predicted)}, measured {gigabytes(measured)} {name} "
+                f"({100 * (predicted / measured - 1):+.0f} %)"
+            )
+
+
+def _limit(accelerator: Any) -> float | None:
+    """Of one process: its GPU, or its share of this machine's memory."""
+    if accelerator.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(accelerator.device).total_memory)
+    here = available_bytes()
+    return None if here is None else here / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

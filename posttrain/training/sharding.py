@@ -1,0 +1,160 @@
+"""One interface over whole copies (one process, DDP), FSDP2 and DeepSpeed ZeRO-1, 2 and 3.
+
+| kind | weights | gradients | optimizer state | gradients after backward are in |
+|---|---|---|---|---|
+| whole | whole | whole | whole | ``p.grad`` |
+| fsdp2 | part | part | part | ``p.grad``, a DTensor |
+| zero1, zero2 | whole | part | part | the optimizer's ``averaged_gradients`` |
+| zero3 | part | part | part | the optimizer's ``averaged_gradients`` |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from posttrain.models.sharding import local
+from posttrain.training.config import UserFacingError
+
+Kind = Literal["whole", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+def kind(accelerator: Any) -> Kind:
+    """How the launch shards the model."""
+    if accelerator.distributed_type == "FSDP":
+        return "fsdp2"
+    if accelerator.distributed_type == "DEEPSPEED":
+        stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
+        return ("zero1", "zero2", "zero3")[stage - 1]  # type: ignore[return-value]
+    return "whole"
+
+
+def shards_weights(accelerator: Any) -> bool:
+    """Whether a process holds only a part of the weights, so that every forward is a collective."""
+    return kind(accelerator) in ("fsdp2", "zero3")
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    """Whether policy is an engine and optimizer a ZeRO optimizer."""
+    return kind(accelerator).startswith("zero")
+
+
+def unwrapped(policy: Any) -> Any:
+    """The policy inside of DDP or a DeepSpeed engine (accelerate's own function imports deepspeed, wherever it is installed)."""
+    return getattr(policy, "module", policy)
+
+
+def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
+    if shards_weights(accelerator):
+        _refuse_4bit(policy)
+    if is_deepspeed(accelerator):
+        _size_buckets(accelerator, policy)
+    if kind(accelerator) == "zero3":
+        _partition(accelerator, policy)
+    wrapped, prepared = accelerator.prepare(policy, optimizer)
+    if is_deepspeed(accelerator):
+        _check_engine(accelerator, wrapped)
+        if kind(accelerator) == "zero3":
+            import deepspeed
+
+            # the chunk loop reads the head outside of its module: the policy gathers it, in forward and backward, and releases it
+            head = policy.base.get_output_embeddings()
+            for parameter in head.parameters() if head is not None else ():
+                deepspeed.zero.register_external_parameter(policy, parameter)
+    return wrapped, prepared
+
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Largest communication bucket (elements); DeepSpeed's own 5e8 would take 2 GB, and ZeRO-3 keeps one allocated."""
+
+
+def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
+    """What DeepSpeed's configuration says of the model, where the launch does not."""
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        zero.setdefault(name, min(_BUCKET_ELEMENTS, trained))
+    # norms and biases stay whole
+    zero.setdefault("stage3_param_persistence_threshold", 10 * policy.config.get_text_config().hidden_size)
+
+
+def _partition(accelerator: Any, policy: nn.Module) -> None:
+    """Parameter by parameter, from the CPU: ``deepspeed.initialize`` alone would first move the whole model to the device."""
+    import deepspeed
+
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for tensor in policy.parameters():
+        if tensor.is_floating_point() and config["bf16"]["enabled"]:
+            tensor.data = tensor.data.to(torch.bfloat16)
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    known = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": config["zero_optimization"], "bf16": config["bf16"]}
+    deepspeed.zero.Init(module=policy, config_dict_or_path=known)
+
+
+def _check_engine(accelerator: Any, engine: Any) -> None:
+    wanted = int(kind(accelerator)[-1])
+    stage, size, steps = engine.zero_optimization_stage(), engine.dp_world_size, engine.gradient_accumulation_steps()
+    if (stage, size, steps) != (wanted, accelerator.num_processes, 1):
+        raise UserFacingError(
+            f"DeepSpeed runs ZeRO-{stage} on {size} processes with {steps} accumulation steps; ZeRO-{wanted} on "
+            f"{accelerator.num_processes} with 1 was asked for. Check the launch configuration."
+        )
+
+
+def _refuse_4bit(policy: nn.Module) -> None:
+    if any(type(p).__name__ == "Params4bit" for p in policy.parameters()):
+        raise UserFacingError(
+            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with lora.quantize_4bit, or train "
+            "adapters on unquantised weights."
+        )
+
+
+def base_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's and DeepSpeed's wrappers: its groups hold the learning rates."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
+    """After the last backward of a step, this process's part of the reduced gradient; changing it changes the update."""
+    if not is_deepspeed(accelerator):
+        return [local(p.grad) for p in policy.parameters() if p.grad is not None]
+    zero = policy.optimizer
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+        return list(zero.fp32_groups_gradient_flat_partition)
+    offloaded = [m.grad for m in masters(zero) if m.grad is not None]
+    return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
+
+
+def masters(zero: Any) -> list[Tensor]:
+    """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
+    # ZeRO-3; ZeRO-1 and 2; ZeRO-1 with bfloat16 weights, which is another class
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
+
+
+def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:
+    """One update, and the gradients are gone."""
+    if is_deepspeed(accelerator):
+        policy.step()
+    else:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def forget_moments(accelerator: Any, optimizer: Any) -> None:
+    """The optimizer as if it had never stepped."""
+    base = base_optimizer(optimizer)
+    if not is_deepspeed(accelerator):
+        base.state.clear()  # not zeroed: 8-bit moments have code books and step counters that are no tensors
+        return
+    for state in base.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()

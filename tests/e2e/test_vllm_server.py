@@ -1,0 +1,196 @@
+"""The client and recipes/rl.py against a real vLLM server on the CPU: ``make test-vllm`` (it has an environment of its own)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.models.load import ModelConfig, load_model, load_tokenizer, save_model
+from posttrain.rollout.engine import Request, Sampled, SamplingConfig
+from posttrain.rollout.handover import FolderHandover
+from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
+from posttrain.training.metrics import TIMING_KEYS, read_metrics
+from tests.e2e.launching import REPO, check, run
+from tests.tiny import byte_tokenizer
+
+pytestmark = pytest.mark.vllm
+REQUESTS = [Request(prompt_ids=tuple(b"one and"), seeds=(1, 2, 3)), Request(prompt_ids=tuple(b"two"), seeds=(4, 5))]
+
+
+def tiny_model(path: Path) -> Path:
+    """Two layers whose heads have 32 channels, the fewest that vLLM's attention takes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+class Server:
+    """launch/vllm.sh as a user starts it; float32, so that log-probs can be compared closely."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._model, self._log = model, log
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "MAX_MODEL_LEN": "256", "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
+        command = ["bash", str(REPO / "launch" / "vllm.sh"), str(self._model), str(self.port), "--dtype", "float32"]
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        for _ in range(300):
+            if self.process.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
+                return
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    started = Server(tiny_model(folder / "model"), folder / "log")
+    started.model = folder / "model"
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def policy(server):
+    config = ModelConfig(name=str(server.model))
+    return load_model(config, dtype=torch.float32), load_tokenizer(config)
+
+
+def engine(server, policy, tmp_path, **options) -> VLLMEngine:
+    model, tokenizer = policy
+    handover = FolderHandover(tmp_path / "weights", lambda folder: save_model(model, tokenizer, folder))
+    return VLLMEngine(VLLMConfig(url=server.url, **options), handover=handover, stop_ids=[tokenizer.eos_token_id])
+
+
+def mismatch(model, request: Request, drawn: Sampled, k: int, temperature: float) -> float:
+    """Largest |log-prob of the server - of the model in transformers| of a completion's tokens."""
+    prefix = request.prefixes[k] if request.prefixes else ()
+    before = [*request.prompt_ids, *prefix]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*before, *drawn.token_ids]])).logits[0] / temperature
+    logps = logits.log_softmax(-1)[len(before) - 1 : -1].gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    return float((logps - torch.tensor(drawn.logps)).abs().max())
+
+
+def test_log_probs_are_those_of_the_weights_that_were_handed_over(server, policy, tmp_path):
+    model, _ = policy
+    client = engine(server, policy, tmp_path)
+    sampling = SamplingConfig(max_tokens=20, temperature=0.7)
+    drawn_before = client.generate(REQUESTS, sampling)
+    for version in (1, 2):  # twice: the second reload goes over what the first left
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.2)
+        client.refresh(version)
+        drawn = client.generate(REQUESTS, sampling)
+        assert [[d.token_ids for d in row] for row in drawn] != [[d.token_ids for d in row] for row in drawn_before]
+        for request, row in zip(REQUESTS, drawn, strict=True):
+            for k, d in enumerate(row):
+                assert d.policy_version == version and mismatch(model, request, d, k, 0.7) < 2e-4
+    assert client.generate(REQUESTS, sampling) == drawn  # the seeds decide
+
+
+def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
+    model, tokenizer = policy
+    client = engine(server, policy, tmp_path)
+    client.refresh(1)
+    whole = client.generate(REQUESTS, SamplingConfig(max_tokens=40))
+    for d in (d for row in whole for d in row):
+        stopped = d.token_ids[-1] == tokenizer.eos_token_id
+        assert d.finish_reason == ("stop" if stopped else "length") and (stopped or len(d.token_ids) == 40)
+    letter = next(text for t in whole[0][0].token_ids if (text := tokenizer.decode([t])).isalpha())
+    (first, *_), _ = client.generate(REQUESTS, SamplingConfig(max_tokens=40, stop_strings=[letter]))
+    assert first.finish_reason == "stop" and first.token_ids == whole[0][0].token_ids[: len(first.token_ids)]
+    assert tokenizer.decode(first.token_ids).endswith(letter) and letter not in tokenizer.decode(first.token_ids[:-1])
+    begun = client.generate(REQUESTS, SamplingConfig(max_tokens=12, budget_tokens=5))
+    assert all(d.finish_reason in ("budget", "stop") and len(d.token_ids) <= 5 for row in begun for d in row)
+    going_on = [
+        Request(prompt_ids=r.prompt_ids, seeds=r.seeds, prefixes=tuple(d.token_ids for d in row))
+        for r, row in zip(REQUESTS, begun, strict=True)
+    ]
+    for request, row in zip(going_on, client.generate(going_on, SamplingConfig(max_tokens=12)), strict=True):
+        for k, d in enumerate(row):
+            assert len(request.prefixes[k]) + len(d.token_ids) <= 12 and mismatch(model, request, d, k, 1.0) < 2e-4
+
+
+def test_a_restart_in_the_middle_loses_nothing_and_gets_the_weights_again(server, policy, tmp_path):
+    model, _ = policy
+    client = engine(server, policy, tmp_path, retries=8, concurrency=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    client.refresh(7)
+    requests = [Request(prompt_ids=tuple(f"question {i}".encode()), seeds=tuple(range(8 * i, 8 * i + 8))) for i in range(8)]
+    finished: list[tuple[int, int]] = []
+    enough = threading.Event()
+
+    def count(i: int, k: int, _: Sampled) -> None:
+        finished.append((i, k))
+        if len(finished) == 6:
+            enough.set()
+
+    def restart() -> None:
+        enough.wait()
+        server.kill()
+        server.start()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    drawn = client.generate(requests, SamplingConfig(max_tokens=60), on_finished=count)
+    thread.join()
+    assert sorted(finished) == [(i, k) for i in range(8) for k in range(8)]  # each once
+    for request, row in zip(requests, drawn, strict=True):
+        for k, d in enumerate(row):
+            assert mismatch(model, request, d, k, 1.0) < 2e-4  # the restarted one would have the folder's own weights
+
+
+def test_recipe_learns_with_the_server_and_resumes(server, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{a}?"}) + "\n" for a in range(40)))
+    arguments = [
+        "--model.name", str(server.model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.name", "run",
+        "--train.batch_size", "8", "--rollout.group_size", "8", "--sampling.max_tokens", "2", "--optimizer.lr", "1e-2",
+        "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0", "--packing.max_tokens", "400", "--train.precision",
+        "fp32", "--rewards.functions", json.dumps({"tests.reward_functions.starts_with_digit": 1.0}), "--engine", "vllm",
+        "--vllm.url", server.url, "--algorithm_options.beta", "0.0", "--train.save_every", "5",
+    ]  # fmt: skip
+    check(run("cpu.yaml", "recipes/rl.py", *arguments, "--train.max_steps", "10"))
+    check(run("cpu.yaml", "recipes/rl.py", *arguments, "--train.max_steps", "30"))
+    steps = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl", drop=TIMING_KEYS) if "grad_norm" in m]
+    assert [s["step"] for s in steps] == list(range(1, 31))
+    assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
+    assert steps[0]["reward"] < 0.3 and steps[-1]["reward"] > 0.8, [s["reward"] for s in steps]
