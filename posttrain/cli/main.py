@@ -90,9 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``POSTTRAIN_TRACEBACK=1`` shows the traceback.
     """
     parser = build_parser()
-    arguments, arguments.settings = parser.parse_known_args(argv)
-    if arguments.settings and not COMMANDS[arguments.command].takes_settings:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.settings)}")
+    arguments, settings = parser.parse_known_args(argv)
+    if COMMANDS[arguments.command].takes_settings:
+        arguments.settings = settings
+    elif settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         COMMANDS[arguments.command].run(arguments)
     except (ValueError, OSError) as error:

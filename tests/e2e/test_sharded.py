@@ -50,7 +50,14 @@ def check_states(kind: str, rank: int, shapes: list[list[int]], states: dict[str
     if kind == "fsdp2":
         part = 8 * sum(-(-n // 2) * width for n, width in rows)
         mine = 8 * sum((-(-n // 2) if rank == 0 else n // 2) * width for n, width in rows)
-        assert states == {"weights": part, "gradients": part, "master": 0, "moments": 2 * mine, "buckets": 0}
+        assert states == {
+            "weights": part,
+            "gradients": part,
+            "master": 0,
+            "moments": 2 * mine,
+            "counters": 4 * len(shapes),
+            "buckets": 0,
+        }
         return
     part = 4 * sum(-(-n * width // 2) for n, width in rows)
     assert states["master"] == part and states["moments"] == 2 * part
