@@ -2,7 +2,8 @@
 
     python benchmarks/rl_learning.py --seeds 0 1 2 --out benchmarks/rl_learning.svg
 
-Sums of two numbers up to 20, SmolLM2-135M-Instruct told to answer with the number only; the reward is 1 for exactly the number.
+Sums of two numbers up to 20, SmolLM2-135M-Instruct told and shown (three examples) to answer with the number only; the reward is 1 for
+exactly the number.
 Both sides: the same problems in a step, 8 completions of each, the same rate, AdamW, group-normalised advantages (sample standard
 deviation), no KL, one update for each batch. Wall time: the steps alone, without loading. Each run is a process, interleaved.
 """
@@ -23,15 +24,21 @@ from common import spawn, spread
 
 GROUP, MAX_TOKENS = 8, 12
 SYSTEM = "Answer with the number only."
+EXAMPLES = ((2, 3), (10, 4), (7, 12))
 
 
 def problems(count: int, seed: int) -> list[dict[str, Any]]:
     """[{prompt, answer}]"""
     rng = random.Random(seed)
     rows = []
+    shown = [
+        {"role": role, "content": text}
+        for a, b in EXAMPLES
+        for role, text in (("user", f"What is {a} + {b}?"), ("assistant", str(a + b)))
+    ]
     for _ in range(count):
         a, b = rng.randrange(21), rng.randrange(21)
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"What is {a} + {b}?"}]
+        messages = [{"role": "system", "content": SYSTEM}, *shown, {"role": "user", "content": f"What is {a} + {b}?"}]
         rows.append({"prompt": messages, "answer": str(a + b)})
     return rows
 
