@@ -13,6 +13,9 @@ export VLLM_SERVER_DEV_MODE=1 # pausing and reloading weights are development en
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # for vllm_reload
+# vLLM 0.32 on a CPU stops ("CPU Generator does not use offset") when a prompt with a seed is prefilled in two parts
+on_cpu=()
+"$python" -c "import sys, torch; sys.exit(torch.cuda.is_available())" && on_cpu=(--no-enable-chunked-prefill)
 exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" --port "$port" --host 127.0.0.1 --dtype bfloat16 \
   --max-model-len "${MAX_MODEL_LEN:-1024}" --enforce-eager --logprobs-mode processed_logprobs \
-  --worker-extension-cls vllm_reload.ReloadPolicy "$@"
+  --worker-extension-cls vllm_reload.ReloadPolicy ${on_cpu[@]+"${on_cpu[@]}"} "$@"

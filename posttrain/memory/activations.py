@@ -185,7 +185,7 @@ def _mask_bytes(arch: Architecture, row: Row, s: Setting) -> int:
 
 
 def _cast_bytes(parameters: Sequence[Parameter], arch: Architecture, s: Setting) -> int:
-    """Weights in the compute dtype: kept by autocast for the whole step, or (frozen) by the graph."""
+    """Weights in the compute dtype: kept by autocast for the micro-batch, or (frozen) by the graph."""
     if not s.casts:
         return 0
     matrices = [p for p in parameters if (p.in_linear and not p.in_embedding and p.shape[0] != arch.vocab) or p.in_matmul]
@@ -242,21 +242,19 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
     }
     recomputed = max(by_layer) - stream if s.checkpointing else 0
     top = {"activations": saved, "attention masks": masks, "casts": casts, "recomputed": recomputed}
-    # gradients of weights that autocast cast in the step's first micro-batch wait for the end of every later backward
-    waiting = casts if s.trains_all else 0
     bottom = top | {"activations": always + (stream if s.checkpointing else by_layer[0])}
     own = held + _layer_temporaries(arch, row, s)
     moments |= {
         "backward of the last layer": top | {"temporaries": own},
-        "backward of the first layer": bottom | {"temporaries": own + waiting},
-        "end of the backward": top | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table + waiting},
+        "backward of the first layer": bottom | {"temporaries": own},
+        "end of the backward": top | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table},
     }
     if arch.softcaps_attention and not s.flex:  # scores and their gradients, before the feed-forward or after it is done
         scores = (8 if s.compute == 4 else 6) * arch.heads * max(q * k for q, k in row.segments)
         mlp = int(max(_mlp_bytes(layer, arch, s) for layer in arch.layers)) * tokens
         name = "recomputed" if s.checkpointing else "activations"
         moments["attention of the last layer"] = top | {name: top[name] - mlp, "temporaries": held + scores}
-        moments["attention of the first layer"] = bottom | {name: bottom[name] - mlp, "temporaries": held + scores + waiting}
+        moments["attention of the first layer"] = bottom | {name: bottom[name] - mlp, "temporaries": held + scores}
     return moments
 
 

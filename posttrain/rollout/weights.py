@@ -2,7 +2,8 @@
 
 Training in bfloat16 keeps float32 weights and casts them in every forward; decoding makes hundreds of forwards between
 two updates. So the copy holds what autocast would cast to (the same log-probs), LoRA merged in. Every other weight is
-shared with the training model: nothing is held twice that is not cast.
+shared with the training model: nothing is held twice that is not cast. On a CPU the copy is in oneDNN's blocked layout,
+which products with few rows read a fifth faster.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class SamplingWeights:
         self._live = policy.base
         self.compute = compute
         self._casts = any(_is_cast(m, compute) for m in self._live.modules())
-        self._pairs: list[tuple[nn.Module, nn.Linear]] = []
+        self._pairs: list[tuple[nn.Module, SamplingLinear]] = []
         self.model: Any = self._copy() if self._casts else self._live
         self.refresh()
 
@@ -38,9 +39,7 @@ class SamplingWeights:
         for name, module in list(self._live.named_modules()):
             if name in merged or (_is_cast(module, self.compute) and not name.startswith(inside)):
                 base = module.get_base_layer() if name in merged else module
-                linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-                linear.weight = nn.Parameter(torch.empty_like(base.weight, dtype=self.compute), requires_grad=False)
-                linear.bias = base.bias
+                linear = SamplingLinear(base, self.compute)
                 parent, _, attribute = name.rpartition(".")
                 setattr(twin.get_submodule(parent), attribute, linear)
                 self._pairs.append((module, linear))
@@ -50,11 +49,13 @@ class SamplingWeights:
     def refresh(self) -> None:
         """Takes over the present weights."""
         for module, linear in self._pairs:
-            linear.weight.copy_(_merged_weight(module))
+            linear.take(_merged_weight(module))
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """[B, V] the head on hidden states, before the family's transform; autocast must be off."""
         head = self.model.get_output_embeddings()
+        if type(head) is SamplingLinear:
+            return head(hidden_BH)
         if type(head) is not nn.Linear:
             with torch.autocast(hidden_BH.device.type, dtype=self.compute, enabled=self._casts):
                 return head(hidden_BH)
@@ -73,6 +74,36 @@ class SamplingWeights:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+class SamplingLinear(nn.Module):
+    """A linear layer in the compute dtype; its bias is the training model's."""
+
+    def __init__(self, base: nn.Module, compute: torch.dtype) -> None:
+        super().__init__()
+        self._base, self._compute = [base], compute  # in a list: the training layer is no part of this model
+        on_cpu = next(base.parameters()).device.type == "cpu"
+        self._blocked = on_cpu and compute == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.weight: Tensor | None = None
+
+    def take(self, weight: Tensor) -> None:
+        """From now on computes with these values."""
+        self.weight = None
+        weight = weight.detach().to(self._compute)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS) if self._blocked else weight
+
+    def forward(self, input_H: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        input_H = input_H.to(self._compute)
+        bias = self._base[0].bias
+        bias = None if bias is None else bias.to(self._compute)
+        if self._blocked:
+            return torch.ops.mkldnn._linear_pointwise(input_H, self.weight, bias, "none", [], "")
+        return nn.functional.linear(input_H, self.weight, bias)
+
+
+EXPECTED_ROWS = 64
+"""Rows of the products that the blocked layout is made for; others are right as well."""
 
 
 def _is_cast(module: nn.Module, compute: torch.dtype) -> bool:

@@ -130,27 +130,27 @@ def step_gradient(
     )  # fmt: skip
     cache = _GradientCache(step)
     result = StepResult(loss=0.0, metrics={})
-    # One autocast around all micro-batches: the weights are cast once per step instead of once per forward. Not around the
-    # gradient cache: weights cast without gradient would be reused, and the gradient lost.
-    with accelerator.autocast():
-        for i, micro_batch in enumerate(micro_batches):
-            batch = step.pack(micro_batch.parts)
-            cached = micro_batch.coupled_group is not None
-            reference_T = step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
-            is_last = i == len(micro_batches) - 1
-            with _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
-                logps_T = policy(batch)
-                if micro_batch.is_dummy:
-                    share = 0.0 * logps_T.sum()
-                elif cached:
-                    share = (logps_T * cache.gradient_of(batch)).sum()
-                else:
-                    share = step.share(batch, logps_T, reference_T)
-                    share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
-                _backward(accelerator, policy, share * accelerator.num_processes, is_last=is_last)
-            batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
-            if not micro_batch.is_dummy:
-                result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
+    for i, micro_batch in enumerate(micro_batches):
+        batch = step.pack(micro_batch.parts)
+        cached = micro_batch.coupled_group is not None
+        reference_T = step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
+        is_last = i == len(micro_batches) - 1
+        # Autocast ends with each micro-batch: weights cast in an earlier one would keep the gradients of all casts alive until
+        # the end of the backward, because autograd runs the oldest nodes last. Not around the gradient cache: weights cast
+        # without gradient would be reused, and the gradient lost.
+        with accelerator.autocast(), _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
+            logps_T = policy(batch)
+            if micro_batch.is_dummy:
+                share = 0.0 * logps_T.sum()
+            elif cached:
+                share = (logps_T * cache.gradient_of(batch)).sum()
+            else:
+                share = step.share(batch, logps_T, reference_T)
+                share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
+            _backward(accelerator, policy, share * accelerator.num_processes, is_last=is_last)
+        batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
+        if not micro_batch.is_dummy:
+            result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
     result.loss, result.metrics = _reduce_totals(accelerator, totals)
     return result
 
