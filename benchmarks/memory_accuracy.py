@@ -7,6 +7,8 @@ A case is one process: a model with random weights is loaded as a run loads it a
 through the real loop, checkpoint and final model included. `live` is the most bytes of tensor storages alive at once in its
 steps (every operator is watched), `resident` the peak resident set of the whole process (VmHWM). Predicted: `traced`, the same
 step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
+
+    python benchmarks/memory_accuracy.py --solve     # the planner's token budget for a memory limit, run for real, and 1.25 x it
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import spawn
+
+if TYPE_CHECKING:
+    from posttrain.memory.plan import Job
 
 FAMILIES = ("smollm2", "qwen3", "gemma2", "gpt2")
 METHODS = ("sft", "dpo", "reward", "rl")
@@ -167,8 +172,50 @@ def write_model(family: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
 
 
+def job_of(case: Case) -> Job:
+    """The planner's view of a case."""
+    import torch
+
+    from posttrain.memory.architecture import architecture_of
+    from posttrain.memory.plan import Job
+    from posttrain.memory.states import parameters_of
+    from posttrain.precision import PRECISIONS
+    from posttrain.tracing.trace import build_model
+
+    config, precision = config_of(case.family), PRECISIONS[case.precision]
+    with torch.device("meta"):
+        parameters = tuple(parameters_of(build_model(config, case.method, precision)))
+    return Job(
+        method=case.method, arch=architecture_of(config, parameters), parameters=parameters, precision=precision,
+        max_tokens=case.tokens, completions={"sft": 1, "reward": 2, "dpo": 2, "rl": 8}[case.method],
+        checkpointing=case.checkpointing,
+        reference=tuple(replace(p, trainable=False) for p in parameters) if case.method == "dpo" else (),
+    )  # fmt: skip
+
+
+def solve() -> None:
+    """The planner's answer for a limit against a fresh process with that budget, and with 1.25 times it."""
+    from posttrain.memory.plan import max_tokens
+
+    print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
+    print("|---|---|---|---|---|---|---|")
+    for method, precision, checkpointing, limit in (
+        ("sft", "bf16", False, 4.0e9), ("sft", "fp32", False, 6.0e9), ("dpo", "bf16", True, 4.5e9), ("rl", "bf16", False, 5.0e9),
+    ):  # fmt: skip
+        case = Case(family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision)
+        tokens = max_tokens(job_of(case), limit)
+        budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]
+        peaks = [spawn(__file__, ["--case", json.dumps(asdict(budget))])["resident"] for budget in budgets]
+        verdicts = [f"{p / 1e6:.0f} ({'under' if p <= limit else 'over'})" for p in peaks]
+        print(
+            f"| {method} | {precision} | {'yes' if checkpointing else 'no'} | {limit / 1e6:.0f} | {tokens} | {verdicts[0]} "
+            f"| {verdicts[1]} |", flush=True,
+        )  # fmt: skip
+
+
 def predict(case: Case) -> dict[str, Any]:
     """Before any run."""
+    from posttrain.memory.plan import memory_plan
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import PRECISIONS
     from posttrain.tracing.trace import trace_step
@@ -178,7 +225,14 @@ def predict(case: Case) -> dict[str, Any]:
         config_of(case.family), method=case.method, packing=PackingConfig(max_tokens=case.tokens),
         precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
-    return {"traced": traced.peak_bytes, "by_category": traced.by_category, "trace_s": time.perf_counter() - began}
+    plan = memory_plan(job_of(case))
+    return {
+        "closed": plan.live_bytes,
+        "planned": plan.peak_bytes,
+        "traced": traced.peak_bytes,
+        "by_category": traced.by_category,
+        "trace_s": time.perf_counter() - began,
+    }
 
 
 def error(predicted: int | None, measured: int) -> str:
@@ -189,14 +243,14 @@ def error(predicted: int | None, measured: int) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; MB are 1e6 bytes, errors in percent."""
     lines = [
-        "| family | method | tokens | checkpointing | precision | live MB | traced % | resident MB | above libraries and live |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | method | tokens | checkpointing | precision | live MB | traced % | closed form % | resident MB | planned % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r['family']} | {r['method']} | {r['tokens']} | {'yes' if r['checkpointing'] else 'no'} | {r['precision']} "
-            f"| {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {r['resident'] / 1e6:.0f} "
-            f"| {(r['resident'] - r['libraries'] - r['live']) / 1e6:.0f} |"
+            f"| {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} "
+            f"| {r['resident'] / 1e6:.0f} | {error(r['planned'], r['resident'])} |"
         )
     return "\n".join(lines)
 
@@ -208,10 +262,14 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--solve", action="store_true", help="the planner's token budgets, run for real")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run_case(Case(**json.loads(args.case)))))
+        return
+    if args.solve:
+        solve()
         return
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)

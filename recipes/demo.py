@@ -1,7 +1,7 @@
 """`make demo`: DeepSeek-R1 in miniature. SmolLM2-135M-Instruct learns a format from a few demonstrations (cold start), then
 the task from a verifier alone (GRPO). With the recipes that users run.
 
-    python recipes/demo.py [--sft-steps N] [--rl-steps N]
+    python recipes/demo.py [--sft-steps N] [--rl-steps N] [--precision auto|fp32|bf16|bf16-pure]
 
 Problems: put the words of a list into reverse order (reasoning-gym, its verifier). Held-out problems are in no training data.
 """
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-steps", type=int, default=16, help="optimizer steps of the cold start")
     parser.add_argument("--rl-steps", type=int, default=26, help="optimizer steps of GRPO")
+    parser.add_argument("--precision", default="auto", help="of both trainings: auto, fp32, bf16, bf16-pure")
     args = parser.parse_args()
     began = time.monotonic()
     for name in ("demo_cold_start", "demo_rl"):
@@ -91,12 +92,13 @@ def main() -> None:
     launch = ("accelerate", "launch", "--config_file", "launch/cpu.yaml")
     run(
         *launch, "recipes/sft.py", "--config", "recipes/configs/sft_smollm2.yaml", "--train.name", "demo_cold_start",
-        "--train.max_steps", str(args.sft_steps),
+        "--train.max_steps", str(args.sft_steps), "--train.precision", args.precision,
     )  # fmt: skip
     answers["after SFT"] = evaluate("runs/demo_cold_start/final", "sft")
     run(
         *launch, "recipes/rl.py", "--config", "recipes/configs/grpo_smollm2.yaml", "--model.name", "runs/demo_cold_start/final",
         "--train.name", "demo_rl", "--train.max_steps", str(args.rl_steps), "--data.eval", "[]",
+        "--train.precision", args.precision,
     )  # fmt: skip
     answers["after RL"] = evaluate("runs/demo_rl/final", "rl")
     show(rows, answers, time.monotonic() - began)
