@@ -2,8 +2,8 @@
 
     python benchmarks/rl_learning.py --seeds 0 1 2 --out benchmarks/rl_learning.svg
 
-Sums of two numbers up to 20, SmolLM2-135M-Instruct told and shown (three examples) to answer with the number only; the reward is 1
-for exactly the number.
+Sums of two numbers up to 20, SmolLM2-135M-Instruct told and shown (three examples) to answer with the number only; the reward
+is 1 for exactly the number.
 Both sides: the same problems in a step, 8 completions of each, the same rate, AdamW, group-normalised advantages (sample standard
 deviation), no KL, one update for each batch. Wall time: the steps alone, without loading. Each run is a process, interleaved.
 """
