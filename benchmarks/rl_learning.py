@@ -2,8 +2,7 @@
 
     python benchmarks/rl_learning.py --seeds 0 1 2 --out benchmarks/rl_learning.svg
 
-Sums of two numbers up to 20, SmolLM2-135M-Instruct told and shown (three examples) to answer with the number only; the reward
-is 1 for exactly the number.
+Sums of two numbers up to 50 after three examples, SmolLM2-135M; the reward is 1 if the completion's first line is the number.
 Both sides: the same problems in a step, 8 completions of each, the same rate, AdamW, group-normalised advantages (sample standard
 deviation), no KL, one update for each batch. Wall time: the steps alone, without loading. Each run is a process, interleaved.
 """
@@ -22,34 +21,25 @@ from typing import Any
 
 from common import spawn, spread
 
-GROUP, MAX_TOKENS = 8, 12
-SYSTEM = "Answer with the number only."
-EXAMPLES = ((2, 3), (10, 4), (7, 12))
+GROUP, MAX_TOKENS = 8, 8
+EXAMPLES = "2+3=5\n10+4=14\n7+12=19\n"
 
 
 def problems(count: int, seed: int) -> list[dict[str, Any]]:
     """[{prompt, answer}]"""
     rng = random.Random(seed)
-    rows = []
-    shown = [
-        {"role": role, "content": text}
-        for a, b in EXAMPLES
-        for role, text in (("user", f"What is {a} + {b}?"), ("assistant", str(a + b)))
-    ]
-    for _ in range(count):
-        a, b = rng.randrange(21), rng.randrange(21)
-        messages = [{"role": "system", "content": SYSTEM}, *shown, {"role": "user", "content": f"What is {a} + {b}?"}]
-        rows.append({"prompt": messages, "answer": str(a + b)})
-    return rows
+    pairs = [(rng.randrange(51), rng.randrange(51)) for _ in range(count)]
+    return [{"prompt": f"{EXAMPLES}{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
 def right(completion: str, sample: dict[str, Any]) -> float:
-    """1.0 for exactly the number."""
-    return float(completion.strip() == sample["answer"])
+    """1.0 for a first line that is the number."""
+    return float(completion.partition("\n")[0].strip() == sample["answer"])
 
 
 def run_ours(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -> list[tuple[float, float]]:
     from posttrain import ModelConfig, OptimizerConfig, PackingConfig, TrainConfig
+    from posttrain.data.prompts import PromptConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.rl import RLConfig, RLTrainer
     from posttrain.training.experience import RolloutConfig
@@ -57,7 +47,7 @@ def run_ours(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) 
 
     with tempfile.TemporaryDirectory() as folder:
         config = RLConfig(
-            model=ModelConfig(name=source), sampling=SamplingConfig(max_tokens=MAX_TOKENS),
+            model=ModelConfig(name=source), data=PromptConfig(template="plain"), sampling=SamplingConfig(max_tokens=MAX_TOKENS),
             algorithm_options={"beta": 0.0, "std": "sample"}, rollout=RolloutConfig(group_size=GROUP, show_every=0),
             packing=PackingConfig(max_tokens=1024),
             optimizer=OptimizerConfig(lr=args.lr, schedule="constant"),
@@ -88,7 +78,7 @@ def run_trl(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -
             rewards.append([])
 
     def reward(completions: Any, answer: Any, **_: Any) -> list[float]:
-        values = [right(c[0]["content"], {"answer": a}) for c, a in zip(completions, answer, strict=True)]
+        values = [right(c, {"answer": a}) for c, a in zip(completions, answer, strict=True)]
         rewards[-1] += values
         return values
 

@@ -58,6 +58,7 @@ class Server:
         environment = {**os.environ, "MAX_MODEL_LEN": "256", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
         command = ["bash", str(REPO / "launch" / "vllm.sh"), str(self._model), str(self.port), "--dtype", "float32"]
+        command += ["--max-num-batched-tokens", "256"]  # two long prompts do not fit
         with self._log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         for _ in range(300):
@@ -145,6 +146,16 @@ def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
     for request, row in zip(going_on, client.generate(going_on, SamplingConfig(max_tokens=12)), strict=True):
         for k, d in enumerate(row):
             assert len(request.prefixes[k]) + len(d.token_ids) <= 12 and mismatch(model, request, d, k, 1.0) < 2e-4
+
+
+def test_more_prompts_than_a_batch_of_the_server_holds(server, policy, tmp_path):
+    """Prefilled in parts they stop vLLM 0.32 on a CPU, whose generators have no offset."""
+    client = engine(server, policy, tmp_path)
+    requests = [Request(prompt_ids=tuple(b"%d " % i * 60)[:180], seeds=(i,)) for i in range(10, 18)]
+    client.refresh(1)
+    drawn = client.generate(requests, SamplingConfig(max_tokens=4))
+    for request, (d,) in zip(requests, drawn, strict=True):
+        assert mismatch(policy[0], request, d, 0, 1.0) < 2e-4
 
 
 def test_a_restart_in_the_middle_loses_nothing_and_gets_the_weights_again(server, policy, tmp_path):
