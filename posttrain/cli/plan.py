@@ -110,11 +110,23 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
     precision = plan_precision(config.train.precision, device, is_here=device == "cpu" or has_cuda)
     wants = trainer.algorithm.needs_reference if method == "rl" else trainer.wants_reference
-    job = job_of(config, method, precision=precision, device=device, wants_reference=wants)
+    prompt = _longest_prompt(config) if method == "rl" else None
+    job = job_of(config, method, precision=precision, device=device, wants_reference=wants, longest_prompt=prompt)
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
     longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
     return job, max(64, longest)
+
+
+def _longest_prompt(config: Any) -> int | None:
+    """Tokens; None where the data is not on this machine."""
+    from posttrain.data.prompts import load_prompts
+    from posttrain.models.load import load_tokenizer
+
+    if not config.data.train or not all(Path(source).exists() for source in config.data.train):
+        return None
+    prompts, _ = load_prompts(config.data, config.data.train, load_tokenizer(config.model))
+    return max(len(p.ids) for p in prompts)
 
 
 def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:

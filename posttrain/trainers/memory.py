@@ -55,8 +55,10 @@ def job_of(
     device: Device,
     wants_reference: bool,
     model: nn.Module | None = None,
+    longest_prompt: int | None = None,
 ) -> Job:
-    """What decides the memory of a run on one device. ``model``: the loaded one, else it is built without weights."""
+    """What decides the memory of a run on one device. ``model``: the loaded one, else it is built without weights.
+    ``longest_prompt``: of the data, in tokens, where completions are sampled; None takes the most that it may have."""
     given = model is not None
     model = model if model is not None else meta_model(config.model, precision, scores=method == "reward")
     parameters = parameters_of(model)
@@ -82,16 +84,19 @@ def job_of(
         reference=_reference(config, precision, parameters) if wants_reference else (),
         reference_moves=moves,
     )
-    return _with_sampling(job, config, precision) if method == "rl" else job
+    return _with_sampling(job, config, precision, longest_prompt) if method == "rl" else job
 
 
-def _with_sampling(job: Job, config: Any, precision: PrecisionPlan) -> Job:
+def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prompt: int | None) -> Job:
     longest = config.sampling.max_tokens
     room = config.packing.max_tokens
     rollout = None
     if config.engine == "local":
+        prompt = config.data.max_prompt_length if longest_prompt is None else longest_prompt
         rollout = Rollout(
-            max_rows=config.local.max_rows, kv_cache_bytes=config.local.kv_cache_gb * 1e9, capacity=min(room, 2 * longest + 256)
+            max_rows=min(config.local.max_rows, config.train.batch_size * config.rollout.group_size),
+            kv_cache_bytes=config.local.kv_cache_gb * 1e9,
+            capacity=prompt + longest,
         )
     learned = config.rewards.options.get("reward_model", {}).get("model")
     return replace(
@@ -123,11 +128,14 @@ class MemoryCheck:
     @classmethod
     def start(
         cls, config: Any, method: Method, accelerator: Any, precision: PrecisionPlan, *, model: nn.Module | None = None,
-        wants_reference: bool,
+        wants_reference: bool, longest_prompt: int | None = None,
     ) -> MemoryCheck:  # fmt: skip
         """Prints the plan in one line. Raises UserFacingError if it cannot fit and ``train.force`` is off."""
         device: Device = "cuda" if accelerator.device.type == "cuda" else "cpu"
-        job = job_of(config, method, precision=precision, device=device, model=model, wants_reference=wants_reference)
+        job = job_of(
+            config, method, precision=precision, device=device, model=model, wants_reference=wants_reference,
+            longest_prompt=longest_prompt,
+        )  # fmt: skip
         sharding = kind(accelerator)
         stage = {"whole": 0, "fsdp2": 3}.get(sharding, int(sharding[-1]) if sharding.startswith("zero") else 0)
         engine: Any = {"whole": "plain", "fsdp2": "fsdp2"}.get(sharding, "deepspeed")

@@ -128,15 +128,17 @@ class RLTrainer:
                 "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
                 "--model.lora.rank 16."
             )
-        memory = MemoryCheck.start(
-            config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference
-        )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
             train, counts = self._prompts(self._train_dataset, config.data.train, tokenizer)
             held_out = config.data.eval or self._eval_dataset is not None
             evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
+        memory = MemoryCheck.start(
+            config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
+            longest_prompt=max(len(p.ids) for p in (*train, *(evaluation or ()))),
+        )  # fmt: skip
+        with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
         for prompt in (*train, *(evaluation or ())):
