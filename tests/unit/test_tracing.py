@@ -129,3 +129,34 @@ def test_traced_is_what_the_real_loop_holds(tmp_path, config, method, precision,
     assert sum(traced.by_category.values()) == traced.peak_bytes
     assert set(traced.by_category) <= set(CATEGORIES)
     assert traced.peak_bytes == measured(tmp_path, config, method, precision, lora=lora, checkpointing=checkpointing)
+
+
+def test_the_peak_is_that_of_torchs_own_tracker():
+    """Both count the same step on fake tensors (a tracker that agrees with a tracker; the test above has the real loop)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from transformers import LlamaForCausalLM
+
+    with FakeTensorMode():
+        model = LlamaForCausalLM(llama())
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        ids = torch.zeros(2, 64, dtype=torch.long)
+
+        def step():
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()  # makes the moments
+        theirs = MemTracker()
+        theirs.track_external(model, optimizer, ids)
+        with theirs:
+            step()
+        live = LiveStorages()
+        live.watch(model)
+        for value in (v for state in optimizer.state.values() for v in state.values()):
+            live.own(value, "moments")
+        live.own(ids, "activations")
+        with live:
+            step()
+    assert live.peak.total_bytes == sum(device["Total"] for device in theirs.get_tracker_snapshot("peak").values())
