@@ -6,11 +6,22 @@ On a CPU, vLLM 0.32 packs the LM head's weight for its matrix product. Where the
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
+
+PROCESS = uuid.uuid4().hex
 
 
 class ReloadPolicy:
-    """A worker's further method, called by ``/collective_rpc``."""
+    """Further methods of a worker, called by ``/collective_rpc``."""
+
+    def mark_policy(self, mark: str | None) -> None:
+        """Says which weights the worker has from now on; None: none in particular."""
+        self._policy_mark = None if mark is None else f"{mark} {PROCESS}"
+
+    def policy_mark(self) -> str | None:
+        """The mark and the process that was given it; None in one that was started since."""
+        return getattr(self, "_policy_mark", None)
 
     def reload_policy(self, weights_path: str) -> None:
         """Weights from a folder of safetensors."""

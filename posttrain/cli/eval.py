@@ -135,7 +135,16 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
         policy, compute=dtype, stop_ids=stop_token_ids(tokenizer), config=LocalConfig(max_rows=arguments.max_rows),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
     )  # fmt: skip
-    prompts, _ = prompts_from_rows(rows, tokenizer, PromptConfig(template=arguments.template, system=arguments.system))
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    room = positions - arguments.max_tokens if positions else 2**31
+    template = PromptConfig(template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1))
+    prompts, counts = prompts_from_rows(rows, tokenizer, template)
+    if counts["too long"]:
+        raise ValueError(
+            f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; the model knows {positions} "
+            f"positions and --max-tokens is {arguments.max_tokens}. Lower it, or take these problems out: a score leaves none "
+            "out silently."
+        )
     collector = Collector(
         accelerator=state, engine=engine, rewards=rewards, prompts=prompts, tokenizer=tokenizer,
         sampling=SamplingConfig(max_tokens=arguments.max_tokens), by_completion=False,

@@ -90,6 +90,10 @@ class Scored:
     problems: tuple[str, ...] = ()
     """'name: what went wrong', for functions that failed."""
 
+    def judged_by(self, name: str) -> float | None:
+        """What the function ``name`` gave; of a sample that it does not score (mixed tasks), the total."""
+        return self.parts[name] if name in self.parts else self.total
+
 
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""

@@ -55,13 +55,16 @@ class PromptSampler:
             self._hard = np.flatnonzero(difficulty >= np.median(difficulty))
 
     def next(self, count: int, *, iteration: int) -> list[int]:
-        """Indices; a prompt does not come twice in one call unless there are fewer than ``count``."""
+        """``count`` indices. A prompt comes twice in one call only where a pass over the data ends in it, or of fewer prompts
+        than ``count``."""
         config = self._config
         if config.order == "prioritized":
             weights = priorities(self.success_rates(), floor=config.floor)
             draws = np.random.default_rng([self._seed, 1, self._drawn])
-            keys = -np.log(draws.random(self._size)) / np.maximum(weights, 1e-300)  # the smallest win: a draw without replacement
-            chosen = [int(i) for i in np.argsort(keys, kind="stable")[:count]]
+            chosen = []
+            while len(chosen) < count:
+                keys = -np.log(draws.random(self._size)) / np.maximum(weights, 1e-300)  # the smallest win: without replacement
+                chosen += [int(i) for i in np.argsort(keys, kind="stable")[: count - len(chosen)]]
         elif config.order == "curriculum" and config.hard_from == 0:
             chosen = [int(self._by_difficulty[(self._drawn + i) % self._size]) for i in range(count)]
         else:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 
@@ -20,7 +23,7 @@ class Journal:
     """``once(key, compute)``: the value written under the key, else computed now and written."""
 
     def __init__(self, path: Path, *, run: str) -> None:
-        """``run`` names what decides the values (settings, step): a journal of another is discarded."""
+        """``run`` names what decides the values (settings, ranks, weights): a journal of another is discarded."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._values: dict[str, Any] = {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -65,6 +68,21 @@ class Journal:
         self._file.close()
 
 
+def digest(value: Any) -> str:
+    """Of what a value prints as."""
+    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
+    """Of some elements of every tensor: an update of the weights changes it, and it costs no pass over them."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in weights:
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // per_tensor)].cpu().contiguous()
+        found.update(picked.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def _to_json(drawn: Sampled) -> dict[str, Any]:
     return asdict(drawn)
 
@@ -90,14 +108,13 @@ def journalled(
     call as a whole: an engine in this process draws the same again, and bit for bit only in the same batch.
     """
     if not by_completion:
-        digest = hashlib.blake2b(repr(requests).encode(), digest_size=8).hexdigest()
         entries = journal.once(
-            f"generate {digest}", lambda: [[_to_json(d) for d in row] for row in engine.generate(requests, sampling)]
+            f"generate {digest(requests)}", lambda: [[_to_json(d) for d in row] for row in engine.generate(requests, sampling)]
         )
         return [[_from_json(entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
-        return f"completion {request.seeds[k]} {len(request.prefixes[k]) if request.prefixes else 0}"
+        return f"completion {request.seeds[k]} {digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
 
     missing: list[tuple[int, list[int]]] = []
     for i, request in enumerate(requests):

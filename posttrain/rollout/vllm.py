@@ -62,7 +62,7 @@ class VLLMConfig:
             raise ValueError("vllm.weights_dir would be ignored: handover=nccl writes no folder. Leave one of them out.")
 
 
-class ServerError(RuntimeError):
+class ServerError(ValueError):
     """The server does not answer, or answers something else than a vLLM server of the right version does."""
 
 
@@ -84,6 +84,7 @@ class VLLMEngine:
         self._is_main, self._barrier = is_main, barrier
         self._config, self._handover, self._stop_ids = config, handover, list(stop_ids)
         self._version = -1
+        self._mark: str | None = None
         self._model = ""
         self._check_server()
 
@@ -94,17 +95,27 @@ class VLLMEngine:
         self._barrier()  # nobody samples from the old weights any more
         if self._is_main:
             self._handover.take()
-            self._load_weights()
-        self._version = version
+            self._load_weights(version)
         self._barrier()
+        self._version, self._mark = version, self._server_mark()
 
-    def _load_weights(self) -> None:
+    def _load_weights(self, version: int) -> None:
         self._call("POST", "/pause?mode=wait")
         try:
+            self._rpc("mark_policy", mark=None)
             self._handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
+            self._rpc("mark_policy", mark=str(version))
         finally:
             self._call("POST", "/resume")
+
+    def _rpc(self, method: str, **arguments: Any) -> list[Any]:
+        """A method of launch/vllm_reload.py in every worker."""
+        return self._call("POST", "/collective_rpc", {"method": method, "kwargs": arguments}).get("results") or [None]
+
+    def _server_mark(self) -> str | None:
+        """Which weights the server's present process was given: 'VERSION PROCESS'; None: none since it started."""
+        return self._rpc("policy_mark")[0]
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
@@ -117,9 +128,15 @@ class VLLMEngine:
             )
         results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
+        problem: Exception | None = None
         for attempt in range(self._config.retries + 1):
+            if attempt:
+                log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt)
+                time.sleep(2.0 ** (attempt - 1))
+                problem = self._weights_again()
+                if problem is not None:
+                    continue
             failed: list[tuple[int, int]] = []
-            problem: Exception | None = None
             with ThreadPoolExecutor(self._config.concurrency) as pool:
                 futures = {pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left}
                 for future in as_completed(futures):
@@ -135,23 +152,25 @@ class VLLMEngine:
             if not failed:
                 return results
             left = sorted(failed)
-            log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt + 1)
-            self._wait_for_server(2.0**attempt)
         raise ServerError(
             f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on {len(left)} completions, the last "
             f"time with: {problem}. What was finished is in the run's journal: start the server and the same command again."
         )
 
-    def _wait_for_server(self, seconds: float) -> None:
-        """A server that was restarted has the weights it was started with: they are handed over again."""
-        time.sleep(seconds)
+    def _weights_again(self) -> ServerError | None:
+        """A server that was restarted has the weights it was started with: they are handed over again. What went wrong, if so."""
         try:
             self._check_server()
             if self._version >= 0:
-                self._handover.forget()
-                self._load_weights()
+                mark = self._server_mark()
+                if mark is None or mark.split()[0] != str(self._version):
+                    self._handover.forget()
+                    self._load_weights(self._version)
+                    mark = self._server_mark()
+                self._mark = mark
         except ServerError as error:
-            log.warning("%s", error)
+            return error
+        return None
 
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
         prefix = request.prefixes[k] if request.prefixes else ()
@@ -159,11 +178,12 @@ class VLLMEngine:
         budget = min(limit, sampling.budget_tokens or limit)
         body = {
             "model": self._model, "prompt": [*request.prompt_ids, *prefix], "max_tokens": budget,
-            "seed": request.seeds[k] % 2**31, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+            "seed": (request.seeds[k] + 0x9E3779B9 * len(prefix)) % 2**31,
+            "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
             "logprobs": 0, "return_token_ids": True, "stop_token_ids": self._stop_ids, "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }  # fmt: skip
-        answer = self._request("POST", "/v1/completions", body)
+        answer = self._completion(body)
         choice = answer["choices"][0]
         ids = tuple(choice["token_ids"])
         logps = tuple(float(p) for p in choice["logprobs"]["token_logprobs"])
@@ -178,6 +198,21 @@ class VLLMEngine:
         ):
             reason = "repeat"
         return Sampled(token_ids=ids, logps=logps, finish_reason=reason, policy_version=self._version)
+
+    def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Raises OSError if the server was restarted since it was given the weights: another policy may have drawn this."""
+        try:
+            answer = self._request("POST", "/v1/completions", body)
+        except urllib.error.HTTPError as error:
+            if error.code == 400:
+                raise ServerError(
+                    f"{self._config.url} refuses a request of {len(body['prompt'])} prompt tokens and {body['max_tokens']} new "
+                    f"ones: {error.read()[:500].decode(errors='replace')}. Was it started with a large enough MAX_MODEL_LEN?"
+                ) from error
+            raise
+        if self._version >= 0 and self._server_mark() != self._mark:
+            raise ConnectionResetError("the server was restarted meanwhile")
+        return answer
 
     def _check_server(self) -> None:
         version = str(self._call("GET", "/version").get("version", "unknown"))

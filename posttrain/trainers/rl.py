@@ -141,6 +141,7 @@ class RLTrainer:
         with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
+        _check_positions(config, model, (*train, *(evaluation or ())))
         for prompt in (*train, *(evaluation or ())):
             self._rewards.weights_of(prompt.sample)
         _check_budget(config, train)
@@ -197,6 +198,7 @@ class RLTrainer:
                 tokenizer=tokenizer,
                 sampling=config.sampling,
                 by_completion=config.engine == "vllm",
+                weights=lambda: unwrapped(loop.policy).parameters(),
             )
 
         def evaluator(collector: Collector, step: int) -> dict[str, float]:
@@ -259,6 +261,8 @@ def _resolved(config: RLConfig) -> Algorithm:
         algorithm = resolve_algorithm(config.algorithm, {**options, "constant": float(config.sampling.max_tokens)})
     if algorithm.kl_in == "token_reward" and algorithm.beta and algorithm.advantage_options.get("baseline", "none") != "none":
         raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
+    if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":
+        raise ValueError(f"kl_estimator={options['kl_estimator']} would be ignored: with kl_in={algorithm.kl_in} it is k1.")
     if config.engine == "vllm" and config.sampling.truncates:
         raise ValueError(
             "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from all."
@@ -298,6 +302,17 @@ def _probe_group(prompt: Prompt) -> PromptGroup:
     tail = prompt.ids[cut:] or prompt.ids[-1:]
     completions = [Completion(token_ids=tail, loss_mask=(1,) * len(tail)), Completion(token_ids=tail[:1], loss_mask=(1,))]
     return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
+
+
+def _check_positions(config: RLConfig, model: Any, prompts: Sequence[Prompt]) -> None:
+    """Before the first rollout, not in the one that draws the longest prompt."""
+    longest = max(len(p.ids) for p in prompts) + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
+            "--sampling.max_tokens or --data.max_prompt_length."
+        )
 
 
 def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:

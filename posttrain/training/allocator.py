@@ -24,11 +24,15 @@ def _glibc() -> Any:
     return None
 
 
+MAPPED_BYTES = 32 * 2**20
+"""Blocks of this size and more (logits, scores of eager attention) are mapped one by one and leave no holes."""
+
+
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large freed blocks: given back at once, each costs its page faults again (a tenth of a CPU step)."""
+    """Tells glibc to keep freed blocks: given back at once, each costs its page faults again (a tenth of a CPU step)."""
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 

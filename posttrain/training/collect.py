@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import RewardError, Rewards, Scored
 from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
-from posttrain.rollout.journal import Journal, journalled
+from posttrain.rollout.journal import Journal, digest, fingerprint, journalled
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,7 +49,6 @@ class Timing:
     rollout_s: float = 0.0
     reward_s: float = 0.0
     tokens: int = 0
-    scorings: int = 0
 
 
 @dataclass(kw_only=True)
@@ -62,6 +63,8 @@ class Collector:
     sampling: SamplingConfig
     by_completion: bool
     """Whether the engine draws a completion differently the second time: its completions are then journalled one by one."""
+    weights: Callable[[], Iterable[Tensor]] | None = None
+    """The policy's parameters: a journal of other weights is not used again."""
     timing: Timing = field(default_factory=Timing)
 
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
@@ -96,11 +99,10 @@ class Collector:
             def compute() -> list[list[dict[str, Any]]]:
                 return [[vars(s) for s in row] for row in self.rewards.score(pairs, iteration=iteration)]
 
-            rows = compute() if journal is None else journal.once(f"rewards {self.timing.scorings}", compute)
+            rows = compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
             return list(zip(mine, rows, strict=True))
 
         scored = dict(self._from_all(score))
-        self.timing.scorings += 1
         self.timing.reward_s += time.perf_counter() - began
         return [
             ScoredGroup(
@@ -117,6 +119,12 @@ class Collector:
         reason = trajectory.finish_reason or "budget"
         return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason)
 
+    def identity(self) -> str:
+        """Of everything outside of the requests that decides completions and rewards: settings, ranks, the engine's weights."""
+        settings = (self.sampling, self.rewards.config, self.rewards.names, type(self.engine).__name__)
+        weights = fingerprint(self.weights()) if self.weights is not None else ""
+        return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
+
     def _share(self, indices: Sequence[int]) -> list[int]:
         return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
 
@@ -129,7 +137,7 @@ class Collector:
         mine: tuple[list[T], str | None]
         try:
             mine = (compute(), None)
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait
             log.exception("rank %d", self.accelerator.process_index)
             mine = ([], f"rank {self.accelerator.process_index}: {error}")
         gathered = gather_object([mine])

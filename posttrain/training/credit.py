@@ -23,7 +23,8 @@ class CreditConfig:
     """Completions that reached sampling.max_tokens are scored but not trained (DAPO's overlong filtering)."""
     keep_old_segments: bool = False
     """Partial rollouts: tokens drawn in earlier iterations are trained too; else they count as prompt, outside of the loss and
-    of every log-ratio (Kimi k1.5)."""
+    of every log-ratio (Kimi k1.5). A completion that was finished earlier and waited for the others of its group is then only
+    part of their baseline."""
 
 
 def trained_groups(

@@ -41,7 +41,8 @@ class RolloutConfig(CreditConfig):
     oversample: float = 3.0
     """Dynamic sampling: at most this many times the prompts that are needed."""
     max_mismatch_nats: float = 0.5
-    """The run stops when sampler and trainer disagree by more than this on the mean token's log-prob; 0: never."""
+    """The run stops when sampler and trainer disagree by more than this on the mean token's log-prob; 0: never. With
+    keep_old_segments it does not: tokens of older policies differ, as they should."""
     show_every: int = 10
     """Iterations between tables of samples; 0: none."""
 
@@ -72,10 +73,10 @@ class RolloutSource:
     folder: Path
     """For the kept rollouts and the journals."""
     correct: str | None = None
-    """Name of the reward that tells right from wrong (> 0) for success rates; None: the total."""
+    """Name of the reward that tells right from wrong (> 0) for success rates; None: the first one."""
 
     def __post_init__(self) -> None:
-        self._iteration = 0
+        self._iteration = self._saved_iteration = 0
         self._pending: list[StepBatch] = []
         self._buffer = RolloutBuffer()
         self._differences: list[torch.Tensor] = []
@@ -84,6 +85,11 @@ class RolloutSource:
         """Once, when policy and reference are ready."""
         self._loop = loop
         self._collector = self.make_collector(loop)
+        if self._collector.sampling.truncates and not self._collector.engine.returns_kept_ids:
+            raise UserFacingError(
+                "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not say which: the trainer could not "
+                "renormalise its log-probs. Sample from the whole distribution, or use --engine local."
+            )
         self._log = RolloutLog(self.folder, is_main=loop.accelerator.is_main_process)
 
     def watched(self, loss: Loss) -> Loss:
@@ -109,7 +115,7 @@ class RolloutSource:
     def _iterate(self, *, version: int) -> list[StepBatch]:
         self._collector.engine.refresh(version)
         self._collector.timing = Timing()
-        scored, cost = self._collect()
+        scored, rejected = self._collect()
         began = time.perf_counter()
         groups = trained_groups(
             scored,
@@ -122,18 +128,18 @@ class RolloutSource:
             plan=self._loop.forward_plan,
         )
         prepare_s = time.perf_counter() - began
-        self._log.keep(scored, groups, iteration=self._iteration)
+        self._log.keep(scored, groups, rejected, iteration=self._iteration)
         if self.config.show_every and self._iteration % self.config.show_every == 0:
             self._log.show(scored, iteration=self._iteration)
-        correct = self.correct or self._collector.rewards.names[0]
-        metrics = rollout_metrics(scored, cost=cost, correct=correct)
+        drawn = [*scored, *rejected]
+        metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored), correct=self._correct)
         timing = self._collector.timing
         timed = {
             "rollout_s": timing.rollout_s,
             "reward_s": timing.reward_s,
             "prepare_s": prepare_s,
             "rollout_tokens_per_s": timing.tokens / max(timing.rollout_s, 1e-9),
-            "scores_per_s": sum(len(s.scores) for s in scored) / max(timing.reward_s, 1e-9),
+            "scores_per_s": sum(len(s.scores) for s in drawn) / max(timing.reward_s, 1e-9),
         }
         batches = self._mini_batches([g for g in groups if g.num_trained])
         if not batches:
@@ -145,16 +151,18 @@ class RolloutSource:
         batches[0] = replace(batches[0], metrics={**batches[0].metrics, **timed}, fresh_optimizer=self.algorithm.fresh_optimizer)
         return batches
 
-    def _collect(self) -> tuple[list[ScoredGroup], float]:
-        """(groups to train, completions drawn per completion used)."""
+    def _collect(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+        """(groups to train, groups that dynamic sampling leaves out)."""
         wanted = self.batch_size * self.config.updates
         kept: list[ScoredGroup] = []
-        begun = finished = 0
+        rejected: list[ScoredGroup] = []
+        begun = 0
         limit = self.config.oversample * wanted if self.algorithm.dynamic_sampling else wanted
         accelerator = self._loop.accelerator
         journal = open_journal(
-            self.folder, iteration=self._iteration, rank=accelerator.process_index, run=f"{self.seed} {self._iteration}"
-        )
+            self.folder, iteration=self._iteration, rank=accelerator.process_index,
+            run=f"{self.seed} {self._iteration} {self._collector.identity()}",
+        )  # fmt: skip
         try:
             while True:
                 fresh = max(min(wanted - len(kept), int(limit) - begun) - len(self._buffer.groups), 0)
@@ -165,23 +173,26 @@ class RolloutSource:
                 begun += fresh
                 self._collector.roll(self._buffer, journal)
                 scored = self._collector.score(self._buffer.take_finished(), journal, iteration=self._iteration)
-                finished += len(scored)
                 self._learn_rates(scored)
-                kept += [s for s in scored if s.has_signal or not self.algorithm.dynamic_sampling]
+                for s in scored:
+                    (kept if s.has_signal or not self.algorithm.dynamic_sampling else rejected).append(s)
                 enough = len(kept) >= (wanted if self.algorithm.dynamic_sampling else self.config.updates)
                 if enough or (begun >= limit and not self._buffer.groups):
                     break
         finally:
             journal.close()
         if not kept:  # dynamic sampling found no group with a signal: its step moves nothing
-            kept = scored
-        return kept, finished / max(len(kept), 1)
+            kept, rejected = rejected[-wanted:], rejected[:-wanted]
+        return kept, rejected
 
     def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
         for s in scored:
-            values = [score.total if self.correct is None else score.parts.get(self.correct) for score in s.scores]
-            known = [v for v in values if v is not None]
+            known = [v for v in (score.judged_by(self._correct) for score in s.scores) if v is not None]
             self.sampler.update(s.group.prompt, tries=len(known), successes=sum(v > 0 for v in known))
+
+    @property
+    def _correct(self) -> str:
+        return self.correct or self._collector.rewards.names[0]
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left out where that is exact."""
@@ -208,7 +219,7 @@ class RolloutSource:
             return {}
         mean, ratios = float(np.abs(mine).mean()), np.exp(np.abs(mine))
         limit = self.config.max_mismatch_nats
-        if limit and not mean <= limit:
+        if limit and not self.config.keep_old_segments and not mean <= limit:
             raise MismatchError(
                 f"Sampler and trainer differ by {mean:.3g} nats on the mean token (limit {limit:g}): they do not have the "
                 "same weights or temperature, or the sampler truncates without saying so. Compare --sampling with the "
@@ -238,12 +249,13 @@ class RolloutSource:
             "pending": [_batch_to_json(b) for b in self._pending],
         }
         (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
-        forget_journals(self.folder, before=self._iteration)
+        forget_journals(self.folder, before=self._saved_iteration)  # this checkpoint is not in place yet: the last one is
+        self._saved_iteration = self._iteration
 
     def read(self, folder: Path) -> None:
         """What ``write`` wrote."""
         state = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
-        self._iteration = int(state["iteration"])
+        self._iteration = self._saved_iteration = int(state["iteration"])
         self.sampler.load_state_dict(state["sampler"])
         self._buffer.load_state_dict(state["buffer"])
         self._pending = [_batch_from_json(b) for b in state["pending"]]

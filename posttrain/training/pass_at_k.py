@@ -91,7 +91,7 @@ def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: Ev
     name = config.correct or collector.rewards.names[0]
     if name not in collector.rewards.names:
         raise ValueError(f"evaluation.correct is one of the rewards {', '.join(collector.rewards.names)}; got {name!r}.")
-    return Evaluation(groups=groups, correct=[[(s.parts.get(name) or 0.0) > 0 for s in g.scores] for g in groups])
+    return Evaluation(groups=groups, correct=[[(s.judged_by(name) or 0.0) > 0 for s in g.scores] for g in groups])
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -34,8 +34,8 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float, correct: str 
     for name in dict.fromkeys(name for s in scores for name in s.parts):
         known = [v for s in scores if (v := s.parts.get(name)) is not None]
         metrics[f"reward/{name}"] = statistics.fmean(known) if known else math.nan
-        if known and name == correct:
-            metrics["accuracy"] = statistics.fmean(v > 0 for v in known)
+    judged = [v for s in scores if correct is not None and (v := s.judged_by(correct)) is not None]
+    metrics["accuracy"] = statistics.fmean(v > 0 for v in judged) if judged else math.nan
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
@@ -46,8 +46,10 @@ class RolloutLog:
         self._folder, self._is_main = folder, is_main
         folder.mkdir(parents=True, exist_ok=True)
 
-    def keep(self, scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup], *, iteration: int) -> None:
-        """iteration_N.parquet: one row for each completion."""
+    def keep(
+        self, scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup], rejected: Sequence[ScoredGroup], *, iteration: int
+    ) -> None:
+        """iteration_N.parquet: one row for each completion; those of ``rejected`` groups have no advantage."""
         if not self._is_main:
             return
         import pyarrow as pa
@@ -59,9 +61,9 @@ class RolloutLog:
                 "token_ids": list(trajectory.token_ids), "logps": list(trajectory.logps),
                 "finish_reason": trajectory.finish_reason, "versions": [version for _, version in trajectory.segments],
                 "reward": score.total, "parts": [{"name": n, "value": v} for n, v in score.parts.items()],
-                "advantage": group.completions[k].advantage, "problems": list(score.problems),
+                "advantage": None if group is None else group.completions[k].advantage, "problems": list(score.problems),
             }
-            for s, group in zip(scored, groups, strict=True)
+            for s, group in [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
             for k, (trajectory, text, score) in enumerate(zip(s.group.trajectories, s.texts, s.scores, strict=True))
         ]  # fmt: skip
         path = self._folder / f"iteration_{iteration:06d}.parquet"

@@ -17,7 +17,7 @@ COMPLETIONS = {"sft": 1, "reward": 2, "dpo": 2, "rl": 8}
 
 
 def config_of(family: str):
-    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     sizes = dict(
         vocab_size=4000, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
@@ -26,6 +26,8 @@ def config_of(family: str):
     if family == "gpt2":
         no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         return GPT2Config(vocab_size=4000, n_embd=256, n_layer=4, n_head=8, bos_token_id=1, eos_token_id=2, **no_dropout)
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**sizes, head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=128)
     kind = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config}[family]
     extra = {} if family == "llama" else {"head_dim": 64}
     return kind(**sizes, **extra, tie_word_embeddings=family != "llama")
@@ -59,6 +61,8 @@ def predicted(config, method, precision, *, tokens, checkpointing, lora=None) ->
         ("gemma2", "dpo", "fp32", 512, True, 0),
         ("gemma2", "rl", "bf16", 512, False, 0),
         ("gpt2", "sft", "bf16", 512, False, 0),
+        ("qwen3_moe", "sft", "bf16-pure", 512, False, 0),
+        ("qwen3_moe", "dpo", "bf16-pure", 512, True, 0),
     ],
 )
 def test_within_ten_percent_of_the_trace(family, method, precision, tokens, checkpointing, rank):

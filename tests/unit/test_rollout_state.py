@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from posttrain.data.prompts import R1_ZERO_TEMPLATE, PromptConfig, prompts_from_rows
 from posttrain.rewards.completion import CompletionText
-from posttrain.rewards.compose import Scored
+from posttrain.rewards.compose import Rewards, RewardsConfig, Scored
 from posttrain.rollout.buffer import RolloutBuffer, Trajectory, TrajectoryGroup
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler, priorities
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
 from posttrain.rollout.journal import Journal, journalled
-from posttrain.training.collect import ScoredGroup
+from posttrain.training.collect import Collector, ScoredGroup
 from posttrain.training.pass_at_k import Evaluation, half_width, pass_at_k
 from tests.tiny import byte_tokenizer
 
@@ -121,6 +122,74 @@ def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, by_comple
     other = FakeEngine()
     journalled(other, Journal(path, run="b"), requests, SamplingConfig(), by_completion=by_completion)
     assert other.drawn == 4
+
+
+def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
+    """Another learning rate gives other weights: what the killed run drew must not be trained under them."""
+    import torch
+
+    def identity(*, change=None, processes=1, sampling=None, weight=1.0):
+        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30)).requires_grad_(False)
+        for p in model.parameters():
+            p.copy_(torch.arange(p.numel()).reshape(p.shape) / 7)
+        if change is not None:
+            optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=change)
+            model(torch.ones(1, 40)).square().sum().backward()
+            optimizer.step()
+        return Collector(
+            accelerator=SimpleNamespace(num_processes=processes, process_index=0), engine=FakeEngine(), prompts=[], tokenizer=None,
+            rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})), sampling=sampling or SamplingConfig(),
+            by_completion=False, weights=model.parameters,
+        ).identity()  # fmt: skip
+
+    assert identity() == identity()
+    assert identity(change=1e-5) == identity(change=1e-5)
+    others = [identity(change=1e-5), identity(change=2e-5), identity(processes=2), identity(weight=0.5)]
+    others.append(identity(sampling=SamplingConfig(temperature=0.5)))
+    assert len({identity(), *others}) == 6
+
+
+def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", run="a")
+    calls = []
+
+    class Counting:
+        def score(self, groups, *, iteration):
+            calls.append(iteration)
+            return [[Scored(total=float(len(t)), parts={}) for t in texts] for _, texts in groups]
+
+    collector = Collector(
+        accelerator=SimpleNamespace(num_processes=1, process_index=0), engine=FakeEngine(), rewards=Counting(),
+        prompts=prompts_from_rows([{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain"))[0],
+        tokenizer=byte_tokenizer(), sampling=SamplingConfig(), by_completion=False,
+    )  # fmt: skip
+
+    def total(text):
+        trajectory = Trajectory(seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop")
+        group = TrajectoryGroup(prompt=0, iteration=0, trajectories=[trajectory])
+        return collector.score([group], journal, iteration=0)[0].totals
+
+    assert total("ab") == total("ab") == [2.0] and len(calls) == 1
+    assert total("abc") == [3.0] and len(calls) == 2
+
+
+def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
+    """A kill while a checkpoint is written goes back to the one before it, and needs what was drawn since."""
+    from posttrain.algorithms import resolve_algorithm
+    from posttrain.training.experience import RolloutConfig, RolloutSource
+
+    source = RolloutSource(
+        config=RolloutConfig(), algorithm=resolve_algorithm("grpo", {}), batch_size=1, seed=0, evaluator=None,
+        sampler=PromptSampler(CurriculumConfig(), [{}], seed=0), make_collector=lambda _: None, folder=tmp_path,
+    )  # fmt: skip
+    left = []
+    for iteration in range(6):
+        (tmp_path / f"iteration_{iteration:06d}_rank0.jsonl").write_text("")
+        source._iteration = iteration + 1
+        if source._iteration % 2 == 0:
+            source.write(tmp_path, is_main=True)
+            left.append(sorted(int(p.name[10:16]) for p in tmp_path.glob("iteration_*.jsonl")))
+    assert left == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_buffer_keeps_segments_and_their_versions():

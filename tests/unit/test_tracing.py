@@ -41,7 +41,7 @@ def llama(**overrides):
 
 
 def others(name):
-    from transformers import Gemma2Config, GPT2Config, Qwen3Config
+    from transformers import Gemma2Config, GPT2Config, Qwen3Config, Qwen3MoeConfig
 
     if name == "gpt2":
         return GPT2Config(
@@ -56,6 +56,8 @@ def others(name):
         num_key_value_heads=2,
         head_dim=16,
     )
+    if name == "qwen3_moe":
+        return Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
     return Gemma2Config(**sizes, sliding_window=32) if name == "gemma2" else Qwen3Config(**sizes)
 
 
@@ -110,6 +112,8 @@ CASES = [
     (llama(), "rl", "bf16", LoraConfig(rank=4), False),
     (llama(), "sft", "bf16-pure", None, False),
     *[(others(name), "dpo", "fp32", None, False) for name in ("gpt2", "gemma2", "qwen3")],
+    # fake grouped products are there in bf16 only
+    *[(others("qwen3_moe"), method, "bf16-pure", None, method == "dpo") for method in ("sft", "dpo")],
 ]
 
 

@@ -20,6 +20,7 @@ class Server:
 
     def __init__(self, version="0.32.0", misbehave=lambda path, count: None):
         self.log: list[tuple[str, dict]] = []
+        self.mark, self.process = None, 1
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,6 +39,8 @@ class Server:
                     self.connection.close()
                 elif odd is not None:
                     self.answer(odd[1], code=odd[0])
+                elif self.path == "/collective_rpc":
+                    self.answer({"results": [outer.call(body["method"], **body["kwargs"])]})
                 elif self.path == "/v1/completions":
                     ids = [body["seed"], 7][: body["max_tokens"]]
                     self.answer(
@@ -58,8 +61,20 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
+    def call(self, method, **arguments):
+        """What launch/vllm_reload.py does."""
+        if method == "mark_policy":
+            mark = arguments["mark"]
+            self.mark = None if mark is None else f"{mark} {self.process}"
+        return self.mark if method == "policy_mark" else None
+
+    def restart(self):
+        self.mark, self.process = None, self.process + 1
+
     def paths(self):
-        return [path for path, _ in self.log]
+        """Control methods by their name, questions for the mark left out."""
+        named = [body["method"] if path == "/collective_rpc" else path for path, body in self.log]
+        return [name for name in named if name != "policy_mark"]
 
 
 @pytest.fixture
@@ -96,7 +111,8 @@ def test_partial_rollouts_send_what_there_is(serve):
     server, make, _ = serve()
     request = Request(prompt_ids=(3,), seeds=(12,), prefixes=((8, 9),))
     ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=5, budget_tokens=1))
-    assert server.log[-1][1]["prompt"] == [3, 8, 9] and drawn.finish_reason == "budget" and drawn.token_ids == (12,)
+    assert server.log[-1][1]["prompt"] == [3, 8, 9] and drawn.finish_reason == "budget"
+    assert drawn.token_ids == (server.log[-1][1]["seed"],) != (12,), "noise of its own, not that of the first tokens"
 
 
 def test_weights_go_between_pause_and_resume(serve):
@@ -104,8 +120,9 @@ def test_weights_go_between_pause_and_resume(serve):
     engine = make()
     engine.refresh(4)
     engine.refresh(4)
-    assert server.paths() == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"] and len(saved) == 1
-    assert server.log[1][1]["kwargs"]["weights_path"].endswith("w/current")
+    handed_over = ["mark_policy", "reload_policy", "/reset_prefix_cache", "mark_policy"]
+    assert server.paths() == ["/pause?mode=wait", *handed_over, "/resume"] and len(saved) == 1
+    assert server.log[2][1]["kwargs"]["weights_path"].endswith("w/current")
     assert engine.generate(REQUESTS, SamplingConfig(max_tokens=5))[0][0].policy_version == 4
 
 
@@ -117,7 +134,43 @@ def test_a_failing_server_loses_no_sample_and_gets_the_weights_again(serve, odd)
     finished = []
     drawn = engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k)))
     assert sorted(finished) == [(0, 0), (0, 1), (1, 0), (1, 1)] and all(d is not None for row in drawn for d in row)
-    assert server.paths().count("/v1/completions") == 6 and server.paths().count("/collective_rpc") == 2
+    assert server.paths().count("/v1/completions") == 6
+    assert server.paths().count("reload_policy") == 1, "the same process still has them"
+
+
+@pytest.mark.parametrize("when", ["between", "meanwhile"])
+def test_what_a_restarted_server_drew_is_not_taken(serve, when):
+    """It answers, under the weights that it was started with."""
+    server, make, _ = serve(misbehave=lambda path, n: server.restart() if path == "/v1/completions" and n == 2 else None)
+    engine = make()
+    engine.refresh(1)
+    if when == "between":
+        server.restart()
+    drawn_under = []
+    drawn = engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda *_: drawn_under.append(server.mark))
+    assert drawn_under == [f"1 {server.process}"] * len(drawn_under) or when == "meanwhile"
+    assert len(drawn_under) == 4 and server.paths().count("reload_policy") == 2 and all(all(row) for row in drawn)
+    assert server.paths().count("/v1/completions") > 4
+
+
+def test_a_server_that_does_not_take_the_weights_is_not_sampled_from(serve):
+    broken = []
+    server, make, _ = serve(retries=2, misbehave=lambda path, n: (500, {}) if path == "/reset_prefix_cache" and broken else None)
+    engine = make()
+    engine.refresh(1)
+    server.restart()
+    broken.append(True)
+    finished = []
+    with pytest.raises(ServerError, match="failed 3 times on 4 completions"):
+        engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda *_: finished.append(1))
+    assert not finished
+
+
+def test_a_refused_request_is_not_tried_again(serve):
+    server, make, _ = serve(misbehave=lambda path, n: (400, b"too long") if path == "/v1/completions" else None)
+    with pytest.raises(ServerError, match="refuses a request of . prompt tokens and 5 new ones: too long.*MAX_MODEL_LEN"):
+        make().generate(REQUESTS, SamplingConfig(max_tokens=5))
+    assert server.paths().count("/v1/completions") <= 4
 
 
 def test_a_dead_server_is_given_up_with_a_clear_error(serve):
