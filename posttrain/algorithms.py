@@ -131,6 +131,16 @@ class Algorithm:
     dynamic_sampling: bool = False
     """Prompts are drawn until enough groups have rewards that differ."""
 
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.loss).parameters.values()
+        takes_kl = any(p.name == "kl_weight" or p.kind is p.VAR_KEYWORD for p in parameters)
+        if self.beta and self.kl_in == "loss" and not takes_kl:
+            name = getattr(self.loss, "__name__", self.loss)
+            raise ValueError(
+                f"Algorithm {self.name}: its loss {name} has no term for the KL to a reference, so beta={self.beta:g} has no "
+                "place in it. Set beta 0, or kl_in reward."
+            )
+
     def skips(self, *, first_update: bool) -> bool:
         """Whether groups without a signal may be left out of this update."""
         if self.beta and self.kl_in == "loss":

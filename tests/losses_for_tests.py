@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from posttrain.types import LossOutput, LossTerm, TokenLogps
+from posttrain.losses.policy import clipped, mirror_descent
+from posttrain.types import Completion, LossOutput, LossTerm, PromptGroup, TokenLogps
 
 
 def all_pairs(logps: TokenLogps) -> LossOutput:
@@ -40,3 +45,59 @@ def all_pairs_reference(logps: list[list[Tensor]]) -> Tensor:
             total = total + sum(pairs) / len(pairs)
     tokens = torch.cat([lp for group in logps for lp in group])
     return total / len(logps) - 0.1 * tokens.sum() / tokens.numel()
+
+
+def as_rollouts(groups: Sequence[PromptGroup], *, seed: int) -> list[PromptGroup]:
+    """The same tokens with advantages, the sampler's log-probs and those from before the first update."""
+    rng = random.Random(seed)
+
+    def rolled(c: Completion) -> Completion:
+        old = [rng.uniform(-6, -3) for _ in c.token_ids]
+        return replace(c, advantage=rng.gauss(0, 1), proximal_logps=old, sampler_logps=[p - rng.gauss(0, 0.5) for p in old])
+
+    return [replace(g, completions=[rolled(c) for c in g.completions], pairs=()) for g in groups]
+
+
+def policy_loss(logps: TokenLogps) -> LossOutput:
+    """PPO's clipped surrogate, tokens weighed by min(pi_old / pi_sampler, 1.5)."""
+    return clipped(logps, epsilon_high=0.4, correction="token_truncate", correction_cap=1.5)
+
+
+def k15_loss(logps: TokenLogps) -> LossOutput:
+    """Kimi k1.5's, tau 0.5."""
+    return mirror_descent(logps, tau=0.5)
+
+
+policy_loss.couples_completions = k15_loss.couples_completions = False
+
+
+def policy_reference(groups: Sequence[PromptGroup]) -> Callable[[list[list[Tensor]]], Tensor]:
+    """The mean over completions of the mean over their trained tokens, in a loop."""
+
+    def value(logps: list[list[Tensor]]) -> Tensor:
+        items = []
+        for lp, old, sampler, advantage in _by_completion(groups, logps):
+            ratio, weight = torch.exp(lp - old), torch.exp(old - sampler).clamp(max=1.5)
+            items.append(-(weight * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)).mean())
+        return torch.stack(items).mean()
+
+    return value
+
+
+def k15_reference(groups: Sequence[PromptGroup]) -> Callable[[list[list[Tensor]]], Tensor]:
+    """(A - tau log-ratio)^2 / (2 tau), mean over completions."""
+
+    def value(logps: list[list[Tensor]]) -> Tensor:
+        return torch.stack([(a - 0.5 * (lp - old).sum()) ** 2 for lp, old, _, a in _by_completion(groups, logps)]).mean()
+
+    return value
+
+
+def _by_completion(groups: Sequence[PromptGroup], logps: list[list[Tensor]]) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    found = []
+    for group, row in zip(groups, logps, strict=True):
+        for c, lp in zip(group.completions, row, strict=True):
+            kept = [i for i, m in enumerate(c.loss_mask) if m]
+            old, sampler = (lp.new_tensor([v[i] for i in kept]) for v in (c.proximal_logps, c.sampler_logps))
+            found.append((lp, old, sampler, c.advantage))
+    return found

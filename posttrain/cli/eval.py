@@ -15,6 +15,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `eval`; imports nothing heavy."""
     _declare_shared(parser)
     parser.add_argument("--out", metavar="FILE", help="write every answer with its rewards here, JSON lines")
+    parser.add_argument("--pass-at-powers", action="store_true", help="pass@k for k = 2, 4, 8, ... below the samples too")
     parser.set_defaults(samples=1, temperature=0.0)
 
 
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     evaluation = evaluate(arguments, _rows(arguments))
-    metrics = evaluation.metrics()
+    metrics = evaluation.metrics(powers=arguments.pass_at_powers)
     answers = "1 answer" if arguments.samples == 1 else f"{arguments.samples} answers"
     print(f"{arguments.model}: {len(evaluation.groups)} problems, {answers} of each")
     table = Table(show_header=False)

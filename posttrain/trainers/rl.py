@@ -203,7 +203,9 @@ class RLTrainer:
 
         def evaluator(collector: Collector, step: int) -> dict[str, float]:
             assert evaluation is not None
-            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed).metrics()
+            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed).metrics(
+                powers=config.evaluation.pass_at_powers
+            )
 
         return RolloutSource(
             config=config.rollout,

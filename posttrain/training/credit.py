@@ -43,7 +43,7 @@ def trained_groups(
     groups = [_group(s, config, version) for s in scored]
     kl_in_reward = algorithm.beta > 0 and algorithm.kl_in != "loss"
     logps: list[dict[tuple[int, int], list[float]]] = [{}, {}]
-    if proximal or kl_in_reward:
+    if (proximal or kl_in_reward) and any(group.num_trained for group in groups):
         forwards: list[Forward] = [lambda _, batch: policy(batch)]
         if kl_in_reward:
             assert reference is not None

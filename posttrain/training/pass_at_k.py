@@ -31,6 +31,8 @@ class EvaluationConfig:
     """Problems (the first ones); 0: all."""
     correct: str | None = None
     """Name of the reward that tells right (> 0) from wrong; None: the first."""
+    pass_at_powers: bool = False
+    """Report pass@k for k = 2, 4, 8, ... below ``samples`` too."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
@@ -55,17 +57,19 @@ class Evaluation:
     correct: Sequence[Sequence[bool]]
     """[problem][answer]"""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, *, powers: bool = False) -> dict[str, float]:
         """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k = samples > 1, eval_length in
-        tokens, eval_reward, eval_truncated."""
-        k = len(self.correct[0])
+        tokens, eval_reward, eval_truncated. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too."""
+        n = len(self.correct[0])
         shares = [statistics.fmean(row) for row in self.correct]
         texts = [t for g in self.groups for t in g.texts]
         totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
         metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares)}
-        if k > 1:
-            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(k, sum(row), k) for row in self.correct)
-            metrics[f"eval_cons@{k}"] = statistics.fmean(map(majority_is_right, self.groups, self.correct))
+        for k in (2**i for i in range(1, (n - 1).bit_length()) if powers):
+            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(n, sum(row), k) for row in self.correct)
+        if n > 1:
+            metrics[f"eval_pass@{n}"] = statistics.fmean(pass_at_k(n, sum(row), n) for row in self.correct)
+            metrics[f"eval_cons@{n}"] = statistics.fmean(map(majority_is_right, self.groups, self.correct))
         if totals:
             metrics["eval_reward"] = statistics.fmean(totals)
         return {

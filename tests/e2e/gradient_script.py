@@ -13,7 +13,15 @@ from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.launch import make_accelerator
 from posttrain.training.step import couples_completions, step_gradient
 from tests.helpers import gradients_of, max_difference, random_groups, reference_gradient, tiny_gpt2, token_mean
-from tests.losses_for_tests import all_pairs, all_pairs_reference
+from tests.losses_for_tests import (
+    all_pairs,
+    all_pairs_reference,
+    as_rollouts,
+    k15_loss,
+    k15_reference,
+    policy_loss,
+    policy_reference,
+)  # fmt: skip
 
 
 def main(out: Path) -> None:
@@ -24,13 +32,23 @@ def main(out: Path) -> None:
         "one": random_groups(1, sizes=(4,), seed=5),
         "three": random_groups(3, sizes=(1,), seed=5, max_prompt=18),
     }
+    rollouts = {name: as_rollouts(groups, seed=7) for name, groups in batches.items()}
+    policy_losses = [
+        ((name, groups), (loss, reference(groups)), "shared", tokens, False)
+        for name, groups in rollouts.items()
+        for loss, reference in ((policy_loss, policy_reference), (k15_loss, k15_reference))
+        for tokens in (24, 1000)
+    ]
     results = []
-    for (batch_name, groups), (loss, reference), mode, tokens, checkpointing in itertools.product(
-        batches.items(),
-        ((sft, token_mean), (all_pairs, all_pairs_reference)),
-        ("shared", "packed"),
-        (24, 60, 1000),
-        (False, True),
+    for (batch_name, groups), (loss, reference), mode, tokens, checkpointing in itertools.chain(
+        itertools.product(
+            batches.items(),
+            ((sft, token_mean), (all_pairs, all_pairs_reference)),
+            ("shared", "packed"),
+            (24, 60, 1000),
+            (False, True),
+        ),
+        policy_losses,
     ):
         wanted_loss, wanted = reference_gradient(tiny_gpt2().double().eval(), groups, reference)
         model = tiny_gpt2().double().train()

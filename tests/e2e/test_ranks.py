@@ -15,7 +15,8 @@ def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
     out = tmp_path / "results.json"
     check(run(launch, "tests/e2e/gradient_script.py", str(out)))
     results = json.loads(out.read_text())
-    assert len(results) == 72 and {r["ranks"] for r in results} == {ranks}
+    assert len(results) == 72 + 12 and {r["ranks"] for r in results} == {ranks}
+    assert [sum(name in r["case"] for r in results) for name in ("policy_loss", "k15_loss")] == [6, 6]
     worst = max(results, key=lambda r: max(r["gradient"], r["loss"]))
     assert max(worst["gradient"], worst["loss"]) < 1e-10, worst
     if ranks == 2:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
@@ -69,16 +70,18 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
     assert len(kept) >= 64 and {"text", "reward", "advantage", "logps"} <= kept[0].keys()
 
 
-def test_no_reward_changes_nothing(inputs, tmp_path):
-    check(
-        run(
-            "cpu.yaml",
-            "recipes/rl.py",
-            *settings(inputs, tmp_path, "run", *SHORT, "--algorithm_options.beta", "0.0", reward="nothing"),
-        )
-    )
+def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):
+    """Matrices: w (1 - lr decay)^steps. Norms and embeddings, which do not decay, stay as they were."""
+    more = [*SHORT, "--algorithm_options.beta", "0.0", "--optimizer.weight_decay", "0.1"]
+    check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")))
     before, after = load_file(inputs[0] / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
-    assert all((before[n] == after[n]).all() for n in after)
+    assert before.keys() == after.keys()
+    for name, w in before.items():
+        if name.endswith("proj.weight"):
+            assert torch.allclose(after[name].double(), w.double() * (1 - 1e-2 * 0.1) ** 6, rtol=1e-6, atol=0), name
+        else:
+            assert "norm" in name or "embed" in name
+            assert torch.equal(after[name], w), name
     assert all(s["groups_without_signal"] == 1.0 and s["grad_norm"] == 0.0 for s in steps_of(tmp_path / "run"))
 
 

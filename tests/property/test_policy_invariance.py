@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.algorithms import resolve_algorithm
+from posttrain.algorithms import ALGORITHMS, resolve_algorithm
 from posttrain.models.policy import Policy
 from posttrain.models.reference import frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
@@ -25,7 +25,10 @@ BETA, EPSILON, TAU, CONSTANT = 0.04, 0.2, 0.5, 12.0
 
 
 def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
-    """Six prompts with four completions; two groups have equal rewards; one completion is unscored, one has an old segment."""
+    """Six prompts with four completions; two groups have equal rewards; one completion is unscored, one has an old segment.
+
+    With the KL in each token's reward, advantages differ along a completion; two groups have none.
+    """
     rng = random.Random(3)
     rewards = [[float(rng.random() < 0.5) + 0.1 * rng.random() for _ in range(4)] for _ in range(6)]
     rewards[1], rewards[4], rewards[2][3] = [1.0] * 4, [0.0] * 4, None
@@ -37,17 +40,39 @@ def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
             n = rng.randint(1, 9)
             trained = advantages[row][k] is not None
             mask = [int(trained and not (row == 3 and k == 0 and i < n // 2)) for i in range(n)]
+            by_token = None
+            if algorithm.kl_in == "token_reward":
+                by_token = [float(row not in (1, 4)) * m * rng.uniform(-2, 2) for m in mask]
             completions.append(
                 Completion(
                     token_ids=[rng.randrange(1, VOCAB) for _ in range(n)],
                     loss_mask=mask,
-                    advantage=advantages[row][k] or 0.0,
+                    advantage=0.0 if by_token else advantages[row][k] or 0.0,
+                    token_advantages=by_token,
                     proximal_logps=[rng.uniform(-6, -3) for _ in range(n)] if later else None,
                 )  # fmt: skip
             )
         prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
         groups.append(PromptGroup(prompt_ids=prompt, completions=completions, pairs=(), meta={"file": "made", "row": row}))
     return groups
+
+
+def clip(ratio, a, low, high):
+    return torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+
+
+ITEMS = {
+    "grpo": lambda r, a, d: (-clip(r, a, EPSILON, EPSILON) + BETA * (torch.exp(d) - d - 1)).mean(),
+    "r1": lambda r, a, d: (-clip(r, a, 10.0, 10.0) + BETA * (torch.exp(d) - d - 1)).mean(),
+    "dapo": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
+    "dr_grpo": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
+    "gspo": lambda r, a, d: -clip(torch.exp(r.log().mean()), a, EPSILON, EPSILON),
+    "rloo": lambda r, a, d: -(r * a).sum(),
+    "reinforce_pp": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
+    "reinforce_pp_baseline": lambda r, a, d: (-clip(r, a, EPSILON, EPSILON) + BETA * d**2 / 2).sum(),
+    "k15": lambda r, a, d: (a - TAU * r.log().sum()) ** 2 / (2 * TAU),
+}
+"""A completion's item from its tokens' ratios, advantages and d = log pi_ref - log pi."""
 
 
 def value_of(name, groups, model, reference):
@@ -59,36 +84,27 @@ def value_of(name, groups, model, reference):
                 continue
             logp = plain_logps(model, group, k)
             kept = [i for i, m in enumerate(c.loss_mask) if m]
-            old = (
-                logp.detach()
-                if c.proximal_logps is None
-                else torch.tensor([c.proximal_logps[i] for i in kept], dtype=torch.float64)
-            )
-            ratio, a, n = torch.exp(logp - old), c.advantage, len(kept)
-            clip = torch.minimum(ratio * a, ratio.clamp(1 - EPSILON, 1 + EPSILON) * a)
-            if name == "grpo":
-                with torch.no_grad():
-                    d = plain_logps(reference, group, k)
-                k3 = torch.exp(d - logp) - (d - logp) - 1
-                items.append((-clip + BETA * k3).mean())
-            elif name in ("dapo", "dr_grpo"):
-                items.append(-clip.sum())
-            elif name == "gspo":
-                s = torch.exp((logp - old).mean())
-                items.append(-torch.minimum(s * a, s.clamp(1 - EPSILON, 1 + EPSILON) * a))
-            elif name == "cispo":
+
+            def given(values, kept=kept):
+                return torch.tensor([values[i] for i in kept], dtype=torch.float64)
+
+            old = logp.detach() if c.proximal_logps is None else given(c.proximal_logps)
+            ratio, a = torch.exp(logp - old), c.advantage if c.token_advantages is None else given(c.token_advantages)
+            with torch.no_grad():
+                of_reference = plain_logps(reference, group, k)
+            if name == "cispo":
                 items.append(-(ratio.detach().clamp(max=1.5) * a * logp).sum())
-            elif name == "rloo":
-                items.append(-(ratio * a).sum())
-            elif name == "k15":
-                items.append((a - TAU * (logp - old).sum()) ** 2 / (2 * TAU))
-            tokens, count = tokens + n, count + 1
-    return sum(items) / {"dapo": tokens, "cispo": tokens, "dr_grpo": CONSTANT * count}.get(name, count)
+            else:
+                items.append(ITEMS[name](ratio, a, of_reference - logp))
+            tokens, count = tokens + len(kept), count + 1
+    by_token = dict.fromkeys(("dapo", "cispo", "reinforce_pp", "reinforce_pp_baseline"), tokens)
+    return sum(items) / {**by_token, "dr_grpo": CONSTANT * count}.get(name, count)
 
 
 OPTIONS = {
     "grpo": {"beta": BETA}, "dapo": {"epsilon_high": EPSILON}, "dr_grpo": {"constant": CONSTANT}, "rloo": {"beta": 0.0}, "k15": {"tau": TAU},
     "gspo": {"epsilon_low": EPSILON, "epsilon_high": EPSILON}, "cispo": {"cap": 1.5},
+    "r1": {"beta": BETA}, "reinforce_pp": {}, "reinforce_pp_baseline": {"beta": BETA},
 }  # fmt: skip
 MODELS = {"policy": tiny_gpt2().double(), "reference": tiny_gpt2(seed=9).double().eval()}
 
@@ -109,6 +125,10 @@ def truth():
     return of
 
 
+def test_no_algorithm_is_left_out():
+    assert set(OPTIONS) == set(ALGORITHMS)
+
+
 @pytest.mark.parametrize(
     ("name", "later", "mode", "budget"),
     list(itertools.product(OPTIONS, [False, True], ["shared", "packed", "single"], ["one", "four", "split"])),
@@ -123,7 +143,8 @@ def test_gradient(truth, name, later, mode, budget):
     model = tiny_gpt2().double().train()
     policy = Policy(model, PackingConfig(mode=mode))
     frozen = frozen_copy(Policy(tiny_gpt2(seed=9).double(), PackingConfig(mode=mode)))
-    kl = {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if algorithm.beta else {}
+    kl = {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator}
+    kl = kl if algorithm.beta and algorithm.kl_in == "loss" else {}
 
     def loss(logps):
         return algorithm.loss(logps, **algorithm.loss_options, **kl)

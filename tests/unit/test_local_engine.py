@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
+from scipy import stats
 
+from posttrain.data.prompts import Prompt
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
+from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
+from posttrain.training.collect import Collector
 from posttrain.types import Completion, PromptGroup
+from tests.helpers import tiny_llama
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "phi3", "granite", "cohere", "olmo2"]
 
@@ -193,3 +203,91 @@ def test_what_cannot_be_sampled_says_why():
     small = LocalEngine(Policy(model, PackingConfig()), compute=torch.float64, stop_ids=[], config=LocalConfig(kv_cache_gb=1e-6))
     with pytest.raises(ValueError, match="Raise kv_cache_gb"):
         small.generate(requests(), SamplingConfig(max_tokens=10))
+
+
+def exact_distribution(model, prompt, sampling, *, stop):
+    """{completion of at most two tokens: its probability}, by enumeration."""
+
+    def following(ids):
+        with torch.no_grad():
+            p = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / sampling.temperature, 0).tolist()
+        order = sorted(range(len(p)), key=lambda v: -p[v])
+        kept = order[: sampling.top_k or len(order)]
+        if sampling.top_p < 1:  # the smallest set of likeliest tokens with at least this probability
+            kept = kept[: next(n for n in range(1, len(p) + 1) if sum(p[v] for v in kept[:n]) >= sampling.top_p)]
+        total = sum(p[v] for v in kept)
+        return {v: p[v] / total for v in kept}
+
+    found = {}
+    for a, p_a in following(list(prompt)).items():
+        if a == stop:
+            found[(a,)] = p_a
+        else:
+            found |= {(a, b): p_a * p_b for b, p_b in following([*prompt, a]).items()}
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.5, "top_k": 4}])
+def test_completions_follow_the_exact_distribution(options):
+    """Chi-square over all completions of two tokens, of which a stop token ends some after the first; two prompts in one batch."""
+    count, prompts = 8000, [(3, 4, 5), (6,)]
+    model = tiny_llama(vocab_size=7, initializer_range=0.15).double().eval()
+    plain = copy.deepcopy(model)
+    sampling = SamplingConfig(max_tokens=2, **options)
+    _, engine = engine_of(model, stop_ids=[2], max_rows=1000)
+    asked = [Request(prompt_ids=p, seeds=tuple(range(i * count, (i + 1) * count))) for i, p in enumerate(prompts)]
+    for prompt, row in zip(prompts, engine.generate(asked, sampling), strict=True):
+        exact = exact_distribution(plain, prompt, sampling, stop=2)
+        seen = Counter(d.token_ids for d in row)
+        assert sum(exact.values()) == pytest.approx(1) and set(seen) <= set(exact) and len(exact) > 8
+        assert all(sum(d.logps) == pytest.approx(math.log(exact[d.token_ids]), abs=1e-9) for d in row[:500])
+        assert all(d.finish_reason == ("stop" if d.token_ids[-1] == 2 else "length") for d in row)
+        big = [c for c, p in exact.items() if p * count >= 5]
+        observed = [*(seen[c] for c in big), count - sum(seen[c] for c in big)]
+        expected = [*(exact[c] * count for c in big), (1 - sum(exact[c] for c in big)) * count]
+        if expected[-1] < 1e-6:
+            observed, expected = observed[:-1], expected[:-1]
+        assert stats.chisquare(observed, expected, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
+    """The collector's own share of each of 2 and 3 ranks, each in its own engine; with budgets, so that completions are continued."""
+    prompts = [Prompt(ids=r.prompt_ids, sample={}) for r in requests(count=7)]
+    model = tiny(family)
+    sampling = SamplingConfig(max_tokens=12, budget_tokens=5, temperature=1.2)
+
+    def collector_of(engine, rank=0, ranks=1):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=ranks)
+        return Collector(
+            accelerator=accelerator, engine=engine, rewards=None, prompts=prompts, tokenizer=None, sampling=sampling, by_completion=False
+        )  # fmt: skip
+
+    class Ranks:
+        def __init__(self, count):
+            engines = [engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1] for _ in range(count)]
+            self.collectors = [collector_of(engine, rank, count) for rank, engine in enumerate(engines)]
+
+        def generate(self, asked, sampling):
+            drawn = {}
+            for collector in self.collectors:
+                mine = collector._share(range(len(asked)))
+                rows = collector.engine.generate([asked[i] for i in mine], sampling)
+                assert not drawn.keys() & set(mine)
+                drawn |= dict(zip(mine, rows, strict=True))
+            return [drawn[i] for i in range(len(asked))]
+
+    def draw_of(ranks):
+        collector, buffer, finished = collector_of(Ranks(ranks)), RolloutBuffer(), []
+        buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4)
+        while buffer.groups:
+            collector.roll(buffer, None)
+            finished += buffer.take_finished()
+        return [t for group in sorted(finished, key=lambda g: g.prompt) for t in group.trajectories]
+
+    whole = draw_of(1)
+    assert len({len(t.token_ids) for t in whole}) > 3 and len({len(t.segments) for t in whole}) > 2
+    for ranks in (2, 3):
+        for one, other in zip(whole, draw_of(ranks), strict=True):
+            assert (one.token_ids, one.segments, one.finish_reason) == (other.token_ids, other.segments, other.finish_reason)
+            assert other.logps == pytest.approx(one.logps, abs=1e-12)

@@ -251,6 +251,16 @@ def test_options_reach_what_has_them_and_unknown_ones_are_refused():
         resolve_algorithm("gropo", {})
 
 
+def test_a_kl_that_the_loss_has_no_place_for_is_refused():
+    with pytest.raises(ValueError, match="k15: its loss mirror_descent has no term for the KL .*beta=0.1"):
+        resolve_algorithm("k15", {"beta": 0.1})
+    with pytest.raises(ValueError, match="mirror_descent has no term"):
+        replace(GRPO, loss=policy.mirror_descent, loss_options={})
+    inside = resolve_algorithm("k15", {"beta": 0.1, "kl_in": "reward"})
+    assert inside.beta == 0.1 and inside.skips(first_update=True)
+    replace(GRPO, loss=lambda logps, **options: policy.clipped(logps, **options))
+
+
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_zero_advantage_means_a_zero_gradient_where_the_algorithm_says_so(name):
     algorithm = replace(ALGORITHMS[name], beta=0.0)

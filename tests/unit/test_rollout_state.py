@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -215,17 +217,44 @@ def test_pass_at_k(n, c, k, wanted):
     assert pass_at_k(n, c, k) == pytest.approx(wanted, abs=1e-7)
 
 
-def test_evaluation_figures():
-    def group(*texts):
-        trajectories = [Trajectory(seed=0, token_ids=[1], finish_reason="stop") for _ in texts]
-        prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
-        return ScoredGroup(
-            group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories), prompt=prompt,
-            texts=tuple(CompletionText(t) for t in texts), scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
-        )  # fmt: skip
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer_and_unbiased():
+    for n in range(1, 8):
+        for k, c in itertools.product(range(1, n + 1), range(n + 1)):
+            subsets = list(itertools.combinations([i < c for i in range(n)], k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+        for k, p in itertools.product(range(1, n + 1), (0.1, 0.5)):
+            expectation = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
+            assert expectation == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
 
+
+def made_group(*texts):
+    trajectories = [Trajectory(seed=0, token_ids=[1], finish_reason="stop") for _ in texts]
+    prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
+    return ScoredGroup(
+        group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories), prompt=prompt,
+        texts=tuple(CompletionText(t) for t in texts), scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "powers"), [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])
+def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
+    right = [[i == 0 for i in range(n)], [i % 2 == 1 for i in range(n)], [False] * n]
+    made = Evaluation(groups=[made_group(*map(str, range(n))) for _ in right], correct=right)
+    metrics = made.metrics(powers=True)
+    assert [int(name.removeprefix("eval_pass@")) for name in metrics if name.startswith("eval_pass@") and "ci" not in name] == [
+        1,
+        *powers,
+    ]
+    for k in [1, *powers]:
+        shares = [[any(row[i] for i in subset) for subset in itertools.combinations(range(n), k)] for row in right]
+        wanted = sum(sum(s) / len(s) for s in shares) / len(right)
+        assert metrics[f"eval_pass@{k}"] == pytest.approx(wanted, abs=1e-12)
+    assert set(made.metrics()) == set(metrics) - {f"eval_pass@{k}" for k in powers if k < n}
+
+
+def test_evaluation_figures():
     made = Evaluation(
-        groups=[group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), group("1", "2", "2")],
+        groups=[made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), made_group("1", "2", "2")],
         correct=[[True, False, True], [True, False, False]],
     )
     metrics = made.metrics()

@@ -1,0 +1,139 @@
+"""RLTrainer from Python on the tiny model: adapters, the reference that is replaced, and a sampler that is not the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from posttrain import (
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PackingConfig,
+    ReferenceConfig,
+    RLConfig,
+    RLTrainer,
+    RolloutConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from posttrain.algorithms import R1
+from posttrain.models.load import load_model, load_tokenizer
+from posttrain.models.policy import Policy
+from posttrain.precision import PRECISIONS
+from posttrain.trainers import rl
+from posttrain.training.experience import MismatchError
+from posttrain.training.metrics import read_metrics
+from tests.helpers import tiny_llama
+from tests.tiny import model_folder
+
+ROWS = [{"prompt": f"{a}?"} for a in range(40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Larger embeddings than at random: a frozen head can prefer a token, and temperature matters."""
+    path = model_folder(tmp_path_factory.mktemp("model") / "tiny")
+    model = load_model(ModelConfig(name=str(path)), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(10)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_measurement(monkeypatch):
+    monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)
+
+
+def run(folder, tmp_path, *, lora=None, rollout=None, model=None, lr=1e-2, steps=5, algorithm="grpo", options=None):
+    """(model, metrics of each step) of a run whose reward is a digit at the start."""
+
+    def digit(completion, sample):
+        return float(completion[:1].isdigit())
+
+    source = ModelConfig(name=str(folder), lora=lora or LoraConfig())
+    model = model or load_model(source, dtype=torch.float32)
+    config = RLConfig(
+        model=source, algorithm=algorithm, algorithm_options=options or {}, sampling=SamplingConfig(max_tokens=2),
+        rollout=RolloutConfig(**{"group_size": 8, "show_every": 0} | (rollout or {})), packing=PackingConfig(max_tokens=400),
+        optimizer=OptimizerConfig(lr=lr, schedule="constant", weight_decay=0.0),
+        train=TrainConfig(run_dir=str(tmp_path), name="run", batch_size=8, max_steps=steps, precision="fp32"),
+    )  # fmt: skip
+    trainer = RLTrainer(model=model, tokenizer=load_tokenizer(source), train_dataset=ROWS, rewards={digit: 1.0}, config=config)
+    trainer.train()
+    return model, [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in m]
+
+
+def test_dr_grpo_learns_a_bandit_from_chance(folder, tmp_path):
+    """Without a division by length or deviation; its constant is the generation budget."""
+    _, steps = run(folder, tmp_path, algorithm="dr_grpo", steps=50)
+    assert steps[0]["reward"] < 0.25 and steps[-1]["reward"] > 0.9, [s["reward"] for s in steps]
+
+
+def test_adapters_learn_from_their_own_samples_and_the_base_stays(folder, tmp_path):
+    """The frozen head bounds what can be reached: no direction of hidden states is a digit alone."""
+    base = load_model(ModelConfig(name=str(folder)), dtype=torch.float32).state_dict()
+    model, steps = run(folder, tmp_path, lora=LoraConfig(rank=8), options={"beta": 0.0}, steps=40)
+    assert steps[0]["reward"] < 0.1 and sum(s["reward"] for s in steps[-10:]) / 10 > 0.5, [s["reward"] for s in steps]
+    assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
+    frozen = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora" not in n
+    }
+    assert frozen.keys() <= base.keys() and len(frozen) > 15
+    assert all(torch.equal(p, base[n]) for n, p in frozen.items())
+    moved = {n: float(p.abs().max()) for n, p in model.named_parameters() if "lora_B" in n}
+    assert len(moved) == 14 and min(moved.values()) > 0, "B is 0 at the start"
+
+
+def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(folder, tmp_path, monkeypatch):
+    model = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    own_engine = rl.local_engine
+
+    class Warmer:
+        def __init__(self, inner):
+            self.inner, self.refresh = inner, inner.refresh
+
+        def generate(self, requests, sampling, *, on_finished=None):
+            return self.inner.generate(requests, replace(sampling, temperature=2.0), on_finished=on_finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "local_engine", lambda *arguments: Warmer(own_engine(*arguments)))
+        with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
+            run(folder, tmp_path / "wrong", model=model, rollout={"max_mismatch_nats": 0.02}, options={"beta": 0.0}, steps=1)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        _, steps = run(folder, tmp_path / "off", model=model, rollout={"max_mismatch_nats": 0.0}, options={"beta": 0.0}, steps=1)
+        assert steps[0]["sampler_mismatch_nats"] > 0.02
+        model.load_state_dict(before, strict=False)
+    _, steps = run(folder, tmp_path / "right", model=model, rollout={"max_mismatch_nats": 0.02}, options={"beta": 0.0}, steps=1)
+    assert steps[0]["sampler_mismatch_nats"] < 1e-5
+
+
+def test_r1_replaces_its_reference_by_the_policy_every_so_many_steps(folder, tmp_path):
+    """Every third: the KL is 0 in steps 1, 4 and 7, which begin at the reference, and not in the others."""
+    _, steps = run(folder, tmp_path, algorithm="r1", options={"reference_every": 3}, steps=7)
+    zero = [s["step"] for s in steps if s["kl_reference_nats"] < 1e-9]
+    assert zero == [1, 4, 7] and min(s["kl_reference_nats"] for s in steps if s["step"] not in zero) > 1e-5
+
+
+def test_the_reference_is_the_policy_itself_after_a_replacement():
+    model = tiny_llama()
+    policy, loop = Policy(model, PackingConfig()), SimpleNamespace(precision=PRECISIONS["fp32"])
+    reference = rl._reference(RLConfig(), replace(R1, reference_every=2), loop)
+    reference.build(policy, Accelerator(cpu=True))
+    reference.start(policy, SimpleNamespace(accelerator=Accelerator(cpu=True)))
+    for step, same in ((1, False), (2, True), (3, False), (4, True)):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        reference.after_step(step, policy)
+        equal = [torch.equal(a, b) for a, b in zip(reference._frozen.parameters(), policy.parameters(), strict=True)]
+        assert all(equal) if same else not any(equal)
+    mine = rl._reference(RLConfig(reference=ReferenceConfig(sync_every=5, sync_mix=0.6)), R1, loop)
+    assert (mine._config.sync_every, mine._config.sync_mix) == (5, 0.6), "what the run's settings say comes first"
+    assert rl._reference(RLConfig(), R1, loop)._config.sync_every == 400
