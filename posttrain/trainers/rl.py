@@ -114,7 +114,7 @@ class RLTrainer:
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._rewards = Rewards(config.rewards, given={f.__name__: (f, weight) for f, weight in (rewards or {}).items()})
-        self.algorithm = algorithm or _resolved(config)
+        self.algorithm = _resolved(config, algorithm)
 
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
@@ -254,11 +254,14 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     )
 
 
-def _resolved(config: RLConfig) -> Algorithm:
+def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
     options = dict(config.algorithm_options)
-    algorithm = resolve_algorithm(config.algorithm, options)
+    if given is not None and options:
+        raise ValueError("algorithm_options beside an Algorithm would be ignored. Set them on it (dataclasses.replace).")
+    algorithm = given if given is not None else resolve_algorithm(config.algorithm, options)
     if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get("constant"):
-        algorithm = resolve_algorithm(config.algorithm, {**options, "constant": float(config.sampling.max_tokens)})
+        constant = float(config.sampling.max_tokens)
+        algorithm = replace(algorithm, loss_options={**algorithm.loss_options, "constant": constant})
     if algorithm.kl_in == "token_reward" and algorithm.beta and algorithm.advantage_options.get("baseline", "none") != "none":
         raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
     if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":

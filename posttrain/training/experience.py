@@ -157,7 +157,7 @@ class RolloutSource:
         kept: list[ScoredGroup] = []
         rejected: list[ScoredGroup] = []
         begun = 0
-        limit = self.config.oversample * wanted if self.algorithm.dynamic_sampling else wanted
+        limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
         accelerator = self._loop.accelerator
         journal = open_journal(
             self.folder, iteration=self._iteration, rank=accelerator.process_index,
@@ -165,7 +165,7 @@ class RolloutSource:
         )  # fmt: skip
         try:
             while True:
-                fresh = max(min(wanted - len(kept), int(limit) - begun) - len(self._buffer.groups), 0)
+                fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
                 picked = self.sampler.next(fresh, iteration=self._iteration) if fresh else []
                 self._buffer.begin(
                     picked, iteration=self._iteration, round=begun, group_size=self.config.group_size, seed=self.seed
@@ -197,6 +197,8 @@ class RolloutSource:
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left out where that is exact."""
         batches: list[StepBatch] = []
+        if not groups:
+            return batches
         for epoch in range(self.config.epochs):
             order = np.random.default_rng([self.seed, 3, self._iteration, epoch]).permutation(len(groups))
             for part in np.array_split(order, min(self.config.updates, len(groups))):

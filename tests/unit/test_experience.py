@@ -130,11 +130,6 @@ def test_dynamic_sampling_stops_at_its_limit(source_of, lively, oversample):
     assert batch.counts.completions == 4 * used
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="1.4 * 4 prompts are never reached: int() cuts what is drawn, the comparison does not",
-)
 def test_a_limit_that_is_no_whole_number_of_prompts_ends_as_well(source_of):
     source, engine, _ = source_of(DAPO, lively=[False] * 30, oversample=1.4)
     source.batch(0)
@@ -184,7 +179,6 @@ def test_a_single_update_computes_no_old_log_probs(source_of):
     assert all(c.proximal_logps is None for g in batch.groups for c in g.completions)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the groups are cut into 0 parts before it is said that there are none")
 @pytest.mark.parametrize("algorithm", [KIMI_K15, replace(GRPO, beta=0.0)])
 def test_an_iteration_of_truncated_completions_says_so(source_of, algorithm):
     source, _, _ = source_of(algorithm, lively=[True] * 8, engine=ScriptedEngine("length"), mask_truncated=True, updates=2)
