@@ -226,6 +226,25 @@ def step_activations(arch: Architecture, parameters: Sequence[Parameter], row: R
     return Activations(moment=moment, items={name: int(n) for name, n in moments[moment].items() if n})
 
 
+def small_block_bytes(arch: Architecture, row: Row, s: Setting, *, below: int) -> int:
+    """Of a row's saved and recomputed activations, what lies in tensors under ``below`` bytes: where a heap gets holes."""
+    stream = arch.hidden * s.stored * row.tokens
+    longest = max(queries * keys for queries, keys in row.segments)
+    by_layer = []
+    for layer in arch.layers:
+        scores = 8 * arch.heads * sum(q * k for q, k in row.segments) * (arch.softcaps_attention and not s.flex)
+        mlp = int(_mlp_bytes(layer, arch, s)) * row.tokens
+        sizes = {
+            4 * arch.heads * longest: scores,
+            s.compute * (layer.mlp_width or layer.expert_width * arch.experts_per_token) * row.tokens: mlp,
+            4 * arch.hidden * row.tokens: layer_bytes(layer, arch, row, s) - scores - mlp,
+        }
+        by_layer.append(sum(total for each, total in sizes.items() if each < below))
+    if s.checkpointing:
+        return max(by_layer) + len(arch.layers) * stream * (stream < below)
+    return sum(by_layer)
+
+
 def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:
     tokens, h = row.tokens, arch.hidden
     by_layer = [layer_bytes(layer, arch, row, s) for layer in arch.layers]

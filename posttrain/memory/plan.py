@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from posttrain.memory.activations import Setting, step_activations, worst_row
+from posttrain.memory.activations import Setting, small_block_bytes, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
 from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
@@ -26,8 +26,9 @@ LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 ALLOCATOR_BYTES = {"cpu": 240_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {"cpu": 0.5, "cuda": 0.06}
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and a share, on CUDA of all tensors, on a
-CPU of those in many blocks under ``allocator.MAPPED_BYTES``, which leave holes (fitted: benchmarks/memory_accuracy.py)."""
-IN_SMALL_BLOCKS = ("activations", "recomputed", "KV cache")
+CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes (fitted: benchmarks/memory_accuracy.py)."""
+MAPPED_BYTES = 32 * 2**20
+"""On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
 MAPPED = "mapped file"
 """A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
 DEEPSPEED_BUCKET = 500_000_000
@@ -172,18 +173,21 @@ def memory_plan(job: Job) -> MemoryPlan:
     phases["optimizer step"] = held | gradients | buckets | {"temporaries": _update_temporaries(job)}
     phases["save"] = held
     phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "master", "moments", "counters"))}
+    small = {"update": small_block_bytes(job.arch, row, setting, below=MAPPED_BYTES)}
+    cache = sampler.get("KV cache", 0)
+    small["rollout"] = cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)
     return MemoryPlan(
         job=job,
-        phases={name: _with_overheads(items, job.device) for name, items in phases.items()},
+        phases={name: _with_overheads(items, job.device, small.get(name, 0)) for name, items in phases.items()},
         host={n: b for n, b in states.host.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
     )
 
 
-def _with_overheads(items: Mapping[str, int], device: Device) -> dict[str, int]:
-    counted = [n for name, n in items.items() if name != MAPPED and (device == "cuda" or name in IN_SMALL_BLOCKS)]
-    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * sum(counted))
+def _with_overheads(items: Mapping[str, int], device: Device, small_blocks: int) -> dict[str, int]:
+    counted = small_blocks if device == "cpu" else sum(n for name, n in items.items() if name != MAPPED)
+    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * counted)
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
 
 

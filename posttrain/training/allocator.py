@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from posttrain.memory.plan import MAPPED_BYTES
+
 
 @cache
 def _glibc() -> Any:
@@ -24,15 +26,11 @@ def _glibc() -> Any:
     return None
 
 
-MAPPED_BYTES = 32 * 2**20
-"""Blocks of this size and more (logits, scores of eager attention) are mapped one by one and leave no holes."""
-
-
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed blocks: given back at once, each costs its page faults again (a tenth of a CPU step)."""
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD; larger ones (logits, scores of eager attention) leave no holes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
