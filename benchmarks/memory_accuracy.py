@@ -212,9 +212,16 @@ def solve() -> None:
         )  # fmt: skip
 
 
+def planned(case: Case) -> dict[str, int]:
+    """The closed form, alone and with libraries and allocator."""
+    from posttrain.memory.plan import memory_plan
+
+    plan = memory_plan(job_of(case))
+    return {"closed": plan.live_bytes, "planned": plan.peak_bytes}
+
+
 def predict(case: Case) -> dict[str, Any]:
     """Before any run."""
-    from posttrain.memory.plan import memory_plan
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import PRECISIONS
     from posttrain.tracing.trace import trace_step
@@ -224,14 +231,7 @@ def predict(case: Case) -> dict[str, Any]:
         config_of(case.family), method=case.method, packing=PackingConfig(max_tokens=case.tokens),
         precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
-    plan = memory_plan(job_of(case))
-    return {
-        "closed": plan.live_bytes,
-        "planned": plan.peak_bytes,
-        "traced": traced.peak_bytes,
-        "by_category": traced.by_category,
-        "trace_s": time.perf_counter() - began,
-    }
+    return planned(case) | {"traced": traced.peak_bytes, "trace_s": time.perf_counter() - began}
 
 
 def error(predicted: int | None, measured: int) -> str:
@@ -283,7 +283,8 @@ def main() -> None:
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(table([row]).splitlines()[-1], f"{row['seconds']:.0f} s", flush=True)
-    print(table([r for r in rows if args.only in json.dumps(r)]))
+    shown = [r for r in rows if args.only in json.dumps(r)]
+    print(table([r | planned(Case(**{k: r[k] for k in Case.__dataclass_fields__})) for r in shown]))
 
 
 if __name__ == "__main__":
