@@ -34,6 +34,24 @@ def dies(completion, sample):
     os._exit(3)
 
 
+def dies_and_is_wrong(completion, sample):
+    os._exit(3)
+
+
+dies_and_is_wrong.on_timeout = 0.0
+
+
+def dies_once(completion, sample):
+    """Of what is not its own fault: the second time there is a mark."""
+    if os.path.exists(sample["mark"]):
+        return 1.0
+    with open(sample["mark"], "w"):
+        os._exit(3)
+
+
+dies_once.on_timeout = 0.0
+
+
 def chatters(completion, sample):
     print("noise " * 100_000)
     return float(len(completion)) + sample["plus"]

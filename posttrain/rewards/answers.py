@@ -82,8 +82,9 @@ def gym_answer(completion: str, sample: Mapping[str, Any], *, partial: bool = Fa
 
 
 for _reward in (math_answer, numeric_answer, exact_answer, choice_answer, gym_answer):
-    _reward.isolated = True  # type: ignore[attr-defined]
-    _reward.on_timeout = 0.0  # type: ignore[attr-defined]
+    _reward.on_timeout = 0.0  # type: ignore[attr-defined,union-attr]
+math_answer.imports = ("math_verify",)  # type: ignore[attr-defined]
+gym_answer.imports = ("reasoning_gym",)  # type: ignore[attr-defined]
 
 
 def judged_text(completion: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.rewards.answers import judged_text
+from posttrain.rewards.completion import time_left
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
+_KEPT_S, _KEPT = 0.5, 0.1
+"""Of the time left, what a test may not take: for starting the sandbox and for the answer, on a busy machine too."""
 
 
 class SandboxRefused(RuntimeError):
@@ -34,9 +38,12 @@ def code_tests(
 
     The program is the last ``` block, else the ``<answer>`` block, else the text. Tests are ``{"stdin": ..., "stdout": ...}``
     (output compared line by line, trailing white space aside) or Python statements that raise where it is wrong (``assert
-    add(1, 2) == 3``), run after the program. ``timeout_s`` and ``memory_mb`` (10^6 bytes) hold for each test. None without tests.
+    add(1, 2) == 3``), run after the program. ``timeout_s`` holds for each test, ``memory_mb`` (10^6 bytes) for each of a test's
+    processes and for its files together. All tests share the time of one call (``rewards.timeout_s``), in their order; those
+    that no time is left for are not run and count as failed, so set it to at least tests x ``timeout_s``. None without tests.
     Only the standard library can be imported. A program that shares a process with assertions could fake their success if it knew
-    the harness; stdin and stdout tests do not have that weakness.
+    the harness (an object that equals everything; a search for the harness in memory); stdin and stdout tests do not have that
+    weakness.
     """
     tests = sample.get(column)
     tests = json.loads(tests) if isinstance(tests, str) else tests
@@ -45,17 +52,17 @@ def code_tests(
     program = program_of(completion)
     if program is None:
         return 0.0
-    limits = {"timeout_s": timeout_s, "memory_bytes": memory_mb * 10**6, "processes": processes}
     passed = 0
     for test in tests:
-        ok = _passes(program, test, limits)
+        seconds = min(timeout_s, (1 - _KEPT) * time_left() - _KEPT_S)
+        limits = {"timeout_s": seconds, "memory_bytes": memory_mb * 10**6, "processes": processes}
+        ok = seconds > 0 and _passes(program, test, limits)
         if not ok and not partial:
             return 0.0
         passed += ok
     return passed / len(tests)
 
 
-code_tests.isolated = True  # type: ignore[attr-defined]
 code_tests.on_timeout = 0.0  # type: ignore[attr-defined]
 
 
@@ -83,7 +90,8 @@ def _lines(text: str) -> list[str]:
 
 def run_sandboxed(program: str, *, stdin: str, timeout_s: float, memory_bytes: int, processes: int) -> dict[str, Any]:
     """What ``sandbox.run`` tells of a program. Raises SandboxRefused where no sandbox can be made."""
-    job = {"program": program, "stdin": stdin, "timeout_s": timeout_s, "memory_bytes": memory_bytes, "processes": processes}
+    limits = {"timeout_s": timeout_s, "memory_bytes": memory_bytes, "processes": processes}
+    job = {"program": program, "stdin": stdin, "parent": os.getpid(), **limits}
     done = subprocess.run(
         [sys.executable, "-I", str(_SANDBOX)], input=json.dumps(job), capture_output=True, text=True, timeout=timeout_s + 30
     )

@@ -1,8 +1,12 @@
-"""What a reward function gets: a completion as text that knows how it was drawn."""
+"""What a reward function gets: a completion as text that knows how it was drawn, and how much time is left to score it."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+
+_deadline = math.inf
 
 
 class CompletionText(str):
@@ -26,3 +30,14 @@ class CompletionText(str):
 def lengths(completions: Sequence[str]) -> list[int]:
     """Tokens of each."""
     return [c.num_tokens if isinstance(c, CompletionText) else len(c.split()) for c in completions]
+
+
+def start_clock(timeout_s: float) -> None:
+    """Called by a worker process before each call of a reward function."""
+    global _deadline
+    _deadline = time.monotonic() + timeout_s
+
+
+def time_left() -> float:
+    """Seconds until the worker process is killed for this call; infinite outside of one."""
+    return _deadline - time.monotonic()

@@ -7,24 +7,25 @@ A reward is a plain function ``(completion, sample) -> float | None``; ``async d
                                  what the functions before it gave, by name
     my_reward.batched = True     (completions, samples) -> list, for all completions at once
     my_reward.on_timeout = 0.0   its value where it runs out of time or memory; default None
+    my_reward.imports = ("x",)   modules that it imports when called: a worker loads them before its time starts
 
-Plain functions that can be imported by name run in worker processes under a hard time limit, ``isolated`` or not; functions
-that cannot (closures) run in threads, where a hanging one is given up but goes on.
+Plain functions that can be imported by name run in worker processes under a hard time limit; all others in threads of this
+process, where a hanging call is given up but goes on. ``timeout_s`` holds for each call from its start; the one call of a
+batched function has it once for each completion, and 120 s more for what it loads.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from posttrain.rewards.calls import scored_alone, scored_async, scored_together
 from posttrain.rewards.completion import CompletionText
-from posttrain.rewards.pool import Outcome, Task, WorkerPool, checked, load_function
+from posttrain.rewards.pool import START_SECONDS, Outcome, Task, WorkerPool, load_function
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +65,18 @@ class RewardsConfig:
     starts: dict[str, int] = field(default_factory=dict)
     """{name: first iteration that counts it}; before, it is only logged (k1.5's length reward warms up so)."""
     timeout_s: float = 10.0
-    """Most seconds for one call."""
+    """Most seconds for one call; for a batched function, of each completion of its one call, which has 120 s more to load."""
+    concurrency: int = 16
+    """Most calls at a time of an async function, or of one that cannot be imported by name (threads)."""
     workers: int = 2
     """Worker processes."""
     max_unscored: float = 0.5
-    """The run stops when more than this share of an iteration's completions cannot be scored."""
+    """The run stops when more than this share of an iteration's completions cannot be scored. Each process counts its own, and
+    judges once they are of 8 prompts; iterations of fewer are counted together."""
 
     def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError(f"rewards.concurrency is a number of calls >= 1; got {self.concurrency}.")
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"rewards.max_unscored is a share in [0, 1]; got {self.max_unscored}.")
         used = {name for terms in (self.functions, *self.by_task.values()) for name in terms}
@@ -78,6 +84,10 @@ class RewardsConfig:
             unused = sorted(set(names) - used)
             if unused:
                 raise ValueError(f"rewards.{what} names {unused}, which rewards.functions and rewards.by_task do not use.")
+
+
+MIN_PROMPTS = 8
+"""Prompts whose completions must have been seen before ``max_unscored`` stops a run: one bad row is not a broken reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +105,22 @@ class Scored:
         return self.parts[name] if name in self.parts else self.total
 
 
+@dataclass(kw_only=True)
+class _Seen:
+    """What came of an iteration's completions so far."""
+
+    iteration: int = -1
+    prompts: int = 0
+    completions: int = 0
+    unscored: int = 0
+    first: str = ""
+    """Where the first unscored one is from, and why."""
+
+
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""
+Parts = Sequence[Sequence[Mapping[str, Any]]]
+"""[group][completion] {name: what the functions before gave}"""
 
 
 class Rewards:
@@ -104,6 +128,9 @@ class Rewards:
 
     def __init__(self, config: RewardsConfig, *, given: Mapping[str, tuple[Callable[..., Any], float]] | None = None) -> None:
         self.config = config
+        twice = sorted(set(given or {}) & set(config.functions))
+        if twice:
+            raise ValueError(f"Two rewards have the name {twice[0]!r}: one was given as a function, one by rewards.functions.")
         self._functions: dict[str, Callable[..., Any]] = {name: f for name, (f, _) in (given or {}).items()}
         self._weights = {**config.functions, **{name: weight for name, (_, weight) in (given or {}).items()}}
         for terms in (config.functions, *config.by_task.values()):
@@ -113,6 +140,7 @@ class Rewards:
             raise ValueError("There is no reward. Set --rewards.functions '{math_answer: 1.0}', or rewards.by_task.")
         self._check_options()
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
+        self._seen = _Seen()
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +162,7 @@ class Rewards:
         return {**self._weights, **self.config.by_task.get(str(task), {})}
 
     def score(self, groups: Sequence[Group], *, iteration: int = 0) -> list[list[Scored]]:
-        """[group][completion]. Raises RewardError when more than ``max_unscored`` of them have no total."""
+        """[group][completion]. Raises RewardError when more than ``max_unscored`` of the iteration's have no total."""
         weights = [self.weights_of(sample) for sample, _ in groups]
         parts: list[list[dict[str, float | None]]] = [[{} for _ in texts] for _, texts in groups]
         problems: list[list[list[str]]] = [[[] for _ in texts] for _, texts in groups]
@@ -153,6 +181,7 @@ class Rewards:
             for g, (_, texts) in enumerate(groups)
         ]
         self._report(groups, scored)
+        self._check_unscored(groups, scored, iteration)
         return scored
 
     def _total(self, parts: Mapping[str, float | None], weights: Mapping[str, float], iteration: int) -> float | None:
@@ -172,60 +201,46 @@ class Rewards:
             log.warning("reward %s; completion %d of %s: %.120r", "; ".join(s.problems), k, _where(groups[g][0]), groups[g][1][k])
         if len(failed) > 3:
             log.warning("... and %d more completions with a failing reward", len(failed) - 3)
-        flat = [s for row in scored for s in row]
-        missing = sum(s.total is None for s in flat)
-        if flat and missing > self.config.max_unscored * len(flat):
-            first = next(((g, s) for g, row in enumerate(scored) for s in row if s.total is None))
-            why = "; ".join(first[1].problems) or "a reward gave None"
+
+    def _check_unscored(self, groups: Sequence[Group], scored: Sequence[Sequence[Scored]], iteration: int) -> None:
+        if iteration != self._seen.iteration and self._seen.prompts >= MIN_PROMPTS:
+            self._seen = _Seen()
+        seen = self._seen
+        seen.iteration = iteration
+        for (sample, _), row in zip(groups, scored, strict=True):
+            unscored = [s for s in row if s.total is None]
+            seen.prompts += 1
+            seen.completions += len(row)
+            seen.unscored += len(unscored)
+            if unscored and not seen.first:
+                seen.first = f"{_where(sample)}: {'; '.join(unscored[0].problems) or 'a reward gave None'}"
+        if seen.prompts >= MIN_PROMPTS and seen.unscored > self.config.max_unscored * seen.completions:
             raise RewardError(
-                f"{missing} of {len(flat)} completions could not be scored (limit {self.config.max_unscored:.0%}), the first of "
-                f"{_where(groups[first[0]][0])}: {why}. Correct the reward or the data, or raise --rewards.max_unscored."
+                f"{seen.unscored} of {seen.completions} completions could not be scored (limit {self.config.max_unscored:.0%}), "
+                f"the first of {seen.first}. Correct the reward or the data, or raise --rewards.max_unscored."
             )
 
-    def _run(
-        self, name: str, groups: Sequence[Group], at: Sequence[tuple[int, int]], parts: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> list[Outcome]:
+    def _run(self, name: str, groups: Sequence[Group], at: Sequence[tuple[int, int]], parts: Parts) -> list[Outcome]:
         function, options = self._functions[name], self.config.options.get(name, {})
         texts, samples = [groups[g][1][k] for g, k in at], [groups[g][0] for g, _ in at]
+        calls = [partial(function, t, s, **options) for t, s in zip(texts, samples, strict=True)]
+        timeout_s = self.config.timeout_s
         if getattr(function, "grouped", False):
-            return self._run_grouped(function, options, groups, at, parts)
+            together = dict.fromkeys(g for g, _ in at)
+            return [o for g in together for o in self._run_grouped(partial(function, **options), groups[g], parts[g])]
         if getattr(function, "batched", False):
-            return _guarded(lambda: function(texts, samples, **options), len(at))
+            return scored_together(lambda: function(texts, samples, **options), len(at), START_SECONDS + timeout_s * len(at))
         if inspect.iscoroutinefunction(function):
-            calls = [(lambda t=t, s=s: function(t, s, **options)) for t, s in zip(texts, samples, strict=True)]
-            return asyncio.run(_gather(calls, self.config.timeout_s))
+            return scored_async(calls, timeout_s, concurrency=self.config.concurrency)
         path = _dotted_path(function)
         if path is None:
-            return _in_threads([(lambda t=t, s=s: function(t, s, **options)) for t, s in zip(texts, samples, strict=True)],
-                               self.config.timeout_s)  # fmt: skip
-        return self._pool.run(
-            [
-                Task(
-                    function=path,
-                    completion=str(t),
-                    num_tokens=t.num_tokens,
-                    finish_reason=t.finish_reason,
-                    sample=s,
-                    options=options,
-                )
-                for t, s in zip(texts, samples, strict=True)
-            ]
-        )
+            return scored_alone(calls, timeout_s, concurrency=self.config.concurrency)
+        pairs = zip(texts, samples, strict=True)
+        return self._pool.run([Task(function=path, completion=t, sample=s, options=options) for t, s in pairs])
 
-    def _run_grouped(
-        self,
-        function: Callable[..., Any],
-        options: Mapping[str, Any],
-        groups: Sequence[Group],
-        at: Sequence[tuple[int, int]],
-        parts: Sequence[Sequence[Mapping[str, Any]]],
-    ) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for g in dict.fromkeys(g for g, _ in at):
-            sample, texts = groups[g]
-            scores = {name: [part.get(name) for part in parts[g]] for name in parts[g][0]}
-            outcomes += _guarded(lambda t=texts, s=sample, sc=scores: function(t, s, sc, **options), len(texts))
-        return outcomes
+    def _run_grouped(self, function: Callable[..., Any], group: Group, parts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+        scores = {name: [part.get(name) for part in parts] for name in parts[0]}
+        return scored_together(partial(function, group[1], group[0], scores), len(group[1]), self.config.timeout_s)
 
     def _check_options(self) -> None:
         for name, options in self.config.options.items():
@@ -233,6 +248,17 @@ class Rewards:
             unknown = sorted(set(options) - known)
             if unknown:
                 raise ValueError(f"rewards.options.{name} has {unknown}; {name} knows {', '.join(sorted(known)) or 'none'}.")
+
+
+def by_name(functions: Mapping[Callable[..., Any], float]) -> dict[str, tuple[Callable[..., Any], float]]:
+    """{function: weight} -> {name: (function, weight)}. Raises ValueError for two functions of one name, such as two lambdas."""
+    named: dict[str, tuple[Callable[..., Any], float]] = {}
+    for function, weight in functions.items():
+        name = getattr(function, "__name__", type(function).__name__)
+        if name in named:
+            raise ValueError(f"Two rewards have the name {name!r}; logs and weights go by name. Give each its own with def.")
+        named[name] = (function, weight)
+    return named
 
 
 def _resolve(name: str) -> Callable[..., Any]:
@@ -249,45 +275,6 @@ def _dotted_path(function: Callable[..., Any]) -> str | None:
     """Where a worker can import it from; None for closures, lambdas and functions of a script."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
     return None if module in (None, "__main__") or "<" in name or "." in name else f"{module}.{name}"
-
-
-def _guarded(call: Callable[[], Any], count: int) -> list[Outcome]:
-    """Of a function that scores several at once: its values, or its failure for each."""
-    try:
-        values = list(call())
-        if len(values) != count:
-            raise ValueError(f"returned {len(values)} values for {count} completions")
-    except Exception as error:  # noqa: BLE001 - whatever user code raises is reported with its samples
-        return [Outcome(value=None, problem=f"raised {type(error).__name__}: {error}")] * count
-    return [Outcome(value=v, problem=p) for v, p in map(checked, values)]
-
-
-async def _gather(calls: Sequence[Callable[[], Any]], timeout_s: float) -> list[Outcome]:
-    async def one(call: Callable[[], Any]) -> Outcome:
-        try:
-            value, problem = checked(await asyncio.wait_for(call(), timeout_s))
-        except TimeoutError:
-            return Outcome(value=None, problem=f"took longer than {timeout_s:g} s", exhausted=True)
-        except Exception as error:  # noqa: BLE001
-            return Outcome(value=None, problem=f"raised {type(error).__name__}: {error}")
-        return Outcome(value=value, problem=problem)
-
-    return list(await asyncio.gather(*(one(call) for call in calls)))
-
-
-def _in_threads(calls: Sequence[Callable[[], Any]], timeout_s: float) -> list[Outcome]:
-    pool = ThreadPoolExecutor(max_workers=8)
-    outcomes = []
-    for future in [pool.submit(call) for call in calls]:
-        try:
-            value, problem = checked(future.result(timeout_s))
-            outcomes.append(Outcome(value=value, problem=problem))
-        except FutureTimeout:
-            outcomes.append(Outcome(value=None, problem=f"took longer than {timeout_s:g} s", exhausted=True))
-        except Exception as error:  # noqa: BLE001
-            outcomes.append(Outcome(value=None, problem=f"raised {type(error).__name__}: {error}"))
-    pool.shutdown(wait=False, cancel_futures=True)
-    return outcomes
 
 
 def _where(sample: Mapping[str, Any]) -> str:

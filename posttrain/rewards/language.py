@@ -7,15 +7,22 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain.rewards.format import R1_TAGS
+
 SCRIPTS = {
     "en": "LATIN", "de": "LATIN", "fr": "LATIN", "es": "LATIN", "it": "LATIN", "pt": "LATIN", "zh": "CJK", "ru": "CYRILLIC",
     "uk": "CYRILLIC", "ar": "ARABIC", "he": "HEBREW", "el": "GREEK", "ko": "HANGUL", "hi": "DEVANAGARI", "th": "THAI",
     "ja": "CJK HIRAGANA KATAKANA",
 }  # fmt: skip
 
+_TAGS = re.compile(rf"</?(?:{'|'.join(R1_TAGS)})>")
+
 
 def language_consistency(completion: str, sample: Mapping[str, Any], *, language: str = "en") -> float:
-    """Words of the target language / all words of the chain of thought (the ``<think>`` block, else all of it); 1 without words.
+    """Words of the target language / all words of the chain of thought; 1 without words.
+
+    The chain of thought runs from ``<think>``, which the prompt may hold instead, to the last ``</think>``; without either tag it
+    is the whole text. The tags themselves are no words.
 
     DeepSeek-AI 2025, arXiv:2501.12948v2 eq. 7. A word is of the language if its letters are of the language's script; languages
     of one script are not told apart. Each Chinese, Japanese or Thai character counts as a word. ``sample["language"]`` goes
@@ -25,11 +32,17 @@ def language_consistency(completion: str, sample: Mapping[str, Any], *, language
     if wanted not in SCRIPTS:
         raise ValueError(f"language_consistency knows {', '.join(sorted(SCRIPTS))}; got {wanted!r}.")
     scripts = SCRIPTS[wanted].split()
-    block = re.search(r"<think>(.*?)(</think>|$)", completion, flags=re.DOTALL)
-    words = _words(block.group(1) if block else completion)
+    words = _words(_TAGS.sub(" ", _thought(completion)))
     if not words:
         return 1.0
     return sum(_is_of(word, scripts) for word in words) / len(words)
+
+
+def _thought(completion: str) -> str:
+    before, closed, _ = completion.rpartition("</think>")
+    text = before if closed else completion
+    _, opened, inside = text.partition("<think>")
+    return inside if opened else text
 
 
 def _words(text: str) -> list[str]:

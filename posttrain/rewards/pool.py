@@ -6,6 +6,7 @@ touch. One that is over time is killed and replaced.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -21,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.rewards.completion import CompletionText, start_clock
+
 WORKER_MEMORY_BYTES = 4 * 2**30
 START_SECONDS = 120.0
 """Most time for a worker to start and to import a function."""
@@ -32,9 +35,7 @@ class Task:
 
     function: str
     """Dotted path."""
-    completion: str
-    num_tokens: int
-    finish_reason: str
+    completion: CompletionText
     sample: Mapping[str, Any]
     options: Mapping[str, Any]
 
@@ -46,7 +47,7 @@ class Outcome:
     value: float | None
     problem: str | None = None
     exhausted: bool = False
-    """Out of time or memory."""
+    """Out of time or memory, or its process died of it twice."""
 
 
 class WorkerPool:
@@ -59,8 +60,9 @@ class WorkerPool:
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Every task once. A result does not depend on which worker had it."""
+        """Every task once, and once more in a fresh worker if the first one died. A result does not depend on which it was."""
         outcomes: dict[int, Outcome] = {}
+        again: set[int] = set()
         waiting = list(range(len(tasks)))[::-1]
         busy: dict[_Worker, int] = {}
         with selectors.DefaultSelector() as selector:
@@ -74,7 +76,12 @@ class WorkerPool:
                 for worker in list(busy):
                     outcome = worker.outcome(self._timeout_s)
                     if outcome is not None:
-                        outcomes[busy.pop(worker)] = outcome
+                        task = busy.pop(worker)
+                        if worker.has_crashed and task not in again:
+                            again.add(task)
+                            waiting.append(task)
+                        else:
+                            outcomes[task] = outcome
                     if worker.is_dead:
                         selector.unregister(worker.fd)
                         worker.close()
@@ -92,7 +99,7 @@ class WorkerPool:
             if worker is None:
                 return
             busy[worker] = waiting.pop()
-            worker.send(tasks[busy[worker]])
+            worker.send(tasks[busy[worker]], self._timeout_s)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -114,12 +121,14 @@ class _Worker:
         os.close(from_child[1])
         self.fd, self._out = from_child[0], to_child[1]
         self._buffer = b""
-        self.is_dead = False
+        self.is_dead = self.has_crashed = False
         self.deadline = math.inf
+        self._is_loaded = False
 
-    def send(self, task: Task) -> None:
-        self.deadline = time.monotonic() + START_SECONDS
-        line = json.dumps(vars(task), default=str).encode() + b"\n"
+    def send(self, task: Task, timeout_s: float) -> None:
+        self.deadline, self._is_loaded, self._function = time.monotonic() + START_SECONDS, False, task.function
+        message = {**vars(task), "drawn": vars(task.completion), "timeout_s": timeout_s}
+        line = json.dumps(message, default=str).encode() + b"\n"
         try:
             while line:
                 line = line[os.write(self._out, line) :]
@@ -137,18 +146,23 @@ class _Worker:
             line, _, self._buffer = self._buffer.partition(b"\n")
             answer = json.loads(line)
             if answer == "loaded":  # the function is imported, its own time starts
-                self.deadline = time.monotonic() + timeout_s
+                self.deadline, self._is_loaded = time.monotonic() + timeout_s, True
                 continue
             return Outcome(**answer)
         if self.is_dead:
-            return Outcome(value=None, problem="the worker process died (killed, or out of memory)", exhausted=True)
+            self.has_crashed = True
+            problem = "the worker process died (killed, or out of memory)" + ("" if self._is_loaded else " before the call")
+            return Outcome(value=None, problem=problem, exhausted=self._is_loaded)
         if time.monotonic() >= self.deadline:
             self.is_dead = True
+            if not self._is_loaded:
+                return Outcome(value=None, problem=f"no worker could import {self._function} within {START_SECONDS:g} s")
             return Outcome(value=None, problem=f"took longer than {timeout_s:g} s", exhausted=True)
         return None
 
     def close(self) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # and what the function started
         self._process.wait()
         os.close(self.fd)
         os.close(self._out)
@@ -174,8 +188,6 @@ def checked(value: Any) -> tuple[float | None, str | None]:
 
 
 def _serve(read_fd: int, write_fd: int) -> None:
-    from posttrain.rewards.completion import CompletionText
-
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: a killed run leaves no worker behind
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,8 +202,11 @@ def _serve(read_fd: int, write_fd: int) -> None:
         exhausted = False
         try:
             function = load_function(task["function"])
+            for module in getattr(function, "imports", ()):
+                importlib.import_module(module)
+            start_clock(task["timeout_s"])
             answer("loaded")
-            text = CompletionText(task["completion"], num_tokens=task["num_tokens"], finish_reason=task["finish_reason"])
+            text = CompletionText(task["completion"], **task["drawn"])
             value, problem = checked(function(text, task["sample"], **task["options"]))
         except (MemoryError, RecursionError) as error:
             value, problem, exhausted = None, f"ran out of memory or stack ({type(error).__name__})", True

@@ -2,21 +2,20 @@
 
 The program gets namespaces of its own (network: none; processes, mounts, IPC), a file system that holds the interpreter and an
 empty folder only, limits on CPU time, memory, files and processes, and a wall-clock limit after which everything it started is
-killed. Linux; where namespaces are not permitted nothing is run, and the result says so. No other code of this package is
-imported here, so that the file works inside of it.
+killed. Its parent is a process of ours, the first of its process namespace: all is killed when that one ends, or this program.
+Linux; where namespaces are not permitted nothing is run, and the result says so. Imports no other code of this package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import resource
 import select
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,23 @@ from typing import Any
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_NOBODY = 65534
+_USERS = range(61184, 65520)
+"""User ids for programs, those of systemd's DynamicUser: processes of one sandbox do not count towards another's limit."""
 OUTPUT_BYTES = 1 << 20
+FILES = 4096
+"""Most files of a program; together with their folders they hold at most ``memory_bytes``."""
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin")
+_ROOT = Path("/proc")
+"""Where the program's file system is mounted, in a mount namespace of its own: a folder that is there already, not needed any
+more, so that nothing is left to clean up when this process is killed."""
+_START = """import os, site
+site.setquit()
+with os.fdopen({fd}, encoding="utf-8", errors="surrogatepass") as file:
+    code = compile(file.read(), "<program>", "exec")
+del os, site, file
+exec(globals().pop("code"))"""
+"""The program comes on a descriptor: an argument may have no NUL and at most 128 KiB, and a file could name an encoding.
+Without the packages of ``site``, but with its ``exit`` and ``quit``."""
 
 
 def _call(result: int, what: str) -> None:
@@ -35,8 +48,8 @@ def _call(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _mount(libc: Any, source: str, target: str, flags: int, kind: str | None = None) -> None:
-    arguments = (source.encode(), target.encode(), kind.encode() if kind else None, flags, None)
+def _mount(libc: Any, source: str, target: str, flags: int, kind: str | None = None, options: str | None = None) -> None:
+    arguments = (source.encode(), target.encode(), kind.encode() if kind else None, flags, options.encode() if options else None)
     _call(libc.mount(*arguments), f"mount {target}")
 
 
@@ -52,21 +65,25 @@ def _unshare(libc: Any) -> None:
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 
-def _enter(libc: Any, root: Path) -> None:
+def _enter(libc: Any, memory_bytes: int) -> None:
     """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
+    settings = {"self/oom_score_adj": "1000", "sys/kernel/shmmni": "0", "sys/kernel/msgmni": "0"}
+    for name, value in settings.items():  # out of memory ends this process first; no memory that outlives a process
+        with contextlib.suppress(OSError):
+            Path("/proc", name).write_text(value)
     _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
-    _mount(libc, "tmpfs", str(root), _MS_NOSUID, "tmpfs")
+    _mount(libc, "tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", f"size={memory_bytes},nr_inodes={FILES},mode=755")
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
         if not os.path.isdir(source) or any(source.startswith(s + "/") for s in _SYSTEM):
             continue
-        target = root / source.lstrip("/")
+        target = _ROOT / source.lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
         _mount(libc, source, str(target), _MS_BIND | _MS_REC)
         _call(libc.mount(None, str(target).encode(), None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID, None), f"{target}")
     for folder in ("box", "tmp", "dev"):
-        (root / folder).mkdir(exist_ok=True)
-        (root / folder).chmod(0o777)
-    os.chroot(root)
+        (_ROOT / folder).mkdir(exist_ok=True)
+        (_ROOT / folder).chmod(0o777)
+    os.chroot(_ROOT)
     os.chdir("/box")
 
 
@@ -80,68 +97,116 @@ def _limit(job: dict[str, Any]) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def _program(job: dict[str, Any], libc: Any, stdin: int, output: int) -> None:
-    """In the first process of the new namespaces: never returns."""
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for target, source in ((0, stdin), (1, output), (2, output)):
-        os.dup2(source, target)
-    os.closerange(3, 256)
+def _in_memory(text: str) -> int:
+    """Descriptor of a file in memory that holds the text."""
+    fd, data = os.memfd_create("text"), text.encode("utf-8", "surrogatepass")
+    while data:
+        data = data[os.write(fd, data) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _program(job: dict[str, Any], libc: Any, output: int, user: int) -> None:
+    """Becomes the program. Every descriptor but 0, 1, 2 and the program's text closes on exec."""
+    source, stdin = _in_memory(job["program"]), _in_memory(job["stdin"])
+    for target, fd in ((0, stdin), (1, output), (2, output)):
+        os.dup2(fd, target)
+    os.set_inheritable(source, True)
     _limit(job)
     if os.getuid() == 0:
         os.setgroups([])
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
+        os.setgid(user)
+        os.setuid(user)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/box", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib"}
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    os.execve(interpreter, [interpreter, "-I", "-c", job["program"]], environment)
+    os.execve(interpreter, [interpreter, "-I", "-S", "-c", _START.format(fd=source)], environment)
+
+
+def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, user: int) -> None:
+    """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
+
+    The report goes through a pipe that the program does not have: a line {"refused": why} or {"code": exit code}.
+    """
+    message: dict[str, Any]
+    try:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        poll = select.poll()
+        poll.register(report, 0)
+        if poll.poll(0):  # nobody reads: the parent died before the line above
+            os._exit(1)
+        os.setsid()  # a program's kill(0, ...) reaches a whole process group, outside of its namespace too
+        _enter(libc, int(job["memory_bytes"]))
+        program = os.fork()
+        if program == 0:
+            _program(job, libc, output, user)
+        ended, status = os.wait()
+        while ended != program:
+            ended, status = os.wait()
+        message = {"code": os.waitstatus_to_exitcode(status)}
+    except BaseException as error:  # noqa: BLE001 - told to the parent, then gone
+        message = {"refused": str(error)[:500]}
+    with contextlib.suppress(OSError):
+        os.write(report, json.dumps(message).encode() + b"\n")
+    os._exit(0)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """{"status": "exit", "code", "output"}, or {"status": "timeout"}, or {"status": "refused", "problem"}."""
+    """{"status": "exit", "code", "output", "too_long"}, or {"status": "timeout"}, or {"status": "refused", "problem"}.
+
+    ``too_long``: it wrote more than OUTPUT_BYTES and was killed then. ``job["parent"]``: process whose death ends this one.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    root = Path(tempfile.mkdtemp(prefix="posttrain-sandbox-"))
-    stdin = tempfile.TemporaryFile()  # noqa: SIM115 - its descriptor is handed on
-    stdin.write(job["stdin"].encode())
-    stdin.seek(0)
-    read, write = os.pipe()
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != job["parent"]:
+        os._exit(1)
+    output, report = os.pipe(), os.pipe()
+    user = _USERS[os.getpid() % len(_USERS)]
     try:
         _unshare(libc)
-        child = os.fork()  # is process 1 of the new namespace: when it ends, all that it started is killed
-        if child == 0:
-            try:
-                _enter(libc, root)
-                _program(job, libc, stdin.fileno(), write)
-            except BaseException as error:  # noqa: BLE001 - told to the parent, then gone
-                os.write(write, f"\0refused {error}".encode())
-            finally:
-                os._exit(127)
-        os.close(write)
-        return _wait(child, read, float(job["timeout_s"]))
+        child = os.fork()
     except OSError as error:
         return {"status": "refused", "problem": str(error)}
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    if child == 0:
+        os.close(output[0])
+        os.close(report[0])
+        _first_process(job, libc, output[1], report[1], user)
+    os.close(output[1])
+    os.close(report[1])
+    return _wait(child, output[0], report[0], float(job["timeout_s"]))
 
 
-def _wait(child: int, read: int, timeout_s: float) -> dict[str, Any]:
-    deadline, output, is_open = time.monotonic() + timeout_s, b"", True
-    while is_open and time.monotonic() < deadline:
-        if select.select([read], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-            data = os.read(read, 1 << 16)
-            is_open = bool(data)
-            output = output if len(output) > OUTPUT_BYTES else output + data
-    if is_open:
+def _wait(child: int, output: int, report: int, timeout_s: float) -> dict[str, Any]:
+    """Reads until the first process is gone, the time is up, or too much is written; whatever is left then is killed."""
+    deadline, text, told, is_late = time.monotonic() + timeout_s, b"", b"", False
+    waiting = [output, report]
+    while report in waiting and not is_late and len(text) <= OUTPUT_BYTES:
+        for fd in select.select(waiting, [], [], max(deadline - time.monotonic(), 0.0))[0]:
+            data = os.read(fd, 1 << 16)
+            if not data:
+                waiting.remove(fd)
+            elif fd == report:
+                told += data
+            else:
+                text += data
+        is_late = report in waiting and time.monotonic() >= deadline
+    with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if output.startswith(b"\0refused"):
-        return {"status": "refused", "problem": output[9:].decode(errors="replace")}
-    if is_open:
+    os.waitpid(child, 0)
+    messages = [json.loads(line) for line in told.splitlines()]
+    for message in messages:
+        if "refused" in message:
+            return {"status": "refused", "problem": message["refused"]}
+    if is_late:
         return {"status": "timeout"}
-    too_long = len(output) > OUTPUT_BYTES
-    text = output[:OUTPUT_BYTES].decode(errors="replace")
-    return {"status": "exit", "code": os.waitstatus_to_exitcode(status), "output": text, "too_long": too_long}
+    while output in waiting and len(text) <= OUTPUT_BYTES:  # nobody is left who writes
+        data = os.read(output, 1 << 16)
+        text, waiting = text + data, waiting if data else []
+    code = messages[0]["code"] if messages else -int(signal.SIGKILL)
+    written = text[:OUTPUT_BYTES].decode(errors="replace")
+    return {"status": "exit", "code": code, "output": written, "too_long": len(text) > OUTPUT_BYTES}
 
 
 if __name__ == "__main__":
+    os.closerange(3, 256)
     json.dump(run(json.load(sys.stdin)), sys.stdout)

@@ -16,7 +16,7 @@ from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_f
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, save_model
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
-from posttrain.rewards.compose import Rewards, RewardsConfig
+from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
@@ -113,7 +113,7 @@ class RLTrainer:
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
-        self._rewards = Rewards(config.rewards, given={f.__name__: (f, weight) for f, weight in (rewards or {}).items()})
+        self._rewards = Rewards(config.rewards, given=by_name(rewards or {}))
         self.algorithm = _resolved(config, algorithm)
 
     def train(self) -> TrainResult:
