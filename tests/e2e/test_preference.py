@@ -73,7 +73,10 @@ def test_an_interrupted_prep_leaves_no_output(inputs, tmp_path, stop):
     big = tmp_path / "big.jsonl"
     big.write_text(inputs[1].read_text() * 3000)
     arguments = [sys.executable, "-m", "posttrain.cli.main", "prep", "pairs", str(big), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(arguments, env=environment(), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, env=environment(), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out-*/spill/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
