@@ -195,14 +195,14 @@ def job_of(case: Case) -> Job:
 
 def solve() -> None:
     """The planner's answer for a limit against a fresh process with that budget, and with 1.25 times it."""
-    from posttrain.memory.plan import max_tokens
+    from posttrain.memory.plan import SOLVER_MARGIN, max_tokens
 
     print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
     print("|---|---|---|---|---|---|---|")
     checkpointing, limit = False, 6.0e9
     for method, precision in (("sft", "fp32"), ("rl", "bf16"), ("dpo", "bf16")):
         case = Case(family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision)
-        tokens = max_tokens(job_of(case), limit)
+        tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
         budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]
         peaks = [spawn(__file__, ["--case", json.dumps(asdict(budget))])["resident"] for budget in budgets]
         verdicts = [f"{p / 1e6:.0f} ({'under' if p <= limit else 'over'})" for p in peaks]

@@ -81,7 +81,7 @@ def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices
         raise ValueError("--solve needs the memory of a device: --device-memory 80GB.")
     answers: dict[str, Any]
     if arguments.solve == "max-tokens":
-        answers = {str(s): planner.max_tokens(job.sharded(s, devices), limit) for s in stages}
+        answers = {str(s): planner.max_tokens(job.sharded(s, devices), limit * (1 - planner.SOLVER_MARGIN)) for s in stages}
         lines = [f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits" for s, n in answers.items()]
     elif arguments.solve == "min-devices":
         wanted = stages if arguments.zero else [0, 1, 2, 3]

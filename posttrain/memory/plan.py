@@ -23,12 +23,14 @@ Device = Literal["cpu", "cuda"]
 
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
-ALLOCATOR_BYTES = {"cpu": 270_000_000, "cuda": 0}
-ALLOCATOR_SHARE = {"cpu": 0.5, "cuda": 0.06}
+ALLOCATOR_BYTES = {"cpu": 260_000_000, "cuda": 0}
+ALLOCATOR_SHARE = {"cpu": 0.45, "cpu float32": 0.7, "cuda": 0.06}
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and a share, on CUDA of all tensors, on a
 CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes (fitted: benchmarks/memory_accuracy.py)."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
+SOLVER_MARGIN = 0.02
+"""Of a limit, what a token budget leaves free for the plan's own error."""
 MAPPED = "mapped file"
 """A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
 DEEPSPEED_BUCKET = 500_000_000
@@ -178,16 +180,18 @@ def memory_plan(job: Job) -> MemoryPlan:
     small["rollout"] = cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)
     return MemoryPlan(
         job=job,
-        phases={name: _with_overheads(items, job.device, small.get(name, 0)) for name, items in phases.items()},
+        phases={name: _with_overheads(items, job, small.get(name, 0)) for name, items in phases.items()},
         host={n: b for n, b in states.host.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
     )
 
 
-def _with_overheads(items: Mapping[str, int], device: Device, small_blocks: int) -> dict[str, int]:
+def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int) -> dict[str, int]:
+    device = job.device
+    share = ALLOCATOR_SHARE["cpu float32" if device == "cpu" and job.precision.compute == "float32" else device]
     counted = small_blocks if device == "cpu" else sum(n for name, n in items.items() if name != MAPPED)
-    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * counted)
+    own = ALLOCATOR_BYTES[device] + int(share * counted)
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
 
 
