@@ -15,28 +15,12 @@ import pytest
 from posttrain.rewards import compose, pool
 from posttrain.rewards.code import run_sandboxed
 from posttrain.rewards.completion import CompletionText
-from posttrain.rewards.compose import RewardError, Rewards, RewardsConfig
+from posttrain.rewards.compose import RewardError, RewardsConfig
 from posttrain.rewards.pool import Task, WorkerPool
+from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
 MB = 10**6
-
-
-def texts(*values: str) -> list[CompletionText]:
-    return [CompletionText(v) for v in values]
-
-
-@pytest.fixture
-def rewards_of():
-    made = []
-
-    def make(config: RewardsConfig, **more) -> Rewards:
-        made.append(Rewards(config, **more))
-        return made[-1]
-
-    yield make
-    for rewards in made:
-        rewards.close()
 
 
 def sandboxed(program: str, *, timeout_s: float = 10.0, memory_bytes: int = 500 * MB) -> dict:

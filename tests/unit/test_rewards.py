@@ -12,25 +12,9 @@ from posttrain.rewards.compose import BUILT_IN, Rewards, RewardsConfig, by_name
 from posttrain.rewards.format import think_answer_format
 from posttrain.rewards.language import language_consistency
 from posttrain.rewards.length import cosine_length, k15_length, overlong_penalty, repetition_penalty
+from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
-
-
-def texts(*values: str) -> list[CompletionText]:
-    return [CompletionText(v) for v in values]
-
-
-@pytest.fixture
-def rewards_of():
-    made = []
-
-    def make(config: RewardsConfig, **more) -> Rewards:
-        made.append(Rewards(config, **more))
-        return made[-1]
-
-    yield make
-    for rewards in made:
-        rewards.close()
 
 
 @pytest.mark.parametrize(

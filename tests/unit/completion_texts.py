@@ -1,0 +1,9 @@
+"""Completions in a test of rewards."""
+
+from __future__ import annotations
+
+from posttrain.rewards.completion import CompletionText
+
+
+def texts(*values: str) -> list[CompletionText]:
+    return [CompletionText(v) for v in values]
