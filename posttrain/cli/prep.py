@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.cli import eval as evaluation
+from posttrain.cli import prep_tests
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `prep pairs`, `prep sft`, `prep show`; imports nothing heavy."""
-    kinds = parser.add_subparsers(dest="kind", metavar="pairs|sft|show|difficulty", required=True)
+    """Arguments of the kinds of `prep`; imports nothing heavy."""
+    kinds = parser.add_subparsers(dest="kind", metavar="pairs|sft|show|difficulty|tests", required=True)
     pairs = kinds.add_parser("pairs", help="comparisons for DPO, reward models and KTO")
     sft = kinds.add_parser("sft", help="demonstrations: the best answer of each prompt")
     for sub in (pairs, sft):
@@ -24,6 +25,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("--ties", default="drop", choices=("drop", "keep"), help="pairs of equal rank (default: drop)")
     pairs.add_argument("--min-margin", type=float, metavar="X", help="least score difference of a pair")
     evaluation.declare_difficulty(kinds.add_parser("difficulty", help="write a model's pass rate beside each problem"))
+    prep_tests.declare(kinds.add_parser("tests", help="tests of programming problems, from submissions known to be right"))
     show = kinds.add_parser("show", help="print rows of a folder that prep wrote, differences highlighted")
     show.add_argument("folder", metavar="DIR")
     show.add_argument("--n", type=int, default=3, help="rows (default: 3)")
@@ -52,6 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Does the work and prints what came of it."""
     if arguments.kind == "difficulty":
         evaluation.run_difficulty(arguments)
+        return
+    if arguments.kind == "tests":
+        prep_tests.run(arguments)
         return
     if arguments.kind == "show":
         from rich.console import Console

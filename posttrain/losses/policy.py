@@ -134,13 +134,18 @@ def gspo(
     )  # fmt: skip
 
 
-def mirror_descent(logps: TokenLogps, *, tau: float = 1.0) -> LossOutput:
+def mirror_descent(
+    logps: TokenLogps, *, tau: float = 1.0, correction: Correction = "none", correction_cap: float = 2.0
+) -> LossOutput:
     """(r - r_bar - tau log(pi(y) / pi_i(y)))^2 / (2 tau) by completion; log pi sums the whole completion, pi_i is ``proximal_T``.
 
     Kimi k1.5, arXiv:2501.12599 section 2.3.2: the surrogate of eq. 2 over 2 tau, with gradient minus eq. 3 (the report ascends).
     ``advantage`` holds r - r_bar, or r - tau log Z. At pi = pi_i it is REINFORCE with that baseline. Tokens outside of
-    the loss mask (segments of earlier iterations) are in neither the gradient nor the log-ratio.
+    the loss mask (segments of earlier iterations) are in neither the gradient nor the log-ratio. The report has no
+    ``correction``; its square belongs to a completion, and so does the weight (sequence_truncate, sequence_mask).
     """
+    if correction.startswith("token"):
+        raise ValueError(f"mirror_descent's items are completions: correction is sequence_... or none; got {correction!r}.")
     if not tau > 0:
         raise ValueError(f"tau weighs the KL to the iteration's start and must be > 0; got {tau}.")
     if logps.advantage_S is None:
@@ -148,10 +153,10 @@ def mirror_descent(logps: TokenLogps, *, tau: float = 1.0) -> LossOutput:
     logratio_S = logps.sum_by_sequence(logps.logps_T - logps.proximal_T)
     items_S = (logps.advantage_S - tau * logratio_S) ** 2 / (2 * tau)
     items_T = (items_S / logps.num_tokens_S.clamp(min=1))[logps.sequence_T]
-    return LossOutput(
-        terms=[LossTerm(items=items_T, unit="token", aggregation="sequence_sum")],
-        metrics={"logratio_nats": logratio_S.detach(), **_policy_metrics(logps)},
-    )
+    return _with_kl(
+        logps, items_T, {"logratio_nats": logratio_S.detach()}, aggregation="sequence_sum", constant=0.0, kl_weight=0.0,
+        kl_estimator="k3", correction=correction, correction_cap=correction_cap,
+    )  # fmt: skip
 
 
 def kl_penalty(logps: TokenLogps, *, estimator: Estimator = "k3") -> Tensor:

@@ -81,10 +81,11 @@ def _passes(program: str, test: Any, limits: Mapping[str, Any]) -> bool:
     result = run_sandboxed(program, stdin=str(test.get("stdin") or ""), **limits)
     if result["status"] != "exit" or result["code"] != 0 or result["too_long"]:
         return False
-    return _lines(result["output"]) == _lines(str(test["stdout"]))
+    return lines(result["output"]) == lines(str(test["stdout"]))
 
 
-def _lines(text: str) -> list[str]:
+def lines(text: str) -> list[str]:
+    """What is compared: white space at the end of a line and of the text does not count."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 

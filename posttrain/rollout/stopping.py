@@ -24,7 +24,8 @@ class StopRule:
         s = self._sampling
         if drawn[-1] in self._stop_ids or self._ends_in_string(prefix, drawn):
             return "stop"
-        if s.repeat_ngram and repeats([*prefix, *drawn], ngram=s.repeat_ngram, times=s.repeat_times):
+        needed = s.repeat_ngram * s.repeat_times
+        if needed and repeats([*prefix[-needed:], *drawn[-needed:]], ngram=s.repeat_ngram, times=s.repeat_times):
             return "repeat"
         if len(prefix) + len(drawn) >= s.max_tokens:
             return "length"

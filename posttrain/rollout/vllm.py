@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import Handover
-from posttrain.rollout.stopping import repeats
+from posttrain.rollout.stopping import StopRule
 
 log = logging.getLogger(__name__)
 
 TESTED = "0.32"
 """Minor version of the server that the requests below were tested with."""
+_SEGMENT = 512
+"""Tokens between two looks for repetition, which the server does not stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,14 @@ class VLLMEngine:
         *,
         handover: Handover,
         stop_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
-        """``is_main``: this rank hands the weights over; ``barrier`` waits for all ranks."""
+        """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands the weights over; ``barrier``
+        waits for all ranks."""
         self._is_main, self._barrier = is_main, barrier
-        self._config, self._handover, self._stop_ids = config, handover, list(stop_ids)
+        self._config, self._handover, self._stop_ids, self._decode = config, handover, list(stop_ids), decode
         self._version = -1
         self._mark: str | None = None
         self._model = ""
@@ -173,31 +177,43 @@ class VLLMEngine:
         return None
 
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
+        """One completion, by segments where repetition is looked for. It ends where the local engine would end it."""
         prefix = request.prefixes[k] if request.prefixes else ()
+        rule = StopRule(sampling, self._stop_ids, self._decode)
         limit = sampling.max_tokens - len(prefix)
-        budget = min(limit, sampling.budget_tokens or limit)
+        limit = min(limit, sampling.budget_tokens or limit)
+        drawn: list[int] = []
+        logps: list[float] = []
+        reason: FinishReason | None = None
+        while reason is None:
+            ahead = min(limit - len(drawn), _SEGMENT if sampling.repeat_ngram else limit)
+            ids, segment_logps, stopped = self._segment([*request.prompt_ids, *prefix, *drawn], request, k, ahead, sampling)
+            for token, logp in zip(ids, segment_logps, strict=True):
+                drawn.append(token)
+                logps.append(logp)
+                reason = rule.reason(prefix, drawn)
+                if reason is not None:
+                    break
+            else:
+                reason = "stop" if stopped else None
+        return Sampled(token_ids=tuple(drawn), logps=tuple(logps), finish_reason=reason, policy_version=self._version)
+
+    def _segment(
+        self, before: list[int], request: Request, k: int, max_tokens: int, sampling: SamplingConfig
+    ) -> tuple[list[int], list[float], bool]:
+        """(ids, log-probs, whether the server says that they end in a stop token or string) of what comes after ``before``."""
+        noise = request.seeds[k] + 0x9E3779B9 * (len(before) - len(request.prompt_ids))
         body = {
-            "model": self._model, "prompt": [*request.prompt_ids, *prefix], "max_tokens": budget,
-            "seed": (request.seeds[k] + 0x9E3779B9 * len(prefix)) % 2**31,
+            "model": self._model, "prompt": before, "max_tokens": max_tokens, "seed": noise % 2**31,
             "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
             "logprobs": 0, "return_token_ids": True, "stop_token_ids": self._stop_ids, "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }  # fmt: skip
-        answer = self._completion(body)
-        choice = answer["choices"][0]
-        ids = tuple(choice["token_ids"])
-        logps = tuple(float(p) for p in choice["logprobs"]["token_logprobs"])
+        choice = self._completion(body)["choices"][0]
+        ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if len(ids) != len(logps) or not ids:
             raise ServerError(f"The server gave {len(ids)} token ids and {len(logps)} log-probs. Is it vLLM {TESTED}?")
-        reason: FinishReason = "stop" if choice["finish_reason"] == "stop" else "length" if len(ids) >= limit else "budget"
-        whole = [*prefix, *ids]
-        if (
-            reason != "stop"
-            and sampling.repeat_ngram
-            and repeats(whole, ngram=sampling.repeat_ngram, times=sampling.repeat_times)
-        ):
-            reason = "repeat"
-        return Sampled(token_ids=ids, logps=logps, finish_reason=reason, policy_version=self._version)
+        return ids, [float(p) for p in logps], choice["finish_reason"] == "stop"
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """Raises OSError if the server was restarted since it was given the weights: another policy may have drawn this."""

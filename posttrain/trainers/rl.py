@@ -249,6 +249,7 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
         config.vllm,
         handover=handover,
         stop_ids=stop_token_ids(tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
     )

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from posttrain.rollout.engine import Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import FolderHandover
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import REPO, check, run
+from tests.e2e.launching import REPO, check, command, environment, run
 from tests.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -94,7 +95,8 @@ def policy(server):
 def engine(server, policy, tmp_path, **options) -> VLLMEngine:
     model, tokenizer = policy
     handover = FolderHandover(tmp_path / "weights", lambda folder: save_model(model, tokenizer, folder))
-    return VLLMEngine(VLLMConfig(url=server.url, **options), handover=handover, stop_ids=[tokenizer.eos_token_id])
+    config = VLLMConfig(url=server.url, **options)
+    return VLLMEngine(config, handover=handover, stop_ids=[tokenizer.eos_token_id], decode=tokenizer.decode)
 
 
 def mismatch(model, request: Request, drawn: Sampled, k: int, temperature: float) -> float:
@@ -137,6 +139,11 @@ def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
     (first, *_), _ = client.generate(REQUESTS, SamplingConfig(max_tokens=40, stop_strings=[letter]))
     assert first.finish_reason == "stop" and first.token_ids == whole[0][0].token_ids[: len(first.token_ids)]
     assert tokenizer.decode(first.token_ids).endswith(letter) and letter not in tokenizer.decode(first.token_ids[:-1])
+    looping = client.generate(REQUESTS, SamplingConfig(max_tokens=40, repeat_ngram=1, repeat_times=2))
+    for drawn, row in zip(looping, whole, strict=True):
+        for a, b in zip(drawn, row, strict=True):
+            assert a.token_ids == b.token_ids[: len(a.token_ids)]
+            assert (a.finish_reason == "repeat") == (len(a.token_ids) > 1 and a.token_ids[-1] == a.token_ids[-2])
     begun = client.generate(REQUESTS, SamplingConfig(max_tokens=12, budget_tokens=5))
     assert all(d.finish_reason in ("budget", "stop") and len(d.token_ids) <= 5 for row in begun for d in row)
     going_on = [
@@ -189,19 +196,52 @@ def test_a_restart_in_the_middle_loses_nothing_and_gets_the_weights_again(server
             assert mismatch(model, request, d, k, 1.0) < 2e-4  # the restarted one would have the folder's own weights
 
 
-def test_recipe_learns_with_the_server_and_resumes(server, tmp_path):
+def settings(server, tmp_path: Path, name: str, reward: str) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{a}?"}) + "\n" for a in range(40)))
-    arguments = [
-        "--model.name", str(server.model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.name", "run",
-        "--train.batch_size", "8", "--rollout.group_size", "8", "--sampling.max_tokens", "2", "--optimizer.lr", "1e-2",
+    return [
+        "--model.name", str(server.model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.name", name,
+        "--train.batch_size", "8", "--rollout.group_size", "8", "--optimizer.lr", "1e-2",
         "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0", "--packing.max_tokens", "400", "--train.precision",
-        "fp32", "--rewards.functions", json.dumps({"tests.reward_functions.starts_with_digit": 1.0}), "--engine", "vllm",
-        "--vllm.url", server.url, "--algorithm_options.beta", "0.0", "--train.save_every", "5",
+        "fp32", "--rewards.functions", json.dumps({f"tests.reward_functions.{reward}": 1.0}), "--engine", "vllm",
+        "--vllm.url", server.url, "--algorithm_options.beta", "0.0",
     ]  # fmt: skip
-    check(run("cpu.yaml", "recipes/rl.py", *arguments, "--train.max_steps", "10"))
-    check(run("cpu.yaml", "recipes/rl.py", *arguments, "--train.max_steps", "30"))
-    steps = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl", drop=TIMING_KEYS) if "grad_norm" in m]
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [m for m in read_metrics(folder / "metrics.jsonl", drop=TIMING_KEYS) if "grad_norm" in m]
+
+
+def test_recipe_learns_with_the_server(server, tmp_path):
+    arguments = [*settings(server, tmp_path, "run", "starts_with_digit"), "--sampling.max_tokens", "2", "--train.max_steps", "30"]
+    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    steps = steps_of(tmp_path / "run")
     assert [s["step"] for s in steps] == list(range(1, 31))
     assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
     assert steps[0]["reward"] < 0.3 and steps[-1]["reward"] > 0.8, [s["reward"] for s in steps]
+
+
+def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp_path):
+    """Some completions of the iteration are in the journal, the others are still with the server."""
+    more = ["--sampling.max_tokens", "30", "--train.max_steps", "6", "--train.save_every", "2", "--vllm.concurrency", "4"]
+    check(run("cpu.yaml", "recipes/rl.py", *settings(server, tmp_path, "whole", "slow_digit"), *more))
+    arguments = [*settings(server, tmp_path, "cut", "slow_digit"), *more]
+    kept = 0
+    for iteration in (1, 4):
+        journal = tmp_path / "cut" / "rollouts" / f"iteration_{iteration:06d}_rank0.jsonl"
+        process = subprocess.Popen(
+            command("cpu.yaml", "recipes/rl.py", *arguments), cwd=REPO, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (journal.exists() and journal.read_text().count("\n") > 20):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+            victim.kill()
+        process.wait()
+        kept += 20 < journal.read_text().count("\n") < 64
+    assert kept == 2, "no kill fell into a rollout"
+    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
+    assert steps_of(whole) == steps_of(cut)

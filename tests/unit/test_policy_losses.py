@@ -180,6 +180,18 @@ def test_k15_leaves_masked_tokens_out_of_the_log_ratio():
     assert float(loss) == pytest.approx((0.5 - 0.5 * (-0.5 + 0.3)) ** 2)
 
 
+def test_k15_corrected_for_the_sampler_weighs_whole_completions():
+    """min(w, cap) of the completion times its square; above the cap a mask leaves it out."""
+    view, counts = batch([2, 1], [0.5, -0.5])
+    view = replace(view, sampler_T=view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 4.0], dtype=F64)))
+    squares = [0.25 / 2, 0.25 / 2]  # tau = 1, at pi_i
+    for correction, weights in (("sequence_truncate", (1.5, 2.0)), ("sequence_mask", (1.5, 0.0))):
+        wanted = sum(w * s for w, s in zip(weights, squares, strict=True)) / 2
+        assert float(value(policy.mirror_descent, view, counts, correction=correction)) == pytest.approx(wanted, abs=1e-12)
+    with pytest.raises(ValueError, match="items are completions"):
+        policy.mirror_descent(view, correction="token_mask")
+
+
 @pytest.mark.parametrize(
     ("d", "wanted"), [(math.log(2), (-0.693147, 0.240227, 0.306853)), (-math.log(2), (0.693147, 0.240227, 0.193147))]
 )

@@ -16,9 +16,9 @@ REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,),
 
 
 class Server:
-    """Answers as vLLM 0.32 does; ``misbehave(path, count)`` may return (code, body) or "drop"."""
+    """Answers as vLLM 0.32 does; ``misbehave(path, count)`` may return (code, body) or "drop"; ``draw(body)``: two tokens."""
 
-    def __init__(self, version="0.32.0", misbehave=lambda path, count: None):
+    def __init__(self, version="0.32.0", misbehave=lambda path, count: None, draw=lambda body: [body["seed"], 7]):
         self.log: list[tuple[str, dict]] = []
         self.mark, self.process = None, 1
         outer = self
@@ -42,7 +42,7 @@ class Server:
                 elif self.path == "/collective_rpc":
                     self.answer({"results": [outer.call(body["method"], **body["kwargs"])]})
                 elif self.path == "/v1/completions":
-                    ids = [body["seed"], 7][: body["max_tokens"]]
+                    ids = draw(body)[: body["max_tokens"]]
                     self.answer(
                         {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)},
                                       "finish_reason": "stop" if len(ids) == 2 else "length"}]}
@@ -91,7 +91,8 @@ def serve(monkeypatch, tmp_path):
             saved.append(folder)
 
         config = VLLMConfig(url=servers[-1].url, retries=retries, concurrency=4)
-        return servers[-1], lambda: VLLMEngine(config, handover=FolderHandover(tmp_path / "w", save), stop_ids=[2]), saved
+        handover = FolderHandover(tmp_path / "w", save)
+        return servers[-1], lambda: VLLMEngine(config, handover=handover, stop_ids=[2], decode=lambda i: bytes(i).decode()), saved
 
     yield start
     for server in servers:
@@ -113,6 +114,24 @@ def test_partial_rollouts_send_what_there_is(serve):
     ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=5, budget_tokens=1))
     assert server.log[-1][1]["prompt"] == [3, 8, 9] and drawn.finish_reason == "budget"
     assert drawn.token_ids == (server.log[-1][1]["seed"],) != (12,), "noise of its own, not that of the first tokens"
+
+
+@pytest.mark.parametrize("segment", [512, 3])
+def test_a_loop_is_left_where_the_local_engine_leaves_it(serve, monkeypatch, segment):
+    """Two tokens in a row four times; the server would go on to the end."""
+    monkeypatch.setattr("posttrain.rollout.vllm._SEGMENT", segment)
+    server, make, _ = serve(draw=lambda body: [5, 6] * 100 if len(body["prompt"]) % 2 else [6, 5] * 100)
+    request = Request(prompt_ids=(3,), seeds=(12,))
+    ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=200, repeat_ngram=2, repeat_times=4))
+    assert drawn.token_ids == (5, 6) * 4 and drawn.finish_reason == "repeat" and len(drawn.logps) == 8
+    assert server.paths().count("/v1/completions") == (1 if segment == 512 else 3)
+
+
+def test_a_stop_string_that_begins_in_the_prefix_ends_a_completion(serve):
+    _, make, _ = serve(draw=lambda body: list(b"cde"))
+    request = Request(prompt_ids=(3,), seeds=(12,), prefixes=(tuple(b"ab"),))
+    ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=5, stop_strings=["bc"]))
+    assert drawn.token_ids == tuple(b"c") and drawn.finish_reason == "stop"
 
 
 def test_weights_go_between_pause_and_resume(serve):
