@@ -17,6 +17,7 @@ from tests.e2e.launching import check, run, run_warm, start_warm
 from tests.tiny import model_folder
 
 REWARD = "tests.reward_functions"
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 SHORT = ["--sampling.max_tokens", "3", "--train.max_steps", "6"]
 
 
@@ -104,7 +105,7 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path):
 def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
     more = ["--sampling.max_tokens", "9", "--sampling.budget_tokens", "4", "--algorithm", "k15", "--algorithm_options.tau", "0.1",
             "--train.max_steps", "10", "--rollout.updates", "2", "--rollout.group_size", "2",
-            "--sampling.stop_strings", json.dumps(list("abcdefghijklmnopqrstuvwxyz"))]  # fmt: skip
+            "--sampling.stop_strings", json.dumps(LETTERS)]  # fmt: skip
     check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
     import pyarrow.parquet as pq
 
@@ -128,13 +129,16 @@ MOMENTS = [(last_rollouts, 0.7), (num_steps, 0.15)] * 2
 
 @pytest.mark.parametrize("launch", ["cpu", "cpu2"])
 def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, launch):
-    """Kills fall into rollouts, scoring and updates; mini-batches of an iteration are in flight at most checkpoints."""
+    """Kills fall into rollouts, scoring and updates; mini-batches and unfinished completions are in flight at checkpoints."""
     more = [
-        *SHORT, "--train.max_steps", "13", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2",
-        "--algorithm", "k15", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
+        "--train.max_steps", "13", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2", "--algorithm", "k15",
+        "--rollout.group_size", "4", "--sampling.max_tokens", "6", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
+        "--sampling.stop_strings", json.dumps(LETTERS),
     ]  # fmt: skip
     check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "whole", *more, reward="slow_digit")))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    saved = [json.loads(path.read_text()) for path in whole.glob("checkpoints/*/rollouts.json")]
+    assert any(s["buffer"] for s in saved) and any(s["pending"] for s in saved)
     arguments = settings(inputs, tmp_path, "cut", *more, reward="slow_digit")
     rng = random.Random(0)
     for grows, longest_s in MOMENTS:
