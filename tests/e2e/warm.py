@@ -1,12 +1,12 @@
 """Has imported what a run imports, and runs commands in forks of itself: importing takes longer than most runs of a test.
 
-Requests come as lines of JSON on stdin, answers go to stdout; it ends with its stdin. See ``launching.start``.
+Requests come as lines of JSON on stdin, answers go to stdout; it ends with its stdin. See ``launching.Run``.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -67,10 +67,11 @@ if __name__ == "__main__":
     to_client = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some packages print when they are imported
     for name in MODULES.split():
-        importlib.import_module(name)
+        if importlib.util.find_spec(name.split(".")[0]):
+            importlib.import_module(name)
     assert threading.active_count() == 1, "a fork has only the thread that forked"
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # a fork that collects or ends would copy every page: 2 s
     to_run = serve(to_client)
     if to_run is not None:
         become(to_run)
