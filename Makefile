@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 # A real vLLM server on the CPU, in an environment of its own (3 GB)
 test-vllm: $(INSTALLED) .venv-vllm/.installed

@@ -79,7 +79,7 @@ def nothing(completion, sample):
 
 
 def slow_digit(completion, sample):
-    time.sleep(0.05)
+    time.sleep(0.02)
     return starts_with_digit(completion, sample)
 
 

@@ -40,16 +40,19 @@ def test_greedy_tokens_are_those_of_generate():
     )
     identical = 0
     with plain_attention(policy.model), torch.no_grad():
-        for prompt, (ours,) in zip(prompts, drawn, strict=True):
-            ids = torch.tensor([prompt])
+        for length in {len(p) for p in prompts}:  # equally long prompts: no padding
+            rows = [(p, list(ours.token_ids)) for p, (ours,) in zip(prompts, drawn, strict=True) if len(p) == length]
+            ids = torch.tensor([p for p, _ in rows])
             out = policy.model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=stop_ids
             )
-            theirs = out[0, len(prompt) :].tolist()
-            if theirs == list(ours.token_ids):
-                identical += 1
-                continue
-            at = next(i for i, (a, b) in enumerate(zip(ours.token_ids, theirs, strict=False)) if a != b)
-            best = policy.model(torch.tensor([[*prompt, *theirs[:at]]])).logits[0, -1].topk(2).values
-            assert best[0] - best[1] < TIE, (prompt, at)
+            for (prompt, ours), theirs in zip(rows, out[:, length:].tolist(), strict=True):
+                ends = [i + 1 for i, token in enumerate(theirs) if token in stop_ids]
+                theirs = theirs[: ends[0]] if ends else theirs
+                if theirs == ours:
+                    identical += 1
+                    continue
+                at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+                best = policy.model(torch.tensor([[*prompt, *theirs[:at]]])).logits[0, -1].topk(2).values
+                assert best[0] - best[1] < TIE, (prompt, at)
     assert len(prompts) == 64 and identical >= 60

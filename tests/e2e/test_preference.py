@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import REPO, check, environment, posttrain, run
+from tests.e2e.launching import REPO, check, environment, posttrain, posttrain_warm, run, run_warm
 from tests.tiny import model_folder
 
 
@@ -62,9 +62,9 @@ def test_what_prep_writes_is_read_by_datasets_and_shown(pairs):
 
     loaded = datasets.load_dataset("parquet", data_files=str(pairs / "train" / "*.parquet"), split="train")
     assert loaded[0]["prompt"][0]["role"] == "user" and loaded[0]["chosen"][0]["role"] == "assistant"
-    shown = check(posttrain("prep", "show", str(pairs), "--n", "2")).stdout
+    shown = check(posttrain_warm("prep", "show", str(pairs), "--n", "2")).stdout
     assert shown.count("chosen") == 2 and "raw.jsonl:" in shown
-    again = posttrain("prep", "pairs", "x.jsonl", "--out", str(pairs))
+    again = posttrain_warm("prep", "pairs", "x.jsonl", "--out", str(pairs))
     assert again.returncode == 2 and "nothing is overwritten" in again.stderr
 
 
@@ -97,7 +97,7 @@ def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_pa
     assert first["eval_loss"] == pytest.approx(0.6931, abs=1e-4) and first["rewards_eval/accuracies"] == 0.0
     assert last["rewards_eval/accuracies"] > 0.9 and last["eval_loss"] < 0.4
     check(
-        run(
+        run_warm(
             "cpu.yaml",
             "recipes/dpo.py",
             *settings(
@@ -112,11 +112,13 @@ def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_pa
 def test_two_ranks_do_what_one_does(inputs, pairs, tmp_path):
     """Dropout-free and in float32: the same losses up to rounding, KTO's statistic over ranks included."""
     labelled = tmp_path / "labelled"
-    check(posttrain("prep", "pairs", str(inputs[1]), "--out", str(labelled), "--layout", "labelled", "--test-fraction", "0.25"))
+    check(
+        posttrain_warm("prep", "pairs", str(inputs[1]), "--out", str(labelled), "--layout", "labelled", "--test-fraction", "0.25")
+    )
     for name, data, more in (("dpo", pairs, []), ("kto", labelled, ["--loss", "kto"])):
         for launch in ("cpu", "cpu2"):
             arguments = settings(inputs, data, tmp_path, f"{name}_{launch}", "--train.max_steps", "4", *more)
-            check(run(f"{launch}.yaml", "recipes/dpo.py", *arguments))
+            check(run_warm(f"{launch}.yaml", "recipes/dpo.py", *arguments))
         one, two = (steps_of(tmp_path / f"{name}_{launch}") for launch in ("cpu", "cpu2"))
         for a, b in zip(one, two, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -129,13 +131,13 @@ def test_a_moving_reference_resumes_bit_for_bit(inputs, pairs, tmp_path):
         inputs, pairs, tmp_path, "whole", "--reference.sync_every", "3", "--train.save_every", "4", "--train.save_total_limit", "0",
         "--loss", "0.9*dpo + 0.1*nll_chosen", "--loss_options.beta", "0.2",
     )  # fmt: skip
-    check(run("cpu.yaml", "recipes/dpo.py", *arguments))
+    check(run_warm("cpu.yaml", "recipes/dpo.py", *arguments))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "final")
     for step in (8, 12):
         shutil.rmtree(cut / "checkpoints" / f"step_{step}")
-    resumed = check(run("cpu.yaml", "recipes/dpo.py", *[a if a != "whole" else "cut" for a in arguments]))
+    resumed = check(run_warm("cpu.yaml", "recipes/dpo.py", *[a if a != "whole" else "cut" for a in arguments]))
     assert "step_4" in resumed.stderr
     assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
     assert steps_of(whole) == steps_of(cut)
@@ -151,15 +153,14 @@ def test_reward_model_learns_and_scores_the_same_in_plain_transformers(inputs, p
     from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 
     more = ["--model.lora.rank", "4", "--optimizer.lr", "2e-2"] if lora else ["--train.max_steps", "36", "--optimizer.lr", "1e-2"]
-    check(
-        run("cpu.yaml", "recipes/reward.py", *settings(inputs, pairs, tmp_path, "rm", "--loss_options.centering", "0.01", *more))
-    )
+    arguments = settings(inputs, pairs, tmp_path, "rm", "--loss_options.centering", "0.01", *more)
+    check((run_warm if lora else run)("cpu.yaml", "recipes/reward.py", *arguments))
     last = read_metrics(tmp_path / "rm" / "metrics.jsonl")[-1]
     assert last["eval_accuracy"] > 0.9
     assert {"eval_ece", "eval_margin", "eval_length_correlation", "eval_longer_preferred"} <= last.keys()
     final = tmp_path / "rm" / "final"
     if lora:
-        merged = check(posttrain("merge", str(final), "--out", str(tmp_path / "merged")))
+        merged = check(posttrain_warm("merge", str(final), "--out", str(tmp_path / "merged")))
         assert "Merged" in merged.stdout
         final = tmp_path / "merged"
     model = AutoModelForSequenceClassification.from_pretrained(final, dtype=torch.float32).eval()
@@ -198,7 +199,6 @@ def test_mistakes_are_told_in_one_line(inputs, pairs, tmp_path):
         ("--data.train", f"[{inputs[1]}]"): "are split by `posttrain prep pairs FILE --out DIR`",
     }
     for more, message in cases.items():
-        arguments = [sys.executable, str(REPO / "recipes" / "dpo.py"), *settings(inputs, pairs, tmp_path, "bad", *more)]
-        result = subprocess.run(arguments, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120)
+        result = run_warm("cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "bad", *more))
         assert result.returncode == 2, (more, result.stderr[-2000:])
         assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (more, result.stderr[-2000:])

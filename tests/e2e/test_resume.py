@@ -6,15 +6,13 @@ import fcntl
 import hashlib
 import random
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import REPO, check, command, environment, run
+from tests.e2e.launching import check, run, run_warm, start_warm
 from tests.tiny import model_folder, write_rows
 
 STEPS = 30
@@ -43,11 +41,8 @@ def outcome(folder: Path) -> tuple[str, list[dict]]:
 
 
 def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Random) -> None:
-    """Starts the recipe and kills the launcher and all its workers a moment after a random one of its next steps."""
-    process = subprocess.Popen(
-        command(launch, "recipes/sft.py", *args), env=environment(), cwd=REPO,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    """Starts the recipe and kills all its processes a moment after a random one of its next steps."""
+    process = start_warm(launch, "recipes/sft.py", *args)
     metrics = folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     wanted = before + rng.randint(1, 6)
@@ -59,17 +54,12 @@ def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Ran
             break
         time.sleep(0.002)
     assert process.poll() is None, "the run ended before it could be killed"
-    for victim in [
-        *psutil.Process(process.pid).children(recursive=True),
-        process,
-    ]:  # torchrun gives workers sessions of their own
-        victim.kill()
-    process.wait()
+    process.kill()
 
 
 @pytest.mark.parametrize(("launch", "kills"), [("cpu.yaml", 3), ("cpu2.yaml", 2)])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, inputs, launch, kills):
-    check(run(launch, "recipes/sft.py", *arguments(inputs, tmp_path, "whole")))
+    check(run_warm(launch, "recipes/sft.py", *arguments(inputs, tmp_path, "whole")))
     rng = random.Random(kills)
     args = arguments(inputs, tmp_path, "killed")
     for _ in range(kills):
@@ -87,20 +77,20 @@ def test_two_runs_do_not_share_a_folder(tmp_path, inputs):
     (tmp_path / "shared").mkdir()
     with (tmp_path / "shared" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run("cpu.yaml", "recipes/sft.py", *args)
+        result = run_warm("cpu.yaml", "recipes/sft.py", *args)
     assert result.returncode != 0 and "Another process is training" in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path, inputs):
     args = arguments(inputs, tmp_path, "damaged")
-    check(run("cpu.yaml", "recipes/sft.py", *args))
+    check(run_warm("cpu.yaml", "recipes/sft.py", *args))
     wanted = outcome(tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / f"step_{STEPS}"
     file = newest / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(bytes(content))
-    result = check(run("cpu.yaml", "recipes/sft.py", *args))
+    result = check(run_warm("cpu.yaml", "recipes/sft.py", *args))
     assert f"step_{STEPS} is damaged" in result.stderr and f"step_{STEPS - 2}" in result.stderr
     assert outcome(tmp_path / "damaged") == wanted
 
@@ -110,10 +100,10 @@ def test_other_optimizers_resume_as_if_never_interrupted(tmp_path, inputs, optim
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     args = [*arguments(inputs, tmp_path, "run"), "--optimizer.name", optimizer, "--train.max_steps", "8"]
-    check(run("cpu.yaml", "recipes/sft.py", *args))
+    check(run_warm("cpu.yaml", "recipes/sft.py", *args))
     folder = tmp_path / "run"
     wanted = outcome(folder)
     shutil.rmtree(folder / "checkpoints" / "step_8")
     shutil.rmtree(folder / "final")
-    resumed = check(run("cpu.yaml", "recipes/sft.py", *args))
+    resumed = check(run_warm("cpu.yaml", "recipes/sft.py", *args))
     assert "step_4" in resumed.stdout + resumed.stderr and outcome(folder) == wanted

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import REPO, check, command, environment, run
+from tests.e2e.launching import check, run, run_warm, start_warm
 from tests.tiny import model_folder
 
 REWARD = "tests.reward_functions"
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 SHORT = ["--sampling.max_tokens", "3", "--train.max_steps", "6"]
 
 
@@ -57,7 +55,7 @@ def steps_of(folder: Path) -> list[dict]:
 def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
     arguments = settings(inputs, tmp_path, "run", "--algorithm", algorithm, *more, "--data.eval", f"[{inputs[1]}]",
                          "--evaluation.samples", "4", "--evaluation.temperature", "1.0")  # fmt: skip
-    result = check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    result = check((run if algorithm == "grpo" else run_warm)("cpu.yaml", "recipes/rl.py", *arguments))
     steps = steps_of(tmp_path / "run")
     assert steps[0]["reward"] < 0.25 and steps[-1]["reward"] > 0.9, [s["reward"] for s in steps]
     assert steps[0]["sampler_mismatch_nats"] < 1e-5
@@ -73,7 +71,7 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
 def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):
     """Matrices: w (1 - lr decay)^steps. Norms and embeddings, which do not decay, stay as they were."""
     more = [*SHORT, "--algorithm_options.beta", "0.0", "--optimizer.weight_decay", "0.1"]
-    check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")))
+    check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")))
     before, after = load_file(inputs[0] / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, w in before.items():
@@ -88,7 +86,7 @@ def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):
 def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
     for name, beta in (("free", "0.0"), ("held", "30.0")):
         more = ["--train.max_steps", "50", "--algorithm_options.beta", beta, "--optimizer.lr", "6e-3"]
-        check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
+        check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
     free, held = steps_of(tmp_path / "free"), steps_of(tmp_path / "held")
     assert free[-1]["reward"] > held[-1]["reward"] + 0.2
     assert max(s["kl_reference_nats"] for s in held) < 0.05
@@ -97,7 +95,7 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
 def test_two_ranks_do_what_one_does(inputs, tmp_path):
     more = [*SHORT, "--rollout.updates", "2", "--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"]
     for launch in ("cpu", "cpu2"):
-        check(run(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more)))
+        check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more)))
     for a, b in zip(steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cpu2"), strict=True):
         assert a["reward"] == b["reward"] and a["length"] == b["length"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
@@ -107,8 +105,8 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path):
 def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
     more = ["--sampling.max_tokens", "9", "--sampling.budget_tokens", "4", "--algorithm", "k15", "--algorithm_options.tau", "0.1",
             "--train.max_steps", "10", "--rollout.updates", "2", "--rollout.group_size", "2",
-            "--sampling.stop_strings", json.dumps(list("abcdefghijklmnopqrstuvwxyz"))]  # fmt: skip
-    check(run("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
+            "--sampling.stop_strings", json.dumps(LETTERS)]  # fmt: skip
+    check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
     import pyarrow.parquet as pq
 
     rows = [r for p in (tmp_path / "run" / "rollouts").glob("*.parquet") for r in pq.read_table(p).to_pylist()]
@@ -116,37 +114,42 @@ def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
     assert max(len(r["token_ids"]) for r in rows) == 9
 
 
-def wrote_since(folder: Path, began: float) -> bool:
-    """Whether a journal or rollouts were written: the run is sampling, scoring or updating."""
-    return any(path.stat().st_mtime > began for path in folder.glob("iteration_*") if path.exists())
+def last_rollouts(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in (folder / "rollouts").glob("iteration_*") if path.exists()), default=0.0)
+
+
+def num_steps(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"grad_norm"') if path.exists() else 0
+
+
+MOMENTS = [(last_rollouts, 0.7), (num_steps, 0.15)] * 2
+"""What has to grow before a kill, and the seconds within which it comes then: scoring takes 0.7 s, four updates 0.1 s."""
 
 
 @pytest.mark.parametrize("launch", ["cpu", "cpu2"])
 def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, launch):
-    """Kills fall into rollouts, scoring and updates; mini-batches of an iteration are in flight at most checkpoints."""
+    """Kills fall into rollouts, scoring and updates; mini-batches and unfinished completions are in flight at checkpoints."""
     more = [
-        *SHORT, "--train.max_steps", "9", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2",
-        "--algorithm", "k15", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
+        "--train.max_steps", "13", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2", "--algorithm", "k15",
+        "--rollout.group_size", "4", "--sampling.max_tokens", "6", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
+        "--sampling.stop_strings", json.dumps(LETTERS),
     ]  # fmt: skip
-    check(run(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "whole", *more, reward="slow_digit")))
+    check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "whole", *more, reward="slow_digit")))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    saved = [json.loads(path.read_text()) for path in whole.glob("checkpoints/*/rollouts.json")]
+    assert any(s["buffer"] for s in saved) and any(s["pending"] for s in saved)
     arguments = settings(inputs, tmp_path, "cut", *more, reward="slow_digit")
     rng = random.Random(0)
-    for _ in range(3):
-        began = time.time()
-        process = subprocess.Popen(
-            command(f"{launch}.yaml", "recipes/rl.py", *arguments), cwd=REPO, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not wrote_since(tmp_path / "cut" / "rollouts", began) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 2.5))
+    for grows, longest_s in MOMENTS:
+        before, deadline = grows(cut), time.monotonic() + 120
+        process = start_warm(f"{launch}.yaml", "recipes/rl.py", *arguments)
+        while grows(cut) <= before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, longest_s))
         assert process.poll() is None, "the run ended before it could be killed"
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:  # workers have sessions of their own
-            victim.kill()
-        process.wait()
-    check(run(f"{launch}.yaml", "recipes/rl.py", *arguments))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+        process.kill()
+    check((run if launch == "cpu" else run_warm)(f"{launch}.yaml", "recipes/rl.py", *arguments))
     assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
     assert steps_of(whole) == steps_of(cut)
     assert not list((cut / "rollouts").glob("iteration_000000_*.jsonl"))
@@ -171,7 +174,6 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path):
     }
     (inputs[1].parent / "bad.jsonl").write_text('{"text": "x"}\n')
     for more, message in cases.items():
-        arguments = [sys.executable, str(REPO / "recipes" / "rl.py"), *settings(inputs, tmp_path, "bad", *more)]
-        result = subprocess.run(arguments, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120)
+        result = run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "bad", *more))
         assert result.returncode == 2, (more, result.stderr[-2000:])
         assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (more, result.stderr[-2000:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posttrain.training.metrics import read_metrics
-from tests.e2e.launching import check, posttrain, run
+from tests.e2e.launching import check, posttrain_warm, run, run_warm
 from tests.tiny import byte_tokenizer, model_folder, write_rows
 
 
@@ -70,15 +70,15 @@ def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
 
 def test_the_printed_config_is_the_same_run(tmp_path, inputs):
     """--print_config of YAML plus overrides, fed back, resolves to itself."""
-    first = check(run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--optimizer.lr", "0.5", "--print_config")))
+    first = check(run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--optimizer.lr", "0.5", "--print_config")))
     saved = tmp_path / "resolved.yaml"
     saved.write_text(first.stdout)
-    second = check(run("cpu.yaml", "recipes/sft.py", "--config", str(saved), "--print_config"))
+    second = check(run_warm("cpu.yaml", "recipes/sft.py", "--config", str(saved), "--print_config"))
     assert first.stdout == second.stdout and "lr: 0.5" in first.stdout
 
 
 def test_help_lists_every_option_with_its_meaning_and_default():
-    result = check(run("cpu.yaml", "recipes/sft.py", "--help"))
+    result = check(run_warm("cpu.yaml", "recipes/sft.py", "--help"))
     text = " ".join(result.stdout.split())
     for option in (
         "--model.lora.rank",
@@ -98,7 +98,7 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
     from transformers import AutoModelForCausalLM
 
     check(
-        run(
+        run_warm(
             "cpu.yaml",
             "recipes/sft.py",
             *options(
@@ -108,7 +108,7 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
     )
     adapter = tmp_path / "sft" / "final"
     assert (adapter / "adapter_model.safetensors").is_file() and not (adapter / "model.safetensors").exists()
-    check(posttrain("merge", str(adapter), "--out", str(tmp_path / "merged")))
+    check(posttrain_warm("merge", str(adapter), "--out", str(tmp_path / "merged")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(inputs[0])
     ids = torch.arange(40, 60)[None]
@@ -118,7 +118,7 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
 def test_loss_falls_in_every_precision_that_a_cpu_has(tmp_path, inputs):
     for precision in ("fp32", "bf16", "bf16-pure"):
         name = ["--train.name", precision, "--train.precision", precision, "--train.max_steps", "12", "--optimizer.lr", "0.01"]
-        check(run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *name)))
+        check(run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *name)))
         losses = [m["loss"] for m in read_metrics(tmp_path / precision / "metrics.jsonl") if "loss" in m]
         assert losses[-1] < losses[0] - 0.5, precision
         dtype = json.loads((tmp_path / precision / "final" / "config.json").read_text())["dtype"]
@@ -156,13 +156,18 @@ def empty(path: Path) -> Path:
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
-    result = run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *arguments))
+    result = run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *arguments))
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, result.stderr[-1500:]
+
+
+def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
+    """accelerate's own traceback comes after it."""
+    result = run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--train.batchsize", "3"))
     assert result.returncode != 0
     ours = result.stderr.split("subprocess.CalledProcessError")[0]
-    assert message in " ".join(ours.split()), ours[-1500:]
-    assert "Traceback" not in ours.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0], (
-        "accelerate's own is all there is"
-    )
+    assert "Did you mean --train.batch_size?" in " ".join(ours.split()), ours[-1500:]
+    assert "Traceback" not in ours.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
 )
 def test_bad_rows_are_named(tmp_path, inputs, make, message):
     rows = make(tmp_path / "rows.jsonl")
-    result = run("cpu.yaml", "recipes/sft.py", *options((inputs[0], rows), tmp_path))
+    result = run_warm("cpu.yaml", "recipes/sft.py", *options((inputs[0], rows), tmp_path))
     assert result.returncode != 0 and message in " ".join(result.stderr.split())
 
 
@@ -180,23 +185,25 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, inputs):
     bigger = byte_tokenizer()
     bigger.add_tokens(["<one>", "<two>"])
     bigger.save_pretrained(tmp_path / "bigger")
-    result = run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--model.tokenizer", str(tmp_path / "bigger")))
+    result = run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--model.tokenizer", str(tmp_path / "bigger")))
     assert result.returncode != 0 and "2 tokens have no row" in " ".join(result.stderr.split())
     pickled = model_folder(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    result = run("cpu.yaml", "recipes/sft.py", *options((pickled, inputs[1]), tmp_path))
+    result = run_warm("cpu.yaml", "recipes/sft.py", *options((pickled, inputs[1]), tmp_path))
     assert result.returncode != 0 and "pickle only" in " ".join(result.stderr.split())
 
 
 def test_an_unwritable_output_folder_is_said_before_training(tmp_path, inputs):
     (tmp_path / "file").write_text("")
-    result = run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--train.run_dir", str(tmp_path / "file" / "runs")))
+    result = run_warm(
+        "cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--train.run_dir", str(tmp_path / "file" / "runs"))
+    )
     assert result.returncode != 0 and "cannot be written" in " ".join(result.stderr.split())
     assert "step 1" not in result.stdout
 
 
 def test_a_diverging_run_stops_before_the_optimizer_and_names_where(tmp_path, inputs):
-    result = run(
+    result = run_warm(
         "cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--optimizer.lr", "1e30", "--optimizer.max_grad_norm", "0", "--train.save_every", "1")
     )  # fmt: skip
     text = " ".join(result.stderr.split())
@@ -209,7 +216,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path, inputs):
 
     for launch in ("cpu.yaml", "cpu2.yaml"):
         arguments = options(inputs, tmp_path, "--train.name", launch, "--train.precision", "fp32", "--optimizer.lr", "1e-3")
-        check(run(launch, "recipes/sft.py", *arguments))
+        check(run_warm(launch, "recipes/sft.py", *arguments))
     one, two = (load_file(tmp_path / launch / "final" / "model.safetensors") for launch in ("cpu.yaml", "cpu2.yaml"))
     base = load_file(inputs[0] / "model.safetensors")
     for name in one:

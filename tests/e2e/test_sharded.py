@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import check, run
+from tests.e2e.launching import check, run, run_warm
 from tests.e2e.sharded_script import relative
 from tests.tiny import model_folder
 
@@ -31,7 +31,8 @@ def test_three_updates_are_those_of_one_process(tmp_path, kind):
     """
     out = tmp_path / "results.json"
     precise = kind == "fsdp2"
-    check(run(LAUNCH[kind], "tests/e2e/sharded_script.py", str(out), "float64" if precise else "float32", timeout_s=600))
+    start = run if kind in ("zero3", "fsdp2") else run_warm
+    check(start(LAUNCH[kind], "tests/e2e/sharded_script.py", str(out), "float64" if precise else "float32", timeout_s=600))
     results = json.loads(out.read_text())
     assert len(results) == 8 and {r["kind"] for r in results} == {kind}
     worst = max(results, key=lambda r: max(r["errors"]))
@@ -101,7 +102,7 @@ def alone(inputs, tmp_path_factory) -> Path:
     """Every recipe by one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, (script, more) in RECIPES.items():
-        check(run("cpu.yaml", script, *settings(inputs, folder, name, *more)))
+        check(run_warm("cpu.yaml", script, *settings(inputs, folder, name, *more)))
     return folder
 
 
@@ -129,7 +130,7 @@ def test_dpo_with_a_moving_reference_is_the_run_of_one_process_and_resumes_bit_f
     from transformers import AutoModelForCausalLM
 
     script, more = RECIPES["dpo"]
-    check(run(LAUNCH[kind], script, *settings(inputs, tmp_path, "whole", *more)))
+    check(run_warm(LAUNCH[kind], script, *settings(inputs, tmp_path, "whole", *more)))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert_same_run(whole, alone / "dpo")
     model, report = AutoModelForCausalLM.from_pretrained(whole / "final", output_loading_info=True)
@@ -139,7 +140,7 @@ def test_dpo_with_a_moving_reference_is_the_run_of_one_process_and_resumes_bit_f
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "final")
     shutil.rmtree(cut / "checkpoints" / "step_4")
-    resumed = check(run(LAUNCH[kind], script, *settings(inputs, tmp_path, "cut", *more)))
+    resumed = check(run_warm(LAUNCH[kind], script, *settings(inputs, tmp_path, "cut", *more)))
     assert "step_2" in resumed.stderr
     assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
     assert steps_of(whole) == steps_of(cut)
@@ -149,7 +150,7 @@ def test_dpo_with_a_moving_reference_is_the_run_of_one_process_and_resumes_bit_f
 @pytest.mark.parametrize("recipe", ["lora", "reward"])
 def test_adapters_and_reward_models_are_those_of_one_process(inputs, alone, tmp_path, kind, recipe):
     script, more = RECIPES[recipe]
-    check(run(LAUNCH[kind], script, *settings(inputs, tmp_path, recipe, *more)))
+    check(run_warm(LAUNCH[kind], script, *settings(inputs, tmp_path, recipe, *more)))
     assert_same_run(tmp_path / recipe, alone / recipe)
     final = tmp_path / recipe / "final"
     if recipe == "lora":
@@ -173,7 +174,7 @@ def test_reinforcement_learning_under_zero2_is_that_of_one_process(inputs, tmp_p
             "--sampling.max_tokens", "3", "--optimizer.lr", "1e-3", "--optimizer.eps", "1e-4", "--train.precision", "fp32",
             "--rewards.functions", json.dumps({"tests.reward_functions.starts_with_digit": 1.0}),
         ]  # fmt: skip
-        check(run(launch, "recipes/rl.py", *arguments))
+        check(run_warm(launch, "recipes/rl.py", *arguments))
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "zero2")
     assert [s["reward"] for s in one] == [s["reward"] for s in two] and len({s["reward"] for s in one}) > 1
     assert_same_run(tmp_path / "zero2", tmp_path / "one")

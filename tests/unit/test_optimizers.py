@@ -19,7 +19,7 @@ from posttrain.training.optimizer import OffloadedOptimizer, OptimizerConfig, bu
 from posttrain.training.sharding import forget_moments
 from posttrain.training.state import load_training_state, read_state, save_training_state, write_state
 from tests.helpers import tiny_llama
-from tests.unit.test_checkpoint import OneProcess, assert_same
+from tests.unit.checkpoint_helpers import OneProcess, assert_same
 
 NAMES = ("adamw", "adamw_8bit", "sgd", "adafactor")
 
