@@ -165,23 +165,19 @@ class Policy(nn.Module):
     def _probe(self) -> str | None:
         """Two tokens as two sequences: why this model's layers do not pass the layout on to the attention, or None."""
         base = _base_model(self.model)
-        was_training, device = base.training, base.get_input_embeddings().weight.device
-        zeros = torch.zeros(1, 2, dtype=torch.long, device=device)
-        base.eval()
+        zeros = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+        layout = Layout(lengths=(1, 1), prefixes=(-1, -1))
         try:
-            output = base.get_decoder()(
-                input_ids=zeros, position_ids=zeros, use_cache=False, packing=Layout(lengths=(1, 1), prefixes=(-1, -1))
-            )
+            with in_eval_mode(base):
+                output = base.get_decoder()(input_ids=zeros, position_ids=zeros, use_cache=False, packing=layout)
         except attention.NotPackable as error:
             return str(error)
-        finally:
-            base.train(was_training)
         return None if hasattr(output, "last_hidden_state") else f"{type(base).__name__} hides its last hidden state"
 
     @property
     def config(self) -> Any:
         """The model's config; accelerate and DeepSpeed read it."""
-        return _base_model(self.model).config
+        return self.base.config
 
     @property
     def base(self) -> Any:
@@ -236,6 +232,17 @@ class Policy(nn.Module):
         logits_TV = logits[-batch.input_ids_L.shape[0] :].index_select(0, batch.predictor_T)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)) / self.transform.temperature
         return torch.log_softmax(logits_TV, dim=-1).gather(1, batch.targets_T[:, None]).squeeze(1)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode (dropout off); afterwards in the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 @contextmanager

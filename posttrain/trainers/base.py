@@ -26,11 +26,12 @@ from posttrain.models.load import ModelConfig, check_vocabulary, load_model, loa
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan
 from posttrain.trainers.memory import MemoryCheck
-from posttrain.training.config import TrainConfig, flat_settings, to_dict
+from posttrain.training.config import TrainConfig, choose_loss, flat_settings, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult, longest_sequence
 from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
+from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.types import LossOutput, PromptGroup
 
 
@@ -60,25 +61,28 @@ class Trainer:
 
     ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
     groups, or rows in any format that ``posttrain.data`` reads for this method; without them ``config.data`` says where the
-    rows are.
+    rows are. ``loss``: a function ``logps -> LossOutput``; without it ``config.loss``.
     """
 
     purpose: ClassVar[Purpose]
     """What the rows are read for."""
-    loss: Loss
+    config_class: ClassVar[Any]
+    loss_home: ClassVar[str]
+    """Module of the losses that ``config.loss`` names without a path."""
     wants_reference: bool = False
     """Whether the loss reads a reference model."""
 
     def __init__(
         self,
         *,
-        config: Any,
         model: Any = None,
         tokenizer: Any = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
+        config: Any = None,
+        loss: Loss | None = None,
     ) -> None:
-        name = type(self).__name__
+        name, config = type(self).__name__, config or self.config_class()
         if isinstance(model, str):
             config, model = replace(config, model=replace(config.model, name=model)), None
         if model is not None and tokenizer is None:
@@ -87,6 +91,8 @@ class Trainer:
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self.loss: Loss = choose_loss(config, loss, home=self.loss_home, default=self.config_class.loss)
+        self._settle_loss()
 
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
@@ -143,11 +149,11 @@ class Trainer:
         )
         self._set_up(loop, train, evaluation)
         result = loop.run()
-        memory.finish(accelerator)
-        if accelerator.is_main_process:
-            show_held_out(result)
-            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        report_end(result, memory, accelerator)
         return result
+
+    def _settle_loss(self) -> None:
+        """What the method makes of its loss, and asks of it."""
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         """The model that is trained."""
@@ -239,6 +245,26 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
 
     title = "first sample: trained tokens are highlighted"
     Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
+
+
+def run_reference(settings: ReferenceConfig, loop: Loop, **options: Any) -> RunReference:
+    """The reference of a run: the model that ``settings`` names, else the policy as it starts."""
+
+    def load_other() -> nn.Module:
+        model = load_model(ModelConfig(name=str(settings.model)), dtype=loop.precision.load_dtype)
+        check_vocabulary(model, loop.tokenizer)
+        return model
+
+    other = load_other if settings.model is not None else None
+    return RunReference(settings, precision=loop.precision, load_other=other, **options)
+
+
+def report_end(result: TrainResult, memory: MemoryCheck, accelerator: Any) -> None:
+    """Memory, held-out figures, and where everything is."""
+    memory.finish(accelerator)
+    if accelerator.is_main_process:
+        show_held_out(result)
+        print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
 
 
 def show_held_out(result: TrainResult) -> None:

@@ -22,7 +22,7 @@ from posttrain.rollout.engine import Engine, SamplingConfig
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
-from posttrain.trainers.base import show_held_out
+from posttrain.trainers.base import report_end, run_reference
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict, with_options
@@ -154,7 +154,7 @@ class RLTrainer:
             tokenizer=tokenizer,
             loss=source.watched(loss),
             batches=lambda _: [_probe_group(p) for p in train[:2]],
-            num_steps=_num_steps(config, len(train)),
+            num_steps=config.train.max_steps or config.train.num_steps(len(train)) * config.rollout.epochs,
             train=config.train,
             optimizer_config=config.optimizer,
             packing=config.packing,
@@ -171,10 +171,7 @@ class RLTrainer:
             result = loop.run()
         finally:
             self._rewards.close()
-        memory.finish(accelerator)
-        if accelerator.is_main_process:
-            show_held_out(result)
-            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        report_end(result, memory, accelerator)
         return result
 
     def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
@@ -280,23 +277,11 @@ def _kl_options(algorithm: Algorithm) -> dict[str, Any]:
     return {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if in_loss else {}
 
 
-def _num_steps(config: RLConfig, num_prompts: int) -> int:
-    """Every optimizer step trains on batch_size prompts, each of them ``epochs`` times."""
-    if config.train.max_steps:
-        return config.train.max_steps
-    return config.train.num_steps(num_prompts) * config.rollout.epochs
-
-
 def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReference:
     settings = config.reference
     if algorithm.reference_every and not settings.sync_every:
         settings = replace(settings, sync_every=algorithm.reference_every, sync_mix=1.0)
-    name = settings.model
-
-    def load_other() -> torch.nn.Module:
-        return load_model(ModelConfig(name=str(name)), dtype=loop.precision.load_dtype)
-
-    return RunReference(settings, precision=loop.precision, load_other=load_other if name is not None else None)
+    return run_reference(settings, loop)
 
 
 def _probe_group(prompt: Prompt) -> PromptGroup:

@@ -214,7 +214,12 @@ def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Calla
     def loss(logps: Any) -> Any:
         return function(logps, **options)
 
-    loss.__name__ = loss.__qualname__ = getattr(function, "__name__", "loss")
+    return declared_like(function, loss)
+
+
+def declared_like(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
+    """``loss``, made of ``function``, with its name and its declarations."""
+    loss.__name__ = loss.__qualname__ = getattr(function, "__qualname__", repr(function))
     for name in DECLARATIONS:
         if hasattr(function, name):
             setattr(loss, name, getattr(function, name))

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from posttrain.algorithms import Algorithm
+from posttrain.models.policy import in_eval_mode
 from posttrain.rollout.buffer import Trajectory
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.forward import Forward, ForwardPlan, forward_values
+from posttrain.training.ranks import of_all_ranks
 from posttrain.types import Completion, PromptGroup
 
 
@@ -92,16 +94,11 @@ def _values_of_all(
     plan: ForwardPlan, policy: nn.Module, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
 ) -> list[dict[tuple[int, int], list[float]]]:
     """For each forward: {(group, completion): its trained tokens' values}, of all ranks, in eval mode."""
-    was_training = policy.training
-    policy.eval()
-    mine = [{ref: v.tolist() for ref, v in values.items()} for values in forward_values(plan, groups, forwards)]
-    policy.train(was_training)
-    if plan.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        gathered = gather_object([mine])
-        mine = [{ref: v for part in gathered for ref, v in part[f].items()} for f in range(len(forwards))]
-    return mine if len(mine) > 1 else [*mine, {}]
+    with in_eval_mode(policy):
+        mine = [{ref: v.tolist() for ref, v in values.items()} for values in forward_values(plan, groups, forwards)]
+    parts = of_all_ranks(plan.accelerator, mine)
+    every = [{ref: v for part in parts for ref, v in part[f].items()} for f in range(len(forwards))]
+    return every if len(every) > 1 else [*every, {}]
 
 
 def _k1(logps: Sequence[dict[tuple[int, int], list[float]]], ref: tuple[int, int]) -> list[float]:

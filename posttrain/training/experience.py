@@ -20,12 +20,13 @@ from posttrain.packing.plan import count_units
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.curriculum import PromptSampler
 from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
-from posttrain.training.config import UserFacingError
+from posttrain.training.config import UserFacingError, declared_like
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
+from posttrain.training.ranks import of_all_ranks
 from posttrain.training.rollout_log import RolloutLog, rollout_metrics
 from posttrain.training.step import Loss
-from posttrain.types import Completion, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Completion, Counts, LossOutput, PromptGroup, TokenLogps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,9 @@ class RolloutSource:
                 self._differences.append((logps.proximal_T.detach() - logps.sampler_T).double().cpu())
             return loss(logps)
 
-        watching.__name__ = watching.__qualname__ = getattr(loss, "__name__", "loss")
-        watching.couples_completions = getattr(loss, "couples_completions", True)  # type: ignore[attr-defined]
-        watching.needs_reference = self.algorithm.beta > 0 and self.algorithm.kl_in == "loss"  # type: ignore[attr-defined]
-        return watching
+        watched: Any = declared_like(loss, watching)
+        watched.needs_reference = self.algorithm.beta > 0 and self.algorithm.kl_in == "loss"
+        return watched
 
     def batch(self, step: int) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
@@ -213,13 +213,10 @@ class RolloutSource:
         """Sampler against trainer, over all ranks. Raises MismatchError."""
         mine = torch.cat(self._differences).numpy() if self._differences else np.zeros(0)
         self._differences = []
-        if self._loop.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            mine = np.concatenate(gather_object([mine]))
-        if not len(mine):
+        every = np.abs(np.concatenate(of_all_ranks(self._loop.accelerator, mine)))
+        if not len(every):
             return {}
-        mean, ratios = float(np.abs(mine).mean()), np.exp(np.abs(mine))
+        mean, ratios = float(every.mean()), np.exp(every)
         limit = self.config.max_mismatch_nats
         if limit and not self.config.keep_old_segments and not mean <= limit:
             raise MismatchError(
@@ -275,8 +272,6 @@ def _batch_to_json(batch: StepBatch) -> dict[str, Any]:
 
 
 def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
-    from posttrain.types import Counts
-
     groups = [
         PromptGroup(prompt_ids=g["prompt_ids"], completions=[Completion(**c) for c in g["completions"]], pairs=(), meta=g["meta"])
         for g in entry["groups"]

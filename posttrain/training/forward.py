@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, num_input_tokens, pack
-from posttrain.packing.plan import plan_step
+from posttrain.packing.plan import StepPlan, plan_step
+from posttrain.training.ranks import of_all_ranks
 from posttrain.training.step import Loss, Reference, loss_share
 from posttrain.types import Counts, PairLogps, PromptGroup
 
@@ -31,9 +33,9 @@ class ForwardPlan:
     max_tokens: int
     length_limit: int | None = None
 
-    def micro_batches(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> Iterator[tuple[PackedBatch, bool]]:
-        """(row, is_dummy) of this rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
-        plan = plan_step(
+    def split(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> StepPlan:
+        """The micro-batches of every rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
+        return plan_step(
             groups,
             world_size=self.accelerator.num_processes,
             max_tokens=self.max_tokens,
@@ -41,7 +43,10 @@ class ForwardPlan:
             coupled=coupled,
             length_limit=self.length_limit,
         )
-        for micro_batch in plan.ranks[self.accelerator.process_index]:
+
+    def micro_batches(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[PackedBatch, bool]]:
+        """(row, is_dummy) of this rank."""
+        for micro_batch in self.split(groups).ranks[self.accelerator.process_index]:
             batch = pack(groups, micro_batch.parts, mode=self.mode)
             yield batch.to(self.accelerator.device), micro_batch.is_dummy
 
@@ -73,10 +78,6 @@ def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, T
     return batch, torch.cat([values[ref] for ref in batch.refs])
 
 
-def _policy_forward(policy: nn.Module) -> Forward:
-    return lambda _, batch: policy(batch)
-
-
 @torch.no_grad()
 def batch_mean(
     plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
@@ -89,19 +90,17 @@ def batch_mean(
     statistic = getattr(loss, "batch_statistic", None)
     if statistic is None:
         return None
-    was_training = policy.training
-    policy.eval()
     total = torch.zeros(2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32)
     total = total.to(plan.accelerator.device)
     dtype = torch.float32
     made = list(statistic.groups(groups))
     longest = max(len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions)
     plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
-    for _, logps in _scored(plan, policy, reference, made):
-        items = statistic.items(logps)
-        total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
-        dtype = logps.logps_T.dtype
-    policy.train(was_training)
+    with in_eval_mode(policy):
+        for _, logps in _scored(plan, policy, reference, made):
+            items = statistic.items(logps)
+            total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
+            dtype = logps.logps_T.dtype
     summed, count = plan.accelerator.reduce(total, reduction="sum")
     return (summed / count).to(dtype)
 
@@ -137,37 +136,27 @@ def evaluate(
     ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named ``rewards_eval/x``. ``report`` gets the
     sum over trained tokens of every completion's values and adds figures of its own.
     """
-    was_training = policy.training
     mean = batch_mean(plan, policy, reference, loss, groups)
-    policy.eval()
-    totals: dict[str, list[float]] = {}
+    mine: dict[str, tuple[float, int]] = {}
     sums: dict[Ref, float] = {}
-    for part_sums, logps in _scored(plan, policy, reference, groups, mean):
-        share, metrics = loss_share(loss, logps, counts)
-        for name, value in {"loss": share, **metrics}.items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(value.double().sum())
-            total[1] += value.numel()
-        sums.update(part_sums)
-    policy.train(was_training)
-    if plan.accelerator.num_processes > 1:
-        totals, sums = _over_ranks(totals, sums)
+    with in_eval_mode(policy):
+        for part_sums, logps in _scored(plan, policy, reference, groups, mean):
+            share, metrics = loss_share(loss, logps, counts)
+            for name, value in {"loss": share, **metrics}.items():
+                _add(mine, name, float(value.double().sum()), value.numel())
+            sums.update(part_sums)
+    totals: dict[str, tuple[float, int]] = {}
+    for rank_totals, rank_sums in of_all_ranks(plan.accelerator, (mine, sums)):
+        sums.update(rank_sums)
+        for name, (total, size) in rank_totals.items():
+            _add(totals, name, total, size)
     result = {_eval_name(n): total / (1 if n == "loss" else max(size, 1)) for n, (total, size) in totals.items()}
     return {**result, **(report(sums) if report is not None else {})}
 
 
-def _over_ranks(totals: dict[str, list[float]], sums: dict[Ref, float]) -> tuple[dict[str, list[float]], dict[Ref, float]]:
-    from accelerate.utils import gather_object
-
-    merged: dict[str, list[float]] = {}
-    every: dict[Ref, float] = {}
-    for rank_totals, rank_sums in gather_object([(totals, sums)]):
-        every.update(rank_sums)
-        for name, (total, size) in rank_totals.items():
-            mine = merged.setdefault(name, [0.0, 0.0])
-            mine[0] += total
-            mine[1] += size
-    return merged, every
+def _add(totals: dict[str, tuple[float, int]], name: str, total: float, size: int) -> None:
+    before = totals.get(name, (0.0, 0))
+    totals[name] = (before[0] + total, before[1] + size)
 
 
 def _eval_name(name: str) -> str:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
 from posttrain.packing.batch import num_input_tokens
-from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
+from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
 from posttrain.training.allocator import return_freed_memory
@@ -122,7 +123,6 @@ class Loop:
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
 
-    _eval_counts: Counts | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
 
@@ -168,7 +168,7 @@ class Loop:
                 evaluation = {k: v for k, v in last.items() if is_held_out(k)}
                 last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
-                if self._evaluates and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
+                if is_end or (self.train.eval_every and step % self.train.eval_every == 0):
                     evaluation = self._evaluate(step)
                     last.update(evaluation)
                     if evaluation:
@@ -189,9 +189,9 @@ class Loop:
         if not sharding.shards_weights(self.accelerator):  # else each process moves only its part
             self.model.to(device)
         policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
-        self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
+        self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
-            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
+            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=limit
         )
         if self.train.self_check and not self._checks_sharded:
             self._self_check(policy)
@@ -233,7 +233,7 @@ class Loop:
 
     def _save_final(self, folder: RunFolder) -> Path:
         """Sharded weights are gathered by all processes; one writes."""
-        model, state = self._unwrapped().model, None
+        model, state = sharding.unwrapped(self.policy).model, None
         if sharding.shards_weights(self.accelerator):
             state = whole_state(model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model))
         return folder.save_final(lambda path: save_model(model, self.tokenizer, path, state=state))  # type: ignore[arg-type]
@@ -242,29 +242,14 @@ class Loop:
     def _extras(self) -> list[Extra]:
         return [extra for extra in (self.reference, self.source) if extra is not None]
 
-    def _unwrapped(self) -> Policy:
-        policy = sharding.unwrapped(self.policy)
-        assert isinstance(policy, Policy)
-        return policy
-
-    def _plan(self, groups: Sequence[PromptGroup], counts: Counts | None = None) -> StepPlan:
-        plan = plan_step(
-            groups,
-            world_size=self.accelerator.num_processes,
-            max_tokens=self.packing.max_tokens,
-            mode=self.mode,
-            coupled=couples_completions(self.loss),
-            length_limit=self.length_limit,
-        )
-        return plan if counts is None else replace(plan, counts=counts)
-
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups
         sampled = time.perf_counter()
-        plan = self._plan(groups, batch.counts)
+        plan = self.forward_plan.split(groups, coupled=couples_completions(self.loss))
+        plan = replace(plan, counts=batch.counts or plan.counts)
         result = step_gradient(
             self.accelerator,
             self.policy,
@@ -322,17 +307,15 @@ class Loop:
             "peak_fraction": flops_per_s / self.peak_flops,
         }
 
-    @property
-    def _evaluates(self) -> bool:
-        return self.source is not None or bool(self.eval_groups)
+    @cached_property
+    def _eval_counts(self) -> Counts:
+        return count_units(self.eval_groups or ())
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.source is not None:
             return self.source.evaluate(step)
         if not self.eval_groups:
             return {}
-        if self._eval_counts is None:
-            self._eval_counts = count_units(self.eval_groups)
         return evaluate(
             self.forward_plan,
             self.policy,

@@ -10,6 +10,7 @@ plain sum over the global batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from posttrain.models.sharding import local
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
 from posttrain.training.config import UserFacingError
+from posttrain.training.ranks import of_all_ranks
 from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
 from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
@@ -187,11 +189,7 @@ def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
 
 def _reduce_totals(accelerator: Any, totals: _Totals) -> tuple[float, dict[str, float]]:
     """Sums over ranks in one collective. A rank with only dummies has no metrics, so names come from all ranks."""
-    names = sorted(totals.sums)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        names = sorted({name for rank_names in gather_object([names]) for name in rank_names})
+    names = sorted({name for rank_names in of_all_ranks(accelerator, list(totals.sums)) for name in rank_names})
     zero = totals.loss.new_zeros(())
     sums = [totals.sums.get(name, zero) for name in names]
     sizes = [zero + totals.sizes.get(name, 0) for name in names]
@@ -301,9 +299,7 @@ def clip_and_check(
     """
     accelerator.unscale_gradients()
     grad_norm = _clip(accelerator, policy, max_grad_norm)
-    loss_ok = result.loss == result.loss and abs(result.loss) != float("inf")
-    grad_ok = grad_norm == grad_norm and grad_norm != float("inf")
-    if loss_ok and (grad_ok or accelerator.scaler is not None):
+    if math.isfinite(result.loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
         return grad_norm
     raise NonFiniteError(
         f"Step {step} stopped before the optimizer: loss={result.loss}, gradient norm={grad_norm}; both must be finite. "
