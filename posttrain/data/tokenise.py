@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
 from posttrain.data.schema import normalise
 from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 
-_CHUNK_ROWS = 256
+_CHUNK_ROWS = 256  # of one message between processes
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,10 +84,6 @@ class RowEncoder:
         completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, row.labels, strict=True)]
         return PromptGroup(prompt_ids=prompt, completions=completions, pairs=row.pairs, meta=meta)
 
-    def chunk(self, rows: list[Row]) -> list[Encoded]:
-        """Many rows: one message between processes."""
-        return [self(row) for row in rows]
-
 
 def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Encoded:
     """The group within max_length tokens per sequence.
@@ -140,11 +135,8 @@ def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> It
         return
     import multiprocessing
 
-    iterator = iter(rows)
-    chunks = iter(lambda: list(itertools.islice(iterator, _CHUNK_ROWS)), [])
     with multiprocessing.get_context("spawn").Pool(num_proc, initializer=_start_worker, initargs=(encode,)) as pool:
-        for results in pool.imap(_work, chunks):
-            yield from results
+        yield from pool.imap(_work, rows, chunksize=_CHUNK_ROWS)
 
 
 def prompt_hash(group: PromptGroup) -> int:
@@ -170,6 +162,6 @@ def _start_worker(encode: RowEncoder) -> None:
     _worker = encode
 
 
-def _work(rows: list[Row]) -> list[Encoded]:
+def _work(row: Row) -> Encoded:
     assert _worker is not None
-    return _worker.chunk(rows)
+    return _worker(row)

@@ -11,7 +11,7 @@ a target) are not part of the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -115,28 +115,12 @@ class PackedBatch:
 
     def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
-
-        def cast(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(logps_T.dtype)
-
-        return PairLogps(
-            logps_T=logps_T,
-            targets_T=self.targets_T,
-            sequence_T=self.sequence_T,
-            group_S=self.group_S,
-            num_tokens_S=self.num_tokens_S,
-            group_size_S=self.group_size_S,
-            pairs_B2=self.pairs_B2,
-            margin_B=self.margin_B.to(logps_T.dtype),
-            weight_B=self.weight_B.to(logps_T.dtype),
-            label_S=self.label_S,
-            advantage_S=cast(self.advantage_S),
-            advantage_T=cast(self.advantage_T),
-            sampler_T=cast(self.sampler_T),
-            given_proximal_T=cast(self.proximal_T),
-            reference_T=reference_T,
-            batch_mean=batch_mean,
-        )
+        of_loss = {f.name for f in fields(PairLogps)}
+        shared = {name: value for name, value in vars(self).items() if name in of_loss} | {"given_proximal_T": self.proximal_T}
+        for name, value in shared.items():
+            if value is not None and value.is_floating_point():
+                shared[name] = value.to(logps_T.dtype)
+        return PairLogps(logps_T=logps_T, reference_T=reference_T, batch_mean=batch_mean, **shared)
 
 
 def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
@@ -150,7 +134,7 @@ def num_input_tokens(loss_mask: Sequence[bool | int]) -> int:
     return trained[-1] if trained else 0
 
 
-class _Row:
+class Segments:
     """Grows a row segment by segment."""
 
     def __init__(self) -> None:
@@ -158,19 +142,33 @@ class _Row:
         self.positions: list[int] = []
         self.lengths: list[int] = []
         self.prefixes: list[int] = []
+
+    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
+        """Row index of its first token. Without ids there is no segment."""
+        start = len(self.ids)
+        if len(ids):
+            self.ids.extend(ids)
+            self.positions.extend(range(first_position, first_position + len(ids)))
+            self.lengths.append(len(ids))
+            self.prefixes.append(prefix)
+        return start
+
+    @property
+    def layout(self) -> Layout:
+        """Which stretch of the row sees which."""
+        return Layout(lengths=tuple(self.lengths), prefixes=tuple(self.prefixes))
+
+
+class _Row(Segments):
+    """With its trained tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.predictor: list[int] = []
         self.targets: list[int] = []
         self.sequence: list[int] = []
         self.num_tokens: list[int] = []
         self.refs: list[tuple[int, int]] = []
-
-    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
-        start = len(self.ids)
-        self.ids.extend(ids)
-        self.positions.extend(range(first_position, first_position + len(ids)))
-        self.lengths.append(len(ids))
-        self.prefixes.append(prefix)
-        return start
 
     def add_targets(self, group: PromptGroup, completion: int, ref: tuple[int, int], *, last: int, start: int) -> None:
         """``last``: row index of the prompt's last token; ``start``: row index of the completion's first token."""
@@ -189,10 +187,8 @@ class _Row:
         prompt_segment = len(self.lengths) - 1
         for k in part.completions:
             c = group.completions[k]
-            length = num_input_tokens(c.loss_mask)
-            c_start = len(self.ids)
-            if length:
-                self.add_segment(c.token_ids[:length], first_position=n, prefix=prompt_segment)
+            inputs = c.token_ids[: num_input_tokens(c.loss_mask)]
+            c_start = self.add_segment(inputs, first_position=n, prefix=prompt_segment)
             self.add_targets(group, k, (part.group, k), last=start + n - 1, start=c_start)
 
     def add_separate(self, group: PromptGroup, part: GroupPart) -> None:
@@ -240,7 +236,7 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
     return PackedBatch(
         input_ids_L=long(row.ids),
         position_ids_L=long(row.positions),
-        layout=Layout(lengths=tuple(row.lengths), prefixes=tuple(row.prefixes)),
+        layout=row.layout,
         predictor_T=long(row.predictor),
         targets_T=long(row.targets),
         sequence_T=long(row.sequence),

@@ -83,10 +83,6 @@ def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
     return found.hexdigest()
 
 
-def _to_json(drawn: Sampled) -> dict[str, Any]:
-    return asdict(drawn)
-
-
 def _from_json(entry: dict[str, Any]) -> Sampled:
     kept = entry["kept_ids"]
     return Sampled(
@@ -109,7 +105,7 @@ def journalled(
     """
     if not by_completion:
         entries = journal.once(
-            f"generate {digest(requests)}", lambda: [[_to_json(d) for d in row] for row in engine.generate(requests, sampling)]
+            f"generate {digest(requests)}", lambda: [[asdict(d) for d in row] for row in engine.generate(requests, sampling)]
         )
         return [[_from_json(entry) for entry in row] for row in entries]
 
@@ -130,5 +126,5 @@ def journalled(
         for i, wanted in missing
     ]
     if left:
-        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), _to_json(drawn)))
+        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)))
     return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]

@@ -23,12 +23,13 @@ from posttrain.data import (
 )
 from posttrain.data.config import Purpose
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.config import TrainConfig, choose_loss, flat_settings, to_dict
 from posttrain.training.launch import make_accelerator
-from posttrain.training.loop import Loop, TrainResult, longest_sequence
+from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.reference import ReferenceConfig, RunReference
@@ -227,16 +228,21 @@ def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
     for groups in (train, evaluation):
         if groups is None:
             continue
-        if hasattr(groups, "longest"):
-            index = int(groups.longest.argmax())
-            longest, where = int(groups.longest[index]), groups[index].where
-        else:
-            longest, where = longest_sequence(groups)
+        longest, where = _longest_sequence(groups)
         if longest - 1 > packing.max_tokens:
             raise ValueError(
                 f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
                 f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
             )
+
+
+def _longest_sequence(groups: Any) -> tuple[int, str]:
+    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
+    if hasattr(groups, "longest"):
+        index = int(groups.longest.argmax())
+        return int(groups.longest[index]), groups[index].where
+    lengths = [len(g.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in g.completions) + 1 for g in groups]
+    return max(lengths), groups[lengths.index(max(lengths))].where
 
 
 def _show_sample(group: PromptGroup, tokenizer: Any) -> None:

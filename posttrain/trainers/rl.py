@@ -18,7 +18,7 @@ from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
-from posttrain.rollout.engine import Engine, SamplingConfig
+from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
@@ -134,15 +134,18 @@ class RLTrainer:
             train, counts = self._prompts(self._train_dataset, config.data.train, tokenizer)
             held_out = config.data.eval or self._eval_dataset is not None
             evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
+        every = (*train, *(evaluation or ()))
+        longest_prompt = max(len(p.ids) for p in every)
         memory = MemoryCheck.start(
             config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
-            longest_prompt=max(len(p.ids) for p in (*train, *(evaluation or ()))),
+            longest_prompt=longest_prompt,
         )  # fmt: skip
         with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
-        _check_positions(config, model, (*train, *(evaluation or ())))
-        for prompt in (*train, *(evaluation or ())):
+        # before the first rollout, not in the one that draws the longest prompt
+        check_positions(model.config, longest_prompt + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0))
+        for prompt in every:
             self._rewards.weights_of(prompt.sample)
         _check_budget(config, train)
         source = self._source(train, evaluation, tokenizer)
@@ -290,17 +293,6 @@ def _probe_group(prompt: Prompt) -> PromptGroup:
     tail = prompt.ids[cut:] or prompt.ids[-1:]
     completions = [Completion(token_ids=tail, loss_mask=(1,) * len(tail)), Completion(token_ids=tail[:1], loss_mask=(1,))]
     return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
-
-
-def _check_positions(config: RLConfig, model: Any, prompts: Sequence[Prompt]) -> None:
-    """Before the first rollout, not in the one that draws the longest prompt."""
-    longest = max(len(p.ids) for p in prompts) + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
-            "--sampling.max_tokens or --data.max_prompt_length."
-        )
 
 
 def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:

@@ -104,8 +104,8 @@ def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, 
     """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
     parser = make_parser(config_class, description=description)
     try:
-        namespace = parser.parse_args(None if arguments is None else list(arguments))
-        return _instantiate(parser, namespace, config_class)
+        values = parser.instantiate(parser.parse_args(None if arguments is None else list(arguments)))
+        return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         message = str(error)
     print(f"error: {message}{_suggestion(parser, message)}", file=sys.stderr)
@@ -125,12 +125,6 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def _instantiate(parser: Any, namespace: Any, config_class: type[C]) -> C:
-    values = parser.instantiate(namespace)
-    names = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**{name: values[name] for name in names})
 
 
 def _suggestion(parser: Any, message: str) -> str:

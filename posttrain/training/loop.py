@@ -21,7 +21,6 @@ from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
-from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
@@ -52,7 +51,7 @@ class StepBatch:
     """Further entries of the step's line in metrics.jsonl, put before the step's own."""
 
 
-class Source(Protocol):
+class Source(Extra, Protocol):
     """Where batches come from if they depend on the policy. Its state is part of every checkpoint."""
 
     def start(self, loop: Loop) -> None:
@@ -66,12 +65,6 @@ class Source(Protocol):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures, named eval_*."""
-
-    def write(self, folder: Path, *, is_main: bool) -> None:
-        """Every process: its state into a checkpoint; what is the same everywhere only where ``is_main``."""
-
-    def read(self, folder: Path) -> None:
-        """Every process: what ``write`` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,13 +318,3 @@ class Loop:
             counts=self._eval_counts,
             report=self.eval_report,
         )
-
-
-def longest_sequence(groups: Sequence[PromptGroup]) -> tuple[int, str]:
-    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
-
-    def length(group: PromptGroup) -> int:
-        return len(group.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in group.completions) + 1
-
-    longest = max(groups, key=length)
-    return length(longest), longest.where

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.models.policy import base_model
 from posttrain.packing.batch import Layout
 
 TIMING_KEYS = (
@@ -55,9 +56,7 @@ class ModelFlops:
 def model_flops(model: nn.Module) -> ModelFlops:
     """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share
     that is active."""
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = model.get_base_model()  # type: ignore[operator]
+    base = base_model(model)
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings() or base.score
     head_weight = getattr(head, "base_layer", head).weight

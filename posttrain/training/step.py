@@ -11,8 +11,8 @@ plain sum over the global batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -264,23 +264,14 @@ def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-class _replay:
+@contextmanager
+def _replay(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those of ``state``; outside, the stream goes on as if nothing had been drawn."""
-
-    def __init__(self, state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-        self._state, self._device = state, device
-
-    def __enter__(self) -> None:
-        self._outer = _rng_state(self._device)
-        self._set(self._state)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._outer)
-
-    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self._device)
+            torch.cuda.set_rng_state(state[1], device)
+        yield
 
 
 def clip_and_check(
