@@ -1,5 +1,6 @@
 """Post-training of language models: exact, packed, readable. The public names, loaded when first used."""
 
+# ruff: noqa: F401 - editors and type checkers find the names here, __getattr__ at run time
 from __future__ import annotations
 
 import os
@@ -48,35 +49,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 _HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}
-__all__ = [
-    "Algorithm",
-    "BatchStatistic",
-    "Completion",
-    "DPOConfig",
-    "DPOTrainer",
-    "DataConfig",
-    "LoraConfig",
-    "LossOutput",
-    "LossTerm",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PackingConfig",
-    "Pair",
-    "PairLogps",
-    "PromptGroup",
-    "RLConfig",
-    "RLTrainer",
-    "ReferenceConfig",
-    "RewardConfig",
-    "RewardTrainer",
-    "RewardsConfig",
-    "RolloutConfig",
-    "SFTConfig",
-    "SFTTrainer",
-    "SamplingConfig",
-    "TokenLogps",
-    "TrainConfig",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -179,7 +179,8 @@ class ChatEncoder:
                     "turns). Put {% generation %} markers into the template and pass it with --data.chat_template, or "
                     "keep one assistant turn per row."
                 )
-            lead = _before(through[len(before) :], message["content"].strip())
+            turn, content = through[len(before) :], message["content"].strip()
+            lead = turn[: turn.find(content)] if content and content in turn else turn
             if self._header_in_turn and lead.strip():
                 raise _NotExact(
                     f"the chat template ignores add_generation_prompt, so the header {lead!r} of the assistant turn "
@@ -369,11 +370,6 @@ def _said(message: Mapping[str, Any]) -> Iterator[str]:
     yield from (str(message[k]) for k in ("reasoning_content", "reasoning", "thinking") if message.get(k))
     yield from (str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ())
     yield message["content"]
-
-
-def _before(text: str, content: str) -> str:
-    """What stands before the content; all of the text if the content is empty or not there as it is."""
-    return text[: text.find(content)] if content and content in text else text
 
 
 def _where(meta: Mapping[str, Any] | None) -> str:

@@ -136,11 +136,12 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    inside = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    inside = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     files = sorted(p for p in inside if p.name.lower().endswith(SUFFIXES))
     if not files:
-        found = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
-        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {found}.")
+        names = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
+        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {names}.")
     held_out = [p for p in files if any(_HELD_OUT.match(part) for part in p.relative_to(folder).parts)]
     if held_out and len(held_out) < len(files):
         raise ValueError(
@@ -148,10 +149,6 @@ def _folder_files(folder: Path) -> list[Path]:
             f"train on held-out rows. Name the files instead, such as {next(p for p in files if p not in held_out)}."
         )
     return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _refuse(path: Path, number: int, message: str) -> None:

@@ -111,20 +111,14 @@ def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Enco
     if group.pairs is not None and not group.pairs and all(c.label is None for c in completions):
         return Encoded(group=None, reason=ALL_TIED)
     if scored:
-        completions = [_with_score_slot(c) for c in completions]
+        completions = [
+            replace(c, token_ids=[*c.token_ids, SCORE_SLOT], loss_mask=[0] * len(c.token_ids) + [1]) for c in completions
+        ]
     return Encoded(group=replace(group, completions=completions), num_cut_tokens=cut)
 
 
 def _head(completion: Completion, limit: int) -> Completion:
     return replace(completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit])
-
-
-def _with_score_slot(completion: Completion) -> Completion:
-    return replace(
-        completion,
-        token_ids=[*completion.token_ids, SCORE_SLOT],
-        loss_mask=[0] * len(completion.token_ids) + [1],
-    )
 
 
 def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> Iterator[Encoded]:
@@ -149,9 +143,7 @@ def _until_last_trained(completion: Completion, limit: int) -> Completion:
     end = min(limit, len(completion.token_ids))
     while not completion.loss_mask[end - 1]:
         end -= 1
-    if end == len(completion.token_ids):
-        return completion
-    return _head(completion, end)
+    return completion if end == len(completion.token_ids) else _head(completion, end)
 
 
 _worker: RowEncoder | None = None

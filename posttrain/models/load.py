@@ -59,7 +59,7 @@ class ModelConfig:
 def load_model_and_tokenizer(
     config: ModelConfig, *, dtype: torch.dtype
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Both, checked against each other. What trainers call."""
+    """Both, checked against each other."""
     tokenizer = load_tokenizer(config)
     model = load_model(config, dtype=dtype)
     check_vocabulary(model, tokenizer)
@@ -142,7 +142,12 @@ def load_pretrained(
         **options,
     )
     missing = sorted(report["missing_keys"])
-    _refuse_missing_weights(config.name, [name for name in missing if not may_miss(name)])
+    lost = [name for name in missing if not may_miss(name)]
+    if lost:
+        raise ValueError(
+            f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights ({', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''}); they would be random. Check that config.json belongs to the weights."
+        )
     return model, missing
 
 
@@ -313,15 +318,6 @@ def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> 
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)
-
-
-def _refuse_missing_weights(name: str, missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"The checkpoint of {name!r} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); they would be random. Check that config.json "
-            "belongs to the weights."
-        )
 
 
 def base_name(config: ModelConfig) -> str:

@@ -27,7 +27,7 @@ from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan
 from posttrain.trainers.memory import MemoryCheck
-from posttrain.training.config import TrainConfig, choose_loss, flat_settings, to_dict
+from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
@@ -119,10 +119,6 @@ class Trainer:
         if self._train_dataset is not None and self.purpose != "reward":
             check_stop_trained(train, stop_token_ids(tokenizer))
         _check_budget(train, evaluation, config.packing)
-        if config.train.trackers:
-            settings = flat_settings(to_dict(config))
-            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
-            accelerator.init_trackers("posttrain", config=settings)
         if accelerator.is_main_process:
             _show_sample(train[0], tokenizer)
 

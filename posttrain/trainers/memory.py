@@ -125,10 +125,10 @@ class MemoryCheck:
         engine: Any
         stage, engine = {"whole": (0, "plain"), "fsdp2": (3, "fsdp2")}.get(sharding) or (int(sharding[-1]), "deepspeed")
         plan = memory_plan(job.sharded(stage, accelerator.num_processes, engine=engine))
-        check = cls(plan=plan, limit_bytes=_limit(accelerator), is_main=accelerator.is_main_process)
+        limit = device_bytes(accelerator.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check = cls(plan=plan, limit_bytes=limit, is_main=accelerator.is_main_process)
         if check.is_main:
-            print(one_line(plan, check.limit_bytes))
-        limit = check.limit_bytes
+            print(one_line(plan, limit))
         if limit is not None and plan.peak_bytes > limit and not config.train.force:
             raise UserFacingError(
                 f"This run needs {gigabytes(plan.peak_bytes)} per process (GB = 1e9 bytes) and {gigabytes(limit)} are there. "
@@ -150,9 +150,9 @@ class MemoryCheck:
             )
 
 
-def _limit(accelerator: Any) -> float | None:
-    """Of one process: its GPU, or its share of this machine's memory."""
-    if accelerator.device.type == "cuda":
-        return float(torch.cuda.get_device_properties(accelerator.device).total_memory)
+def device_bytes(device: torch.device | str, *, processes: int = 1) -> float | None:
+    """What one process may take: its GPU, or its share of this machine's available memory. None where it is not known."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else None
     here = available_bytes()
-    return None if here is None else here / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if here is None else here / processes

@@ -10,7 +10,6 @@ from torch import nn
 
 from posttrain.algorithms import Algorithm
 from posttrain.models.policy import in_eval_mode
-from posttrain.rollout.buffer import Trajectory
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.forward import Forward, ForwardPlan, forward_values
 from posttrain.training.ranks import of_all_ranks
@@ -77,17 +76,13 @@ def _group(scored: ScoredGroup, config: CreditConfig, version: int) -> PromptGro
                 token_ids=tuple(trajectory.token_ids),
                 loss_mask=tuple(int(is_trained and t >= old) for t in range(len(trajectory.token_ids))),
                 sampler_logps=tuple(trajectory.logps),
-                kept_ids=_kept(trajectory),
+                kept_ids=None if trajectory.kept_ids is None else tuple(map(tuple, trajectory.kept_ids)),
             )
         )
     file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
     return PromptGroup(
         prompt_ids=scored.prompt.ids, completions=completions, pairs=(), meta={"file": file or "prompts", "row": row}
     )
-
-
-def _kept(trajectory: Trajectory) -> Any:
-    return None if trajectory.kept_ids is None else tuple(tuple(ids) for ids in trajectory.kept_ids)
 
 
 def _values_of_all(

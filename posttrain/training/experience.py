@@ -245,7 +245,7 @@ class RolloutSource:
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "pending": [_batch_to_json(b) for b in self._pending],
+            "pending": [asdict(b) for b in self._pending],
         }
         (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
         forget_journals(self.folder, before=self._saved_iteration)  # this checkpoint is not in place yet: the last one is
@@ -260,20 +260,9 @@ class RolloutSource:
         self._pending = [_batch_from_json(b) for b in state["pending"]]
 
 
-def _batch_to_json(batch: StepBatch) -> dict[str, Any]:
-    groups = [
-        {"prompt_ids": list(g.prompt_ids), "completions": [asdict(c) for c in g.completions], "meta": dict(g.meta)}
-        for g in batch.groups
-    ]
-    return {
-        "groups": groups, "counts": asdict(batch.counts) if batch.counts else None,
-        "fresh_optimizer": batch.fresh_optimizer, "metrics": batch.metrics,
-    }  # fmt: skip
-
-
 def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
+    """The inverse of ``dataclasses.asdict``, after a trip through JSON."""
     groups = [
-        PromptGroup(prompt_ids=g["prompt_ids"], completions=[Completion(**c) for c in g["completions"]], pairs=(), meta=g["meta"])
-        for g in entry["groups"]
+        PromptGroup(**{**g, "completions": [Completion(**c) for c in g["completions"]], "pairs": ()}) for g in entry["groups"]
     ]
     return StepBatch(**{**entry, "groups": groups, "counts": Counts(**entry["counts"]) if entry["counts"] else None})

@@ -111,7 +111,7 @@ def _scored(
     """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every completion's values."""
     forwards: list[Forward] = [lambda _, batch: policy(batch), *([reference] if reference is not None else [])]
     for at in range(0, len(groups), GROUPS_PER_PLAN):
-        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        part = groups[at : at + GROUPS_PER_PLAN]
         values, *rest = forward_values(plan, part, forwards)
         if values:
             batch, logps_T = joined(plan, part, values)
@@ -150,17 +150,16 @@ def evaluate(
         sums.update(rank_sums)
         for name, (total, size) in rank_totals.items():
             _add(totals, name, total, size)
-    result = {_eval_name(n): total / (1 if n == "loss" else max(size, 1)) for n, (total, size) in totals.items()}
+    result = {}
+    for name, (total, size) in totals.items():
+        eval_name = name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}"
+        result[eval_name] = total / (1 if name == "loss" else max(size, 1))
     return {**result, **(report(sums) if report is not None else {})}
 
 
 def _add(totals: dict[str, tuple[float, int]], name: str, total: float, size: int) -> None:
     before = totals.get(name, (0.0, 0))
     totals[name] = (before[0] + total, before[1] + size)
-
-
-def _eval_name(name: str) -> str:
-    return name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}"
 
 
 def needs_reference(loss: Loss) -> bool:

@@ -25,7 +25,7 @@ from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
 from posttrain.training.allocator import return_freed_memory
-from posttrain.training.config import TrainConfig
+from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
@@ -125,6 +125,10 @@ class Loop:
             return self._run(folder)
 
     def _run(self, folder: RunFolder) -> TrainResult:
+        if self.train.trackers:
+            flat = flat_settings(self.settings)
+            plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
+            self.accelerator.init_trackers("posttrain", config=plain)
         self._prepare()
         start = folder.resume(
             self.policy,

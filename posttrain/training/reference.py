@@ -226,8 +226,7 @@ class ReferenceCache:
         """From disk if the file is there, else computed by all ranks, written aside and renamed."""
         digest = hashlib.blake2b(weights.encode(), digest_size=16)
         for groups in datasets:
-            for i in range(len(groups)):
-                group = groups[i]
+            for group in groups:
                 for completion in group.completions:
                     digest.update(sequence_key(group, completion))
         path = cache_root(config.cache_dir) / "reference" / f"{digest.hexdigest()}.safetensors"
@@ -267,7 +266,7 @@ def _compute(
     values: dict[bytes, Tensor] = {}
     starts = [(groups, at) for groups in datasets for at in range(0, len(groups), GROUPS_PER_PLAN)]
     for groups, at in track(starts, description="reference log-probs", disable=not show_progress, transient=True):
-        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        part = groups[at : at + GROUPS_PER_PLAN]
         (found,) = forward_values(plan, part, [live])
         values |= {sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()}
     return {key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()}

@@ -156,8 +156,9 @@ def _hh(values: Values) -> Sample:
 
 def _pairs(values: Values) -> Sample:
     sides = [messages(values[name], "assistant") for name in ("chosen", "rejected")]
-    explicit = _first(values, _PROMPT_COLUMNS)
-    if all(isinstance(values[n], str) for n in ("chosen", "rejected")) or (explicit is not None and _only_answers(sides)):
+    only_answers = all(not s or s[0]["role"] == "assistant" for s in sides)
+    has_prompt = _first(values, _PROMPT_COLUMNS) is not None
+    if all(isinstance(values[n], str) for n in ("chosen", "rejected")) or (has_prompt and only_answers):
         prompt = _prompt(values)
     else:
         prompt, sides = _split_shared(sides)
@@ -168,10 +169,6 @@ def _pairs(values: Values) -> Sample:
     if None in scores and (margin := _number(values.get("margin"))) is not None:
         answers[0].score, answers[1].score = margin, 0.0
     return Sample(prompt=prompt, answers=answers)
-
-
-def _only_answers(sides: list[list[Message]]) -> bool:
-    return all(not s or s[0]["role"] == "assistant" for s in sides)
 
 
 def _answer_list(values: Values, column: str) -> Sample:
@@ -214,8 +211,7 @@ def _arena(values: Values) -> Sample:
 
 
 def _labelled(values: Values) -> Sample:
-    label = values["label"]
-    label = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower())
+    label = {"true": True, "false": False, "1": True, "0": False}.get(str(values["label"]).lower())
     if label is None:
         raise ValueError(f"label is true (desirable) or false; got {values['label']!r}")
     answer = Answer(messages=messages(values["completion"], "assistant"), rank=0 if label else 1, label=label)
