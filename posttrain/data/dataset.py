@@ -49,6 +49,10 @@ class Part:
     rows: np.ndarray[Any, Any]
     """Indices into the table that belong to this part."""
 
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """Numbers of a column, of this part's rows."""
+        return self.table.data.column(name).to_numpy()[self.rows]
+
 
 class GroupDataset(Sequence[PromptGroup]):
     """Prompt groups of one or more sources, laid end to end; read from disk as they are asked for."""
@@ -57,11 +61,9 @@ class GroupDataset(Sequence[PromptGroup]):
         self.parts = list(parts)
         self.sizes = [len(p.rows) for p in self.parts]
         """Groups of each source, as `batch_indices` takes them."""
-        lengths = [p.table.data.column("num_tokens").to_numpy()[p.rows] for p in self.parts]
-        self.lengths: np.ndarray[Any, Any] = np.concatenate(lengths).astype(np.int64)
+        self.lengths = np.concatenate([p.column("num_tokens") for p in parts]).astype(np.int64)
         """Tokens of each group, its prompt once."""
-        longest = [p.table.data.column("longest").to_numpy()[p.rows] for p in self.parts]
-        self.longest: np.ndarray[Any, Any] = np.concatenate(longest).astype(np.int64)
+        self.longest = np.concatenate([p.column("longest") for p in parts]).astype(np.int64)
         """Tokens of the prompt with the group's longest completion."""
         self._ends = np.cumsum(self.sizes)
 
@@ -232,7 +234,7 @@ def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
     """(train, eval): the fraction of the rows whose prompts come first in an order drawn by the seed, prompts kept
     whole."""
-    hashes = [p.table.data.column("prompt_hash").to_numpy()[p.rows] for p in parts]
+    hashes = [p.column("prompt_hash") for p in parts]
     prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
     order = np.argsort(_scramble(prompts, seed), kind="stable")
     target = max(1, round(fraction * int(size.sum())))

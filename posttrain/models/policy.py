@@ -157,6 +157,10 @@ class Policy(nn.Module):
                 self.forward_mode = replace(self.forward_mode, mode="single", backend=None, reason=why_not)
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
 
+    def around(self, model: nn.Module, *, device_type: str) -> Policy:
+        """The same forward of another model."""
+        return Policy(model, self.packing, device_type=device_type, temperature=self.transform.temperature)
+
     @torch.no_grad()
     def _probe(self) -> str | None:
         """Two tokens as two sequences: why this model's layers do not pass the layout on to the attention, or None."""

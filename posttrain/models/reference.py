@@ -24,12 +24,7 @@ def frozen_copy(policy: Policy, *, compute: torch.dtype | None = None) -> Policy
     ``compute``: weights of linear layers are held in this dtype, which is what autocast would cast them to in every
     forward: bit-identical log-probs from half the memory. None keeps every weight as it is.
     """
-    twin = Policy(
-        copy.deepcopy(policy.model),
-        policy.packing,
-        device_type=next(policy.parameters()).device.type,
-        temperature=policy.transform.temperature,
-    )
+    twin = policy.around(copy.deepcopy(policy.model), device_type=next(policy.parameters()).device.type)
     return freeze(twin, compute=compute)
 
 

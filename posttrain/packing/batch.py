@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from posttrain.types import Completion, PairLogps, PromptGroup
+from posttrain.types import Completion, PairLogps, PromptGroup, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,8 @@ class KeptIds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedBatch:
-    """One micro-batch as the model sees it. Shapes: see the legend in ``posttrain.types``."""
+class PackedBatch(Targets):
+    """One micro-batch as the model sees it, with its targets. Shapes: see the legend in ``posttrain.types``."""
 
     input_ids_L: Tensor
     """[L] token ids of the row."""
@@ -77,32 +77,6 @@ class PackedBatch:
     """Which stretch of the row sees which."""
     predictor_T: Tensor
     """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all its completions."""
-    targets_T: Tensor
-    """[T] the trained token ids."""
-    sequence_T: Tensor
-    """[T] completion of each trained token, 0 .. S-1."""
-    group_S: Tensor
-    """[S] group of each completion, 0 .. P-1."""
-    num_tokens_S: Tensor
-    """[S] trained tokens of each completion."""
-    group_size_S: Tensor
-    """[S] trained completions of the whole group, also those that are not in this row."""
-    pairs_B2: Tensor
-    """[B, 2] chosen and rejected completion (0 .. S-1) of each pair whose two completions are in this row."""
-    margin_B: Tensor
-    """[B] margin of each pair."""
-    weight_B: Tensor
-    """[B] weight of each pair."""
-    label_S: Tensor
-    """[S] 1 desirable, -1 undesirable, 0 not rated."""
-    advantage_S: Tensor | None
-    """[S] float64; None outside of reinforcement learning, as the three below."""
-    advantage_T: Tensor | None
-    """[T] float64."""
-    sampler_T: Tensor | None
-    """[T] float64."""
-    proximal_T: Tensor | None
-    """[T] float64."""
     kept_ids: KeptIds | None
     """The vocabulary that each trained token was drawn from, where it was cut."""
     refs: tuple[tuple[int, int], ...]
@@ -115,12 +89,11 @@ class PackedBatch:
 
     def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
-        of_loss = {f.name for f in fields(PairLogps)}
-        shared = {name: value for name, value in vars(self).items() if name in of_loss} | {"given_proximal_T": self.proximal_T}
-        for name, value in shared.items():
+        targets: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Targets)}
+        for name, value in targets.items():
             if value is not None and value.is_floating_point():
-                shared[name] = value.to(logps_T.dtype)
-        return PairLogps(logps_T=logps_T, reference_T=reference_T, batch_mean=batch_mean, **shared)
+                targets[name] = value.to(logps_T.dtype)
+        return PairLogps(logps_T=logps_T, reference_T=reference_T, batch_mean=batch_mean, **targets)
 
 
 def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
@@ -279,6 +252,6 @@ def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
         "advantage_S": None if no_advantage else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
         "advantage_T": by_token(advantages),
         "sampler_T": by_token(lambda c: c.sampler_logps),
-        "proximal_T": by_token(lambda c: c.proximal_logps),
+        "given_proximal_T": by_token(lambda c: c.proximal_logps),
         "kept_ids": kept,
     }

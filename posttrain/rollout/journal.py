@@ -112,19 +112,12 @@ def journalled(
     def key(request: Request, k: int) -> str:
         return f"completion {request.seeds[k]} {digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
 
-    missing: list[tuple[int, list[int]]] = []
-    for i, request in enumerate(requests):
+    left: list[Request] = []
+    for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            missing.append((i, wanted))
-    left = [
-        Request(
-            prompt_ids=requests[i].prompt_ids,
-            seeds=tuple(requests[i].seeds[k] for k in wanted),
-            prefixes=tuple(requests[i].prefixes[k] for k in wanted) if requests[i].prefixes else (),
-        )
-        for i, wanted in missing
-    ]
+            seeds, prefixes = (tuple(every[k] for k in wanted if every) for every in (request.seeds, request.prefixes))
+            left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
         engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)))
     return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -33,7 +33,8 @@ from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.reference import ReferenceConfig, RunReference
-from posttrain.types import LossOutput, PromptGroup
+from posttrain.training.step import Loss
+from posttrain.types import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,6 @@ class BaseConfig:
 
 
 Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
-Loss = Callable[..., LossOutput]
 METHODS: dict[Purpose, Any] = {"sft": "sft", "preference": "dpo", "reward": "reward"}
 
 

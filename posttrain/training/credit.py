@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,16 +53,24 @@ def trained_groups(
     totals = [s.totals for s in scored]
     if kl_in_reward and algorithm.kl_in == "token_reward":
         by_token = _token_returns(groups, totals, logps, algorithm)
-        return _with_token_advantages(groups, by_token, logps[0] if proximal else {})
-    if kl_in_reward:
-        totals = [
-            [None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k))) for k, r in enumerate(row)]
-            for g, row in enumerate(totals)
-        ]
-    advantages = algorithm.advantages(totals, **algorithm.advantage_options)
+        advantages: Any = [[0.0 for _ in row] for row in totals]
+    else:
+        by_token = None
+        if kl_in_reward:
+            totals = [
+                [None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k))) for k, r in enumerate(row)]
+                for g, row in enumerate(totals)
+            ]
+        advantages = algorithm.advantages(totals, **algorithm.advantage_options)
+
+    def credited(g: int, k: int, c: Completion) -> Completion:
+        made = _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None)
+        if by_token is None or not c.num_trained:
+            return made
+        return replace(made, token_advantages=_spread([0.0 if a is None else a for a in by_token[g][k]], c))
+
     return [
-        _rebuilt(group, lambda k, c, g=g: _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None))
-        for g, group in enumerate(groups)
+        replace(group, completions=[credited(g, k, c) for k, c in enumerate(group.completions)]) for g, group in enumerate(groups)
     ]
 
 
@@ -119,21 +127,6 @@ def _token_returns(
             flat.append(returns[::-1])
     normalised = iter(algorithm.advantages(flat, **algorithm.advantage_options))
     return [[next(normalised) for _ in row] for row in totals]
-
-
-def _with_token_advantages(
-    groups: Sequence[PromptGroup], by_token: Sequence[Sequence[Sequence[float | None]]], proximal: Any
-) -> list[PromptGroup]:
-    def rebuilt(g: int, k: int, c: Completion) -> Completion:
-        values = [0.0 if a is None else a for a in by_token[g][k]]
-        made = _advantaged(c, 0.0, proximal.get((g, k)))
-        return replace(made, token_advantages=_spread(values, c)) if c.num_trained else made
-
-    return [_rebuilt(group, lambda k, c, g=g: rebuilt(g, k, c)) for g, group in enumerate(groups)]
-
-
-def _rebuilt(group: PromptGroup, change: Callable[[int, Completion], Completion]) -> PromptGroup:
-    return replace(group, completions=[change(k, c) for k, c in enumerate(group.completions)])
 
 
 def _advantaged(completion: Completion, advantage: float | None, proximal: Sequence[float] | None) -> Completion:

@@ -16,7 +16,7 @@ from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, num_input_tokens, pack
 from posttrain.packing.plan import StepPlan, plan_step
 from posttrain.training.ranks import of_all_ranks
-from posttrain.training.step import Loss, Reference, loss_share
+from posttrain.training.step import Loss, Reference, Totals, loss_share
 from posttrain.types import Counts, PairLogps, PromptGroup
 
 GROUPS_PER_PLAN = 256
@@ -137,29 +137,16 @@ def evaluate(
     sum over trained tokens of every completion's values and adds figures of its own.
     """
     mean = batch_mean(plan, policy, reference, loss, groups)
-    mine: dict[str, tuple[float, int]] = {}
+    totals = Totals.on(plan.accelerator.device)
     sums: dict[Ref, float] = {}
     with in_eval_mode(policy):
         for part_sums, logps in _scored(plan, policy, reference, groups, mean):
-            share, metrics = loss_share(loss, logps, counts)
-            for name, value in {"loss": share, **metrics}.items():
-                _add(mine, name, float(value.double().sum()), value.numel())
+            totals.add(*loss_share(loss, logps, counts))
             sums.update(part_sums)
-    totals: dict[str, tuple[float, int]] = {}
-    for rank_totals, rank_sums in of_all_ranks(plan.accelerator, (mine, sums)):
-        sums.update(rank_sums)
-        for name, (total, size) in rank_totals.items():
-            _add(totals, name, total, size)
-    result = {}
-    for name, (total, size) in totals.items():
-        eval_name = name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}"
-        result[eval_name] = total / (1 if name == "loss" else max(size, 1))
-    return {**result, **(report(sums) if report is not None else {})}
-
-
-def _add(totals: dict[str, tuple[float, int]], name: str, total: float, size: int) -> None:
-    before = totals.get(name, (0.0, 0))
-    totals[name] = (before[0] + total, before[1] + size)
+    value, means = totals.over_ranks(plan.accelerator)
+    named = {name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}": mean for name, mean in means.items()}
+    every = {ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()}
+    return {"eval_loss": value, **named, **(report(every) if report is not None else {})}
 
 
 def needs_reference(loss: Loss) -> bool:

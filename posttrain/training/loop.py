@@ -183,14 +183,17 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        if not sharding.shards_weights(self.accelerator):  # else each process moves only its part
+        # Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around the
+        # forward, in their own precision.
+        gathers = sharding.shards_weights(self.accelerator)
+        if not gathers:  # else each process moves only its part
             self.model.to(device)
         policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
         self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=limit
         )
-        if self.train.self_check and not self._checks_sharded:
+        if self.train.self_check and not gathers:
             self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
@@ -202,7 +205,7 @@ class Loop:
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
         if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
-        if self.train.self_check and self._checks_sharded:
+        if self.train.self_check and gathers:
             self._self_check(policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
@@ -210,12 +213,6 @@ class Loop:
             self.reference.start(self.policy, self.forward_plan)
         if self.source is not None:
             self.source.start(self)
-
-    @property
-    def _checks_sharded(self) -> bool:
-        """Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around
-        the forward, in their own precision."""
-        return sharding.shards_weights(self.accelerator)
 
     def _self_check(self, policy: Policy) -> None:
         """Every process compares the same two groups."""

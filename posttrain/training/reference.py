@@ -91,13 +91,9 @@ class RunReference:
             )
         if self._load_other is not None:
             model = self._load_other()
-            other = Policy(
-                model if shards_weights(accelerator) else model.to(self._device),
-                policy.packing,
-                device_type=self._device.type,
-                temperature=policy.transform.temperature,
-            )
-            self._frozen = freeze(other, compute=self._held_in)
+            if not shards_weights(accelerator):
+                model.to(self._device)
+            self._frozen = freeze(policy.around(model, device_type=self._device.type), compute=self._held_in)
         elif not self._base_is_reference and not self._config.cache:
             self._frozen = frozen_copy(policy, compute=self._held_in)
         if self._frozen is not None and is_deepspeed(accelerator):

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,7 @@ def _rows(config: PrepConfig, sources: dict[str, Any], reject: Any) -> Iterator[
             yield from read_rows(source, split=config.split)
             continue
         for path in resolved:
-
-            def bad_row(row: int, reason: str, path: Path = path) -> None:
-                reject(_short(str(path), sources), row, reason)
-
-            yield from read_file(path, on_bad_row=bad_row)
+            yield from read_file(path, on_bad_row=partial(reject, _short(str(path), sources)))
 
 
 def _short(file: str, sources: dict[str, Any]) -> str:
