@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,8 +118,7 @@ class PromptGroup:
         """Pairs whose two completions have a trained token and whose weight is not 0."""
         trained = [c.num_trained > 0 for c in self.completions]
         if self.pairs is None:
-            k = len(trained)
-            every = [Pair(chosen=i, rejected=j) for i in range(k) for j in range(i + 1, k)]
+            every = [Pair(chosen=i, rejected=j) for i, j in combinations(range(len(trained)), 2)]
         else:
             every = [pair for pair in self.pairs if pair.weight]
         return [pair for pair in every if trained[pair.chosen] and trained[pair.rejected]]

@@ -25,6 +25,7 @@ from posttrain.data.cache import (
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.comparisons import PREFERENCE_REQUIRED
 from posttrain.data.config import DataConfig, Format, Purpose
+from posttrain.data.mixture import mixed64
 from posttrain.data.readers import HubSource, Row, read_rows, resolve
 from posttrain.data.report import DataReport, SourceReport
 from posttrain.data.samples import check_stop_trained
@@ -236,7 +237,8 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
     whole."""
     hashes = [p.column("prompt_hash") for p in parts]
     prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
-    order = np.argsort(_scramble(prompts, seed), kind="stable")
+    by_seed = mixed64(prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64))  # another order for every seed
+    order = np.argsort(by_seed, kind="stable")
     target = max(1, round(fraction * int(size.sum())))
     num_prompts = int(np.searchsorted(np.cumsum(size[order]), target)) + 1
     held_out = prompts[order[:num_prompts]]
@@ -251,14 +253,6 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
         )
     kept = [dataclasses.replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
     return train, [p for p in kept if len(p.rows)]
-
-
-def _scramble(hashes: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """64-bit finaliser of splitmix64 on hash xor seed: another order for every seed, on every machine the same."""
-    x = hashes ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(31))
 
 
 def _with_progress(results: Iterator[Encoded], source: str, show: bool) -> Iterator[Encoded]:

@@ -45,8 +45,7 @@ def load_reward_model(config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype
         )
     if missing:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
-        head.weight.data.copy_(drawn)
+        head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
     give_pad_token(model, tokenizer)
     model.config.problem_type = None
     return as_trained(model, config, scores=True)

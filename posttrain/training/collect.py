@@ -77,9 +77,8 @@ class Collector:
         def draw() -> list[tuple[int, list[Sampled]]]:
             requests: list[Request] = [wanted[i][0] for i in mine]
             if journal is None:
-                drawn = self.engine.generate(requests, self.sampling)
-            else:
-                drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
+                return list(zip(mine, self.engine.generate(requests, self.sampling), strict=True))
+            drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
             return list(zip(mine, drawn, strict=True))
 
         for i, drawn in self._from_all(draw):

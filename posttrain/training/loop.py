@@ -285,7 +285,6 @@ class Loop:
         computed = sum(m.num_tokens for m in micro_batches)
         mine = [self.flops.step(b.layout, num_trained=int(b.targets_T.shape[0])) for b, _ in result.batches]
         flops_per_s = sum(mine) / seconds
-        skips = {"skipped_step": 1} if skipped else {}
         return {
             **result.metrics,
             "loss": result.loss,
@@ -294,7 +293,7 @@ class Loop:
             "trained_tokens": plan.counts.tokens,
             "computed_tokens": computed,
             "micro_batches": len(micro_batches),
-            **skips,
+            **({"skipped_step": 1} if skipped else {}),
             "step_s": seconds,
             "tokens_per_s": plan.counts.tokens / seconds,
             "tflops_per_s": flops_per_s / 1e12,
