@@ -1,5 +1,6 @@
 """Post-training of language models: exact, packed, readable. The public names, loaded when first used."""
 
+# ruff: noqa: F401 - editors and type checkers find the names here, __getattr__ at run time
 from __future__ import annotations
 
 import os
@@ -27,64 +28,28 @@ if TYPE_CHECKING:
     from posttrain.training.reference import ReferenceConfig
     from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PairLogps, PromptGroup, TokenLogps
 
-_HOME = {
-    "Algorithm": "posttrain.algorithms",
-    "BatchStatistic": "posttrain.types",
-    "Completion": "posttrain.types",
-    "DPOConfig": "posttrain.trainers.dpo",
-    "DPOTrainer": "posttrain.trainers.dpo",
-    "DataConfig": "posttrain.data",
-    "LoraConfig": "posttrain.models.adapters",
-    "LossOutput": "posttrain.types",
-    "LossTerm": "posttrain.types",
-    "ModelConfig": "posttrain.models.load",
-    "OptimizerConfig": "posttrain.training.optimizer",
-    "PackingConfig": "posttrain.packing.plan",
-    "Pair": "posttrain.types",
-    "PairLogps": "posttrain.types",
-    "PromptGroup": "posttrain.types",
-    "RLConfig": "posttrain.trainers.rl",
-    "RLTrainer": "posttrain.trainers.rl",
-    "ReferenceConfig": "posttrain.training.reference",
-    "RewardConfig": "posttrain.trainers.reward",
-    "RewardTrainer": "posttrain.trainers.reward",
-    "RewardsConfig": "posttrain.rewards.compose",
-    "RolloutConfig": "posttrain.training.experience",
-    "SFTConfig": "posttrain.trainers.sft",
-    "SFTTrainer": "posttrain.trainers.sft",
-    "SamplingConfig": "posttrain.rollout.engine",
-    "TokenLogps": "posttrain.types",
-    "TrainConfig": "posttrain.training.config",
-}
-__all__ = [
-    "Algorithm",
-    "BatchStatistic",
-    "Completion",
-    "DPOConfig",
-    "DPOTrainer",
-    "DataConfig",
-    "LoraConfig",
-    "LossOutput",
-    "LossTerm",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PackingConfig",
-    "Pair",
-    "PairLogps",
-    "PromptGroup",
-    "RLConfig",
-    "RLTrainer",
-    "ReferenceConfig",
-    "RewardConfig",
-    "RewardTrainer",
-    "RewardsConfig",
-    "RolloutConfig",
-    "SFTConfig",
-    "SFTTrainer",
-    "SamplingConfig",
-    "TokenLogps",
-    "TrainConfig",
-]
+_NAMES = {
+    "algorithms": ("Algorithm",),
+    "data": ("DataConfig",),
+    "models.adapters": ("LoraConfig",),
+    "models.load": ("ModelConfig",),
+    "packing.plan": ("PackingConfig",),
+    "rewards.compose": ("RewardsConfig",),
+    "rollout.engine": ("SamplingConfig",),
+    "trainers.dpo": ("DPOConfig", "DPOTrainer"),
+    "trainers.reward": ("RewardConfig", "RewardTrainer"),
+    "trainers.rl": ("RLConfig", "RLTrainer"),
+    "trainers.sft": ("SFTConfig", "SFTTrainer"),
+    "training.config": ("TrainConfig",),
+    "training.experience": ("RolloutConfig",),
+    "training.optimizer": ("OptimizerConfig",),
+    "training.reference": ("ReferenceConfig",),
+    "types": (
+        "BatchStatistic", "Completion", "LossOutput", "LossTerm", "Pair", "PairLogps", "PromptGroup", "TokenLogps",
+    ),
+}  # fmt: skip
+_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -105,56 +105,29 @@ class PrecisionPlan:
         return bytes_per_element(self.weight) + bytes_per_element(self.gradient) + master + 2 * bytes_per_element(self.moment)
 
 
+_FP32 = PrecisionPlan(
+    name="fp32",
+    weight="float32",
+    gradient="float32",
+    master=None,
+    moment="float32",
+    compute="float32",
+    reduce="float32",
+    uses_loss_scaling=False,
+)
 PRECISIONS: dict[str, PrecisionPlan] = {
-    "fp32": PrecisionPlan(
-        name="fp32",
-        weight="float32",
-        gradient="float32",
-        master=None,
-        moment="float32",
-        compute="float32",
-        reduce="float32",
-        uses_loss_scaling=False,
-    ),
+    "fp32": _FP32,
     # accelerate keeps the weights in fp32 and casts inside autocast: they are the master, gradients come back in fp32.
-    "bf16": PrecisionPlan(
-        name="bf16",
-        weight="float32",
-        gradient="float32",
-        master=None,
-        moment="float32",
-        compute="bfloat16",
-        reduce="float32",
-        uses_loss_scaling=False,
-    ),
+    "bf16": replace(_FP32, name="bf16", compute="bfloat16"),
     # Half the memory of the others; loses every update smaller than 2^-8 of the weight.
-    "bf16-pure": PrecisionPlan(
-        name="bf16-pure",
-        weight="bfloat16",
-        gradient="bfloat16",
-        master=None,
-        moment="bfloat16",
-        compute="bfloat16",
-        reduce="float32",
-        uses_loss_scaling=False,
-    ),
-    "fp16": PrecisionPlan(
-        name="fp16",
-        weight="float32",
-        gradient="float32",
-        master=None,
-        moment="float32",
-        compute="float16",
-        reduce="float32",
-        uses_loss_scaling=True,
-    ),
+    "bf16-pure": replace(_FP32, name="bf16-pure", weight="bfloat16", gradient="bfloat16", moment="bfloat16", compute="bfloat16"),
+    "fp16": replace(_FP32, name="fp16", compute="float16", uses_loss_scaling=True),
 }
-
 
 # DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and accumulated in fp32.
 DEEPSPEED_BF16 = replace(PRECISIONS["bf16"], weight="bfloat16", master="float32")
 # It updates an fp32 copy even of fp32 weights.
-DEEPSPEED_FP32 = replace(PRECISIONS["fp32"], master="float32")
+DEEPSPEED_FP32 = replace(_FP32, master="float32")
 
 
 def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = False) -> PrecisionPlan:
@@ -162,22 +135,18 @@ def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = F
 
     Raises ValueError for an unknown name, for fp16 anywhere but on CUDA, and under DeepSpeed for fp16 and bf16-pure.
     """
-    if deepspeed:
-        name = name or default_precision(device_type).name
-        found = {"fp32": DEEPSPEED_FP32, "bf16": DEEPSPEED_BF16}.get(name)
-        if found is None and name in PRECISIONS:
-            raise ValueError(
-                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 copy of the weights, and its fp16 "
-                "loss scale is its own. Use --train.precision bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
-            )
-        if found is not None:
-            return found
-    if name is None:
-        return default_precision(device_type)
+    name = default_precision(device_type).name if name is None else name
     if name not in PRECISIONS:
         near = difflib.get_close_matches(name, PRECISIONS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown precision {name!r}; it must be one of {', '.join(PRECISIONS)}.{hint}")
+    if deepspeed:
+        if name not in ("fp32", "bf16"):
+            raise ValueError(
+                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 copy of the weights, and its fp16 "
+                "loss scale is its own. Use --train.precision bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
+            )
+        return DEEPSPEED_FP32 if name == "fp32" else DEEPSPEED_BF16
     plan = PRECISIONS[name]
     if plan.uses_loss_scaling and device_type != "cuda":
         reason = (

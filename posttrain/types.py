@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,8 +118,7 @@ class PromptGroup:
         """Pairs whose two completions have a trained token and whose weight is not 0."""
         trained = [c.num_trained > 0 for c in self.completions]
         if self.pairs is None:
-            k = len(trained)
-            every = [Pair(chosen=i, rejected=j) for i in range(k) for j in range(i + 1, k)]
+            every = [Pair(chosen=i, rejected=j) for i, j in combinations(range(len(trained)), 2)]
         else:
             every = [pair for pair in self.pairs if pair.weight]
         return [pair for pair in every if trained[pair.chosen] and trained[pair.rejected]]
@@ -151,18 +151,17 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenLogps:
-    """What a forward gives a loss: flat log-probs of the trained tokens and where they belong.
+class Targets:
+    """The trained tokens of a micro-batch, flat: where they belong, and what is known of them besides their log-probs.
 
-    ``logps_T`` [T] natural-log probabilities, at least float32, with gradient; ``targets_T`` [T] token ids;
-    ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1; ``num_tokens_S`` [S] trained
-    tokens of each completion (0 possible); ``group_size_S`` [S] completions of the *whole* group that have a trained
-    token, also when only a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and the rejected
-    completion of each pair (indices into S), ``margin_B`` and ``weight_B`` [B] its margin and weight; ``label_S`` [S]
-    1 desirable, -1 undesirable, 0 not rated.
+    ``targets_T`` [T] token ids; ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1;
+    ``num_tokens_S`` [S] trained tokens of each completion (0 possible); ``group_size_S`` [S] completions of the *whole* group
+    that have a trained token, also when only a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and
+    the rejected completion of each pair that is in it (indices into S), ``margin_B`` and ``weight_B`` [B] its margin and
+    weight; ``label_S`` [S] 1 desirable, -1 undesirable, 0 not rated. Floating ones: float64 in a ``PackedBatch``, in the
+    log-probs' dtype for a loss.
     """
 
-    logps_T: Tensor
     targets_T: Tensor
     sequence_T: Tensor
     group_S: Tensor
@@ -180,6 +179,14 @@ class TokenLogps:
     """[T] ``Completion.sampler_logps``; None if a completion has none."""
     given_proximal_T: Tensor | None = None
     """[T] ``Completion.proximal_logps``; None if a completion has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogps(Targets):
+    """What a forward gives a loss: log-probs of the trained tokens, and all that ``Targets`` says of them."""
+
+    logps_T: Tensor
+    """[T] natural-log probabilities, at least float32, with gradient."""
     reference_T: Tensor | None = None
     """[T] log-probs of the same tokens under the reference model, without gradient; None where the loss needs none."""
     batch_mean: Tensor | None = None

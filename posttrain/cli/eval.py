@@ -86,8 +86,7 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     guessed: set[str] = set()
     if arguments.guess_tries:
         quick = argparse.Namespace(**{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32})
-        hurried = [{**row, "_where": row["_where"], _prompt_column(row): _suffixed(row, arguments.guess_suffix)} for row in rows]
-        tried = evaluate(quick, hurried)
+        tried = evaluate(quick, [_suffixed(row, arguments.guess_suffix) for row in rows])
         guessed = {str(g.prompt.sample["_where"]) for g, row in zip(tried.groups, tried.correct, strict=True) if any(row)}
     lines = []
     for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
@@ -172,12 +171,8 @@ def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows[: arguments.problems or None]
 
 
-def _prompt_column(row: dict[str, Any]) -> str:
-    return next((c for c in ("prompt", "question") if isinstance(row.get(c), str)), "question")
-
-
-def _suffixed(row: dict[str, Any], suffix: str) -> str:
-    text = row.get(_prompt_column(row))
-    if text is None:
+def _suffixed(row: dict[str, Any], suffix: str) -> dict[str, Any]:
+    column = next((c for c in ("prompt", "question") if isinstance(row.get(c), str)), None)
+    if column is None:
         raise ValueError(f"{row['_where']}: guesses need a prompt or question as text.")
-    return f"{text}{suffix}"
+    return {**row, column: f"{row[column]}{suffix}"}

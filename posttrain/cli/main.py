@@ -52,10 +52,6 @@ def _run_merge(arguments: argparse.Namespace) -> None:
     print(f"Merged model: {folder}")
 
 
-def _declare_version(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
-
-
 def _run_version(arguments: argparse.Namespace) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -71,7 +67,7 @@ COMMANDS = {
     "plan": Command(help="what a run's memory will be", declare=plan.declare, run=plan.run, takes_settings=True),
     "eval": Command(help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run),
     "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
-    "version": Command(help="print the versions of posttrain and what it builds on", declare=_declare_version, run=_run_version),
+    "version": Command(help="print the versions of posttrain and what it builds on", declare=lambda _: None, run=_run_version),
 }
 
 

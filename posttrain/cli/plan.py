@@ -38,8 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
     with redirect_stdout(sys.stderr):  # libraries that announce themselves
+        from posttrain.trainers.memory import device_bytes
+
         job, shortest = _job(arguments, is_elsewhere=limit is not None)
-    limit = limit if limit is not None else _limit_here(job.device)
+        limit = device_bytes(job.device) if limit is None else limit
     devices, stages = _devices_and_stages(arguments)
     if arguments.solve:
         print(_solve(arguments, job, limit, devices, stages))
@@ -61,16 +63,6 @@ def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
     if devices < 1 or not set(stages) <= {0, 1, 2, 3}:
         raise ValueError(f"--devices must be >= 1 and --zero among 0,1,2,3; got {devices} and {stages}.")
     return devices, stages
-
-
-def _limit_here(device: str) -> float | None:
-    from posttrain.memory.limits import available_bytes
-
-    if device == "cpu":
-        return available_bytes()
-    import torch
-
-    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]) -> str:

@@ -28,12 +28,15 @@ ENCODING_VERSION = 2
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """data.cache_dir, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or ~/.cache; tokens under
-    ``data``."""
+def cache_root(configured: str | None) -> Path:
+    """What is configured, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or ~/.cache."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = config.cache_dir or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
-    return Path(root).expanduser() / "data"
+    return Path(configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain").expanduser()
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """``data`` in ``cache_root(data.cache_dir)``."""
+    return cache_root(config.cache_dir) / "data"
 
 
 def source_digests(source: Sequence[Path] | HubSource, *, split: str) -> list[str]:

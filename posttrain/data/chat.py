@@ -108,7 +108,7 @@ class ChatEncoder:
         flags = [t for m, t in zip(messages, trained, strict=True) if m["role"] == "assistant"]
         try:
             if self.mask_from == "prefixes":
-                text, spans = self._prefix_spans(messages, tools)
+                text, spans = self._prefix_spans(messages, tools, _where(meta))
             else:
                 text, spans = self._marked_spans(messages, tools)
                 spans = self._after_prompt(messages, tools, text, spans)
@@ -117,8 +117,6 @@ class ChatEncoder:
                 f"{_where(meta)}: the chat template refuses the roles {[m['role'] for m in messages]}: {error}. "
                 "Change the row's turns, or set --data.chat_template."
             ) from error
-        except _NotExact as error:
-            raise ValueError(f"{_where(meta)}: {error}") from error
         if len(spans) == len(flags):
             return text, list(zip(spans, flags, strict=True))
         if not spans or not all(flags):
@@ -157,7 +155,7 @@ class ChatEncoder:
             ends.append(len(prompt) if shared == prompt else special)
         return [Span(min((e for e in ends if s.start < e < s.end), default=s.start), s.end) for s in spans]
 
-    def _prefix_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+    def _prefix_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str) -> tuple[str, list[Span]]:
         text = self._render(messages, tools)
         spans = []
         for i, message in enumerate(messages):
@@ -166,23 +164,24 @@ class ChatEncoder:
             before = self._render(messages[:i], tools, prompt=True)
             through = text if i + 1 == len(messages) else self._render(messages[: i + 1], tools)
             if not through.startswith(before):
-                raise _NotExact(
-                    "the loss mask cannot be derived exactly: the generation prompt of the chat template is not how "
+                raise ValueError(
+                    f"{where}: the loss mask cannot be derived exactly: the generation prompt of the chat template is not how "
                     f"it begins message {i + 1} (it may open a <think> block that the row lacks). Put {{% generation "
                     "%} markers into the template and pass it with --data.chat_template, or give the rows that "
                     "beginning."
                 )
             if not text.startswith(through):
-                raise _NotExact(
-                    "the loss mask cannot be derived exactly: the chat template renders what comes before the end of "
+                raise ValueError(
+                    f"{where}: the loss mask cannot be derived exactly: the chat template renders what comes before the end of "
                     f"message {i + 1} differently when more messages follow (some delete the reasoning of earlier "
                     "turns). Put {% generation %} markers into the template and pass it with --data.chat_template, or "
                     "keep one assistant turn per row."
                 )
-            lead = _before(through[len(before) :], message["content"].strip())
+            turn, content = through[len(before) :], message["content"].strip()
+            lead = turn[: turn.find(content)] if content and content in turn else turn
             if self._header_in_turn and lead.strip():
-                raise _NotExact(
-                    f"the chat template ignores add_generation_prompt, so the header {lead!r} of the assistant turn "
+                raise ValueError(
+                    f"{where}: the chat template ignores add_generation_prompt, so the header {lead!r} of the assistant turn "
                     "would be trained. Put {% generation %} markers into the template and pass it with "
                     "--data.chat_template."
                 )
@@ -218,10 +217,6 @@ class ChatEncoder:
                     "chat template adds it. Remove it from the text: trained inside, it teaches the model to stop "
                     "early."
                 )
-
-
-class _NotExact(Exception):
-    """The mask cannot be derived; `_spans` adds the row."""
 
 
 def encode_conversation(
@@ -369,11 +364,6 @@ def _said(message: Mapping[str, Any]) -> Iterator[str]:
     yield from (str(message[k]) for k in ("reasoning_content", "reasoning", "thinking") if message.get(k))
     yield from (str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ())
     yield message["content"]
-
-
-def _before(text: str, content: str) -> str:
-    """What stands before the content; all of the text if the content is empty or not there as it is."""
-    return text[: text.find(content)] if content and content in text else text
 
 
 def _where(meta: Mapping[str, Any] | None) -> str:

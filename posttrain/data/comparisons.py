@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain.data.config import Format
 from posttrain.data.readers import Row
-from posttrain.data.schema import Message, message_list, rename, single_message
+from posttrain.data.schema import Message, message_list, required_values, single_message
 from posttrain.types import Pair
 
 PREFERENCE_REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -50,13 +50,8 @@ class Comparison:
 
 def normalise_comparison(row: Row, format: Format, columns: dict[str, str] | None = None) -> Comparison:
     """The row as a comparison. ValueError naming file and row if a field is missing or malformed."""
-    values = rename(row, columns)
-    missing = [c for c in PREFERENCE_REQUIRED[format] if values.get(c) is None]
-    if missing:
-        raise ValueError(
-            f"{row.where}: format {format} needs {', '.join(PREFERENCE_REQUIRED[format])}; this row lacks {', '.join(missing)} "
-            f"and has {sorted(row.values)}. Correct the row, or make training data of raw files with `posttrain prep pairs`."
-        )
+    advice = "Correct the row, or make training data of raw files with `posttrain prep pairs`."
+    values = required_values(row, columns, f"format {format}", PREFERENCE_REQUIRED[format], advice)
     if format == "pairs":
         return _pairs(row, values)
     if format == "ranked":

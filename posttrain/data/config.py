@@ -86,7 +86,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_sources()
-        self._check_choices()
+        for name, value, known in (
+            ("format", self.format, get_args(Format)),
+            ("overlong", self.overlong, get_args(Overlong)),
+        ):
+            if value not in known:
+                raise ValueError(f"data.{name} is one of {', '.join(known)}; got {value!r}.")
         if self.max_length < 2:
             raise ValueError(
                 f"data.max_length counts prompt and completion tokens, at least one of each; got {self.max_length}. "
@@ -125,11 +130,3 @@ class DataConfig:
                 f"data.weights must be finite and > 0; got {bad[0]}. A source without weight would be read and never "
                 "trained: remove it from data.train."
             )
-
-    def _check_choices(self) -> None:
-        for name, value, known in (
-            ("format", self.format, get_args(Format)),
-            ("overlong", self.overlong, get_args(Overlong)),
-        ):
-            if value not in known:
-                raise ValueError(f"data.{name} is one of {', '.join(known)}; got {value!r}.")

@@ -25,6 +25,7 @@ from posttrain.data.cache import (
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.comparisons import PREFERENCE_REQUIRED
 from posttrain.data.config import DataConfig, Format, Purpose
+from posttrain.data.mixture import mixed64
 from posttrain.data.readers import HubSource, Row, read_rows, resolve
 from posttrain.data.report import DataReport, SourceReport
 from posttrain.data.samples import check_stop_trained
@@ -49,6 +50,10 @@ class Part:
     rows: np.ndarray[Any, Any]
     """Indices into the table that belong to this part."""
 
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """Numbers of a column, of this part's rows."""
+        return self.table.data.column(name).to_numpy()[self.rows]
+
 
 class GroupDataset(Sequence[PromptGroup]):
     """Prompt groups of one or more sources, laid end to end; read from disk as they are asked for."""
@@ -57,11 +62,9 @@ class GroupDataset(Sequence[PromptGroup]):
         self.parts = list(parts)
         self.sizes = [len(p.rows) for p in self.parts]
         """Groups of each source, as `batch_indices` takes them."""
-        lengths = [p.table.data.column("num_tokens").to_numpy()[p.rows] for p in self.parts]
-        self.lengths: np.ndarray[Any, Any] = np.concatenate(lengths).astype(np.int64)
+        self.lengths = np.concatenate([p.column("num_tokens") for p in parts]).astype(np.int64)
         """Tokens of each group, its prompt once."""
-        longest = [p.table.data.column("longest").to_numpy()[p.rows] for p in self.parts]
-        self.longest: np.ndarray[Any, Any] = np.concatenate(longest).astype(np.int64)
+        self.longest = np.concatenate([p.column("longest") for p in parts]).astype(np.int64)
         """Tokens of the prompt with the group's longest completion."""
         self._ends = np.cumsum(self.sizes)
 
@@ -232,9 +235,10 @@ def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
     """(train, eval): the fraction of the rows whose prompts come first in an order drawn by the seed, prompts kept
     whole."""
-    hashes = [p.table.data.column("prompt_hash").to_numpy()[p.rows] for p in parts]
+    hashes = [p.column("prompt_hash") for p in parts]
     prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
-    order = np.argsort(_scramble(prompts, seed), kind="stable")
+    by_seed = mixed64(prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64))  # another order for every seed
+    order = np.argsort(by_seed, kind="stable")
     target = max(1, round(fraction * int(size.sum())))
     num_prompts = int(np.searchsorted(np.cumsum(size[order]), target)) + 1
     held_out = prompts[order[:num_prompts]]
@@ -249,14 +253,6 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
         )
     kept = [dataclasses.replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
     return train, [p for p in kept if len(p.rows)]
-
-
-def _scramble(hashes: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """64-bit finaliser of splitmix64 on hash xor seed: another order for every seed, on every machine the same."""
-    x = hashes ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(31))
 
 
 def _with_progress(results: Iterator[Encoded], source: str, show: bool) -> Iterator[Encoded]:

@@ -81,5 +81,12 @@ def _draws(seed: int, dataset: int, first: int, count: int, size: int) -> np.nda
     return chain[start : start + count]
 
 
+def mixed64(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The finaliser of splitmix64 (Steele et al. 2014): mixes all 64 bits of each number, on every machine the same."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))
+
+
 def _permutation(size: int, *key: int) -> np.ndarray[Any, Any]:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(size)

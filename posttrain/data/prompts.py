@@ -101,13 +101,11 @@ class _Encoder:
             if self._config.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self._config.system}, *messages]
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self._ids(text + self._config.opening, special=False)
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(str(m["content"]) for m in prompt)
-        return self._ids(self._text.replace("{prompt}", prompt) + self._config.opening, special=True)
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        else:
+            said = prompt if isinstance(prompt, str) else "\n\n".join(str(m["content"]) for m in prompt)
+            text = self._text.replace("{prompt}", said)
+        ids = self._tokenizer(text + self._config.opening, add_special_tokens=self._text is not None)["input_ids"]
+        return list(ids)
 
     def _prompt_of(self, sample: Mapping[str, Any]) -> str | Sequence[Mapping[str, Any]]:
         for column in dict.fromkeys((self._config.prompt_column, "question", "messages")):

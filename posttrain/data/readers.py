@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -90,28 +91,24 @@ def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
             f"{path}: unknown suffix {''.join(path.suffixes) or '(none)'!r}; rows are read from "
             f"{', '.join(SUFFIXES)}. Rename or convert the file."
         )
+    bad = on_bad_row or partial(_refuse, path)
     stem = name.removesuffix(".gz")
     if stem.endswith(".parquet"):
-        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path, on_bad_row), start=1)
+        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path, bad), start=1)
     elif stem.endswith(".csv"):
-        values = _csv(path, on_bad_row)
+        values = _csv(path, bad)
     elif stem.endswith(".json"):
-        values = _json(path, on_bad_row)
+        values = _json(path, bad)
     else:
-        values = _json_lines(path, _lines(path, on_bad_row), on_bad_row)
+        values = _json_lines(_lines(path, bad), bad)
     empty = on_bad_row is None
     for number, value in values:
         empty = False
-        if not isinstance(value, dict):
-            if on_bad_row is not None:
-                on_bad_row(number, f"a row is a JSON object with columns; got {_kind(value)}")
-                continue
-            raise ValueError(
-                f"{path}:{number}: a row is a JSON object with columns; got {_kind(value)}: {_short(value)}. Write "
-                "one object "
-                'per row, such as {"prompt": ..., "completion": ...}.'
-            )
-        yield Row(file=str(path), row_number=number, values=value)
+        if isinstance(value, dict):
+            yield Row(file=str(path), row_number=number, values=value)
+        else:
+            advice = 'Write one object per row, such as {"prompt": ..., "completion": ...}.'
+            bad(number, f"a row is a JSON object with columns; got {_kind(value)}: {_short(value)}. {advice}")
     if empty:
         raise ValueError(f"{path}: no rows; the file is empty. Remove it from the sources or write it again.")
 
@@ -139,11 +136,12 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    inside = [p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder))]
+    found = [p for p in folder.rglob("*") if p.is_file()]
+    inside = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     files = sorted(p for p in inside if p.name.lower().endswith(SUFFIXES))
     if not files:
-        found = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
-        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {found}.")
+        names = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
+        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {names}.")
     held_out = [p for p in files if any(_HELD_OUT.match(part) for part in p.relative_to(folder).parts)]
     if held_out and len(held_out) < len(files):
         raise ValueError(
@@ -153,18 +151,11 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _refuse(path: Path, number: int, message: str) -> None:
+    raise ValueError(f"{path}:{number}: {message}")
 
 
-def _bad(path: Path, number: int, message: str, on_bad_row: BadRow | None, error: Exception) -> None:
-    """Tells of a bad row, or raises ValueError naming it."""
-    if on_bad_row is None:
-        raise ValueError(f"{path}:{number}: {message}") from error
-    on_bad_row(number, message)
-
-
-def _lines(path: Path, on_bad_row: BadRow | None = None) -> Iterator[str]:
+def _lines(path: Path, bad: BadRow) -> Iterator[str]:
     """Decoded lines, one at a time, so that an error knows its line; a bad one comes out empty."""
     number = 0
     try:
@@ -173,26 +164,20 @@ def _lines(path: Path, on_bad_row: BadRow | None = None) -> Iterator[str]:
                 try:
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    message = (
-                        f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start} of the line. Convert the "
-                        "file: iconv -f <its encoding> -t utf-8."
-                    )
-                    _bad(path, number, message, on_bad_row, error)
+                    where = f"byte 0x{error.object[error.start]:02x} at position {error.start} of the line"
+                    bad(number, f"not UTF-8: {where}. Convert the file: iconv -f <its encoding> -t utf-8.")
                     text = "\n"
                 yield text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        message = (
-            f"the gzip file is damaged or cut short after {number} lines ({error}). Copy or download it again; `gzip -t` "
-            "checks it."
-        )
-        _bad(path, number + 1, message, on_bad_row, error)
+        what = f"the gzip file is damaged or cut short after {number} lines ({error})"
+        bad(number + 1, f"{what}. Copy or download it again; `gzip -t` checks it.")
 
 
 def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(path: Path, lines: Iterable[str], on_bad_row: BadRow | None = None) -> Iterator[tuple[int, Any]]:
+def _json_lines(lines: Iterable[str], bad: BadRow) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -200,52 +185,47 @@ def _json_lines(path: Path, lines: Iterable[str], on_bad_row: BadRow | None = No
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            message = f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or remove this line."
-            _bad(path, number, message, on_bad_row, error)
+            bad(number, f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or remove this line.")
             continue
         yield number, value
 
 
-def _json(path: Path, on_bad_row: BadRow | None = None) -> Iterator[tuple[int, Any]]:
+def _json(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
     """A JSON array of objects; a ``.json`` file whose first line is an object by itself is read as JSON lines."""
-    text = "".join(_lines(path, on_bad_row))
+    text = "".join(_lines(path, bad))
     if not text.lstrip().startswith("["):
-        yield from _json_lines(path, text.split("\n"), on_bad_row)
+        yield from _json_lines(text.split("\n"), bad)
         return
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        message = (
-            f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Correct the file; JSON lines belong in a "
-            ".jsonl file."
-        )
-        _bad(path, error.lineno, message, on_bad_row, error)
+        what = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        bad(error.lineno, f"{what}. Correct the file; JSON lines belong in a .jsonl file.")
         return
     yield from enumerate(values, start=1)
 
 
-def _csv(path: Path, on_bad_row: BadRow | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, dict[str, Any]]]:
     previous_limit = csv.field_size_limit(_CSV_FIELD_LIMIT_BYTES)
     number = 0
     try:
-        reader = csv.DictReader(_lines(path, on_bad_row), strict=True)
+        reader = csv.DictReader(_lines(path, bad), strict=True)
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
-                message = (
+                bad(
+                    number,
                     f"the record that ends on line {reader.line_num} has not the {len(reader.fieldnames or ())} fields of the "
-                    f"header {reader.fieldnames}. Quote fields that hold commas or line breaks."
+                    f"header {reader.fieldnames}. Quote fields that hold commas or line breaks.",
                 )
-                _bad(path, number, message, on_bad_row, ValueError("fields"))
                 continue
             yield number, values
     except csv.Error as error:
-        message = f"not CSV: {error}. Quote fields, and double quotes inside them."
-        _bad(path, number + 1, message, on_bad_row, error)
+        bad(number + 1, f"not CSV: {error}. Quote fields, and double quotes inside them.")
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def _parquet(path: Path, on_bad_row: BadRow | None = None) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, bad: BadRow) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -257,7 +237,7 @@ def _parquet(path: Path, on_bad_row: BadRow | None = None) -> Iterator[dict[str,
                     number += 1
                     yield values
     except pyarrow.ArrowException as error:
-        _bad(path, number + 1, f"not a readable Parquet file: {error}. Copy or write it again.", on_bad_row, error)
+        bad(number + 1, f"not a readable Parquet file: {error}. Copy or write it again.")
 
 
 def _kind(value: Any) -> str:

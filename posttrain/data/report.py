@@ -54,6 +54,11 @@ class SourceReport:
     from_cache: bool = False
     """Whether the tokens were read from the cache. Default False: tokenised now."""
 
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out, for whatever reason."""
+        return sum(self.dropped.values())
+
 
 @dataclass(kw_only=True, frozen=True)
 class DataReport:
@@ -73,14 +78,8 @@ class DataReport:
 
     def counts(self) -> dict[str, int]:
         """Totals over the training sources: read, kept, truncated, dropped, tokens, trained_tokens."""
-        return {
-            "read": sum(s.num_read for s in self.train),
-            "kept": sum(s.num_kept for s in self.train),
-            "truncated": sum(s.num_truncated for s in self.train),
-            "dropped": sum(sum(s.dropped.values()) for s in self.train),
-            "tokens": sum(s.num_tokens for s in self.train),
-            "trained_tokens": sum(s.num_trained_tokens for s in self.train),
-        }
+        names = ("read", "kept", "truncated", "dropped", "tokens", "trained_tokens")
+        return {name: sum(getattr(s, f"num_{name}") for s in self.train) for name in names}
 
     def dropped(self) -> dict[str, int]:
         """Reason to number of rows left out, over the training sources."""
@@ -98,7 +97,7 @@ class DataReport:
         for use, sources in (("", self.train), (" (eval)", self.eval)):
             for s in sources:
                 how = f"{s.format}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
-                numbers = (s.num_read, s.num_kept, s.num_truncated, sum(s.dropped.values()))
+                numbers = (s.num_read, s.num_kept, s.num_truncated, s.num_dropped)
                 tokens = (s.num_tokens, s.num_trained_tokens)
                 table.add_row(escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens))
         lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]

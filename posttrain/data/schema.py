@@ -15,7 +15,7 @@ column goes to the chat template.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,17 +99,23 @@ def rename(row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
     return values | {ours: row.values[theirs] for ours, theirs in columns.items()}
 
 
+def required_values(row: Row, columns: Mapping[str, str] | None, what: str, needed: Sequence[str], advice: str) -> dict[str, Any]:
+    """``rename``; ValueError if one of the needed columns is missing or empty."""
+    values = rename(row, columns)
+    missing = [c for c in needed if values.get(c) is None]
+    if missing:
+        raise ValueError(
+            f"{row.where}: {what} needs {', '.join(needed)}; this row lacks {', '.join(missing)} and has "
+            f"{sorted(row.values)}. {advice}"
+        )
+    return values
+
+
 def normalise(row: Row, format: Format, columns: Mapping[str, str] | None = None) -> Conversation:
     """The row as a conversation. ValueError naming file and row if there is nothing to train or a field is
     malformed."""
-    values = rename(row, columns)
-    missing = [c for c in REQUIRED[format] if values.get(c) is None]
-    if missing:
-        raise ValueError(
-            f"{row.where}: format {format} needs {', '.join(REQUIRED[format])}; this row lacks {', '.join(missing)} "
-            f"and has {sorted(row.values)}. All rows of a source have one format; correct the row or set "
-            "--data.format."
-        )
+    advice = "All rows of a source have one format; correct the row or set --data.format."
+    values = required_values(row, columns, f"format {format}", REQUIRED[format], advice)
     text = None
     context: list[Message] = []
     if format == "prompt_completion":
@@ -129,7 +135,7 @@ def normalise(row: Row, format: Format, columns: Mapping[str, str] | None = None
 def _prompt_completion(row: Row, values: dict[str, Any]) -> tuple[list[Message], list[Message], tuple[str, str] | None]:
     prompt, completion = (_parsed_list(values[c]) for c in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
-        system = [_message(row, {"role": "system", "content": values["system"]})] if values.get("system") else []
+        system = [single_message(row, "system", values["system"])] if values.get("system") else []
         user, answer = _turn(row, prompt, completion)
         return [*system, user], [answer], None if system else (prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -141,7 +147,7 @@ def _prompt_completion(row: Row, values: dict[str, Any]) -> tuple[list[Message],
 
 
 def _alpaca(row: Row, values: dict[str, Any]) -> list[Message]:
-    messages = [_message(row, {"role": "system", "content": values["system"]})] if values.get("system") else []
+    messages = [single_message(row, "system", values["system"])] if values.get("system") else []
     for turn in values.get("history") or ():
         if not (isinstance(turn, list | tuple) and len(turn) == 2):
             raise ValueError(f"{row.where}: history is a list of [instruction, answer] pairs; got {turn!r}. Correct the row.")
@@ -158,10 +164,7 @@ def single_message(row: Row, role: str, content: Any) -> Message:
 
 
 def _turn(row: Row, user: Any, assistant: Any) -> list[Message]:
-    return [
-        _message(row, {"role": "user", "content": user}),
-        _message(row, {"role": "assistant", "content": assistant}),
-    ]
+    return [single_message(row, "user", user), single_message(row, "assistant", assistant)]
 
 
 def message_list(row: Row, column: str, value: Any) -> list[Message]:

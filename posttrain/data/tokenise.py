@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
 from posttrain.data.schema import normalise
 from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 
-_CHUNK_ROWS = 256
+_CHUNK_ROWS = 256  # of one message between processes
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,10 +84,6 @@ class RowEncoder:
         completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, row.labels, strict=True)]
         return PromptGroup(prompt_ids=prompt, completions=completions, pairs=row.pairs, meta=meta)
 
-    def chunk(self, rows: list[Row]) -> list[Encoded]:
-        """Many rows: one message between processes."""
-        return [self(row) for row in rows]
-
 
 def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Encoded:
     """The group within max_length tokens per sequence.
@@ -116,20 +111,14 @@ def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Enco
     if group.pairs is not None and not group.pairs and all(c.label is None for c in completions):
         return Encoded(group=None, reason=ALL_TIED)
     if scored:
-        completions = [_with_score_slot(c) for c in completions]
+        completions = [
+            replace(c, token_ids=[*c.token_ids, SCORE_SLOT], loss_mask=[0] * len(c.token_ids) + [1]) for c in completions
+        ]
     return Encoded(group=replace(group, completions=completions), num_cut_tokens=cut)
 
 
 def _head(completion: Completion, limit: int) -> Completion:
     return replace(completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit])
-
-
-def _with_score_slot(completion: Completion) -> Completion:
-    return replace(
-        completion,
-        token_ids=[*completion.token_ids, SCORE_SLOT],
-        loss_mask=[0] * len(completion.token_ids) + [1],
-    )
 
 
 def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> Iterator[Encoded]:
@@ -140,11 +129,8 @@ def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> It
         return
     import multiprocessing
 
-    iterator = iter(rows)
-    chunks = iter(lambda: list(itertools.islice(iterator, _CHUNK_ROWS)), [])
     with multiprocessing.get_context("spawn").Pool(num_proc, initializer=_start_worker, initargs=(encode,)) as pool:
-        for results in pool.imap(_work, chunks):
-            yield from results
+        yield from pool.imap(_work, rows, chunksize=_CHUNK_ROWS)
 
 
 def prompt_hash(group: PromptGroup) -> int:
@@ -157,9 +143,7 @@ def _until_last_trained(completion: Completion, limit: int) -> Completion:
     end = min(limit, len(completion.token_ids))
     while not completion.loss_mask[end - 1]:
         end -= 1
-    if end == len(completion.token_ids):
-        return completion
-    return _head(completion, end)
+    return completion if end == len(completion.token_ids) else _head(completion, end)
 
 
 _worker: RowEncoder | None = None
@@ -170,6 +154,6 @@ def _start_worker(encode: RowEncoder) -> None:
     _worker = encode
 
 
-def _work(rows: list[Row]) -> list[Encoded]:
+def _work(row: Row) -> Encoded:
     assert _worker is not None
-    return _worker.chunk(rows)
+    return _worker(row)

@@ -61,9 +61,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
     """Correlation in [-1, 1]; 0 where one side has no spread."""
     if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
         return 0.0  # also where rounding makes the mean of equal numbers another number
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else 0.0
+    return float(torch.corrcoef(torch.stack((x.double(), y.double())))[0, 1].nan_to_num())
 
 
 def _mean(values: Tensor) -> float:

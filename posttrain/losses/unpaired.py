@@ -43,9 +43,7 @@ def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
 
     Raises ValueError for a batch with one prompt only: no answer in it belongs to another.
     """
-    count = len(groups)
-    every = [groups[i] for i in range(count)]
-    made = []
+    every, count, made = list(groups), len(groups), []
     for i, group in enumerate(every):
         others = (every[(i + k) % count] for k in range(1, count))
         other = next((o for o in others if list(o.prompt_ids) != list(group.prompt_ids)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,18 +38,8 @@ class LoraConfig:
             )
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer.")
-        if self.rank == 0:
-            self._refuse_ignored_options()
-
-    def _refuse_ignored_options(self) -> None:
-        given = {
-            "alpha": self.alpha is not None,
-            "dropout": self.dropout != 0.0,
-            "target_modules": self.target_modules is not None,
-            "quantize_4bit": self.quantize_4bit,
-        }
-        ignored = [f"lora.{name}" for name, is_set in given.items() if is_set]
-        if ignored:
+        ignored = [f"lora.{f.name}" for f in fields(self) if f.name != "rank" and getattr(self, f.name) != f.default]
+        if self.rank == 0 and ignored:
             raise ValueError(
                 f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no adapters. "
                 "Set --model.lora.rank 16, or leave these options out."

@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from posttrain.data.folders import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,16 +113,11 @@ def _find_gguf(name: str, model: EmbeddedModel) -> Path:
 
 def _make_folder(model: EmbeddedModel, *, gguf_path: Path, folder: Path) -> None:
     logger.info("Making %s from %s (once, about 15 s)", folder, gguf_path.name)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as temporary:
         tokenizer = _read_tokenizer(model, gguf_path=gguf_path)
         _read_model(gguf_path, tokenizer=tokenizer).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         let_weights_be_read_like_the_rest(temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed
 
 
 def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedTokenizerBase:

@@ -7,19 +7,15 @@ that the chat template writes.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.adapters import add_adapters
-from posttrain.models.load import ModelConfig, base_name, load_pretrained
+from posttrain.models.load import ModelConfig, as_trained, load_pretrained
 from posttrain.models.policy import Policy, plain_attention
 from posttrain.packing.batch import PackedBatch
 from posttrain.types import PromptGroup
-
-logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|posttrain_pad|>"
 
@@ -49,17 +45,10 @@ def load_reward_model(config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype
         )
     if missing:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
-        head.weight.data.copy_(drawn)
+        head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
     give_pad_token(model, tokenizer)
     model.config.problem_type = None
-    if config.lora.rank > 0:
-        model = add_adapters(
-            model, config.lora, base=base_name(config), revision=config.revision, task_type="SEQ_CLS", modules_to_save=["score"]
-        )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return as_trained(model, config, scores=True)
 
 
 def give_pad_token(model: Any, tokenizer: Any) -> None:
@@ -80,11 +69,10 @@ class Scorer(Policy):
 
     def values(self, batch: PackedBatch) -> Tensor:
         """[T] scores, at least float32; T is the number of completions: each has one trained position, its slot."""
-        base = self.base
         hidden_TH = self.hidden(batch)
         if hidden_TH.shape[0] == 0:
             return hidden_TH.sum(-1)
-        scores_T = base.score(hidden_TH)[:, 0]
+        scores_T = self.base.score(hidden_TH)[:, 0]
         return scores_T.to(torch.promote_types(scores_T.dtype, torch.float32))
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:

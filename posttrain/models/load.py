@@ -7,6 +7,7 @@ be random), a tokenizer with ids beyond the embedding, a router loss whose denom
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class ModelConfig:
 def load_model_and_tokenizer(
     config: ModelConfig, *, dtype: torch.dtype
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Both, checked against each other. What trainers call."""
+    """Both, checked against each other."""
     tokenizer = load_tokenizer(config)
     model = load_model(config, dtype=dtype)
     check_vocabulary(model, tokenizer)
@@ -77,11 +78,31 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     model, _ = load_pretrained(config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype)
+    return as_trained(model, config)
+
+
+def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
+    """The model with its adapters and gradient checkpointing, as the config says. ``scores``: a reward model, whose head is
+    trained whole."""
     if config.lora.rank > 0:
-        model = add_adapters(model, config.lora, base=base_name(config), revision=config.revision, task_type="CAUSAL_LM")
+        task, kept = ("SEQ_CLS", ["score"]) if scores else ("CAUSAL_LM", None)
+        model = add_adapters(
+            model, config.lora, base=base_name(config), revision=config.revision, task_type=task, modules_to_save=kept
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def untrained_model(model_config: PreTrainedConfig, config: ModelConfig, *, dtype: torch.dtype, scores: bool = False) -> Any:
+    """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none on the meta device."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto_class: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    if scores:
+        model_config = copy.deepcopy(model_config)
+        model_config.num_labels = 1
+    return as_trained(auto_class.from_config(model_config, dtype=dtype), config, scores=scores)
 
 
 def load_pretrained(
@@ -121,7 +142,12 @@ def load_pretrained(
         **options,
     )
     missing = sorted(report["missing_keys"])
-    _refuse_missing_weights(config.name, [name for name in missing if not may_miss(name)])
+    lost = [name for name in missing if not may_miss(name)]
+    if lost:
+        raise ValueError(
+            f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights ({', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''}); they would be random. Check that config.json belongs to the weights."
+        )
     return model, missing
 
 
@@ -292,15 +318,6 @@ def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> 
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)
-
-
-def _refuse_missing_weights(name: str, missing: list[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"The checkpoint of {name!r} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); they would be random. Check that config.json "
-            "belongs to the weights."
-        )
 
 
 def base_name(config: ModelConfig) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data.folders import refuse_filled, whole_folder
 from posttrain.models.heads import load_reward_model
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
 
@@ -39,8 +38,7 @@ def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | No
     adapter = Path(adapter_folder).expanduser()
     target = Path(out).expanduser()
     recorded = _read_adapter_config(adapter)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"Output folder {target} exists and is not empty; nothing is overwritten. Give another --out.")
+    refuse_filled(target)
     name = base or recorded.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{adapter} does not say which model it was trained on. Give it with --base NAME_OR_FOLDER.")
@@ -48,7 +46,8 @@ def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | No
     config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
     model, tokenizer = _load_with_adapter(adapter, config, task_type=recorded.get("task_type"))
     merged = _merge(model, _resolve_dtype(dtype, config))
-    _write_whole(merged, tokenizer, target)
+    with whole_folder(target) as folder:
+        save_model(merged, tokenizer, folder)
     logger.info("Merged %s into %s: %s", adapter, name, target)
     return target
 
@@ -133,14 +132,3 @@ def _resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
 
     resolved = read_config(config).dtype or torch.float32 if dtype == "auto" else dtype
     return getattr(torch, resolved) if isinstance(resolved, str) else resolved
-
-
-def _write_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        save_model(model, tokenizer, temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something failed

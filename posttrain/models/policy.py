@@ -48,14 +48,14 @@ class PlainSequence:
     completion: int
 
 
-def _base_model(model: nn.Module) -> Any:
+def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _has_dropout(model: nn.Module) -> bool:
     """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those of other heads."""
-    for name, value in _base_model(model).config.get_text_config().to_dict().items():
+    for name, value in base_model(model).config.get_text_config().to_dict().items():
         is_rate = any(word in name for word in ("dropout", "pdrop", "drop_rate")) and not name.startswith(
             ("classifier", "summary")
         )
@@ -70,7 +70,7 @@ def _is_prompt_learning(model: nn.Module) -> bool:
 
 def _needs_single(model: nn.Module) -> str | None:
     """Why this model can only run one sequence per forward; None if it can be packed."""
-    base = _base_model(model)
+    base = base_model(model)
     config = base.config.get_text_config()
     if _is_prompt_learning(model):
         return "prompt-learning adapters put virtual tokens before every sequence"
@@ -81,7 +81,7 @@ def _needs_single(model: nn.Module) -> str | None:
         return f"layers of type {sorted(other)} carry state along the row"
     if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in base.named_parameters()):
         return "attention sinks are not part of packed attention"
-    if _rope_types(config) & {"dynamic"}:
+    if any(p.get("rope_type") == "dynamic" for p in _rope_parameters(config)):
         return "dynamic RoPE scales its frequencies with the length of the row"
     return None
 
@@ -90,10 +90,6 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
-
-
-def _rope_types(config: Any) -> set[str]:
-    return {str(p.get("rope_type", "default")) for p in _rope_parameters(config)}
 
 
 def _long_rope_limit(config: Any) -> int | None:
@@ -106,7 +102,7 @@ def _long_rope_limit(config: Any) -> int | None:
 
 def choose_mode(model: nn.Module, packing: PackingConfig, *, device_type: str) -> ForwardMode:
     """The first exact mode for this model; an explicit ``packing.mode`` is honoured or refused, never quietly changed."""
-    config = _base_model(model).config.get_text_config()
+    config = base_model(model).config.get_text_config()
     limit = _long_rope_limit(config)
     why_single = _needs_single(model)
     dropout = _has_dropout(model)
@@ -144,7 +140,7 @@ class Policy(nn.Module):
         self.model = model
         self.packing = packing
         self.forward_mode = choose_mode(model, packing, device_type=device_type)
-        base = _base_model(model)
+        base = base_model(model)
         self.transform = replace(logit_transform(base.config), temperature=temperature)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         if self.forward_mode.backend is not None:
@@ -161,32 +157,32 @@ class Policy(nn.Module):
                 self.forward_mode = replace(self.forward_mode, mode="single", backend=None, reason=why_not)
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
 
+    def around(self, model: nn.Module, *, device_type: str) -> Policy:
+        """The same forward of another model."""
+        return Policy(model, self.packing, device_type=device_type, temperature=self.transform.temperature)
+
     @torch.no_grad()
     def _probe(self) -> str | None:
         """Two tokens as two sequences: why this model's layers do not pass the layout on to the attention, or None."""
-        base = _base_model(self.model)
-        was_training, device = base.training, base.get_input_embeddings().weight.device
-        zeros = torch.zeros(1, 2, dtype=torch.long, device=device)
-        base.eval()
+        base = base_model(self.model)
+        zeros = torch.zeros(1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+        layout = Layout(lengths=(1, 1), prefixes=(-1, -1))
         try:
-            output = base.get_decoder()(
-                input_ids=zeros, position_ids=zeros, use_cache=False, packing=Layout(lengths=(1, 1), prefixes=(-1, -1))
-            )
+            with in_eval_mode(base):
+                output = base.get_decoder()(input_ids=zeros, position_ids=zeros, use_cache=False, packing=layout)
         except attention.NotPackable as error:
             return str(error)
-        finally:
-            base.train(was_training)
         return None if hasattr(output, "last_hidden_state") else f"{type(base).__name__} hides its last hidden state"
 
     @property
     def config(self) -> Any:
         """The model's config; accelerate and DeepSpeed read it."""
-        return _base_model(self.model).config
+        return self.base.config
 
     @property
     def base(self) -> Any:
         """The transformers model, inside of peft's wrapper if there is one."""
-        return _base_model(self.model)
+        return base_model(self.model)
 
     def forward(self, batch: PackedBatch | PlainSequence) -> Tensor:
         """``values`` of a packed row; ``plain_values`` of a sequence: sharded weights are whole only inside of forward."""
@@ -221,7 +217,7 @@ class Policy(nn.Module):
         last = max(i for i, m in enumerate(completion.loss_mask) if m)
         device = self.base.get_input_embeddings().weight.device
         ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
-        forward = _base_model(self.model).forward
+        forward = base_model(self.model).forward
         keep = {"logits_to_keep": last + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
         with plain_attention(self.model):
             logits = self.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[0, -(last + 1) :]
@@ -239,9 +235,20 @@ class Policy(nn.Module):
 
 
 @contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in eval mode (dropout off); afterwards in the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model runs as transformers ships it (generation, evaluation by others); outside, packed again."""
-    base = _base_model(model)
+    base = base_model(model)
     packed = base.config._attn_implementation
     if packed not in (attention.SEGMENT_NAME, attention.FLEX_NAME):
         yield

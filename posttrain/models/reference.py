@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, in_eval_mode
 
 
 def frozen_copy(policy: Policy, *, compute: torch.dtype | None = None) -> Policy:
@@ -24,12 +24,7 @@ def frozen_copy(policy: Policy, *, compute: torch.dtype | None = None) -> Policy
     ``compute``: weights of linear layers are held in this dtype, which is what autocast would cast them to in every
     forward: bit-identical log-probs from half the memory. None keeps every weight as it is.
     """
-    twin = Policy(
-        copy.deepcopy(policy.model),
-        policy.packing,
-        device_type=next(policy.parameters()).device.type,
-        temperature=policy.transform.temperature,
-    )
+    twin = policy.around(copy.deepcopy(policy.model), device_type=next(policy.parameters()).device.type)
     return freeze(twin, compute=compute)
 
 
@@ -55,13 +50,8 @@ def has_adapters(model: nn.Module) -> bool:
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     """Inside, the model is its base, in eval mode (dropout off)."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), model.disable_adapter():
+        yield
 
 
 def weights_digest(model: nn.Module) -> str:

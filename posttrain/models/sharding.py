@@ -8,7 +8,7 @@ collective: every process calls it, in the same order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,19 +33,16 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole, one at a time: what is yielded is valid until the next one."""
-    for name, tensor in named:
-        with _gathered(tensor):
-            yield name, tensor.full_tensor() if _is_dtensor(tensor) else tensor.detach()
+@contextmanager
+def whole(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor whole, valid inside."""
+    if hasattr(tensor, "ds_tensor"):
+        import deepspeed
 
-
-def _gathered(tensor: Tensor) -> Any:
-    if not hasattr(tensor, "ds_tensor"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([tensor])
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor.detach()
+    else:
+        yield tensor.full_tensor() if _is_dtensor(tensor) else tensor.detach()
 
 
 @torch.no_grad()
@@ -61,7 +58,7 @@ def whole_state(model: nn.Module, *, keep: bool, only_trained: bool) -> dict[str
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     copies: dict[int, Tensor] = {}
     for tensor in {id(tensors[n]): tensors[n] for n in names}.values():
-        for _, value in whole_tensors([("", tensor)]):
+        with whole(tensor) as value:
             if keep:
                 copies[id(tensor)] = value.to("cpu", copy=True)
     return {n: copies[id(tensors[n])] for n in names} if keep else {}
@@ -91,7 +88,7 @@ def mix_into(mine: nn.Module, theirs: nn.Module, share: float) -> None:
 
     reshard(mine)
     reshard(theirs)
-    targets = list(mine.parameters())
-    for target, (_, source) in zip(targets, whole_tensors((n, p) for n, p in theirs.named_parameters()), strict=True):
-        part = distribute_tensor(source, target.device_mesh, target.placements).to_local() if _is_dtensor(target) else source
-        local(target).lerp_(part.to(target.dtype), share)
+    for target, parameter in zip(mine.parameters(), theirs.parameters(), strict=True):
+        with whole(parameter) as source:
+            part = distribute_tensor(source, target.device_mesh, target.placements).to_local() if _is_dtensor(target) else source
+            local(target).lerp_(part.to(target.dtype), share)

@@ -50,10 +50,9 @@ def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layou
             f"{type(module).__name__} was called with posttrain's packed attention but without its layout, so sequences "
             "would see each other. Call the model through Policy, or inside `plain_attention(model)`."
         )
-    if extra.get("s_aux") is not None or extra.get("sinks") is not None:
-        raise NotPackable(f"{type(module).__name__} has attention sinks, which packed attention cannot do.")
-    if extra.get("position_bias") is not None:
-        raise NotPackable(f"{type(module).__name__} has a position bias, which packed attention cannot do.")
+    for name, what in (("s_aux", "attention sinks"), ("sinks", "attention sinks"), ("position_bias", "a position bias")):
+        if extra.get(name) is not None:
+            raise NotPackable(f"{type(module).__name__} has {what}, which packed attention cannot do.")
     return packing
 
 

@@ -11,12 +11,12 @@ a target) are not part of the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from posttrain.types import Completion, PairLogps, PromptGroup
+from posttrain.types import Completion, PairLogps, PromptGroup, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,8 @@ class KeptIds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedBatch:
-    """One micro-batch as the model sees it. Shapes: see the legend in ``posttrain.types``."""
+class PackedBatch(Targets):
+    """One micro-batch as the model sees it, with its targets. Shapes: see the legend in ``posttrain.types``."""
 
     input_ids_L: Tensor
     """[L] token ids of the row."""
@@ -77,32 +77,6 @@ class PackedBatch:
     """Which stretch of the row sees which."""
     predictor_T: Tensor
     """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all its completions."""
-    targets_T: Tensor
-    """[T] the trained token ids."""
-    sequence_T: Tensor
-    """[T] completion of each trained token, 0 .. S-1."""
-    group_S: Tensor
-    """[S] group of each completion, 0 .. P-1."""
-    num_tokens_S: Tensor
-    """[S] trained tokens of each completion."""
-    group_size_S: Tensor
-    """[S] trained completions of the whole group, also those that are not in this row."""
-    pairs_B2: Tensor
-    """[B, 2] chosen and rejected completion (0 .. S-1) of each pair whose two completions are in this row."""
-    margin_B: Tensor
-    """[B] margin of each pair."""
-    weight_B: Tensor
-    """[B] weight of each pair."""
-    label_S: Tensor
-    """[S] 1 desirable, -1 undesirable, 0 not rated."""
-    advantage_S: Tensor | None
-    """[S] float64; None outside of reinforcement learning, as the three below."""
-    advantage_T: Tensor | None
-    """[T] float64."""
-    sampler_T: Tensor | None
-    """[T] float64."""
-    proximal_T: Tensor | None
-    """[T] float64."""
     kept_ids: KeptIds | None
     """The vocabulary that each trained token was drawn from, where it was cut."""
     refs: tuple[tuple[int, int], ...]
@@ -115,28 +89,11 @@ class PackedBatch:
 
     def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
-
-        def cast(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(logps_T.dtype)
-
-        return PairLogps(
-            logps_T=logps_T,
-            targets_T=self.targets_T,
-            sequence_T=self.sequence_T,
-            group_S=self.group_S,
-            num_tokens_S=self.num_tokens_S,
-            group_size_S=self.group_size_S,
-            pairs_B2=self.pairs_B2,
-            margin_B=self.margin_B.to(logps_T.dtype),
-            weight_B=self.weight_B.to(logps_T.dtype),
-            label_S=self.label_S,
-            advantage_S=cast(self.advantage_S),
-            advantage_T=cast(self.advantage_T),
-            sampler_T=cast(self.sampler_T),
-            given_proximal_T=cast(self.proximal_T),
-            reference_T=reference_T,
-            batch_mean=batch_mean,
-        )
+        targets: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Targets)}
+        for name, value in targets.items():
+            if value is not None and value.is_floating_point():
+                targets[name] = value.to(logps_T.dtype)
+        return PairLogps(logps_T=logps_T, reference_T=reference_T, batch_mean=batch_mean, **targets)
 
 
 def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
@@ -150,7 +107,7 @@ def num_input_tokens(loss_mask: Sequence[bool | int]) -> int:
     return trained[-1] if trained else 0
 
 
-class _Row:
+class Segments:
     """Grows a row segment by segment."""
 
     def __init__(self) -> None:
@@ -158,19 +115,33 @@ class _Row:
         self.positions: list[int] = []
         self.lengths: list[int] = []
         self.prefixes: list[int] = []
+
+    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
+        """Row index of its first token. Without ids there is no segment."""
+        start = len(self.ids)
+        if len(ids):
+            self.ids.extend(ids)
+            self.positions.extend(range(first_position, first_position + len(ids)))
+            self.lengths.append(len(ids))
+            self.prefixes.append(prefix)
+        return start
+
+    @property
+    def layout(self) -> Layout:
+        """Which stretch of the row sees which."""
+        return Layout(lengths=tuple(self.lengths), prefixes=tuple(self.prefixes))
+
+
+class _Row(Segments):
+    """With its trained tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.predictor: list[int] = []
         self.targets: list[int] = []
         self.sequence: list[int] = []
         self.num_tokens: list[int] = []
         self.refs: list[tuple[int, int]] = []
-
-    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
-        start = len(self.ids)
-        self.ids.extend(ids)
-        self.positions.extend(range(first_position, first_position + len(ids)))
-        self.lengths.append(len(ids))
-        self.prefixes.append(prefix)
-        return start
 
     def add_targets(self, group: PromptGroup, completion: int, ref: tuple[int, int], *, last: int, start: int) -> None:
         """``last``: row index of the prompt's last token; ``start``: row index of the completion's first token."""
@@ -189,10 +160,8 @@ class _Row:
         prompt_segment = len(self.lengths) - 1
         for k in part.completions:
             c = group.completions[k]
-            length = num_input_tokens(c.loss_mask)
-            c_start = len(self.ids)
-            if length:
-                self.add_segment(c.token_ids[:length], first_position=n, prefix=prompt_segment)
+            inputs = c.token_ids[: num_input_tokens(c.loss_mask)]
+            c_start = self.add_segment(inputs, first_position=n, prefix=prompt_segment)
             self.add_targets(group, k, (part.group, k), last=start + n - 1, start=c_start)
 
     def add_separate(self, group: PromptGroup, part: GroupPart) -> None:
@@ -240,7 +209,7 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
     return PackedBatch(
         input_ids_L=long(row.ids),
         position_ids_L=long(row.positions),
-        layout=Layout(lengths=tuple(row.lengths), prefixes=tuple(row.prefixes)),
+        layout=row.layout,
         predictor_T=long(row.predictor),
         targets_T=long(row.targets),
         sequence_T=long(row.sequence),
@@ -283,6 +252,6 @@ def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
         "advantage_S": None if no_advantage else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
         "advantage_T": by_token(advantages),
         "sampler_T": by_token(lambda c: c.sampler_logps),
-        "proximal_T": by_token(lambda c: c.proximal_logps),
+        "given_proximal_T": by_token(lambda c: c.proximal_logps),
         "kept_ids": kept,
     }

@@ -226,8 +226,12 @@ class Rewards:
         calls = [partial(function, t, s, **options) for t, s in zip(texts, samples, strict=True)]
         timeout_s = self.config.timeout_s
         if getattr(function, "grouped", False):
-            together = dict.fromkeys(g for g, _ in at)
-            return [o for g in together for o in self._run_grouped(partial(function, **options), groups[g], parts[g])]
+            outcomes: list[Outcome] = []
+            for g in dict.fromkeys(g for g, _ in at):
+                sample, answers = groups[g]
+                scores = {before: [part.get(before) for part in parts[g]] for before in parts[g][0]}
+                outcomes += scored_together(partial(function, answers, sample, scores, **options), len(answers), timeout_s)
+            return outcomes
         if getattr(function, "batched", False):
             return scored_together(lambda: function(texts, samples, **options), len(at), START_SECONDS + timeout_s * len(at))
         if inspect.iscoroutinefunction(function):
@@ -237,10 +241,6 @@ class Rewards:
             return scored_alone(calls, timeout_s, concurrency=self.config.concurrency)
         pairs = zip(texts, samples, strict=True)
         return self._pool.run([Task(function=path, completion=t, sample=s, options=options) for t, s in pairs])
-
-    def _run_grouped(self, function: Callable[..., Any], group: Group, parts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
-        scores = {name: [part.get(name) for part in parts] for name in parts[0]}
-        return scored_together(partial(function, group[1], group[0], scores), len(group[1]), self.config.timeout_s)
 
     def _check_options(self) -> None:
         for name, options in self.config.options.items():

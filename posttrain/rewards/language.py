@@ -35,7 +35,7 @@ def language_consistency(completion: str, sample: Mapping[str, Any], *, language
     words = _words(_TAGS.sub(" ", _thought(completion)))
     if not words:
         return 1.0
-    return sum(_is_of(word, scripts) for word in words) / len(words)
+    return sum(all(_script(c) in scripts for c in word) for word in words) / len(words)
 
 
 def _thought(completion: str) -> str:
@@ -58,10 +58,6 @@ def _words(text: str) -> list[str]:
         if run:
             found.append(run)
     return found
-
-
-def _is_of(word: str, scripts: list[str]) -> bool:
-    return all(_script(c) in scripts for c in word)
 
 
 def _script(character: str) -> str:

@@ -170,7 +170,7 @@ class _Worker:
 
 def load_function(path: str) -> Any:
     """The function of a dotted path, also from the folder that the run was started in."""
-    if os.getcwd() not in sys.path:
+    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the folder it is started from is not
         sys.path.append(os.getcwd())
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

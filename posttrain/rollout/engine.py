@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "repeat", "budget"]
 """stop: a stop token or string; length: ``max_tokens``; repeat: caught in a loop; budget: the iteration's token budget, to be
@@ -84,6 +84,16 @@ class Sampled:
     """Number of weight updates that the sampling policy had seen."""
     kept_ids: tuple[tuple[int, ...], ...] | None = None
     """One per token: the ids that truncation left to draw from; None without truncation."""
+
+
+def check_positions(model_config: Any, longest: int) -> None:
+    """ValueError if a prompt with its completion, ``longest`` tokens, has more than the positions that the model knows."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
+            "--sampling.max_tokens or --data.max_prompt_length."
+        )
 
 
 OnFinished = Callable[[int, int, Sampled], None]

@@ -83,10 +83,6 @@ def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
     return found.hexdigest()
 
 
-def _to_json(drawn: Sampled) -> dict[str, Any]:
-    return asdict(drawn)
-
-
 def _from_json(entry: dict[str, Any]) -> Sampled:
     kept = entry["kept_ids"]
     return Sampled(
@@ -109,26 +105,19 @@ def journalled(
     """
     if not by_completion:
         entries = journal.once(
-            f"generate {digest(requests)}", lambda: [[_to_json(d) for d in row] for row in engine.generate(requests, sampling)]
+            f"generate {digest(requests)}", lambda: [[asdict(d) for d in row] for row in engine.generate(requests, sampling)]
         )
         return [[_from_json(entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
         return f"completion {request.seeds[k]} {digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
 
-    missing: list[tuple[int, list[int]]] = []
-    for i, request in enumerate(requests):
+    left: list[Request] = []
+    for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            missing.append((i, wanted))
-    left = [
-        Request(
-            prompt_ids=requests[i].prompt_ids,
-            seeds=tuple(requests[i].seeds[k] for k in wanted),
-            prefixes=tuple(requests[i].prefixes[k] for k in wanted) if requests[i].prefixes else (),
-        )
-        for i, wanted in missing
-    ]
+            seeds, prefixes = (tuple(every[k] for k in wanted if every) for every in (request.seeds, request.prefixes))
+            left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
-        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), _to_json(drawn)))
+        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)))
     return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]

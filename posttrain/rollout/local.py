@@ -16,9 +16,9 @@ from torch import Tensor
 
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
-from posttrain.packing.batch import Layout
+from posttrain.packing.batch import Layout, Segments
 from posttrain.packing.decode import DecodeLayout
-from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
+from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig, check_positions
 from posttrain.rollout.kv import RecordingCache, SlotCache
 from posttrain.rollout.sampling import draw
 from posttrain.rollout.stopping import StopRule
@@ -100,12 +100,17 @@ class LocalEngine:
         self._stop_ids, self._decode = tuple(stop_ids), decode
         self._transform: LogitTransform = replace(logit_transform(policy.config), temperature=1.0)
         self._weights = SamplingWeights(policy, compute=compute)
-        self._version = 0
+        self.version = 0
+        """Updates that the weights have seen."""
+        self.kv_dtype = self._weights.compute
+        self.prefill_tokens = policy.packing.max_tokens
+        """Most tokens of a row of prompts."""
+        self.device = next(policy.parameters()).device
 
     def refresh(self, version: int) -> None:
         """From now on samples come from the policy's present weights, which are the result of ``version`` updates."""
         self._weights.refresh()
-        self._version = version
+        self.version = version
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
@@ -121,7 +126,6 @@ class LocalEngine:
         return run.results
 
     def _check_lengths(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
-        config = self._policy.config.get_text_config()
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
         shortest = min(len(r.prompt_ids) for r in requests)
         limit = self._policy.forward_mode.length_limit
@@ -130,12 +134,7 @@ class LocalEngine:
                 f"This model scales its positions by whether a sequence is longer than {limit} tokens; sequences of {shortest} "
                 f"to {longest} tokens cannot be sampled together here. Lower sampling.max_tokens, or use a vLLM server."
             )
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
-                "sampling.max_tokens or leave out long prompts."
-            )
+        check_positions(self._policy.config, longest)
 
     def slots(self, requests: Sequence[Request], sampling: SamplingConfig, capacity: int) -> int:
         """Completions that run at the same time."""
@@ -151,16 +150,6 @@ class LocalEngine:
             )
         return min(fit, self._config.max_rows, sum(len(r.seeds) for r in requests))
 
-    @property
-    def kv_dtype(self) -> torch.dtype:
-        """Of keys and values."""
-        return self._weights.compute
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Most tokens of a row of prompts."""
-        return self._policy.packing.max_tokens
-
     def hidden(self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout) -> Tensor:
         """[rows, tokens, H] the backbone's last hidden states."""
         decoder = self._weights.model.get_decoder()
@@ -172,16 +161,6 @@ class LocalEngine:
         with torch.autocast(hidden_BH.device.type, enabled=False):
             logits = self._weights.logits(hidden_BH)
             return self._transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the policy is."""
-        return next(self._policy.parameters()).device
-
-    @property
-    def version(self) -> int:
-        """Updates that the weights have seen."""
-        return self._version
 
 
 class _Run:
@@ -252,38 +231,25 @@ class _Run:
             self._prefill_row(row)
 
     def _prefill_row(self, wanted: Sequence[int]) -> None:
-        ids: list[int] = []
-        positions: list[int] = []
-        lengths: list[int] = []
-        prefixes: list[int] = []
-
-        def segment(tokens: Sequence[int], first: int, prefix: int) -> tuple[int, int]:
-            start = len(ids)
-            if tokens:
-                ids.extend(tokens)
-                positions.extend(range(first, first + len(tokens)))
-                lengths.append(len(tokens))
-                prefixes.append(prefix)
-            return start, len(ids)
-
+        row = Segments()
         spans: dict[int, list[list[tuple[int, int]]]] = {}
         for i in wanted:
             request = self._requests[i]
             n = len(request.prompt_ids)
-            start, end = segment(request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1], 0, -1)
-            prompt_segment = len(lengths) - 1
+            prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
+            start = row.add_segment(prompt, first_position=0, prefix=-1)
+            prompt_segment = len(row.lengths) - 1
             spans[i] = []
             for k in range(len(request.seeds)):
                 prefix = request.prefixes[k] if request.prefixes else ()
                 own = [(start, start + (n if prefix else n - 1))]
                 if len(prefix) > 1:
-                    own.append(segment(prefix[:-1], n, prompt_segment))
+                    own.append((row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment), len(row.ids)))
                 spans[i].append([(a, b) for a, b in own if b > a])
         cache = RecordingCache()
-        if ids:
-            device = self._engine.device
-            layout = Layout(lengths=tuple(lengths), prefixes=tuple(prefixes))
-            self._engine.hidden(torch.tensor([ids], device=device), torch.tensor([positions], device=device), cache, layout)
+        if row.ids:
+            ids, positions = torch.tensor([[row.ids], [row.positions]], device=self._engine.device)
+            self._engine.hidden(ids, positions, cache, row.layout)
         for i in wanted:
             self._prefilled[i] = _Prefilled(recorded=cache.recorded, spans=spans[i])
 

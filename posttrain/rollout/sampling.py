@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.data.mixture import mixed64
 from posttrain.rollout.engine import SamplingConfig
 
 BLOCK = 256
@@ -101,9 +102,6 @@ def _exponentials(keys: np.ndarray, counters: Tensor, *, like: Tensor) -> Tensor
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele et al. 2014): adds the golden ratio, then mixes all 64 bits."""
+    """splitmix64: adds the golden ratio, then mixes all 64 bits."""
     with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return mixed64(x + np.uint64(0x9E3779B97F4A7C15))

@@ -20,8 +20,9 @@ from posttrain.losses import policy as policy_losses
 from posttrain.losses.preference import dpo
 from posttrain.losses.reward import bradley_terry
 from posttrain.losses.sft import sft
-from posttrain.models.adapters import LoraConfig, add_adapters
+from posttrain.models.adapters import LoraConfig
 from posttrain.models.heads import Scorer
+from posttrain.models.load import ModelConfig, untrained_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import adapters_off, freeze, has_adapters
 from posttrain.packing.batch import PackedBatch
@@ -105,20 +106,8 @@ def build_model(
     config: Any, method: Method, precision: PrecisionPlan, *, lora: LoraConfig | None = None, gradient_checkpointing: bool = False
 ) -> nn.Module:
     """The model of a config with random weights (none on the meta device), as ``load_model`` would give it."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    is_reward = method == "reward"
-    if is_reward:
-        config = type(config).from_dict({**config.to_dict(), "num_labels": 1})
-    auto_class: Any = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
-    model = auto_class.from_config(config, dtype=precision.load_dtype)
-    if lora is not None and lora.rank > 0:
-        head = ["score"] if is_reward else None
-        task = "SEQ_CLS" if is_reward else "CAUSAL_LM"
-        model = add_adapters(model, lora, base="", revision=None, task_type=task, modules_to_save=head)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    settings = ModelConfig(lora=lora or LoraConfig(), gradient_checkpointing=gradient_checkpointing)
+    return untrained_model(config, settings, dtype=precision.load_dtype, scores=method == "reward")
 
 
 def _with_storage(model: nn.Module) -> nn.Module:

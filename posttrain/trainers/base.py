@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,15 +23,18 @@ from posttrain.data import (
 )
 from posttrain.data.config import Purpose
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan
 from posttrain.trainers.memory import MemoryCheck
-from posttrain.training.config import TrainConfig, flat_settings, to_dict
+from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.launch import make_accelerator
-from posttrain.training.loop import Loop, TrainResult, longest_sequence
+from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
-from posttrain.types import LossOutput, PromptGroup
+from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.step import Loss
+from posttrain.types import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,6 @@ class BaseConfig:
 
 
 Rows = Sequence[PromptGroup] | Sequence[Mapping[str, Any]]
-Loss = Callable[..., LossOutput]
 METHODS: dict[Purpose, Any] = {"sft": "sft", "preference": "dpo", "reward": "reward"}
 
 
@@ -60,25 +62,28 @@ class Trainer:
 
     ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
     groups, or rows in any format that ``posttrain.data`` reads for this method; without them ``config.data`` says where the
-    rows are.
+    rows are. ``loss``: a function ``logps -> LossOutput``; without it ``config.loss``.
     """
 
     purpose: ClassVar[Purpose]
     """What the rows are read for."""
-    loss: Loss
+    config_class: ClassVar[Any]
+    loss_home: ClassVar[str]
+    """Module of the losses that ``config.loss`` names without a path."""
     wants_reference: bool = False
     """Whether the loss reads a reference model."""
 
     def __init__(
         self,
         *,
-        config: Any,
         model: Any = None,
         tokenizer: Any = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
+        config: Any = None,
+        loss: Loss | None = None,
     ) -> None:
-        name = type(self).__name__
+        name, config = type(self).__name__, config or self.config_class()
         if isinstance(model, str):
             config, model = replace(config, model=replace(config.model, name=model)), None
         if model is not None and tokenizer is None:
@@ -87,6 +92,8 @@ class Trainer:
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self.loss: Loss = choose_loss(config, loss, home=self.loss_home, default=self.config_class.loss)
+        self._settle_loss()
 
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
@@ -112,10 +119,6 @@ class Trainer:
         if self._train_dataset is not None and self.purpose != "reward":
             check_stop_trained(train, stop_token_ids(tokenizer))
         _check_budget(train, evaluation, config.packing)
-        if config.train.trackers:
-            settings = flat_settings(to_dict(config))
-            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
-            accelerator.init_trackers("posttrain", config=settings)
         if accelerator.is_main_process:
             _show_sample(train[0], tokenizer)
 
@@ -143,11 +146,11 @@ class Trainer:
         )
         self._set_up(loop, train, evaluation)
         result = loop.run()
-        memory.finish(accelerator)
-        if accelerator.is_main_process:
-            show_held_out(result)
-            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        report_end(result, memory, accelerator)
         return result
+
+    def _settle_loss(self) -> None:
+        """What the method makes of its loss, and asks of it."""
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         """The model that is trained."""
@@ -221,16 +224,21 @@ def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
     for groups in (train, evaluation):
         if groups is None:
             continue
-        if hasattr(groups, "longest"):
-            index = int(groups.longest.argmax())
-            longest, where = int(groups.longest[index]), groups[index].where
-        else:
-            longest, where = longest_sequence(groups)
+        longest, where = _longest_sequence(groups)
         if longest - 1 > packing.max_tokens:
             raise ValueError(
                 f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
                 f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
             )
+
+
+def _longest_sequence(groups: Any) -> tuple[int, str]:
+    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
+    if hasattr(groups, "longest"):
+        index = int(groups.longest.argmax())
+        return int(groups.longest[index]), groups[index].where
+    lengths = [len(g.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in g.completions) + 1 for g in groups]
+    return max(lengths), groups[lengths.index(max(lengths))].where
 
 
 def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
@@ -239,6 +247,26 @@ def _show_sample(group: PromptGroup, tokenizer: Any) -> None:
 
     title = "first sample: trained tokens are highlighted"
     Console().print(Panel(highlight_sample(group, tokenizer), title=title, subtitle=group.where))
+
+
+def run_reference(settings: ReferenceConfig, loop: Loop, **options: Any) -> RunReference:
+    """The reference of a run: the model that ``settings`` names, else the policy as it starts."""
+
+    def load_other() -> nn.Module:
+        model = load_model(ModelConfig(name=str(settings.model)), dtype=loop.precision.load_dtype)
+        check_vocabulary(model, loop.tokenizer)
+        return model
+
+    other = load_other if settings.model is not None else None
+    return RunReference(settings, precision=loop.precision, load_other=other, **options)
+
+
+def report_end(result: TrainResult, memory: MemoryCheck, accelerator: Any) -> None:
+    """Memory, held-out figures, and where everything is."""
+    memory.finish(accelerator)
+    if accelerator.is_main_process:
+        show_held_out(result)
+        print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
 
 
 def show_held_out(result: TrainResult) -> None:

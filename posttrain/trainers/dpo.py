@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.losses.preference_metrics import preference_metrics
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model
-from posttrain.trainers.base import BaseConfig, Loss, Rows, Trainer
-from posttrain.training.config import DECLARATIONS, TrainConfig, choose_loss
+from posttrain.trainers.base import BaseConfig, Loss, Trainer, run_reference
+from posttrain.training.config import TrainConfig, declared_like
 from posttrain.training.forward import needs_reference
 from posttrain.training.loop import Loop
-from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.reference import ReferenceConfig
 from posttrain.types import LossOutput, PairLogps, PromptGroup
 
 
@@ -40,26 +39,17 @@ class DPOTrainer(Trainer):
     """``DPOTrainer(model="smollm2-135m", train_dataset=pairs, loss=ipo).train()``.
 
     Rafailov et al. 2023, arXiv:2305.18290. Datasets: prompt groups with ``pairs`` (or labelled completions, for KTO), or rows
-    of the formats in ``posttrain.data.comparisons``. ``loss``: a function ``PairLogps -> LossOutput``; without it
-    ``config.loss``. A loss that says ``needs_reference = False`` runs without one. All pairs of a group are trained with one
-    forward of its prompt and of each completion.
+    of the formats in ``posttrain.data.comparisons``. ``loss``: a function ``PairLogps -> LossOutput``. A loss that says
+    ``needs_reference = False`` runs without one. All pairs of a group are trained with one forward of its prompt and of each
+    completion.
     """
 
     purpose: ClassVar[Purpose] = "preference"
+    config_class = DPOConfig
+    loss_home = "posttrain.losses.preference"
 
-    def __init__(
-        self,
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
-        config: DPOConfig | None = None,
-        loss: Loss | None = None,
-    ) -> None:
-        config = config or DPOConfig()
-        super().__init__(config=config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        chosen = choose_loss(config, loss, home="posttrain.losses.preference", default=DPOConfig.loss)
+    def _settle_loss(self) -> None:
+        config, chosen = self.config, self.loss
         self.wants_reference = needs_reference(chosen)
         self.loss = with_preference_metrics(chosen, beta=float(config.loss_options.get("beta", 0.1)))
         if getattr(chosen, "batch_statistic", None) is not None and config.reference.cache:
@@ -74,17 +64,9 @@ class DPOTrainer(Trainer):
         _check_feedback(self.loss, train, self.config.loss)
         if not needs_reference(self.loss):
             return
-        name, tokenizer = self.config.reference.model, loop.tokenizer
-
-        def load_other() -> nn.Module:
-            model = load_model(ModelConfig(name=str(name)), dtype=loop.precision.load_dtype)
-            check_vocabulary(model, tokenizer)
-            return model
-
-        loop.reference = RunReference(
+        loop.reference = run_reference(
             self.config.reference,
-            precision=loop.precision,
-            load_other=load_other if name is not None else None,
+            loop,
             groups=[train, *([evaluation] if evaluation is not None else [])],
             show_progress=loop.accelerator.is_main_process,
         )
@@ -98,11 +80,7 @@ def with_preference_metrics(loss: Loss, *, beta: float) -> Loss:
         metrics: dict[str, Tensor] = preference_metrics(logps, beta=beta) if logps.pairs_B2.shape[0] else {}
         return LossOutput(terms=output.terms, metrics={**metrics, **output.metrics})
 
-    measured.__name__ = measured.__qualname__ = getattr(loss, "__qualname__", repr(loss))
-    for name in DECLARATIONS:
-        if hasattr(loss, name):
-            setattr(measured, name, getattr(loss, name))
-    return measured
+    return declared_like(loss, measured)
 
 
 def _check_feedback(loss: Loss, train: Sequence[PromptGroup], name: str) -> None:

@@ -14,8 +14,7 @@ from posttrain.memory.limits import available_bytes, gigabytes, peak_rss_bytes
 from posttrain.memory.plan import Device, Job, MemoryPlan, Method, Rollout, memory_plan
 from posttrain.memory.report import one_line, verdict
 from posttrain.memory.states import Parameter, parameters_of
-from posttrain.models.adapters import add_adapters
-from posttrain.models.load import ModelConfig, read_config
+from posttrain.models.load import ModelConfig, read_config, untrained_model
 from posttrain.models.policy import choose_mode
 from posttrain.precision import PRECISIONS, PrecisionPlan, resolve_precision
 from posttrain.training.config import UserFacingError
@@ -24,27 +23,16 @@ from posttrain.training.sharding import kind
 
 def meta_model(config: ModelConfig, precision: PrecisionPlan, *, scores: bool = False) -> nn.Module:
     """The model as the run will hold it, without weights: shapes, dtypes and which parameters are trained."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    hf_config = read_config(config)
-    if scores:
-        hf_config.num_labels = 1
-    auto: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    settings = replace(config, lora=replace(config.lora, quantize_4bit=False))
     with torch.device("meta"):
-        model = auto.from_config(hf_config, dtype=precision.load_dtype)
-        if config.lora.rank > 0:
-            lora = replace(config.lora, quantize_4bit=False)
-            task = "SEQ_CLS" if scores else "CAUSAL_LM"
-            kept = ["score"] if scores else None
-            model = add_adapters(model, lora, base=config.name, revision=None, task_type=task, modules_to_save=kept)
-    return model
+        return untrained_model(read_config(config), settings, dtype=precision.load_dtype, scores=scores)
 
 
 def plan_precision(name: str, device: Device, *, is_here: bool = True) -> PrecisionPlan:
     """The precision of a run; ``auto`` on a device that is not here is bf16."""
-    if name == "auto" and not is_here:
-        return PRECISIONS["bf16"]
-    return PRECISIONS[name] if name != "auto" and not is_here else resolve_precision(None if name == "auto" else name, device)
+    if not is_here:
+        return PRECISIONS["bf16" if name == "auto" else name]
+    return resolve_precision(None if name == "auto" else name, device)
 
 
 def job_of(
@@ -59,30 +47,27 @@ def job_of(
 ) -> Job:
     """What decides the memory of a run on one device. ``model``: the loaded one, else it is built without weights.
     ``longest_prompt``: of the data, in tokens, where completions are sampled; None takes the most that it may have."""
-    given = model is not None
     model = model if model is not None else meta_model(config.model, precision, scores=method == "reward")
     parameters = parameters_of(model)
     arch = architecture_of(model.config, parameters)
     mode = choose_mode(model, config.packing, device_type=device)
-    checkpointing = bool(getattr(model, "is_activation_checkpointing", False)) if given else config.model.gradient_checkpointing
-    moves = wants_reference and bool(config.reference.sync_every)
     job = Job(
         method=method,
         arch=arch,
         parameters=tuple(parameters),
         precision=precision,
         max_tokens=config.packing.max_tokens,
-        completions={"sft": 1, "reward": 2, "dpo": 2}.get(method, 2),
+        completions=1 if method == "sft" else 2,
         device=device,
         shares_prompt=mode.mode == "shared",
         own_attention=mode.mode == "single",
         flex=mode.backend == "posttrain_flex",
-        checkpointing=checkpointing,
+        checkpointing=bool(getattr(model, "is_activation_checkpointing", False)),
         logits_chunk=config.packing.logits_chunk,
         optimizer=config.optimizer.name,
         offload=frozenset({"optimizer"}) if config.optimizer.offload else frozenset(),
         reference=_reference(config, precision, parameters) if wants_reference else (),
-        reference_moves=moves,
+        reference_moves=wants_reference and bool(config.reference.sync_every),
     )
     return _with_sampling(job, config, precision, longest_prompt) if method == "rl" else job
 
@@ -137,13 +122,13 @@ class MemoryCheck:
             longest_prompt=longest_prompt,
         )  # fmt: skip
         sharding = kind(accelerator)
-        stage = {"whole": 0, "fsdp2": 3}.get(sharding, int(sharding[-1]) if sharding.startswith("zero") else 0)
-        engine: Any = {"whole": "plain", "fsdp2": "fsdp2"}.get(sharding, "deepspeed")
+        engine: Any
+        stage, engine = {"whole": (0, "plain"), "fsdp2": (3, "fsdp2")}.get(sharding) or (int(sharding[-1]), "deepspeed")
         plan = memory_plan(job.sharded(stage, accelerator.num_processes, engine=engine))
-        check = cls(plan=plan, limit_bytes=_limit(accelerator), is_main=accelerator.is_main_process)
+        limit = device_bytes(accelerator.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check = cls(plan=plan, limit_bytes=limit, is_main=accelerator.is_main_process)
         if check.is_main:
-            print(one_line(plan, check.limit_bytes))
-        limit = check.limit_bytes
+            print(one_line(plan, limit))
         if limit is not None and plan.peak_bytes > limit and not config.train.force:
             raise UserFacingError(
                 f"This run needs {gigabytes(plan.peak_bytes)} per process (GB = 1e9 bytes) and {gigabytes(limit)} are there. "
@@ -165,9 +150,9 @@ class MemoryCheck:
             )
 
 
-def _limit(accelerator: Any) -> float | None:
-    """Of one process: its GPU, or its share of this machine's memory."""
-    if accelerator.device.type == "cuda":
-        return float(torch.cuda.get_device_properties(accelerator.device).total_memory)
+def device_bytes(device: torch.device | str, *, processes: int = 1) -> float | None:
+    """What one process may take: its GPU, or its share of this machine's available memory. None where it is not known."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else None
     here = available_bytes()
-    return None if here is None else here / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if here is None else here / processes

@@ -13,8 +13,8 @@ from posttrain.data.config import DataConfig, Purpose
 from posttrain.losses.calibration import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.precision import PrecisionPlan
-from posttrain.trainers.base import BaseConfig, Loss, Rows, Trainer
-from posttrain.training.config import TrainConfig, choose_loss
+from posttrain.trainers.base import BaseConfig, Trainer
+from posttrain.training.config import TrainConfig
 from posttrain.training.forward import Ref
 from posttrain.training.loop import Loop
 from posttrain.types import PromptGroup
@@ -44,20 +44,8 @@ class RewardTrainer(Trainer):
     """
 
     purpose: ClassVar[Purpose] = "reward"
-
-    def __init__(
-        self,
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
-        config: RewardConfig | None = None,
-        loss: Loss | None = None,
-    ) -> None:
-        config = config or RewardConfig()
-        super().__init__(config=config, model=model, tokenizer=tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        self.loss = choose_loss(config, loss, home="posttrain.losses.reward", default=RewardConfig.loss)
+    config_class = RewardConfig
+    loss_home = "posttrain.losses.reward"
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         return load_reward_model(self.config.model, tokenizer, dtype=precision.load_dtype, seed=self.config.train.seed)

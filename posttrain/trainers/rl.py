@@ -18,11 +18,11 @@ from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
-from posttrain.rollout.engine import Engine, SamplingConfig
+from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
-from posttrain.trainers.base import show_held_out
+from posttrain.trainers.base import report_end, run_reference
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict, with_options
@@ -134,15 +134,18 @@ class RLTrainer:
             train, counts = self._prompts(self._train_dataset, config.data.train, tokenizer)
             held_out = config.data.eval or self._eval_dataset is not None
             evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
+        every = (*train, *(evaluation or ()))
+        longest_prompt = max(len(p.ids) for p in every)
         memory = MemoryCheck.start(
             config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
-            longest_prompt=max(len(p.ids) for p in (*train, *(evaluation or ()))),
+            longest_prompt=longest_prompt,
         )  # fmt: skip
         with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
-        _check_positions(config, model, (*train, *(evaluation or ())))
-        for prompt in (*train, *(evaluation or ())):
+        # before the first rollout, not in the one that draws the longest prompt
+        check_positions(model.config, longest_prompt + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0))
+        for prompt in every:
             self._rewards.weights_of(prompt.sample)
         _check_budget(config, train)
         source = self._source(train, evaluation, tokenizer)
@@ -154,7 +157,7 @@ class RLTrainer:
             tokenizer=tokenizer,
             loss=source.watched(loss),
             batches=lambda _: [_probe_group(p) for p in train[:2]],
-            num_steps=_num_steps(config, len(train)),
+            num_steps=config.train.max_steps or config.train.num_steps(len(train)) * config.rollout.epochs,
             train=config.train,
             optimizer_config=config.optimizer,
             packing=config.packing,
@@ -171,10 +174,7 @@ class RLTrainer:
             result = loop.run()
         finally:
             self._rewards.close()
-        memory.finish(accelerator)
-        if accelerator.is_main_process:
-            show_held_out(result)
-            print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        report_end(result, memory, accelerator)
         return result
 
     def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
@@ -281,23 +281,11 @@ def _kl_options(algorithm: Algorithm) -> dict[str, Any]:
     return {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if in_loss else {}
 
 
-def _num_steps(config: RLConfig, num_prompts: int) -> int:
-    """Every optimizer step trains on batch_size prompts, each of them ``epochs`` times."""
-    if config.train.max_steps:
-        return config.train.max_steps
-    return config.train.num_steps(num_prompts) * config.rollout.epochs
-
-
 def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReference:
     settings = config.reference
     if algorithm.reference_every and not settings.sync_every:
         settings = replace(settings, sync_every=algorithm.reference_every, sync_mix=1.0)
-    name = settings.model
-
-    def load_other() -> torch.nn.Module:
-        return load_model(ModelConfig(name=str(name)), dtype=loop.precision.load_dtype)
-
-    return RunReference(settings, precision=loop.precision, load_other=load_other if name is not None else None)
+    return run_reference(settings, loop)
 
 
 def _probe_group(prompt: Prompt) -> PromptGroup:
@@ -306,17 +294,6 @@ def _probe_group(prompt: Prompt) -> PromptGroup:
     tail = prompt.ids[cut:] or prompt.ids[-1:]
     completions = [Completion(token_ids=tail, loss_mask=(1,) * len(tail)), Completion(token_ids=tail[:1], loss_mask=(1,))]
     return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
-
-
-def _check_positions(config: RLConfig, model: Any, prompts: Sequence[Prompt]) -> None:
-    """Before the first rollout, not in the one that draws the longest prompt."""
-    longest = max(len(p.ids) for p in prompts) + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"Prompt and completion may have {longest} tokens, but the model knows {positions} positions. Lower "
-            "--sampling.max_tokens or --data.max_prompt_length."
-        )
 
 
 def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:

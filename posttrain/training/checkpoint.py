@@ -63,7 +63,12 @@ def save_checkpoint(
         (is_main, lambda: _publish(temp, final, {**state, "step": step})),
     )
     for takes_part, phase in phases:
-        error = _attempt(phase) if takes_part else None
+        error: Exception | None = None
+        try:
+            if takes_part:
+                phase()
+        except Exception as raised:  # noqa: BLE001 - the ranks agree before anyone raises
+            error = raised
         if not all_ok(error is None):
             message = _explain(error, temp, final)
             barrier()  # until every rank has looked at the partial folder
@@ -144,14 +149,14 @@ def _prepare(root: Path, temp: Path) -> None:
 
 def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
     """Manifest, fsync of every file and folder, rename, fsync of the parent: then a power cut loses nothing."""
-    _write_json(temp / _STATE, state)
+    write_json(temp / _STATE, state)
     paths = sorted(temp.rglob("*"))
     files = {
         path.relative_to(temp).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in paths
         if path.is_file()
     }
-    _write_json(temp / _MANIFEST, {"step": state["step"], "files": files})
+    write_json(temp / _MANIFEST, {"step": state["step"], "files": files})
     for path in (*paths, temp / _MANIFEST, temp):
         _fsync(path)
     aside = final.with_name(f".old_{final.name}")
@@ -181,15 +186,6 @@ def _checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder), newest first; of one step the folder in place before the one put aside."""
     found = [(int(m[1]), f) for f in root.glob("*") if (m := _FOLDER.fullmatch(f.name)) and f.is_dir()]
     return sorted(found, key=lambda item: (-item[0], item[1].name.startswith(".")))
-
-
-def _attempt(phase: Callable[[], None]) -> Exception | None:
-    """Runs a phase and hands its exception back, so that the ranks can agree before anyone raises."""
-    try:
-        phase()
-    except Exception as error:
-        return error
-    return None
 
 
 def _explain(error: Exception | None, temp: Path, final: Path) -> str:
@@ -224,7 +220,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Indented."""
     path.write_text(json.dumps(value, indent=1))
 
 

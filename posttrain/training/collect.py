@@ -17,6 +17,7 @@ from posttrain.rewards.compose import RewardError, Rewards, Scored
 from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.rollout.journal import Journal, digest, fingerprint, journalled
+from posttrain.training.ranks import of_all_ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -76,9 +77,8 @@ class Collector:
         def draw() -> list[tuple[int, list[Sampled]]]:
             requests: list[Request] = [wanted[i][0] for i in mine]
             if journal is None:
-                drawn = self.engine.generate(requests, self.sampling)
-            else:
-                drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
+                return list(zip(mine, self.engine.generate(requests, self.sampling), strict=True))
+            drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
             return list(zip(mine, drawn, strict=True))
 
         for i, drawn in self._from_all(draw):
@@ -132,15 +132,13 @@ class Collector:
         """Joins what every rank computes. What one rank raises, all raise: none waits for another that is gone."""
         if self.accelerator.num_processes == 1:
             return compute()
-        from accelerate.utils import gather_object
-
         mine: tuple[list[T], str | None]
         try:
             mine = (compute(), None)
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait
             log.exception("rank %d", self.accelerator.process_index)
             mine = ([], f"rank {self.accelerator.process_index}: {error}")
-        gathered = gather_object([mine])
+        gathered = of_all_ranks(self.accelerator, mine)
         failed = next((problem for _, problem in gathered if problem), None)
         if failed is not None:
             raise RewardError(failed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import math
 import os
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from posttrain.rewards.pool import load_function
 
 C = TypeVar("C")
 
@@ -104,8 +105,8 @@ def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, 
     """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
     parser = make_parser(config_class, description=description)
     try:
-        namespace = parser.parse_args(None if arguments is None else list(arguments))
-        return _instantiate(parser, namespace, config_class)
+        values = parser.instantiate(parser.parse_args(None if arguments is None else list(arguments)))
+        return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         message = str(error)
     print(f"error: {message}{_suggestion(parser, message)}", file=sys.stderr)
@@ -127,24 +128,18 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def _instantiate(parser: Any, namespace: Any, config_class: type[C]) -> C:
-    values = parser.instantiate(namespace)
-    names = {f.name for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**{name: values[name] for name in names})
-
-
 def _suggestion(parser: Any, message: str) -> str:
     """' Did you mean --x.y?' for an unknown option or YAML key."""
     known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")})
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
-    nested = re.search(r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'", message)
-    plain = re.search(r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'", message)
-    wrong = (
-        unknown.group(1) if unknown else f"{nested.group(1)}.{nested.group(2)}" if nested else plain.group(1) if plain else None
+    patterns = (
+        r"unrecognized arguments: --([\w.]+)",
+        r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'",
+        r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'",
     )
-    if wrong is None:
+    found = next((m for pattern in patterns if (m := re.search(pattern, message))), None)
+    if found is None:
         return ""
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(".".join(found.groups()), known, n=1, cutoff=0.5)
     return f" Did you mean --{near[0]}?" if near else " See --help for all options."
 
 
@@ -214,7 +209,12 @@ def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Calla
     def loss(logps: Any) -> Any:
         return function(logps, **options)
 
-    loss.__name__ = loss.__qualname__ = getattr(function, "__name__", "loss")
+    return declared_like(function, loss)
+
+
+def declared_like(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
+    """``loss``, made of ``function``, with its name and its declarations."""
+    loss.__name__ = loss.__qualname__ = getattr(function, "__qualname__", repr(function))
     for name in DECLARATIONS:
         if hasattr(function, name):
             setattr(loss, name, getattr(function, name))
@@ -230,11 +230,8 @@ def _weight_and_name(term: str, path: str) -> tuple[float, str]:
 
 
 def _import_function(name: str, home: str) -> Callable[..., Any]:
-    module_name, _, attribute = (name if "." in name else f"{home}.{name}").rpartition(".")
-    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the folder it is started from is not
-        sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        return load_function(name if "." in name else f"{home}.{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, importable from the folder you "

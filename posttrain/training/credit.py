@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from posttrain.algorithms import Algorithm
-from posttrain.rollout.buffer import Trajectory
+from posttrain.models.policy import in_eval_mode
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.forward import Forward, ForwardPlan, forward_values
+from posttrain.training.ranks import of_all_ranks
 from posttrain.types import Completion, PromptGroup
 
 
@@ -52,16 +53,24 @@ def trained_groups(
     totals = [s.totals for s in scored]
     if kl_in_reward and algorithm.kl_in == "token_reward":
         by_token = _token_returns(groups, totals, logps, algorithm)
-        return _with_token_advantages(groups, by_token, logps[0] if proximal else {})
-    if kl_in_reward:
-        totals = [
-            [None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k))) for k, r in enumerate(row)]
-            for g, row in enumerate(totals)
-        ]
-    advantages = algorithm.advantages(totals, **algorithm.advantage_options)
+        advantages: Any = [[0.0 for _ in row] for row in totals]
+    else:
+        by_token = None
+        if kl_in_reward:
+            totals = [
+                [None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k))) for k, r in enumerate(row)]
+                for g, row in enumerate(totals)
+            ]
+        advantages = algorithm.advantages(totals, **algorithm.advantage_options)
+
+    def credited(g: int, k: int, c: Completion) -> Completion:
+        made = _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None)
+        if by_token is None or not c.num_trained:
+            return made
+        return replace(made, token_advantages=_spread([0.0 if a is None else a for a in by_token[g][k]], c))
+
     return [
-        _rebuilt(group, lambda k, c, g=g: _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None))
-        for g, group in enumerate(groups)
+        replace(group, completions=[credited(g, k, c) for k, c in enumerate(group.completions)]) for g, group in enumerate(groups)
     ]
 
 
@@ -75,7 +84,7 @@ def _group(scored: ScoredGroup, config: CreditConfig, version: int) -> PromptGro
                 token_ids=tuple(trajectory.token_ids),
                 loss_mask=tuple(int(is_trained and t >= old) for t in range(len(trajectory.token_ids))),
                 sampler_logps=tuple(trajectory.logps),
-                kept_ids=_kept(trajectory),
+                kept_ids=None if trajectory.kept_ids is None else tuple(map(tuple, trajectory.kept_ids)),
             )
         )
     file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
@@ -84,24 +93,15 @@ def _group(scored: ScoredGroup, config: CreditConfig, version: int) -> PromptGro
     )
 
 
-def _kept(trajectory: Trajectory) -> Any:
-    return None if trajectory.kept_ids is None else tuple(tuple(ids) for ids in trajectory.kept_ids)
-
-
 def _values_of_all(
     plan: ForwardPlan, policy: nn.Module, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
 ) -> list[dict[tuple[int, int], list[float]]]:
     """For each forward: {(group, completion): its trained tokens' values}, of all ranks, in eval mode."""
-    was_training = policy.training
-    policy.eval()
-    mine = [{ref: v.tolist() for ref, v in values.items()} for values in forward_values(plan, groups, forwards)]
-    policy.train(was_training)
-    if plan.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        gathered = gather_object([mine])
-        mine = [{ref: v for part in gathered for ref, v in part[f].items()} for f in range(len(forwards))]
-    return mine if len(mine) > 1 else [*mine, {}]
+    with in_eval_mode(policy):
+        mine = [{ref: v.tolist() for ref, v in values.items()} for values in forward_values(plan, groups, forwards)]
+    parts = of_all_ranks(plan.accelerator, mine)
+    every = [{ref: v for part in parts for ref, v in part[f].items()} for f in range(len(forwards))]
+    return every if len(every) > 1 else [*every, {}]
 
 
 def _k1(logps: Sequence[dict[tuple[int, int], list[float]]], ref: tuple[int, int]) -> list[float]:
@@ -127,21 +127,6 @@ def _token_returns(
             flat.append(returns[::-1])
     normalised = iter(algorithm.advantages(flat, **algorithm.advantage_options))
     return [[next(normalised) for _ in row] for row in totals]
-
-
-def _with_token_advantages(
-    groups: Sequence[PromptGroup], by_token: Sequence[Sequence[Sequence[float | None]]], proximal: Any
-) -> list[PromptGroup]:
-    def rebuilt(g: int, k: int, c: Completion) -> Completion:
-        values = [0.0 if a is None else a for a in by_token[g][k]]
-        made = _advantaged(c, 0.0, proximal.get((g, k)))
-        return replace(made, token_advantages=_spread(values, c)) if c.num_trained else made
-
-    return [_rebuilt(group, lambda k, c, g=g: rebuilt(g, k, c)) for g, group in enumerate(groups)]
-
-
-def _rebuilt(group: PromptGroup, change: Callable[[int, Completion], Completion]) -> PromptGroup:
-    return replace(group, completions=[change(k, c) for k, c in enumerate(group.completions)])
 
 
 def _advantaged(completion: Completion, advantage: float | None, proximal: Sequence[float] | None) -> Completion:

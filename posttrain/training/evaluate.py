@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from posttrain.models.policy import PlainSequence, Policy
+from posttrain.models.policy import PlainSequence, Policy, in_eval_mode
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
@@ -37,17 +37,15 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
     plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=forward_mode.mode, length_limit=forward_mode.length_limit)
-    was_training = policy.training
-    policy.eval()
     squares, worst = [], (0.0, "")
-    for micro_batch in plan.ranks[0]:
-        batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
-        packed_T = policy(batch)
-        for s, (g, k) in enumerate(batch.refs):
-            difference = (packed_T[batch.sequence_T == s] - policy(PlainSequence(group=groups[g], completion=k))).double()
-            squares.append(difference.square())
-            worst = max(worst, (float(difference.abs().max()), groups[g].where))
-    policy.train(was_training)
+    with in_eval_mode(policy):
+        for micro_batch in plan.ranks[0]:
+            batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
+            packed_T = policy(batch)
+            for s, (g, k) in enumerate(batch.refs):
+                difference = (packed_T[batch.sequence_T == s] - policy(PlainSequence(group=groups[g], completion=k))).double()
+                squares.append(difference.square())
+                worst = max(worst, (float(difference.abs().max()), groups[g].where))
     rms = float(torch.cat(squares).mean().sqrt())
     limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     if not rms <= limit:

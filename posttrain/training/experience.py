@@ -20,12 +20,13 @@ from posttrain.packing.plan import count_units
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.curriculum import PromptSampler
 from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
-from posttrain.training.config import UserFacingError
+from posttrain.training.config import UserFacingError, declared_like
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
+from posttrain.training.ranks import of_all_ranks
 from posttrain.training.rollout_log import RolloutLog, rollout_metrics
 from posttrain.training.step import Loss
-from posttrain.types import Completion, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Completion, Counts, LossOutput, PromptGroup, TokenLogps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,9 @@ class RolloutSource:
                 self._differences.append((logps.proximal_T.detach() - logps.sampler_T).double().cpu())
             return loss(logps)
 
-        watching.__name__ = watching.__qualname__ = getattr(loss, "__name__", "loss")
-        watching.couples_completions = getattr(loss, "couples_completions", True)  # type: ignore[attr-defined]
-        watching.needs_reference = self.algorithm.beta > 0 and self.algorithm.kl_in == "loss"  # type: ignore[attr-defined]
-        return watching
+        watched: Any = declared_like(loss, watching)
+        watched.needs_reference = self.algorithm.beta > 0 and self.algorithm.kl_in == "loss"
+        return watched
 
     def batch(self, step: int) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
@@ -213,13 +213,10 @@ class RolloutSource:
         """Sampler against trainer, over all ranks. Raises MismatchError."""
         mine = torch.cat(self._differences).numpy() if self._differences else np.zeros(0)
         self._differences = []
-        if self._loop.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            mine = np.concatenate(gather_object([mine]))
-        if not len(mine):
+        every = np.abs(np.concatenate(of_all_ranks(self._loop.accelerator, mine)))
+        if not len(every):
             return {}
-        mean, ratios = float(np.abs(mine).mean()), np.exp(np.abs(mine))
+        mean, ratios = float(every.mean()), np.exp(every)
         limit = self.config.max_mismatch_nats
         if limit and not self.config.keep_old_segments and not mean <= limit:
             raise MismatchError(
@@ -248,7 +245,7 @@ class RolloutSource:
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "pending": [_batch_to_json(b) for b in self._pending],
+            "pending": [asdict(b) for b in self._pending],
         }
         (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
         forget_journals(self.folder, before=self._saved_iteration)  # this checkpoint is not in place yet: the last one is
@@ -263,22 +260,9 @@ class RolloutSource:
         self._pending = [_batch_from_json(b) for b in state["pending"]]
 
 
-def _batch_to_json(batch: StepBatch) -> dict[str, Any]:
-    groups = [
-        {"prompt_ids": list(g.prompt_ids), "completions": [asdict(c) for c in g.completions], "meta": dict(g.meta)}
-        for g in batch.groups
-    ]
-    return {
-        "groups": groups, "counts": asdict(batch.counts) if batch.counts else None,
-        "fresh_optimizer": batch.fresh_optimizer, "metrics": batch.metrics,
-    }  # fmt: skip
-
-
 def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
-    from posttrain.types import Counts
-
+    """The inverse of ``dataclasses.asdict``, after a trip through JSON."""
     groups = [
-        PromptGroup(prompt_ids=g["prompt_ids"], completions=[Completion(**c) for c in g["completions"]], pairs=(), meta=g["meta"])
-        for g in entry["groups"]
+        PromptGroup(**{**g, "completions": [Completion(**c) for c in g["completions"]], "pairs": ()}) for g in entry["groups"]
     ]
     return StepBatch(**{**entry, "groups": groups, "counts": Counts(**entry["counts"]) if entry["counts"] else None})

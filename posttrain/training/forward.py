@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, num_input_tokens, pack
-from posttrain.packing.plan import plan_step
-from posttrain.training.step import Loss, Reference, loss_share
+from posttrain.packing.plan import StepPlan, plan_step
+from posttrain.training.ranks import of_all_ranks
+from posttrain.training.step import Loss, Reference, Totals, loss_share
 from posttrain.types import Counts, PairLogps, PromptGroup
 
 GROUPS_PER_PLAN = 256
@@ -31,9 +33,9 @@ class ForwardPlan:
     max_tokens: int
     length_limit: int | None = None
 
-    def micro_batches(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> Iterator[tuple[PackedBatch, bool]]:
-        """(row, is_dummy) of this rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
-        plan = plan_step(
+    def split(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> StepPlan:
+        """The micro-batches of every rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
+        return plan_step(
             groups,
             world_size=self.accelerator.num_processes,
             max_tokens=self.max_tokens,
@@ -41,7 +43,10 @@ class ForwardPlan:
             coupled=coupled,
             length_limit=self.length_limit,
         )
-        for micro_batch in plan.ranks[self.accelerator.process_index]:
+
+    def micro_batches(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[PackedBatch, bool]]:
+        """(row, is_dummy) of this rank."""
+        for micro_batch in self.split(groups).ranks[self.accelerator.process_index]:
             batch = pack(groups, micro_batch.parts, mode=self.mode)
             yield batch.to(self.accelerator.device), micro_batch.is_dummy
 
@@ -73,10 +78,6 @@ def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, T
     return batch, torch.cat([values[ref] for ref in batch.refs])
 
 
-def _policy_forward(policy: nn.Module) -> Forward:
-    return lambda _, batch: policy(batch)
-
-
 @torch.no_grad()
 def batch_mean(
     plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
@@ -89,19 +90,17 @@ def batch_mean(
     statistic = getattr(loss, "batch_statistic", None)
     if statistic is None:
         return None
-    was_training = policy.training
-    policy.eval()
     total = torch.zeros(2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32)
     total = total.to(plan.accelerator.device)
     dtype = torch.float32
     made = list(statistic.groups(groups))
     longest = max(len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions)
     plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
-    for _, logps in _scored(plan, policy, reference, made):
-        items = statistic.items(logps)
-        total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
-        dtype = logps.logps_T.dtype
-    policy.train(was_training)
+    with in_eval_mode(policy):
+        for _, logps in _scored(plan, policy, reference, made):
+            items = statistic.items(logps)
+            total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
+            dtype = logps.logps_T.dtype
     summed, count = plan.accelerator.reduce(total, reduction="sum")
     return (summed / count).to(dtype)
 
@@ -112,7 +111,7 @@ def _scored(
     """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every completion's values."""
     forwards: list[Forward] = [lambda _, batch: policy(batch), *([reference] if reference is not None else [])]
     for at in range(0, len(groups), GROUPS_PER_PLAN):
-        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        part = groups[at : at + GROUPS_PER_PLAN]
         values, *rest = forward_values(plan, part, forwards)
         if values:
             batch, logps_T = joined(plan, part, values)
@@ -137,41 +136,17 @@ def evaluate(
     ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named ``rewards_eval/x``. ``report`` gets the
     sum over trained tokens of every completion's values and adds figures of its own.
     """
-    was_training = policy.training
     mean = batch_mean(plan, policy, reference, loss, groups)
-    policy.eval()
-    totals: dict[str, list[float]] = {}
+    totals = Totals.on(plan.accelerator.device)
     sums: dict[Ref, float] = {}
-    for part_sums, logps in _scored(plan, policy, reference, groups, mean):
-        share, metrics = loss_share(loss, logps, counts)
-        for name, value in {"loss": share, **metrics}.items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(value.double().sum())
-            total[1] += value.numel()
-        sums.update(part_sums)
-    policy.train(was_training)
-    if plan.accelerator.num_processes > 1:
-        totals, sums = _over_ranks(totals, sums)
-    result = {_eval_name(n): total / (1 if n == "loss" else max(size, 1)) for n, (total, size) in totals.items()}
-    return {**result, **(report(sums) if report is not None else {})}
-
-
-def _over_ranks(totals: dict[str, list[float]], sums: dict[Ref, float]) -> tuple[dict[str, list[float]], dict[Ref, float]]:
-    from accelerate.utils import gather_object
-
-    merged: dict[str, list[float]] = {}
-    every: dict[Ref, float] = {}
-    for rank_totals, rank_sums in gather_object([(totals, sums)]):
-        every.update(rank_sums)
-        for name, (total, size) in rank_totals.items():
-            mine = merged.setdefault(name, [0.0, 0.0])
-            mine[0] += total
-            mine[1] += size
-    return merged, every
-
-
-def _eval_name(name: str) -> str:
-    return name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}"
+    with in_eval_mode(policy):
+        for part_sums, logps in _scored(plan, policy, reference, groups, mean):
+            totals.add(*loss_share(loss, logps, counts))
+            sums.update(part_sums)
+    value, means = totals.over_ranks(plan.accelerator)
+    named = {name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}": mean for name, mean in means.items()}
+    every = {ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()}
+    return {"eval_loss": value, **named, **(report(every) if report is not None else {})}
 
 
 def needs_reference(loss: Loss) -> bool:

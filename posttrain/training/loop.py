@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +21,11 @@ from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
-from posttrain.packing.batch import num_input_tokens
-from posttrain.packing.plan import PackingConfig, StepPlan, count_units, plan_step
+from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
 from posttrain.training.allocator import return_freed_memory
-from posttrain.training.config import TrainConfig
+from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
@@ -51,7 +51,7 @@ class StepBatch:
     """Further entries of the step's line in metrics.jsonl, put before the step's own."""
 
 
-class Source(Protocol):
+class Source(Extra, Protocol):
     """Where batches come from if they depend on the policy. Its state is part of every checkpoint."""
 
     def start(self, loop: Loop) -> None:
@@ -65,12 +65,6 @@ class Source(Protocol):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures, named eval_*."""
-
-    def write(self, folder: Path, *, is_main: bool) -> None:
-        """Every process: its state into a checkpoint; what is the same everywhere only where ``is_main``."""
-
-    def read(self, folder: Path) -> None:
-        """Every process: what ``write`` wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +116,6 @@ class Loop:
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
 
-    _eval_counts: Counts | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
 
@@ -132,6 +125,10 @@ class Loop:
             return self._run(folder)
 
     def _run(self, folder: RunFolder) -> TrainResult:
+        if self.train.trackers:
+            flat = flat_settings(self.settings)
+            plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
+            self.accelerator.init_trackers("posttrain", config=plain)
         self._prepare()
         start = folder.resume(
             self.policy,
@@ -168,7 +165,7 @@ class Loop:
                 evaluation = {k: v for k, v in last.items() if is_held_out(k)}
                 last = {"step": step, **values, **evaluation}
                 is_end = step == self.num_steps
-                if self._evaluates and (is_end or (self.train.eval_every and step % self.train.eval_every == 0)):
+                if is_end or (self.train.eval_every and step % self.train.eval_every == 0):
                     evaluation = self._evaluate(step)
                     last.update(evaluation)
                     if evaluation:
@@ -186,14 +183,17 @@ class Loop:
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        if not sharding.shards_weights(self.accelerator):  # else each process moves only its part
+        # Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around the
+        # forward, in their own precision.
+        gathers = sharding.shards_weights(self.accelerator)
+        if not gathers:  # else each process moves only its part
             self.model.to(device)
         policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
-        self.mode, self.length_limit = policy.forward_mode.mode, policy.forward_mode.length_limit
+        self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
-            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=self.length_limit
+            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=limit
         )
-        if self.train.self_check and not self._checks_sharded:
+        if self.train.self_check and not gathers:
             self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
@@ -205,7 +205,7 @@ class Loop:
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
         if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
-        if self.train.self_check and self._checks_sharded:
+        if self.train.self_check and gathers:
             self._self_check(policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
@@ -213,12 +213,6 @@ class Loop:
             self.reference.start(self.policy, self.forward_plan)
         if self.source is not None:
             self.source.start(self)
-
-    @property
-    def _checks_sharded(self) -> bool:
-        """Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around
-        the forward, in their own precision."""
-        return sharding.shards_weights(self.accelerator)
 
     def _self_check(self, policy: Policy) -> None:
         """Every process compares the same two groups."""
@@ -233,7 +227,7 @@ class Loop:
 
     def _save_final(self, folder: RunFolder) -> Path:
         """Sharded weights are gathered by all processes; one writes."""
-        model, state = self._unwrapped().model, None
+        model, state = sharding.unwrapped(self.policy).model, None
         if sharding.shards_weights(self.accelerator):
             state = whole_state(model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model))
         return folder.save_final(lambda path: save_model(model, self.tokenizer, path, state=state))  # type: ignore[arg-type]
@@ -242,29 +236,14 @@ class Loop:
     def _extras(self) -> list[Extra]:
         return [extra for extra in (self.reference, self.source) if extra is not None]
 
-    def _unwrapped(self) -> Policy:
-        policy = sharding.unwrapped(self.policy)
-        assert isinstance(policy, Policy)
-        return policy
-
-    def _plan(self, groups: Sequence[PromptGroup], counts: Counts | None = None) -> StepPlan:
-        plan = plan_step(
-            groups,
-            world_size=self.accelerator.num_processes,
-            max_tokens=self.packing.max_tokens,
-            mode=self.mode,
-            coupled=couples_completions(self.loss),
-            length_limit=self.length_limit,
-        )
-        return plan if counts is None else replace(plan, counts=counts)
-
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups
         sampled = time.perf_counter()
-        plan = self._plan(groups, batch.counts)
+        plan = self.forward_plan.split(groups, coupled=couples_completions(self.loss))
+        plan = replace(plan, counts=batch.counts or plan.counts)
         result = step_gradient(
             self.accelerator,
             self.policy,
@@ -306,7 +285,6 @@ class Loop:
         computed = sum(m.num_tokens for m in micro_batches)
         mine = [self.flops.step(b.layout, num_trained=int(b.targets_T.shape[0])) for b, _ in result.batches]
         flops_per_s = sum(mine) / seconds
-        skips = {"skipped_step": 1} if skipped else {}
         return {
             **result.metrics,
             "loss": result.loss,
@@ -315,24 +293,22 @@ class Loop:
             "trained_tokens": plan.counts.tokens,
             "computed_tokens": computed,
             "micro_batches": len(micro_batches),
-            **skips,
+            **({"skipped_step": 1} if skipped else {}),
             "step_s": seconds,
             "tokens_per_s": plan.counts.tokens / seconds,
             "tflops_per_s": flops_per_s / 1e12,
             "peak_fraction": flops_per_s / self.peak_flops,
         }
 
-    @property
-    def _evaluates(self) -> bool:
-        return self.source is not None or bool(self.eval_groups)
+    @cached_property
+    def _eval_counts(self) -> Counts:
+        return count_units(self.eval_groups or ())
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if self.source is not None:
             return self.source.evaluate(step)
         if not self.eval_groups:
             return {}
-        if self._eval_counts is None:
-            self._eval_counts = count_units(self.eval_groups)
         return evaluate(
             self.forward_plan,
             self.policy,
@@ -342,13 +318,3 @@ class Loop:
             counts=self._eval_counts,
             report=self.eval_report,
         )
-
-
-def longest_sequence(groups: Sequence[PromptGroup]) -> tuple[int, str]:
-    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
-
-    def length(group: PromptGroup) -> int:
-        return len(group.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in group.completions) + 1
-
-    longest = max(groups, key=length)
-    return length(longest), longest.where

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
+from posttrain.models.policy import base_model
 from posttrain.packing.batch import Layout
 
 TIMING_KEYS = (
@@ -55,9 +56,7 @@ class ModelFlops:
 def model_flops(model: nn.Module) -> ModelFlops:
     """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share
     that is active."""
-    base: Any = model
-    if hasattr(model, "peft_config"):
-        base = model.get_base_model()  # type: ignore[operator]
+    base = base_model(model)
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings() or base.score
     head_weight = getattr(head, "base_layer", head).weight
@@ -85,19 +84,8 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matmul on this device with the threads of this process: the roof that `peak_fraction` refers to."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(7):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[2:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
 class MetricsLog:

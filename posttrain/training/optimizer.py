@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -151,11 +150,6 @@ def _undecayed_ids(model: nn.Module) -> set[int]:
     return ids
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters, a tied one once, in the order of the model."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay; norms, embeddings (and a head tied to one), biases and vectors do not.
 
@@ -166,7 +160,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     undecayed = _undecayed_ids(model)
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
-    for name, p in _trainable(model):
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         ndim = len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 leaves an empty vector and notes the real shape beside it
         keep = (
             ndim < 2

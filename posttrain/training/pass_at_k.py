@@ -65,10 +65,10 @@ class Evaluation:
         texts = [t for g in self.groups for t in g.texts]
         totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
         metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares)}
-        for k in (2**i for i in range(1, (n - 1).bit_length()) if powers):
+        below = [2**i for i in range(1, (n - 1).bit_length())] if powers else []
+        for k in [*below, n] if n > 1 else []:
             metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(n, sum(row), k) for row in self.correct)
         if n > 1:
-            metrics[f"eval_pass@{n}"] = statistics.fmean(pass_at_k(n, sum(row), n) for row in self.correct)
             metrics[f"eval_cons@{n}"] = statistics.fmean(map(majority_is_right, self.groups, self.correct))
         if totals:
             metrics["eval_reward"] = statistics.fmean(totals)

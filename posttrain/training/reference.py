@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain.models.policy import Policy
+from posttrain.data.cache import cache_root
+from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.models.reference import adapters_off, freeze, frozen_copy, has_adapters, weights_digest
 from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
+from posttrain.training.ranks import of_all_ranks, of_main_rank
 from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
 
@@ -89,13 +91,9 @@ class RunReference:
             )
         if self._load_other is not None:
             model = self._load_other()
-            other = Policy(
-                model if shards_weights(accelerator) else model.to(self._device),
-                policy.packing,
-                device_type=self._device.type,
-                temperature=policy.transform.temperature,
-            )
-            self._frozen = freeze(other, compute=self._held_in)
+            if not shards_weights(accelerator):
+                model.to(self._device)
+            self._frozen = freeze(policy.around(model, device_type=self._device.type), compute=self._held_in)
         elif not self._base_is_reference and not self._config.cache:
             self._frozen = frozen_copy(policy, compute=self._held_in)
         if self._frozen is not None and is_deepspeed(accelerator):
@@ -154,10 +152,8 @@ class RunReference:
 
     def _policy_itself(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
         assert self._policy is not None
-        self._policy.eval()
-        values_T = self._policy(batch)
-        self._policy.train()
-        return values_T
+        with in_eval_mode(self._policy):
+            return self._policy(batch)
 
     @torch.no_grad()
     def after_step(self, step: int, policy: nn.Module) -> None:
@@ -226,13 +222,12 @@ class ReferenceCache:
         """From disk if the file is there, else computed by all ranks, written aside and renamed."""
         digest = hashlib.blake2b(weights.encode(), digest_size=16)
         for groups in datasets:
-            for i in range(len(groups)):
-                group = groups[i]
+            for group in groups:
                 for completion in group.completions:
                     digest.update(sequence_key(group, completion))
-        path = _cache_folder(config) / f"{digest.hexdigest()}.safetensors"
+        path = cache_root(config.cache_dir) / "reference" / f"{digest.hexdigest()}.safetensors"
         accelerator = plan.accelerator
-        if not _exists_for_all(accelerator, path):
+        if not of_main_rank(accelerator, path.exists()):
             values = _compute(plan, live, datasets, show_progress=show_progress)
             if accelerator.is_main_process:
                 _write(path, values)
@@ -254,22 +249,6 @@ class ReferenceCache:
         return torch.cat(pieces).to(batch.targets_T.device) if pieces else self._logps[:0].to(batch.targets_T.device)
 
 
-def _cache_folder(config: ReferenceConfig) -> Path:
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = config.cache_dir or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
-    return Path(root).expanduser() / "reference"
-
-
-def _exists_for_all(accelerator: Any, path: Path) -> bool:
-    """As the main process sees it, so that all ranks do the same."""
-    found = [path.exists()]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(found, from_process=0)
-    return found[0]
-
-
 def _compute(
     plan: ForwardPlan,
     live: Callable[[Sequence[PromptGroup], PackedBatch], Tensor],
@@ -283,14 +262,10 @@ def _compute(
     values: dict[bytes, Tensor] = {}
     starts = [(groups, at) for groups in datasets for at in range(0, len(groups), GROUPS_PER_PLAN)]
     for groups, at in track(starts, description="reference log-probs", disable=not show_progress, transient=True):
-        part = [groups[i] for i in range(at, min(at + GROUPS_PER_PLAN, len(groups)))]
+        part = groups[at : at + GROUPS_PER_PLAN]
         (found,) = forward_values(plan, part, [live])
         values |= {sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()}
-    if plan.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        values = {key: value for rank in gather_object([values]) for key, value in rank.items()}
-    return values
+    return {key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()}
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:

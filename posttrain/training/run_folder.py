@@ -22,6 +22,7 @@ from posttrain.training import checkpoint
 from posttrain.training import state as training_state
 from posttrain.training.config import TrainConfig, flat_settings, plain_settings
 from posttrain.training.metrics import read_metrics
+from posttrain.training.ranks import of_main_rank
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +98,10 @@ class RunFolder:
         ``run``: what else decides the numbers (data, loss, mode); a warning names what differs from the saved run.
         """
         self._fingerprint.update(run)
-        found = [checkpoint.find_resumable(self.checkpoints)] if self._accelerator.is_main_process else [None]
-        if self._accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(found, from_process=0)
+        found = checkpoint.find_resumable(self.checkpoints) if self._accelerator.is_main_process else None
         step = 0
-        if found[0] is not None:
-            folder, state = found[0]
+        if (found := of_main_rank(self._accelerator, found)) is not None:
+            folder, state = found
             step = int(state["step"])
             self._warn_about_differences(state)
             training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)

@@ -28,11 +28,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from posttrain.models.sharding import local, reshard
 from posttrain.training import sharding
+from posttrain.training.checkpoint import write_json
 from posttrain.training.optimizer import OffloadedOptimizer
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1))
 
 
 def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
@@ -57,7 +54,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *,
         "shared": {name: first[id(t)] for name, t in tensors.items() if name not in own},
         "numbers": {name: value for name, value in state.items() if name not in tensors and value is not None},
     }
-    _write_json(folder / f"optimizer{part}.json", about)
+    write_json(folder / f"optimizer{part}.json", about)
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Optimizer, *, part: str = "") -> None:
@@ -189,17 +186,17 @@ def write_state(accelerator: Any, policy: nn.Module, optimizer: Optimizer, sched
     """``write`` of ``save_checkpoint``, on every rank: its share of weights, moments, schedule and random state."""
     if sharding.is_deepspeed(accelerator):
         policy.save_checkpoint(str(folder), "zero", save_latest=False, exclude_frozen_parameters=True)
-        _write_json(folder / f"frozen_{accelerator.process_index}.json", {"frozen weights": _fingerprint(policy.module)})
+        write_json(folder / f"frozen_{accelerator.process_index}.json", {"frozen weights": _fingerprint(policy.module)})
     elif sharding.kind(accelerator) == "fsdp2":
         save_training_state(folder, policy, optimizer, part=f"_{accelerator.process_index}")
     elif accelerator.is_main_process:
         save_training_state(folder, policy, optimizer)
         if accelerator.scaler is not None:
-            _write_json(folder / "scaler.json", accelerator.scaler.state_dict())
+            write_json(folder / "scaler.json", accelerator.scaler.state_dict())
     if accelerator.is_main_process:
         topology = {"ranks": accelerator.num_processes, "sharding": sharding.kind(accelerator)}
-        _write_json(folder / "schedule.json", {"step": schedule.last_epoch, **topology})
-    _write_json(folder / f"rng_{accelerator.process_index}.json", capture_rng())
+        write_json(folder / "schedule.json", {"step": schedule.last_epoch, **topology})
+    write_json(folder / f"rng_{accelerator.process_index}.json", capture_rng())
 
 
 def _load_zero(folder: Path, engine: Any, rank: int) -> None:

@@ -10,8 +10,9 @@ plain sum over the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from posttrain.models.sharding import local
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
 from posttrain.training.config import UserFacingError
+from posttrain.training.ranks import of_all_ranks
 from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
 from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
@@ -46,18 +48,35 @@ class StepResult:
 
 
 @dataclass(kw_only=True)
-class _Totals:
-    """Sums of the step on this rank, reduced over ranks once at its end."""
+class Totals:
+    """Sums of a step or an evaluation on this rank, reduced over ranks once at its end."""
 
     loss: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
-    def add_metrics(self, metrics: dict[str, Tensor]) -> None:
+    @classmethod
+    def on(cls, device: torch.device) -> Totals:
+        """Nothing yet; in float64 where the device has it."""
+        return cls(loss=torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+
+    def add(self, share: Tensor, metrics: dict[str, Tensor]) -> None:
+        """What ``loss_share`` gave."""
+        self.loss += share.detach()
         for name, values in metrics.items():
             values = values.detach().to(self.loss.dtype)
             self.sums[name] = self.sums.get(name, self.loss.new_zeros(())) + values.sum()
             self.sizes[name] = self.sizes.get(name, 0) + values.numel()
+
+    def over_ranks(self, accelerator: Any) -> tuple[float, dict[str, float]]:
+        """(sum of the shares, means of the metrics), in one collective. A rank with only dummies has no metrics, so names come
+        from all ranks."""
+        names = sorted({name for rank_names in of_all_ranks(accelerator, list(self.sums)) for name in rank_names})
+        zero = self.loss.new_zeros(())
+        sums = [self.sums.get(name, zero) for name in names]
+        sizes = [zero + self.sizes.get(name, 0) for name in names]
+        reduced = accelerator.reduce(torch.stack([self.loss, *sums, *sizes]), reduction="sum").tolist()
+        return reduced[0], {name: reduced[1 + i] / max(reduced[1 + len(names) + i], 1.0) for i, name in enumerate(names)}
 
 
 def couples_completions(loss: Loss) -> bool:
@@ -78,7 +97,7 @@ class _Step:
     mode: PackingMode
     reference: Reference | None
     batch_mean: Tensor | None
-    totals: _Totals
+    totals: Totals
 
     def pack(self, parts: Sequence[GroupPart]) -> PackedBatch:
         """A micro-batch on this rank's device."""
@@ -99,8 +118,7 @@ class _Step:
         """This micro-batch's part of the loss of the global batch; it and the metrics go into the totals."""
         logps = batch.with_logps(logps_T, reference_T=reference_T, batch_mean=self.batch_mean)
         share, metrics = loss_share(self.loss, logps, self.plan.counts)
-        self.totals.loss += share.detach()
-        self.totals.add_metrics(metrics)
+        self.totals.add(share, metrics)
         return share
 
 
@@ -122,8 +140,7 @@ def step_gradient(
     wider. Raises ValueError for a loss that returns reduced items.
     """
     micro_batches = plan.ranks[accelerator.process_index]
-    precise = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = _Totals(loss=torch.zeros((), dtype=precise, device=accelerator.device))
+    totals = Totals.on(accelerator.device)
     step = _Step(
         accelerator=accelerator, policy=policy, groups=groups, plan=plan, loss=loss, mode=mode,
         reference=reference, batch_mean=batch_mean, totals=totals,
@@ -151,7 +168,7 @@ def step_gradient(
         batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
         if not micro_batch.is_dummy:
             result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
-    result.loss, result.metrics = _reduce_totals(accelerator, totals)
+    result.loss, result.metrics = totals.over_ranks(accelerator)
     return result
 
 
@@ -183,21 +200,6 @@ def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
     """Gradients of DDP are reduced once, with the last micro-batch. Sharded modules reduce every time."""
     is_ddp = isinstance(policy, torch.nn.parallel.DistributedDataParallel)
     return accelerator.no_sync(policy) if skip and is_ddp else nullcontext()
-
-
-def _reduce_totals(accelerator: Any, totals: _Totals) -> tuple[float, dict[str, float]]:
-    """Sums over ranks in one collective. A rank with only dummies has no metrics, so names come from all ranks."""
-    names = sorted(totals.sums)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        names = sorted({name for rank_names in gather_object([names]) for name in rank_names})
-    zero = totals.loss.new_zeros(())
-    sums = [totals.sums.get(name, zero) for name in names]
-    sizes = [zero + totals.sizes.get(name, 0) for name in names]
-    reduced = accelerator.reduce(torch.stack([totals.loss, *sums, *sizes]), reduction="sum").tolist()
-    means = {name: reduced[1 + i] / max(reduced[1 + len(names) + i], 1.0) for i, name in enumerate(names)}
-    return reduced[0], means
 
 
 class _GradientCache:
@@ -266,23 +268,14 @@ def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-class _replay:
+@contextmanager
+def _replay(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Inside, random numbers are those of ``state``; outside, the stream goes on as if nothing had been drawn."""
-
-    def __init__(self, state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-        self._state, self._device = state, device
-
-    def __enter__(self) -> None:
-        self._outer = _rng_state(self._device)
-        self._set(self._state)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._outer)
-
-    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self._device)
+            torch.cuda.set_rng_state(state[1], device)
+        yield
 
 
 def clip_and_check(
@@ -301,9 +294,7 @@ def clip_and_check(
     """
     accelerator.unscale_gradients()
     grad_norm = _clip(accelerator, policy, max_grad_norm)
-    loss_ok = result.loss == result.loss and abs(result.loss) != float("inf")
-    grad_ok = grad_norm == grad_norm and grad_norm != float("inf")
-    if loss_ok and (grad_ok or accelerator.scaler is not None):
+    if math.isfinite(result.loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
         return grad_norm
     raise NonFiniteError(
         f"Step {step} stopped before the optimizer: loss={result.loss}, gradient norm={grad_norm}; both must be finite. "

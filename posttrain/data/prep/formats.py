@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Message = dict[str, str]
@@ -156,8 +157,9 @@ def _hh(values: Values) -> Sample:
 
 def _pairs(values: Values) -> Sample:
     sides = [messages(values[name], "assistant") for name in ("chosen", "rejected")]
-    explicit = _first(values, _PROMPT_COLUMNS)
-    if all(isinstance(values[n], str) for n in ("chosen", "rejected")) or (explicit is not None and _only_answers(sides)):
+    only_answers = all(not s or s[0]["role"] == "assistant" for s in sides)
+    has_prompt = _first(values, _PROMPT_COLUMNS) is not None
+    if all(isinstance(values[n], str) for n in ("chosen", "rejected")) or (has_prompt and only_answers):
         prompt = _prompt(values)
     else:
         prompt, sides = _split_shared(sides)
@@ -170,11 +172,7 @@ def _pairs(values: Values) -> Sample:
     return Sample(prompt=prompt, answers=answers)
 
 
-def _only_answers(sides: list[list[Message]]) -> bool:
-    return all(not s or s[0]["role"] == "assistant" for s in sides)
-
-
-def _answer_list(values: Values, column: str) -> Sample:
+def _answer_list(column: str, values: Values) -> Sample:
     """Lists of texts, or of objects with a text and a score or rank."""
     answers = []
     scores, ranks = values.get("scores"), values.get("ranks")
@@ -214,8 +212,7 @@ def _arena(values: Values) -> Sample:
 
 
 def _labelled(values: Values) -> Sample:
-    label = values["label"]
-    label = {"true": True, "false": False, "1": True, "0": False}.get(str(label).lower())
+    label = {"true": True, "false": False, "1": True, "0": False}.get(str(values["label"]).lower())
     if label is None:
         raise ValueError(f"label is true (desirable) or false; got {values['label']!r}")
     answer = Answer(messages=messages(values["completion"], "assistant"), rank=0 if label else 1, label=label)
@@ -299,18 +296,13 @@ FORMATS: dict[str, Format] = {
     "arena": Format(
         columns="conversation_a, conversation_b, winner", matches=_has("conversation_a", "conversation_b", "winner"), parse=_arena
     ),
-    "completions": Format(
-        columns="prompt, completions (texts best first, or with scores, ranks)", matches=_has_list("completions"),
-        parse=lambda v: _answer_list(v, "completions"),
-    ),
-    "answers": Format(
-        columns="prompt, answers (texts best first, or with rank)", matches=_has_list("answers"),
-        parse=lambda v: _answer_list(v, "answers"),
-    ),
-    "responses": Format(
-        columns="prompt, responses (texts best first, or with scores)", matches=_has_list("responses"),
-        parse=lambda v: _answer_list(v, "responses"),
-    ),
+    **{
+        column: Format(
+            columns=f"prompt, {column} (texts best first, or with {more})", matches=_has_list(column),
+            parse=partial(_answer_list, column),
+        )
+        for column, more in (("completions", "scores, ranks"), ("answers", "rank"), ("responses", "scores"))
+    },
     "labelled": Format(columns="prompt, completion, label", matches=_has("prompt", "completion", "label"), parse=_labelled),
     "verifier": Format(
         columns="question, and solutions with is_correct", parse=_verifier,

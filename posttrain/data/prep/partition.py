@@ -84,9 +84,8 @@ def run_partition(job: PartitionJob) -> Statistics:
         if reason is None:
             outcomes[identity] = outcome_of(identity, samples, config)
         else:
-            outcome = Outcome(num_samples=len(samples), num_dropped_samples=len(samples))
-            outcome.dropped = [(located, reason) for located in samples]
-            outcomes[identity] = outcome
+            dropped, count = [(located, reason) for located in samples], len(samples)
+            outcomes[identity] = Outcome(num_samples=count, num_dropped_samples=count, dropped=dropped)
     lengths = _token_lengths([row for o in outcomes.values() for row in o.rows], job.count_tokens)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     with (job.folder / "rejects" / f"{job.number:05d}.jsonl").open("w", encoding="utf-8") as rejects:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.folders import refuse_filled, whole_folder
 from posttrain.data.prep.contamination import EvaluationSet
 from posttrain.data.prep.duplicates import PromptIndex
 from posttrain.data.prep.formats import FORMATS, parse
@@ -39,19 +39,9 @@ def prepare(config: PrepConfig, *, count_tokens: TokenCounter | None = None, sho
     if config.format != "auto" and config.format not in FORMATS:
         raise ValueError(f"--format is auto or one of {', '.join(FORMATS)}; got {config.format!r}.")
     out = config.out.expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"Output folder {out} exists and is not empty; nothing is overwritten. Give another --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        manifest = _prepare_in(folder, config, count_tokens, show_progress)
-        if out.exists():
-            out.rmdir()
-        folder.chmod(0o755)  # mkdtemp makes it private
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already unless something failed
-    return manifest
+    refuse_filled(out)
+    with whole_folder(out) as folder:
+        return _prepare_in(folder, config, count_tokens, show_progress)
 
 
 def _prepare_in(folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool) -> dict[str, Any]:
@@ -162,11 +152,7 @@ def _rows(config: PrepConfig, sources: dict[str, Any], reject: Any) -> Iterator[
             yield from read_rows(source, split=config.split)
             continue
         for path in resolved:
-
-            def bad_row(row: int, reason: str, path: Path = path) -> None:
-                reject(_short(str(path), sources), row, reason)
-
-            yield from read_file(path, on_bad_row=bad_row)
+            yield from read_file(path, on_bad_row=partial(reject, _short(str(path), sources)))
 
 
 def _short(file: str, sources: dict[str, Any]) -> str:

@@ -56,11 +56,11 @@ def _length_bias(statistics: Statistics) -> str:
 
 
 def _lengths(statistics: Statistics) -> str:
-    bins = sorted(statistics.chosen_lengths.keys() | statistics.rejected_lengths.keys())
-    labels = [f"{2**b:,}" for b in range(bins[0], bins[-1] + 1)] if bins else []
-    every = range(bins[0], bins[-1] + 1) if bins else range(0)
-    series = [("#2a7", [c[b] for b in every]) for c in (statistics.chosen_lengths,)]
-    series += [("#c44", [statistics.rejected_lengths[b] for b in every])]
+    chosen, rejected = statistics.chosen_lengths, statistics.rejected_lengths
+    bins = chosen.keys() | rejected.keys()
+    every = range(min(bins), max(bins) + 1) if bins else range(0)
+    labels = [f"{2**b:,}" for b in every]
+    series = [(colour, [lengths[b] for b in every]) for colour, lengths in (("#2a7", chosen), ("#c44", rejected))]
     return "<h2>Length, characters (green chosen, red rejected; from 2^b)</h2>" + _bars(labels, series)
 
 

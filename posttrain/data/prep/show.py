@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +24,13 @@ def show(folder: Path, *, count: int, console: Console) -> None:
     files = sorted((folder / "train").glob("*.parquet"))
     if not files:
         raise ValueError(f"{folder} has no train/*.parquet; give a folder that `posttrain prep` wrote.")
-    left = count
-    for path in files:
-        for row in read_file(path):
-            if left == 0:
-                return
-            left -= 1
-            values = row.values
-            where = f"{values['source']}:{values['row']}"
-            prompt = values.get("prompt") or values["messages"][:-1]
-            console.print(Panel(_plain(prompt), title="prompt", subtitle=where))
-            for title, side in _sides(values):
-                console.print(Panel(side, title=title))
+    for row in itertools.islice((row for path in files for row in read_file(path)), count if count >= 0 else None):
+        values = row.values
+        where = f"{values['source']}:{values['row']}"
+        prompt = values.get("prompt") or values["messages"][:-1]
+        console.print(Panel(_plain(prompt), title="prompt", subtitle=where))
+        for title, side in _sides(values):
+            console.print(Panel(side, title=title))
 
 
 def _sides(values: dict[str, Any]) -> list[tuple[str, Text]]:
