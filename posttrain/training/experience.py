@@ -19,6 +19,7 @@ from posttrain.algorithms import Algorithm
 from posttrain.packing.plan import count_units
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.curriculum import PromptSampler
+from posttrain.training.allocator import return_freed_memory
 from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
 from posttrain.training.config import UserFacingError, declared_like
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
@@ -113,6 +114,7 @@ class RolloutSource:
         return self._pending.pop(0)
 
     def _iterate(self, *, version: int) -> list[StepBatch]:
+        return_freed_memory(self._loop.accelerator.device.type)  # rows of ever new lengths leave ever new holes
         self._collector.engine.refresh(version)
         self._collector.timing = Timing()
         scored, rejected = self._collect()
