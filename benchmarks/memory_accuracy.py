@@ -8,7 +8,8 @@ through the real loop, checkpoint and final model included. `live` is the most b
 steps (every operator is watched), `resident` the peak resident set of the whole process (VmHWM). Predicted: `traced`, the same
 step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
 
-    python benchmarks/memory_accuracy.py --solve     # the planner's token budget for a memory limit, run for real, and 1.25 x it
+    python benchmarks/memory_accuracy.py --solve       # the planner's token budget for a limit, run for real, and 1.25 x it
+    python benchmarks/memory_accuracy.py --optimizers   # SmolLM2-135M with each optimizer
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Case:
     tokens: int
     checkpointing: bool
     precision: str
+    optimizer: str = "adamw"
 
 
 def grid() -> list[Case]:
@@ -117,6 +119,7 @@ def run_case(case: Case) -> dict[str, Any]:
     from posttrain.training.loop import Loop
     from posttrain.training.optimizer import OptimizerConfig
     from posttrain.training.reference import ReferenceConfig, RunReference
+    from posttrain.training.sharding import base_optimizer
 
     live, peaks = LiveStorages(), []
 
@@ -147,17 +150,26 @@ def run_case(case: Case) -> dict[str, Any]:
             loop = WatchedLoop(
                 accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
                 batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
-                train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward), optimizer_config=OptimizerConfig(),
+                train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward),
+                optimizer_config=OptimizerConfig(name=case.optimizer),
             )  # fmt: skip
             if is_reward:
                 loop.policy_class = Scorer
             if case.method == "dpo":
                 loop.reference = RunReference(ReferenceConfig(), precision=plan)
             loop.run()
+    moments = sum(v.untyped_storage().nbytes() for v in tensors(base_optimizer(loop.optimizer).state))
     return {
+        "moments": moments,
         "live": max(p for p, _ in peaks), "resident": status_bytes("VmHWM"), "resident_steps": peaks[-1][1],
         "libraries": libraries, "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def tensors(state: Any) -> list[Any]:
+    """Of an optimizer, each storage once."""
+    found = {v.untyped_storage().data_ptr(): v for one in state.values() for v in one.values() if hasattr(v, "untyped_storage")}
+    return list(found.values())
 
 
 WRITE_MODEL = "import sys; from memory_accuracy import write_model; write_model(*sys.argv[1:])"
@@ -188,7 +200,7 @@ def job_of(case: Case) -> Job:
     return Job(
         method=case.method, arch=architecture_of(config, parameters), parameters=parameters, precision=precision,
         max_tokens=case.tokens, completions={"sft": 1, "reward": 2, "dpo": 2, "rl": 8}[case.method],
-        checkpointing=case.checkpointing,
+        checkpointing=case.checkpointing, optimizer=case.optimizer,
         reference=tuple(replace(p, trainable=False) for p in parameters) if case.method == "dpo" else (),
     )  # fmt: skip
 
@@ -210,6 +222,21 @@ def solve() -> None:
             f"| {method} | {precision} | {'yes' if checkpointing else 'no'} | {limit / 1e6:.0f} | {tokens} | {verdicts[0]} "
             f"| {verdicts[1]} |", flush=True,
         )  # fmt: skip
+
+
+def optimizers() -> None:
+    """What each keeps and what the whole run holds, predicted and measured."""
+    from posttrain.memory.plan import memory_plan
+
+    print("| optimizer | moments MB, predicted | measured | live MB | closed form % | resident MB | planned % |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ("adamw", "adamw_8bit", "sgd", "adafactor"):
+        case = Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16", optimizer=name)
+        plan, row = memory_plan(job_of(case)), spawn(__file__, ["--case", json.dumps(asdict(case))])
+        moments = sum(plan.phases["update"].get(item, 0) for item in ("moments", "counters"))
+        figures = [f"{moments / 1e6:.3f}", f"{row['moments'] / 1e6:.3f}", f"{row['live'] / 1e6:.0f}"]
+        figures += [error(plan.live_bytes, row["live"]), f"{row['resident'] / 1e6:.0f}", error(plan.peak_bytes, row["resident"])]
+        print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 
 def planned(case: Case) -> dict[str, int]:
@@ -262,6 +289,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     parser.add_argument("--solve", action="store_true", help="the planner's token budgets, run for real")
+    parser.add_argument("--optimizers", action="store_true", help="the optimizers, predicted and measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -269,6 +297,9 @@ def main() -> None:
         return
     if args.solve:
         solve()
+        return
+    if args.optimizers:
+        optimizers()
         return
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)

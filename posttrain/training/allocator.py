@@ -1,5 +1,5 @@
 """glibc's heap on a CPU: freed blocks stay with the process while it trains, and go back before a checkpoint is written and
-before an iteration of rollouts (without that, 60 steps of k1.5 held 8.5 GB where the first ones hold 5.4).
+before a step of reinforcement learning (without that, 60 steps of k1.5 held 8.5 GB where the first ones hold 5.4).
 
 A block that goes back to the system costs its page faults when it is taken again: given back at two points of every micro-batch,
 a step of SmolLM2-135M took a fifth to a third longer. The price is holes: glibc cannot put an aligned block into the one that a

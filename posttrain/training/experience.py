@@ -108,13 +108,13 @@ class RolloutSource:
 
     def batch(self, step: int) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
+        return_freed_memory(self._loop.accelerator.device.type)  # rows of ever new lengths leave ever new holes
         if not self._pending:
             self._pending = self._iterate(version=step)
             self._iteration += 1
         return self._pending.pop(0)
 
     def _iterate(self, *, version: int) -> list[StepBatch]:
-        return_freed_memory(self._loop.accelerator.device.type)  # rows of ever new lengths leave ever new holes
         self._collector.engine.refresh(version)
         self._collector.timing = Timing()
         scored, rejected = self._collect()
