@@ -39,6 +39,11 @@ def _fields(path: Path) -> dict[str, int]:
     return {p[0].rstrip(":"): int(p[1]) * 1024 for p in parts}
 
 
+def rss_bytes() -> int | None:
+    """Memory that is resident in this process now."""
+    return _fields(Path("/proc/self/status")).get("VmRSS")
+
+
 def peak_rss_bytes() -> int | None:
     """Most memory that was resident in this process since it started (VmHWM)."""
     return _fields(Path("/proc/self/status")).get("VmHWM")
@@ -49,8 +54,7 @@ def available_bytes(*, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
     if free is None:
         return None
-    mine = _fields(Path("/proc/self/status")).get("VmRSS", 0)
-    return min([free + mine, *_cgroup_limits(cgroup)])
+    return min([free + (rss_bytes() or 0), *_cgroup_limits(cgroup)])
 
 
 def _cgroup_limits(root: Path) -> list[int]:

@@ -142,6 +142,7 @@ class Trainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
+            planned_bytes=memory.plan.peak_bytes,
             identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
         )
         self._set_up(loop, train, evaluation)

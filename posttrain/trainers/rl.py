@@ -166,6 +166,7 @@ class RLTrainer:
             shown=SHOWN,
             settings=to_dict(config),
             data_counts=counts,
+            planned_bytes=memory.plan.peak_bytes,
             identity={"algorithm": self.algorithm.name, "prompts": len(train)},
         )
         if self.algorithm.needs_reference:

@@ -19,7 +19,6 @@ from posttrain.algorithms import Algorithm
 from posttrain.packing.plan import count_units
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.curriculum import PromptSampler
-from posttrain.training.allocator import return_freed_memory
 from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
 from posttrain.training.config import UserFacingError, declared_like
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
@@ -108,7 +107,6 @@ class RolloutSource:
 
     def batch(self, step: int) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
-        return_freed_memory(self._loop.accelerator.device.type)  # rows of ever new lengths leave ever new holes
         if not self._pending:
             self._pending = self._iterate(version=step)
             self._iteration += 1

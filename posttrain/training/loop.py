@@ -7,6 +7,7 @@ loss, and what is evaluated.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,8 @@ class Loop:
     """Log-probs are those of the logits divided by it."""
     shown: Sequence[str] = ("loss", "lr", "tokens_per_s")
     """Metrics of the live line."""
+    planned_bytes: float = math.inf
+    """What the process may take: where it holds 9/10 of that between steps, freed memory goes back to the system (CPU)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -238,6 +241,7 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
+        return_freed_memory(self.accelerator.device.type, above=0.9 * self.planned_bytes)
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups

@@ -1,0 +1,31 @@
+"""Freed memory goes back to the system when it is asked to, and only where the process holds too much."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+from posttrain.memory.limits import rss_bytes
+from posttrain.training.allocator import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+blocks = [bytearray(b"x") * 2**20 for _ in range(300)]
+full = rss_bytes()
+del blocks
+kept = rss_bytes()
+return_freed_memory("cpu", above=2 * full)
+still = rss_bytes()
+return_freed_memory("cuda")
+other = rss_bytes()
+return_freed_memory("cpu", above=0.5 * full)
+print(full, kept, still, other, rss_bytes())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_blocks_stay_until_the_process_holds_too_much():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    full, kept, still, other, left = map(int, done.stdout.split())
+    assert min(kept, still, other) > full - 50e6 and left < full - 250e6
