@@ -135,19 +135,14 @@ class RLTrainer:
             held_out = config.data.eval or self._eval_dataset is not None
             evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
         every = (*train, *(evaluation or ()))
-        longest_prompt = max(len(p.ids) for p in every)
         memory = MemoryCheck.start(
             config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
-            longest_prompt=longest_prompt,
+            longest_prompt=max(len(p.ids) for p in every),
         )  # fmt: skip
         with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
         check_vocabulary(model, tokenizer)
-        # before the first rollout, not in the one that draws the longest prompt
-        check_positions(model.config, longest_prompt + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0))
-        for prompt in every:
-            self._rewards.weights_of(prompt.sample)
-        _check_budget(config, train)
+        self._check_prompts(model, train, every)
         source = self._source(train, evaluation, tokenizer)
         loss = with_options(self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)})
         loop = Loop(
@@ -177,6 +172,15 @@ class RLTrainer:
             self._rewards.close()
         report_end(result, memory, accelerator)
         return result
+
+    def _check_prompts(self, model: Any, train: Sequence[Prompt], every: Sequence[Prompt]) -> None:
+        """Before the first rollout, not in the one that draws the longest prompt."""
+        config = self.config
+        room = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+        check_positions(model.config, max(len(p.ids) for p in every) + room)
+        for prompt in every:
+            self._rewards.weights_of(prompt.sample)
+        _check_budget(config, train)
 
     def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
         if rows is not None:
