@@ -24,9 +24,9 @@ Device = Literal["cpu", "cuda"]
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
 ALLOCATOR_BYTES = {"cpu": 260_000_000, "cuda": 0}
-ALLOCATOR_SHARE = {"cpu": 0.45, "cpu float32": 0.7, "cuda": 0.06}
+ALLOCATOR_SHARE = {"cpu": 0.7, "cuda": 0.06}
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and a share, on CUDA of all tensors, on a
-CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes (fitted: benchmarks/memory_accuracy.py)."""
+CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes (fitted: benchmarks/RESULTS.md)."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
 SOLVER_MARGIN = 0.02
@@ -189,9 +189,8 @@ def memory_plan(job: Job) -> MemoryPlan:
 
 def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int) -> dict[str, int]:
     device = job.device
-    share = ALLOCATOR_SHARE["cpu float32" if device == "cpu" and job.precision.compute == "float32" else device]
     counted = small_blocks if device == "cpu" else sum(n for name, n in items.items() if name != MAPPED)
-    own = ALLOCATOR_BYTES[device] + int(share * counted)
+    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * counted)
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
 
 
