@@ -46,7 +46,7 @@ def leave_one_out(scores: Scores) -> Advantages:
         known = [r for r in group if r is not None]
         k = len(known)
         mean = math.fsum(known) / max(k, 1)
-        equal = _all_equal(known)
+        equal = all_equal(known)
         result.append([None if r is None else 0.0 if k < 2 or equal else k / (k - 1) * (r - mean) for r in group])
     return result
 
@@ -62,7 +62,7 @@ def batch_normalised(scores: Scores, *, baseline: Literal["none", "group"] = "no
         return [[None for _ in group] for group in centred]
     mean = math.fsum(known) / len(known)
     deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in known) / len(known))
-    if _all_equal(known):
+    if all_equal(known):
         return [[None if r is None else 0.0 for r in group] for group in centred]
     return [[None if r is None else (r - mean) / (deviation + epsilon) for r in group] for group in centred]
 
@@ -80,7 +80,7 @@ def mirror_baseline(scores: Scores, *, baseline: Literal["mean", "log_mean_exp"]
     for group in scores:
         known = [r for r in group if r is not None]
         b = log_mean_exp(known, tau=tau) if known else 0.0
-        result.append([None if r is None else 0.0 if _all_equal(known) else r - b for r in group])
+        result.append([None if r is None else 0.0 if all_equal(known) else r - b for r in group])
     return result
 
 
@@ -92,7 +92,7 @@ def log_mean_exp(values: Sequence[float], *, tau: float) -> float:
 
 def _normalised(group: Sequence[float | None], std: str, epsilon: float) -> list[float | None]:
     known = [r for r in group if r is not None]
-    if not known or _all_equal(known):
+    if not known or all_equal(known):
         return [None if r is None else 0.0 for r in group]
     mean = math.fsum(known) / len(known)
     scale = 1.0
@@ -101,8 +101,9 @@ def _normalised(group: Sequence[float | None], std: str, epsilon: float) -> list
     return [None if r is None else (r - mean) / scale for r in group]
 
 
-def _all_equal(values: Sequence[float]) -> bool:
-    return len(set(values)) <= 1
+def all_equal(values: Sequence[float]) -> bool:
+    """Whether rewards are the same but for rounding (weighted sums of equal rewards differ by 1e-16 in another order)."""
+    return len(values) <= 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,13 @@ class Algorithm:
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.loss).parameters.values()
         takes_kl = any(p.name == "kl_weight" or p.kind is p.VAR_KEYWORD for p in parameters)
+        if self.kl_in not in ("loss", "reward", "token_reward"):
+            raise ValueError(f"Algorithm {self.name}: kl_in is loss, reward or token_reward; got {self.kl_in!r}.")
+        if self.beta and self.kl_in == "token_reward" and self.advantages is not batch_normalised:
+            raise ValueError(
+                f"Algorithm {self.name}: kl_in=token_reward gives each token a return of its own, normalised over the batch; a "
+                "baseline of its group would take the reward away. Use kl_in=reward, or the advantages batch_normalised."
+            )
         if self.beta and self.kl_in == "loss" and not takes_kl:
             name = getattr(self.loss, "__name__", self.loss)
             raise ValueError(

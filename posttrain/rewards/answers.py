@@ -56,7 +56,10 @@ def exact_answer(completion: str, sample: Mapping[str, Any], *, column: str = "a
 
 
 def choice_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer") -> float | None:
-    """Whether the last letter named as a choice is the sample's: ``(C)``, ``C)``, ``answer: C``, ``\\boxed{C}``, or C alone."""
+    """Whether the last letter named as a choice is the sample's.
+
+    A choice is named by ``(C)``, ``C)``, ``Answer: C``, ``**C**``, ``\\boxed{C}``, or C alone.
+    """
     gold = gold_text(sample, column).strip().strip("()").upper()
     if not re.fullmatch(r"[A-Z]", gold):
         return None
@@ -66,7 +69,9 @@ def choice_answer(completion: str, sample: Mapping[str, Any], *, column: str = "
     if re.fullmatch(r"\s*\(?([A-Za-z])[).]?\s*", text):
         return 1.0 if text.strip().strip("().").upper() == gold else 0.0
     named = re.findall(
-        r"\\boxed\{\(?([A-Z])\)?\}|\(([A-Z])\)|(?:answer|choice|option)(?: is|:)?\s+\(?([A-Z])\b|\b([A-Z])\)", text
+        r"\\boxed\{\(?([A-Z])\)?\}|\(([A-Z])\)|(?i:answer|choice|option)(?: is|:)?\**\s+\(?([A-Z])\b|\b([A-Z])\)"
+        r"|\*\*([A-Z])\*\*",
+        text,
     )
     return 1.0 if named and next(g for g in named[-1] if g) == gold else 0.0
 
@@ -92,6 +97,24 @@ def judged_text(completion: str) -> str | None:
     if "<answer>" not in completion and "</answer>" not in completion:
         return str(completion)
     return answer_block(completion)
+
+
+def final_answer(completion: str) -> str:
+    """What a vote counts: the ``<answer>`` block, else the last ``\\boxed{}``, else the last number, else the text."""
+    text = judged_text(completion) or ""
+    boxed = text.rpartition("\\boxed{")
+    number = None if boxed[1] or text != completion else last_number(text)
+    return " ".join((_inside_braces(boxed[2]) if boxed[1] else text if number is None else f"{number.normalize():f}").split())
+
+
+def _inside_braces(text: str) -> str:
+    """Up to the brace that closes the one before the text."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:i]
+    return text
 
 
 def gold_text(sample: Mapping[str, Any], column: str) -> str:

@@ -67,9 +67,10 @@ code_tests.on_timeout = 0.0  # type: ignore[attr-defined]
 
 
 def program_of(completion: str) -> str | None:
-    """The last fenced block, else what ``judged_text`` gives."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", completion, flags=re.DOTALL)
-    return blocks[-1] if blocks else judged_text(completion)
+    """The last fenced block of Python or of no language, else what ``judged_text`` gives."""
+    blocks = re.findall(r"```([^\n`]*)\n(.*?)```", completion, flags=re.DOTALL)
+    programs = [text for language, text in blocks if language.strip().lower() in ("", "py", "python", "python3")]
+    return programs[-1] if programs else judged_text(completion)
 
 
 def _passes(program: str, test: Any, limits: Mapping[str, Any]) -> bool:

@@ -37,7 +37,8 @@ async def llm_judge(
 ) -> float | None:
     """The judge's rating / 10, in [0, 1]; None where it gives none. ``url``: the base URL, such as http://localhost:8000/v1.
 
-    The key is read from an environment variable and never written to the run folder. The answer's own tags of the prompt begin
+    ``timeout_s`` is that of the request; ``rewards.timeout_s`` ends the call as well, so raise it for a slow judge. The key
+    is read from an environment variable and never written to the run folder. The answer's own tags of the prompt begin
     with ``&lt;`` instead of ``<``, so that it cannot close its block.
     """
     question = sample.get(question_column) or sample.get("prompt") or ""

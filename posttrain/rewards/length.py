@@ -53,8 +53,8 @@ def cosine_length(
     wrong: tuple[float, float] = (-1.0, -0.5),
     exceeded: float = -1.0,
 ) -> list[float]:
-    """From ``right[0]`` at length 0 to ``right[1]`` at max_tokens along half a cosine, wrong answers along their own; over
-    it ``exceeded``.
+    """From ``right[0]`` at length 0 to ``right[1]`` at max_tokens along half a cosine, wrong answers along their own;
+    ``exceeded`` where the length reaches max_tokens (the sampling limit).
 
     Yeo et al. 2025, arXiv:2502.03373 section 3.2: CosFn(t, T, a, b) = b + (a - b)(1 + cos(t pi / T)) / 2.
     """
@@ -63,7 +63,7 @@ def cosine_length(
     for n, r in zip(lengths(completions), judged, strict=True):
         start, end = right if (r or 0.0) > 0 else wrong
         inside = end + 0.5 * (start - end) * (1 + math.cos(math.pi * n / max_tokens))
-        result.append(exceeded if n > max_tokens else inside)
+        result.append(exceeded if n >= max_tokens else inside)
     return result
 
 

@@ -272,9 +272,16 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
     if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":
         raise ValueError(f"kl_estimator={options['kl_estimator']} would be ignored: with kl_in={algorithm.kl_in} it is k1.")
-    if config.engine == "vllm" and config.sampling.truncates:
+    if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
         raise ValueError(
-            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from all."
+            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from"
+            " all (sampling and evaluation)."
+        )
+    named = {"think_answer_format"} & {*config.rewards.functions, *(n for f in config.rewards.by_task.values() for n in f)}
+    if named and "<think>" in config.data.opening and not config.rewards.options.get("think_answer_format", {}).get("opened"):
+        raise ValueError(
+            "data.opening opens <think> in the prompt, so completions have no opening tag and think_answer_format would give all of "
+            "them 0. Set --rewards.options '{think_answer_format: {opened: true}}'."
         )
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0.")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from posttrain.algorithms import all_equal
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import RewardError, Rewards, Scored
@@ -40,7 +41,7 @@ class ScoredGroup:
     @property
     def has_signal(self) -> bool:
         """Whether two completions have different rewards."""
-        return len({t for t in self.totals if t is not None}) > 1
+        return not all_equal([t for t in self.totals if t is not None])
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.data.prompts import Prompt
-from posttrain.rewards.answers import judged_text
+from posttrain.rewards.answers import final_answer
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.collect import Collector, ScoredGroup
@@ -105,10 +105,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_is_right(group: ScoredGroup, correct: Sequence[bool]) -> bool:
-    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); of equal ones the first."""
-    answers = [" ".join((judged_text(t) or "").split()) for t in group.texts]
-    best = Counter(answers).most_common(1)[0][0]
-    return bool(correct[answers.index(best)])
+    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); of equally frequent ones the first.
+
+    Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by ``final_answer``.
+    """
+    answers = [None if right else final_answer(text) for text, right in zip(group.texts, correct, strict=True)]
+    return Counter(answers).most_common(1)[0][0] is None
 
 
 def half_width(shares: Sequence[float]) -> float:

@@ -263,6 +263,17 @@ def test_options_reach_what_has_them_and_unknown_ones_are_refused():
         resolve_algorithm("gropo", {})
 
 
+def test_a_kl_of_each_token_needs_advantages_over_the_batch():
+    with pytest.raises(ValueError, match="a baseline of its group would take the reward away"):
+        resolve_algorithm("grpo", {"kl_in": "token_reward"})
+    with pytest.raises(ValueError, match="kl_in is loss, reward or token_reward; got 'rewrad'"):
+        resolve_algorithm("rloo", {"kl_in": "rewrad"})
+
+
+def test_sums_of_equal_rewards_in_another_order_are_equal():
+    assert group_normalised([[0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1]]) == leave_one_out([[0.1 + 0.2, 0.3]]) == [[0.0, 0.0]]
+
+
 def test_a_kl_that_the_loss_has_no_place_for_is_refused():
     with pytest.raises(ValueError, match="k15: its loss mirror_descent has no term for the KL .*beta=0.1"):
         resolve_algorithm("k15", {"beta": 0.1})

@@ -37,8 +37,8 @@ def test_dapo_overlong(length, wanted):
 
 
 def test_cosine_and_repetition():
-    completions = [CompletionText("x", num_tokens=n) for n in (0, 50, 100, 101)]
-    assert cosine_length(completions, {}, {"r": [1.0, 1.0, 0.0, 1.0]}, max_tokens=100) == pytest.approx([1.0, 0.75, -0.5, -1.0])
+    completions = [CompletionText("x", num_tokens=n) for n in (0, 50, 50, 100)]
+    assert cosine_length(completions, {}, {"r": [1.0, 1.0, 0.0, 1.0]}, max_tokens=100) == pytest.approx([1.0, 0.75, -0.75, -1.0])
     assert repetition_penalty("a b c d", {}) == 0 and repetition_penalty("a a a a a", {}) == pytest.approx(-2 / 3)
 
 
@@ -93,6 +93,9 @@ ANSWERS = [
     ("choice_answer", "b", {"answer": "B"}, 1),
     ("choice_answer", "A, B, C and D", {"answer": "D"}, 0),
     ("choice_answer", "x", {"answer": "none"}, None),
+    ("choice_answer", "Answer: C", {"answer": "C"}, 1),
+    ("choice_answer", "First (A), but in the end it is **C**.", {"answer": "C"}, 1),
+    ("choice_answer", "**Answer:** D", {"answer": "C"}, 0),
     ("gym_answer", "c b a", {"task": "word_sequence_reversal", "answer": "c, b, a", "metadata": {}}, 0),
     ("gym_answer", "c, b, a", {"task": "word_sequence_reversal", "answer": "c, b, a", "metadata": {}}, 1),
 ]
@@ -187,6 +190,8 @@ ECHO = "```python\nimport sys\nprint(int(sys.stdin.read()) * 2)\n```"
         (ECHO, [{"stdin": "21\n", "stdout": "42\n"}], 1),
         (ECHO, json.dumps([{"stdin": "21", "stdout": "42"}, {"stdin": "1", "stdout": "3"}]), 0),
         ("no code at all", ["assert True"], 0),
+        ("```bash\npip install x\n```\nNow:\n" + ADD, ["assert add(1, 2) == 3"], 1),
+        (ADD.replace("python", "Python3") + "\n```text\n3\n```", ["assert add(1, 2) == 3"], 1),
         (ADD, [], None),
     ],
 )

@@ -25,11 +25,12 @@ from posttrain.algorithms import R1
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.precision import PRECISIONS
+from posttrain.rewards.format import think_answer_format
 from posttrain.trainers import rl
 from posttrain.training.experience import MismatchError
 from posttrain.training.metrics import read_metrics
 from tests.helpers import tiny_llama
-from tests.tiny import model_folder
+from tests.tiny import byte_tokenizer, model_folder
 
 ROWS = [{"prompt": f"{a}?"} for a in range(40)]
 
@@ -50,21 +51,23 @@ def no_measurement(monkeypatch):
     monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)
 
 
-def run(folder, tmp_path, *, lora=None, rollout=None, model=None, lr=1e-2, steps=5, algorithm="grpo", options=None):
-    """(model, metrics of each step) of a run whose reward is a digit at the start."""
+def digit(completion, sample):
+    return float(completion[:1].isdigit())
 
-    def digit(completion, sample):
-        return float(completion[:1].isdigit())
 
+def run(folder, tmp_path, *, lora=None, rollout=None, model=None, tokenizer=None, reward=digit, max_tokens=2, lr=1e-2, steps=5,
+        algorithm="grpo", options=None):  # fmt: skip
+    """(model, metrics of each step) of a run; without another reward, a digit at the start is worth 1."""
     source = ModelConfig(name=str(folder), lora=lora or LoraConfig())
     model = model or load_model(source, dtype=torch.float32)
     config = RLConfig(
-        model=source, algorithm=algorithm, algorithm_options=options or {}, sampling=SamplingConfig(max_tokens=2),
+        model=source, algorithm=algorithm, algorithm_options=options or {}, sampling=SamplingConfig(max_tokens=max_tokens),
         rollout=RolloutConfig(**{"group_size": 8, "show_every": 0} | (rollout or {})), packing=PackingConfig(max_tokens=400),
         optimizer=OptimizerConfig(lr=lr, schedule="constant", weight_decay=0.0),
         train=TrainConfig(run_dir=str(tmp_path), name="run", batch_size=8, max_steps=steps, precision="fp32"),
     )  # fmt: skip
-    trainer = RLTrainer(model=model, tokenizer=load_tokenizer(source), train_dataset=ROWS, rewards={digit: 1.0}, config=config)
+    tokenizer = tokenizer or load_tokenizer(source)
+    trainer = RLTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, rewards={reward: 1.0}, config=config)
     trainer.train()
     return model, [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in m]
 
@@ -73,6 +76,28 @@ def test_dr_grpo_learns_a_bandit_from_chance(folder, tmp_path):
     """Without a division by length or deviation; its constant is the generation budget."""
     _, steps = run(folder, tmp_path, algorithm="dr_grpo", steps=50)
     assert steps[0]["reward"] < 0.25 and steps[-1]["reward"] > 0.9, [s["reward"] for s in steps]
+
+
+def test_a_reward_for_the_format_alone_makes_every_completion_well_formed(folder, tmp_path):
+    """From a model that a few steps of supervised learning brought to some well-formed completions, as R1's cold start does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
+    model = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    chat = [[{"role": "user", "content": row["prompt"]}] for row in ROWS[10:]]
+    prompts = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    shape = tokenizer.encode("<think>ab</think><answer>c</answer><|im_end|>")
+    rows = torch.tensor([ids + shape for ids in prompts])
+    labels = rows.clone()
+    labels[:, : -len(shape)] = -100
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(55):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=labels).loss.backward()
+        optimizer.step()
+    _, steps = run(folder, tmp_path, model=model, tokenizer=tokenizer, reward=think_answer_format, max_tokens=10, steps=40)
+    rates = [s["reward"] for s in steps]
+    assert 0.02 < rates[0] < 0.6 and sum(rates[-5:]) / 5 > 0.95, rates
 
 
 def test_adapters_learn_from_their_own_samples_and_the_base_stays(folder, tmp_path):

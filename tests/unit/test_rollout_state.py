@@ -254,9 +254,14 @@ def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
 
 def test_evaluation_figures():
     made = Evaluation(
-        groups=[made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), made_group("1", "2", "2")],
-        correct=[[True, False, True], [True, False, False]],
-    )
+        groups=[
+            made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), made_group("1", "2", "2"),
+            made_group(r"I get \boxed{5}", r"so \boxed{4}", r"thus \boxed{\frac{8}{2}}"),
+            made_group("7 is right", "so it is 8.0", "I say 8"), made_group("a cat", "a  dog", "a dog"),
+        ],
+        correct=[[True, False, True], [True, False, False], [False, True, True], [True, False, False], [False, True, True]],
+    )  # fmt: skip
     metrics = made.metrics()
-    assert metrics["eval_pass@1"] == pytest.approx(0.5) and metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == 0.5
+    assert metrics["eval_pass@1"] == pytest.approx(8 / 15) and metrics["eval_pass@3"] == 1.0
+    assert metrics["eval_cons@3"] == pytest.approx(3 / 5)
     assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0961, abs=1e-3)
