@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -20,7 +21,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Any other option is a setting of the run, e.g. --model.name DIR or --packing.max_tokens 4096."
     parser.add_argument("config", metavar="CONFIG", help="settings of a run, e.g. recipes/configs/dpo_smollm2.yaml")
     parser.add_argument("--method", choices=METHODS, help="kind of run (default: found from the settings)")
-    parser.add_argument("--devices", type=int, metavar="N", help="data-parallel processes (default: 1, or what --zero needs)")
+    parser.add_argument("--devices", type=int, metavar="N", help="data-parallel processes (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it is here or --device-memory is given")
     parser.add_argument("--device-memory", metavar="SIZE", help="of one device, e.g. 80GB (default: this machine's)")
     parser.add_argument("--zero", metavar="STAGES", help="ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1")
@@ -41,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         from posttrain.trainers.memory import device_bytes
 
         job, shortest = _job(arguments, is_elsewhere=limit is not None)
-        limit = device_bytes(job.device) if limit is None else limit
-    devices, stages = _devices_and_stages(arguments)
+        devices, stages = _devices_and_stages(arguments)
+        limit = device_bytes(job.device, processes=devices) if limit is None else limit
     if arguments.solve:
         print(_solve(arguments, job, limit, devices, stages))
         return
@@ -103,7 +104,10 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     precision = plan_precision(config.train.precision, device, is_here=device == "cpu" or has_cuda)
     wants = trainer.algorithm.needs_reference if method == "rl" else trainer.wants_reference
     prompt = _longest_prompt(config) if method == "rl" else None
-    job = job_of(config, method, precision=precision, device=device, wants_reference=wants, longest_prompt=prompt)
+    job = job_of(config, method, precision=precision, device=device, wants_reference=wants, longest_prompt=prompt,
+                 reference_every=trainer.algorithm.reference_every if method == "rl" else 0)  # fmt: skip
+    if arguments.offload and device == "cpu":
+        raise ValueError("--offload optimizer moves its state from a GPU to the host; on a CPU there is nothing to move.")
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
     longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
@@ -138,7 +142,7 @@ def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
 def find_method(path: str, settings: list[str]) -> str:
     """The kind of run that settings are for: by keys that only one kind has, then by the loss, then by its options.
 
-    Raises ValueError where they fit more than one kind and differ in memory (then give ``--method``).
+    Raises ValueError for a loss of one's own without another sign of its kind (then give ``--method``).
     """
     import yaml
 
@@ -149,9 +153,14 @@ def find_method(path: str, settings: list[str]) -> str:
     given = {*keys, *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--"))}
     if given & {"algorithm", "algorithm_options", "sampling", "rollout", "rewards", "engine", "local", "curriculum"}:
         return "rl"
-    loss = str(keys.get("loss", "")).rpartition(".")[2].split("*")[-1].split("+")[0].strip()
+    said = [settings[i + 1] for i, s in enumerate(settings[:-1]) if s == "--loss"]
+    said += [s.partition("=")[2] for s in settings if s.startswith("--loss=")]
+    written = str((said or [keys.get("loss", "")])[-1])
     if "reference" in given:
         return "dpo"
+    if re.search(r"[A-Za-z_]\w*\.[A-Za-z_]", written):
+        raise ValueError(f"The loss {written!r} does not say which kind of run this is. Add --method sft, reward or dpo.")
+    loss = written.split("*")[-1].split("+")[0].strip()
     options = set(keys.get("loss_options") or {})
     if loss == "bradley_terry" or options & {"centering", "margin_scale"}:
         return "reward"

@@ -15,7 +15,7 @@ from posttrain.memory.activations import Setting, small_block_bytes, step_activa
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
 from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
-from posttrain.precision import PrecisionPlan, bytes_per_element
+from posttrain.precision import DEEPSPEED_BF16, PRECISIONS, PrecisionPlan, bytes_per_element
 
 Method = Literal["sft", "reward", "dpo", "rl"]
 Phase = Literal["load", "rollout", "update", "optimizer step", "save", "resume"]
@@ -33,8 +33,8 @@ SOLVER_MARGIN = 0.02
 """Of a limit, what a token budget leaves free for the plan's own error."""
 MAPPED = "mapped file"
 """A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
-DEEPSPEED_BUCKET = 500_000_000
-"""Elements of DeepSpeed's reduce bucket by default; two of them, since it overlaps."""
+DEEPSPEED_BUCKET = 50_000_000
+"""Largest communication bucket that ``training/sharding.py`` lets DeepSpeed have (elements; its own 5e8 would take 2 GB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,12 @@ class Rollout:
 
     def cache_bytes(self, arch: Architecture, bytes_each: int) -> int:
         """One slot per running completion, as many as the budget holds."""
+        return arch.kv_elements_per_token * self.capacity * bytes_each * self.slots(arch, bytes_each)
+
+    def slots(self, arch: Architecture, bytes_each: int) -> int:
+        """Completions that run at a time."""
         each = arch.kv_elements_per_token * self.capacity * bytes_each
-        return each * max(1, min(self.max_rows, int(self.kv_cache_bytes // each)))
+        return max(1, min(self.max_rows, int(self.kv_cache_bytes // each)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +104,31 @@ class Job:
         return sum(p.numel for p in self.parameters if p.trainable)
 
     def sharded(self, zero_stage: int, num_devices: int, *, engine: Engine | None = None) -> Job:
-        """The same run on other hardware: stage 0 plain, 3 FSDP2 (or DeepSpeed if the run uses it), 1 and 2 DeepSpeed."""
+        """The same run on other hardware: stage 0 plain, 3 FSDP2 (or DeepSpeed if the run uses it), 1 and 2 DeepSpeed, which
+        holds bf16 weights where the others hold fp32 ones and cast."""
         default: Engine = "fsdp2" if zero_stage == 3 and self.engine != "deepspeed" else "deepspeed"
-        return replace(
-            self, zero_stage=zero_stage, num_devices=num_devices, engine="plain" if zero_stage == 0 else engine or default
-        )
+        engine = "plain" if zero_stage == 0 else engine or default
+        job = replace(self, zero_stage=zero_stage, num_devices=num_devices, engine=engine)
+        if engine != "deepspeed" or self.precision != PRECISIONS["bf16"]:
+            return job
+        return replace(job, precision=DEEPSPEED_BF16, parameters=_in_bf16(self.parameters), reference=_in_bf16(self.reference))
+
+    @property
+    def refused(self) -> str | None:
+        """Why no run of this kind starts, whatever its memory; None if it does."""
+        if self.method == "rl" and self.zero_stage == 3:
+            return "reinforcement learning samples from whole weights: DDP, ZeRO-1 or ZeRO-2"
+        if self.engine != "plain" and self.optimizer != "adamw":
+            return f"{self.optimizer} is for one process and DDP; sharded launches take adamw"
+        if self.engine == "deepspeed" and self.precision.name not in ("fp32", "bf16"):
+            return f"DeepSpeed updates an fp32 copy of the weights: {self.precision.name} does not exist there"
+        if self.engine == "fsdp2" and self.offload:
+            return "FSDP2 offloads nothing; DeepSpeed does (--deepspeed, offload_optimizer_device: cpu in the launch file)"
+        return None
+
+
+def _in_bf16(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    return tuple(replace(p, dtype="bfloat16") if p.dtype == "float32" else p for p in parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +183,7 @@ def memory_plan(job: Job) -> MemoryPlan:
     on = dict(states.device)
     shards = job.num_devices if job.zero_stage == 3 else 1
     held = {name: on.get(name, 0) for name in ("weights", "master", "moments", "counters")}
-    held |= {"reference": _frozen(job.reference, job, shards), "reward model": _frozen(job.reward_model, job, 1)}
+    held |= {"reference": _frozen(job.reference, job, shards), "reward model": frozen_bytes(job.reward_model, compute="float32")}
     sampler = _sampler_bytes(job)
     held["rollout copy"] = sampler.get("rollout copy", 0)
     setting = _setting(job)
@@ -168,7 +192,9 @@ def memory_plan(job: Job) -> MemoryPlan:
     gradients = {"gradients": on.get("gradients", 0)}
     buckets = {"communication": communication_bytes(job)}
     stored = sum(p.num_bytes for p in job.parameters)
-    phases: dict[Phase, dict[str, int]] = {"load": {"weights": stored, "reference": held["reference"], MAPPED: stored}}
+    # shards of a GPU are cut from a model in the host's memory; a CPU holds the whole one first
+    arriving = held["weights"] if shards > 1 and job.device == "cuda" else stored
+    phases: dict[Phase, dict[str, int]] = {"load": {"weights": arriving, "reference": held["reference"], MAPPED: stored}}
     if job.rollout is not None:
         phases["rollout"] = held | {n: b for n, b in sampler.items() if n != "rollout copy"}
     phases["update"] = held | gradients | buckets | dict(act.items)
@@ -223,7 +249,7 @@ def _sampler_bytes(job: Job) -> dict[str, int]:
     size, head = bytes_per_element(job.precision.compute), job.arch.vocab * job.arch.hidden
     casts = job.precision.compute != job.precision.weight
     copied = [p for p in job.parameters if p.in_linear and p.dtype == "float32" and (p.in_embedding or ".lora_" not in p.name)]
-    rows = min(job.rollout.max_rows, max(1, int(job.rollout.kv_cache_bytes)))
+    rows = job.rollout.slots(job.arch, size)
     prompt = job.arch.kv_elements_per_token * job.max_tokens * bytes_per_element(job.precision.weight)
     work = 3 * 4 * rows * job.arch.vocab + 8 * job.arch.hidden * job.max_tokens * 4
     copy = size * sum(p.numel for p in copied) if casts else 0
@@ -243,7 +269,7 @@ def _update_temporaries(job: Job) -> int:
 
 def communication_bytes(job: Job) -> int:
     """Buffers for collectives: none of DDP's (gradients are views of its buckets); FSDP2 the root's weights and two layers, with
-    a layer's gradient; ZeRO two reduce buckets, stage 3 also the gathered weights."""
+    a layer's gradient; ZeRO one reduce bucket, stage 3, which overlaps, two and the gathered weights."""
     if job.num_devices == 1 or job.engine == "plain":
         return 0
     size = bytes_per_element(job.precision.compute)
@@ -253,7 +279,7 @@ def communication_bytes(job: Job) -> int:
     if job.engine == "fsdp2":
         return size * (root + 2 * layer) + bytes_per_element(job.precision.gradient) * (layer + root)
     bucket = min(DEEPSPEED_BUCKET, job.trainable_params)
-    return 2 * size * bucket + (size * (root + 2 * layer) if job.zero_stage == 3 else 0)
+    return size * (2 * bucket + root + 2 * layer if job.zero_stage == 3 else bucket)
 
 
 def sent_bytes(job: Job, *, micro_batches: int = 1) -> float:
@@ -277,8 +303,8 @@ def sent_bytes(job: Job, *, micro_batches: int = 1) -> float:
 
 
 def fits(job: Job, limit_bytes: float) -> bool:
-    """Whether every phase stays within the limit of a device."""
-    return memory_plan(job).peak_bytes <= limit_bytes
+    """Whether such a run starts and every phase stays within the limit of a device."""
+    return job.refused is None and memory_plan(job).peak_bytes <= limit_bytes
 
 
 def max_tokens(job: Job, limit_bytes: float) -> int:
@@ -367,7 +393,8 @@ def advice(job: Job, limit_bytes: float, *, shortest: int = 64) -> str | None:
     tokens = max_tokens(both, limit_bytes)
     if tokens >= shortest and not job.checkpointing:
         return f"--model.gradient_checkpointing true --packing.max_tokens {tokens}"
-    devices = min_devices(replace(both, max_tokens=shortest), limit_bytes, zero_stage=3)
+    stage, launch = (2, "zero2") if job.method == "rl" else (3, "fsdp")
+    devices = min_devices(replace(both, max_tokens=shortest), limit_bytes, zero_stage=stage)
     if devices is not None:
-        return f"launch/fsdp.yaml on {max(devices, 2)} devices, with --model.gradient_checkpointing true"
+        return f"launch/{launch}.yaml on {max(devices, 2)} devices, with --model.gradient_checkpointing true"
     return "a smaller model, or --model.lora.rank 16"

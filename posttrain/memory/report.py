@@ -27,6 +27,8 @@ def one_line(plan: MemoryPlan, limit_bytes: float | None) -> str:
 
 def verdict(plan: MemoryPlan, limit_bytes: float, *, shortest: int = 64) -> str:
     """Fits or not, by how much, and the change that would make it fit."""
+    if plan.job.refused:
+        return f"is refused: {plan.job.refused}"
     margin = limit_bytes - plan.peak_bytes
     if margin >= 0:
         return f"fits: {gigabytes(margin)} to spare"
@@ -54,6 +56,7 @@ def to_json(plan: MemoryPlan, limit_bytes: float | None) -> dict[str, Any]:
         "sent_bytes_per_step": plan.sent_bytes,
         "limit_bytes": limit_bytes,
         "fits": None if limit_bytes is None else plan.peak_bytes <= limit_bytes,
+        "refused": job.refused,
     }
 
 
@@ -78,8 +81,10 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
                 f"{gigabytes(sent_bytes(plan.job, micro_batches=8))} with 8"
             )
         if limit_bytes is not None:
-            fits = plan.peak_bytes <= limit_bytes
+            fits = plan.peak_bytes <= limit_bytes and plan.job.refused is None
             console.print(f"  [{'green' if fits else 'red'}]{verdict(plan, limit_bytes, shortest=shortest)}[/]")
+        elif plan.job.refused:
+            console.print(f"  [red]is refused: {plan.job.refused}[/]")
     scale = max([p.peak_bytes for p in plans] + ([limit_bytes] if limit_bytes else []))
     console.print("\nlargest phase by item" + ("" if limit_bytes is None else f"; | is {gigabytes(limit_bytes)}"))
     for plan in plans:

@@ -16,7 +16,7 @@ from posttrain.memory.report import one_line, verdict
 from posttrain.memory.states import Parameter, parameters_of
 from posttrain.models.load import ModelConfig, read_config, untrained_model
 from posttrain.models.policy import choose_mode
-from posttrain.precision import PRECISIONS, PrecisionPlan, resolve_precision
+from posttrain.precision import PRECISIONS, PrecisionPlan, default_precision, resolve_precision
 from posttrain.training.config import UserFacingError
 from posttrain.training.sharding import kind
 
@@ -44,9 +44,11 @@ def job_of(
     wants_reference: bool,
     model: nn.Module | None = None,
     longest_prompt: int | None = None,
+    reference_every: int = 0,
 ) -> Job:
     """What decides the memory of a run on one device. ``model``: the loaded one, else it is built without weights.
-    ``longest_prompt``: of the data, in tokens, where completions are sampled; None takes the most that it may have."""
+    ``longest_prompt``: of the data, in tokens, where completions are sampled; None takes the most that it may have.
+    ``reference_every``: steps after which the algorithm replaces its reference (R1)."""
     model = model if model is not None else meta_model(config.model, precision, scores=method == "reward")
     parameters = parameters_of(model)
     arch = architecture_of(model.config, parameters)
@@ -67,7 +69,7 @@ def job_of(
         optimizer=config.optimizer.name,
         offload=frozenset({"optimizer"}) if config.optimizer.offload else frozenset(),
         reference=_reference(config, precision, parameters) if wants_reference else (),
-        reference_moves=wants_reference and bool(config.reference.sync_every),
+        reference_moves=wants_reference and bool(config.reference.sync_every or reference_every),
     )
     return _with_sampling(job, config, precision, longest_prompt) if method == "rl" else job
 
@@ -84,12 +86,20 @@ def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prom
             capacity=prompt + longest,
         )
     learned = config.rewards.options.get("reward_model", {}).get("model")
+    is_here = job.device == "cpu" or torch.cuda.is_available()
+    scores_in = default_precision(job.device).compute if is_here else "bfloat16"  # as rewards/model.py loads it
     return replace(
         job,
         completions=max(1, -(-room // longest)),
         rollout=rollout,
         divides_logits=config.sampling.temperature != 1.0,
-        reward_model=tuple(parameters_of(meta_model(ModelConfig(name=learned), precision, scores=True))) if learned else (),
+        reward_model=tuple(
+            parameters_of(
+                meta_model(ModelConfig(name=learned), PRECISIONS["bf16-pure" if scores_in == "bfloat16" else "fp32"], scores=True)
+            )
+        )
+        if learned
+        else (),
     )
 
 
@@ -113,13 +123,13 @@ class MemoryCheck:
     @classmethod
     def start(
         cls, config: Any, method: Method, accelerator: Any, precision: PrecisionPlan, *, model: nn.Module | None = None,
-        wants_reference: bool, longest_prompt: int | None = None,
+        wants_reference: bool, longest_prompt: int | None = None, reference_every: int = 0,
     ) -> MemoryCheck:  # fmt: skip
         """Prints the plan in one line. Raises UserFacingError if it cannot fit and ``train.force`` is off."""
         device: Device = "cuda" if accelerator.device.type == "cuda" else "cpu"
         job = job_of(
             config, method, precision=precision, device=device, model=model, wants_reference=wants_reference,
-            longest_prompt=longest_prompt,
+            longest_prompt=longest_prompt, reference_every=reference_every,
         )  # fmt: skip
         sharding = kind(accelerator)
         engine: Any

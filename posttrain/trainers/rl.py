@@ -137,7 +137,7 @@ class RLTrainer:
         every = (*train, *(evaluation or ()))
         memory = MemoryCheck.start(
             config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
-            longest_prompt=max(len(p.ids) for p in every),
+            longest_prompt=max(len(p.ids) for p in every), reference_every=self.algorithm.reference_every,
         )  # fmt: skip
         with accelerator.main_process_first():
             model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
@@ -280,8 +280,8 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
     named = {"think_answer_format"} & {*config.rewards.functions, *(n for f in config.rewards.by_task.values() for n in f)}
     if named and "<think>" in config.data.opening and not config.rewards.options.get("think_answer_format", {}).get("opened"):
         raise ValueError(
-            "data.opening opens <think> in the prompt, so completions have no opening tag and think_answer_format would give all of "
-            "them 0. Set --rewards.options '{think_answer_format: {opened: true}}'."
+            "data.opening opens <think> in the prompt, so completions have no opening tag and think_answer_format would give all "
+            "of them 0. Set --rewards.options '{think_answer_format: {opened: true}}'."
         )
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0.")

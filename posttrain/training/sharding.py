@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from posttrain.memory.plan import DEEPSPEED_BUCKET
 from posttrain.models.sharding import local
 from posttrain.training.config import UserFacingError
 
@@ -68,16 +69,12 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
     return wrapped, prepared
 
 
-_BUCKET_ELEMENTS = 50_000_000
-"""Largest communication bucket (elements); DeepSpeed's own 5e8 would take 2 GB, and ZeRO-3 keeps one allocated."""
-
-
 def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
     """What DeepSpeed's configuration says of the model, where the launch does not."""
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
-        zero.setdefault(name, min(_BUCKET_ELEMENTS, trained))
+        zero.setdefault(name, min(DEEPSPEED_BUCKET, trained))
     # norms and biases stay whole
     zero.setdefault("stage3_param_persistence_threshold", 10 * policy.config.get_text_config().hidden_size)
 

@@ -99,6 +99,33 @@ def test_the_advice_is_one_change_that_fits(job):
     assert "devices" in planner.advice(replace(policy, checkpointing=True), 40e9)
 
 
+def test_what_no_launch_runs_is_not_advised(job):
+    rl = replace(job, method="rl", rollout=Rollout(max_rows=8, kv_cache_bytes=1e9, capacity=1000))
+    assert "ZeRO-1 or ZeRO-2" in rl.sharded(3, 64).refused and rl.sharded(2, 64).refused is None
+    assert planner.min_devices(rl, 80e9, zero_stage=3) is None and planner.cheapest_zero(rl, 30e9, num_devices=64) is None
+    assert "launch/zero2.yaml on" in planner.advice(replace(rl, checkpointing=True, reference=()), 60e9)
+    assert "adamw" in replace(job, optimizer="sgd").sharded(2, 8).refused
+    assert "bf16-pure" in replace(job, precision=PRECISIONS["bf16-pure"]).sharded(1, 8).refused
+    offloads = replace(job, offload=frozenset({"optimizer"}))
+    assert "FSDP2" in offloads.sharded(3, 8).refused and offloads.sharded(3, 8, engine="deepspeed").refused is None
+
+
+def test_shards_of_a_gpu_are_cut_on_the_host(job):
+    """A 34B model of fp32 weights, 136 GB, never was on one device of 80 GB."""
+    large = replace(job, parameters=job.parameters * 5, reference=(), max_tokens=256, checkpointing=True)
+    plan = memory_plan(large.sharded(3, 64))
+    assert plan.phases["load"]["weights"] == pytest.approx(4 * large.num_params / 64, rel=1e-6)
+    assert plan.peak_bytes < 80e9 and planner.min_devices(large, 80e9, zero_stage=3) is not None
+    assert memory_plan(replace(large, device="cpu").sharded(3, 2)).phases["load"]["weights"] == 4 * large.num_params
+
+
+def test_deepspeed_holds_bf16_weights_from_the_start(job):
+    plan = memory_plan(job.sharded(2, 8))
+    assert plan.phases["load"]["weights"] == plan.phases["update"]["weights"] == 2 * job.num_params
+    assert plan.phases["update"]["reference"] == 2 * job.num_params and plan.phases["update"]["communication"] == 2 * 50_000_000
+    assert job.sharded(2, 8).sharded(1, 4) == job.sharded(1, 4)
+
+
 def test_sampling_in_the_process_adds_a_phase(job):
     rollout = Rollout(max_rows=64, kv_cache_bytes=4e9, capacity=1000)
     plan = memory_plan(replace(job, method="rl", rollout=rollout))
@@ -113,6 +140,10 @@ def test_every_recipe_can_be_planned(path, tmp_path, capsys):
     model = str(model_folder(tmp_path / "model"))
     arguments = ["plan", str(path), "--model.name", model, "--packing.max_tokens", "256"]
     assert find_method(str(path), []) == KIND.get(path.stem, "rl")
+    if path.stem == "sft_smollm2":
+        assert find_method(str(path), ["--loss", "0.5*ipo"]) == find_method(str(path), ["--loss=orpo"]) == "dpo"
+        with pytest.raises(ValueError, match="--method sft, reward or dpo"):
+            find_method(str(path), ["--loss", "my_losses.focal"])
     capsys.readouterr()  # what libraries said while the model was made
     assert main([*arguments, "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
