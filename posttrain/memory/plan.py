@@ -261,8 +261,8 @@ def _sampler_bytes(job: Job) -> dict[str, int]:
 
 
 def _update_temporaries(job: Job) -> int:
-    """adafactor divides each gradient by its factors out of place; bitsandbytes' 8-bit AdamW on a CPU unpacks both moments (5 of a
-    parameter's float32 size were measured); the others, and it on CUDA, update in place."""
+    """adafactor divides each gradient by its factors out of place; bitsandbytes' 8-bit AdamW on a CPU unpacks both moments (5
+    of a parameter's float32 size were measured); the others, and it on CUDA, update in place."""
     largest = max((p.num_bytes for p in job.parameters if p.trainable), default=0)
     unpacks = job.optimizer == "adamw_8bit" and job.device == "cpu"
     return 3 * largest if job.optimizer == "adafactor" else 5 * largest if unpacks else 0

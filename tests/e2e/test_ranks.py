@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from posttrain.algorithms import ALGORITHMS
 from posttrain.training.launch import check_launch
 from tests.e2e.launching import REPO, check, run, run_warm
 
@@ -24,6 +25,17 @@ def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
         assert any(0 in shape for shape in shapes), "one rank with only dummy micro-batches"
         assert any(0 < shape[0] < shape[1] for shape in shapes), "one rank with more micro-batches"
         assert any(r["coupled"] for r in results), "a group over the budget under a coupled loss"
+
+
+def test_every_algorithm_on_two_ranks_is_the_papers_objective(tmp_path):
+    """Float64; two of six groups have no signal and one completion no score, so denominators count what no rank computes."""
+    out = tmp_path / "results.json"
+    check(run_warm("cpu2.yaml", "tests/e2e/policy_gradient_script.py", str(out)))
+    results = json.loads(out.read_text())
+    assert {r["algorithm"] for r in results} == set(ALGORITHMS) and len(results) == 2 * len(ALGORITHMS)
+    assert all(min(r["micro_batches"]) >= 1 for r in results) and any(r["skipped"] for r in results)
+    worst = max(results, key=lambda r: r["gradient"])
+    assert worst["gradient"] < 1e-10 and min(r["largest"] for r in results) > 1e-6, worst
 
 
 def test_a_launch_that_becomes_one_process_is_refused(tmp_path):
