@@ -92,8 +92,17 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
     assert max(s["kl_reference_nats"] for s in held) < 0.05
 
 
-def test_two_ranks_do_what_one_does(inputs, tmp_path):
-    more = [*SHORT, "--rollout.updates", "2", "--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"],
+        ["--algorithm", "rloo", "--algorithm_options.beta", "0.05"],
+        ["--algorithm", "reinforce_pp", "--algorithm_options.beta", "0.05"],
+    ],
+    ids=["grpo", "kl in the reward", "kl in each token's reward"],
+)
+def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
+    more = [*SHORT, "--rollout.updates", "2", *options]
     for launch in ("cpu", "cpu2"):
         check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more)))
     for a, b in zip(steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cpu2"), strict=True):
