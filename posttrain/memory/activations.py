@@ -245,6 +245,14 @@ def small_block_bytes(arch: Architecture, row: Row, s: Setting, *, below: int) -
     return sum(by_layer)
 
 
+def eager_hole_bytes(arch: Architecture, row: Row, s: Setting, *, below: int) -> int:
+    """What the short-lived matrices of softcapped attention (scaled, capped, masked, cast: each a copy of the scores) leave in a
+    heap: four float32 copies of a layer's scores (fitted), if one segment's lie under ``below``."""
+    if s.flex or not arch.softcaps_attention or 4 * arch.heads * max(q * k for q, k in row.segments) >= below:
+        return 0
+    return 16 * arch.heads * sum(q * k for q, k in row.segments)
+
+
 def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:
     tokens, h = row.tokens, arch.hidden
     by_layer = [layer_bytes(layer, arch, row, s) for layer in arch.layers]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from posttrain.memory.activations import Setting, small_block_bytes, step_activations, worst_row
+from posttrain.memory.activations import Setting, eager_hole_bytes, small_block_bytes, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
 from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
@@ -24,9 +24,12 @@ Device = Literal["cpu", "cuda"]
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
 ALLOCATOR_BYTES = {"cpu": 260_000_000, "cuda": 0}
-ALLOCATOR_SHARE = {"cpu": 0.7, "cuda": 0.06}
+ALLOCATOR_SHARE = {"cpu": 0.45, "cpu with more holes": 0.7, "cuda": 0.06}
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and a share, on CUDA of all tensors, on a
-CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes (fitted: benchmarks/RESULTS.md)."""
+CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes: more in float32, whose tensors are more often
+aligned to 2 MiB, and where sampling comes between the updates (fitted: benchmarks/RESULTS.md)."""
+ALLOCATOR_8BIT_SHARE = 0.7
+"""On a CPU of 8-bit moments, which bitsandbytes allocates between what it unpacks (fitted to one run)."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
 SOLVER_MARGIN = 0.02
@@ -202,21 +205,30 @@ def memory_plan(job: Job) -> MemoryPlan:
     phases["save"] = held
     phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "master", "moments", "counters"))}
     small = {"update": small_block_bytes(job.arch, row, setting, below=MAPPED_BYTES)}
+    holes = eager_hole_bytes(job.arch, row, setting, below=MAPPED_BYTES) if job.device == "cpu" else 0
     cache = sampler.get("KV cache", 0)
     small["rollout"] = cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)
     return MemoryPlan(
         job=job,
-        phases={name: _with_overheads(items, job, small.get(name, 0)) for name, items in phases.items()},
+        phases={
+            name: _with_overheads(items, job, small.get(name, 0), holes if name == "update" else 0)
+            for name, items in phases.items()
+        },
         host={n: b for n, b in states.host.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
     )
 
 
-def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int) -> dict[str, int]:
+def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int, holes: int) -> dict[str, int]:
     device = job.device
-    counted = small_blocks if device == "cpu" else sum(n for name, n in items.items() if name != MAPPED)
-    own = ALLOCATOR_BYTES[device] + int(ALLOCATOR_SHARE[device] * counted)
+    if device == "cpu":
+        leaves_more = job.precision.compute == "float32" or job.rollout is not None
+        held = int(ALLOCATOR_SHARE["cpu with more holes" if leaves_more else "cpu"] * small_blocks)
+        held += int(ALLOCATOR_8BIT_SHARE * items.get("moments", 0)) if job.optimizer == "adamw_8bit" else 0
+    else:
+        held = int(ALLOCATOR_SHARE[device] * sum(n for name, n in items.items() if name != MAPPED))
+    own = ALLOCATOR_BYTES[device] + held + holes
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
 
 
