@@ -207,7 +207,7 @@ def job_of(case: Case) -> Job:
 
 def solve() -> None:
     """The planner's answer for a limit against a fresh process with that budget, and with 1.25 times it."""
-    from posttrain.memory.plan import SOLVER_MARGIN, max_tokens
+    from posttrain.memory.solve import SOLVER_MARGIN, max_tokens
 
     print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
     print("|---|---|---|---|---|---|---|")

@@ -67,7 +67,7 @@ def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
 
 
 def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]) -> str:
-    from posttrain.memory import plan as planner
+    from posttrain.memory import solve as planner
     from posttrain.memory.limits import gigabytes
 
     if limit is None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.memory.limits import gigabytes
-from posttrain.memory.plan import MemoryPlan, advice, sent_bytes
+from posttrain.memory.plan import MemoryPlan, sent_bytes
+from posttrain.memory.solve import advice
 
 COLOURS = {
     "weights": "blue", "gradients": "magenta", "master": "bright_blue", "moments": "cyan", "counters": "cyan",

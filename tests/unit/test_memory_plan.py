@@ -13,6 +13,7 @@ import pytest
 from posttrain.cli.main import main
 from posttrain.cli.plan import find_method
 from posttrain.memory import plan as planner
+from posttrain.memory import solve
 from posttrain.memory.architecture import architecture_of
 from posttrain.memory.limits import available_bytes, parse_bytes
 from posttrain.memory.plan import LIBRARIES_BYTES, Job, Rollout, memory_plan
@@ -76,34 +77,34 @@ def test_zero_stages_of_a_7b_model(job):
 def test_the_inverse_questions_agree_with_the_plan(job):
     limit = 80e9
     on_64 = job.sharded(3, 64)
-    tokens = planner.max_tokens(on_64, limit)
-    assert planner.fits(replace(on_64, max_tokens=tokens), limit) and tokens > 4096
-    assert not planner.fits(replace(on_64, max_tokens=tokens + 16), limit)
-    assert not planner.fits(replace(on_64, max_tokens=int(1.25 * tokens)), limit)
-    devices = planner.min_devices(job, limit, zero_stage=3)
-    assert devices > 1 and planner.fits(job.sharded(3, devices), limit) and not planner.fits(job.sharded(3, devices - 1), limit)
-    assert planner.min_devices(job, limit, zero_stage=0) is None, "copies do not get smaller"
-    stage = planner.cheapest_zero(job, limit, num_devices=64)
-    assert planner.fits(job.sharded(stage, 64), limit) and not planner.fits(job.sharded(stage - 1, 64), limit)
-    assert planner.cheapest_zero(job, 1e9, num_devices=64) is None and planner.max_tokens(job, 1e9) == 0
+    tokens = solve.max_tokens(on_64, limit)
+    assert solve.fits(replace(on_64, max_tokens=tokens), limit) and tokens > 4096
+    assert not solve.fits(replace(on_64, max_tokens=tokens + 16), limit)
+    assert not solve.fits(replace(on_64, max_tokens=int(1.25 * tokens)), limit)
+    devices = solve.min_devices(job, limit, zero_stage=3)
+    assert devices > 1 and solve.fits(job.sharded(3, devices), limit) and not solve.fits(job.sharded(3, devices - 1), limit)
+    assert solve.min_devices(job, limit, zero_stage=0) is None, "copies do not get smaller"
+    stage = solve.cheapest_zero(job, limit, num_devices=64)
+    assert solve.fits(job.sharded(stage, 64), limit) and not solve.fits(job.sharded(stage - 1, 64), limit)
+    assert solve.cheapest_zero(job, 1e9, num_devices=64) is None and solve.max_tokens(job, 1e9) == 0
 
 
 def test_the_advice_is_one_change_that_fits(job):
-    assert planner.advice(job, 1e12) is None
+    assert solve.advice(job, 1e12) is None
     peak = memory_plan(job).peak_bytes
-    assert planner.advice(job, peak - 1) == "--reference.cache true"
+    assert solve.advice(job, peak - 1) == "--reference.cache true"
     policy = replace(job, reference=())
-    assert planner.advice(policy, memory_plan(policy).peak_bytes - 1) == "--model.gradient_checkpointing true"
+    assert solve.advice(policy, memory_plan(policy).peak_bytes - 1) == "--model.gradient_checkpointing true"
     on_8 = replace(policy, checkpointing=True).sharded(0, 8)
-    assert planner.advice(on_8, 80e9) == "launch/zero2.yaml with zero_stage: 1"
-    assert "devices" in planner.advice(replace(policy, checkpointing=True), 40e9)
+    assert solve.advice(on_8, 80e9) == "launch/zero2.yaml with zero_stage: 1"
+    assert "devices" in solve.advice(replace(policy, checkpointing=True), 40e9)
 
 
 def test_what_no_launch_runs_is_not_advised(job):
     rl = replace(job, method="rl", rollout=Rollout(max_rows=8, kv_cache_bytes=1e9, capacity=1000))
     assert "ZeRO-1 or ZeRO-2" in rl.sharded(3, 64).refused and rl.sharded(2, 64).refused is None
-    assert planner.min_devices(rl, 80e9, zero_stage=3) is None and planner.cheapest_zero(rl, 30e9, num_devices=64) is None
-    assert "launch/zero2.yaml on" in planner.advice(replace(rl, checkpointing=True, reference=()), 60e9)
+    assert solve.min_devices(rl, 80e9, zero_stage=3) is None and solve.cheapest_zero(rl, 30e9, num_devices=64) is None
+    assert "launch/zero2.yaml on" in solve.advice(replace(rl, checkpointing=True, reference=()), 60e9)
     assert "adamw" in replace(job, optimizer="sgd").sharded(2, 8).refused
     assert "bf16-pure" in replace(job, precision=PRECISIONS["bf16-pure"]).sharded(1, 8).refused
     offloads = replace(job, offload=frozenset({"optimizer"}))
@@ -115,7 +116,7 @@ def test_shards_of_a_gpu_are_cut_on_the_host(job):
     large = replace(job, parameters=job.parameters * 5, reference=(), max_tokens=256, checkpointing=True)
     plan = memory_plan(large.sharded(3, 64))
     assert plan.phases["load"]["weights"] == pytest.approx(4 * large.num_params / 64, rel=1e-6)
-    assert plan.peak_bytes < 80e9 and planner.min_devices(large, 80e9, zero_stage=3) is not None
+    assert plan.peak_bytes < 80e9 and solve.min_devices(large, 80e9, zero_stage=3) is not None
     assert memory_plan(replace(large, device="cpu").sharded(3, 2)).phases["load"]["weights"] == 4 * large.num_params
 
 
