@@ -14,7 +14,7 @@ from typing import Literal
 from posttrain.memory.activations import Setting, eager_hole_bytes, small_block_bytes, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
-from posttrain.memory.states import Engine, Offload, OptimizerName, Parameter, frozen_bytes, run_states
+from posttrain.memory.states import Engine, ModelStates, Offload, OptimizerName, Parameter, frozen_bytes, run_states
 from posttrain.precision import DEEPSPEED_BF16, PRECISIONS, PrecisionPlan, bytes_per_element
 
 Method = Literal["sft", "reward", "dpo", "rl"]
@@ -172,18 +172,13 @@ def memory_plan(job: Job) -> MemoryPlan:
     load: weights as they arrive; rollout: the sampler's copy, keys and values; update: the worst moment of a micro-batch;
     optimizer step: after the backward; save and resume: the states, twice where they are read from a checkpoint.
     """
-    states = run_states(
-        job.parameters,
-        plan=job.precision,
-        optimizer=job.optimizer,
-        engine=job.engine,
-        zero_stage=job.zero_stage,
-        num_devices=job.num_devices,
-        offload=job.offload,
-    )
+    states = _states(job, job.parameters)
+    adapters = [p for p in job.parameters if ".lora_" in p.name]
     on = dict(states.device)
+    on["LoRA"] = _states(job, adapters).device["weights"] if adapters else 0
+    on["weights"] -= on["LoRA"]
     shards = job.num_devices if job.zero_stage == 3 else 1
-    held = {name: on.get(name, 0) for name in ("weights", "master", "moments", "counters")}
+    held = {name: on.get(name, 0) for name in ("weights", "LoRA", "master", "moments", "counters")}
     held |= {"reference": _frozen(job.reference, job, shards), "reward model": frozen_bytes(job.reward_model, compute="float32")}
     sampler = _sampler_bytes(job)
     held["rollout copy"] = sampler.get("rollout copy", 0)
@@ -194,14 +189,15 @@ def memory_plan(job: Job) -> MemoryPlan:
     buckets = {"communication": communication_bytes(job)}
     stored = sum(p.num_bytes for p in job.parameters)
     # shards of a GPU are cut from a model in the host's memory; a CPU holds the whole one first
-    arriving = held["weights"] if shards > 1 and job.device == "cuda" else stored
-    phases: dict[Phase, dict[str, int]] = {"load": {"weights": arriving, "reference": held["reference"], MAPPED: stored}}
+    arriving = held["weights"] if shards > 1 and job.device == "cuda" else stored - sum(p.num_bytes for p in adapters)
+    kept = {name: held[name] for name in ("LoRA", "reference")}
+    phases: dict[Phase, dict[str, int]] = {"load": {"weights": arriving, **kept, MAPPED: stored}}
     if job.rollout is not None:
         phases["rollout"] = held | {n: b for n, b in sampler.items() if n != "rollout copy"}
     phases["update"] = held | gradients | buckets | dict(act.items)
     phases["optimizer step"] = held | gradients | buckets | {"temporaries": _update_temporaries(job)}
     phases["save"] = held
-    phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "master", "moments", "counters"))}
+    phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "LoRA", "master", "moments", "counters"))}
     small = {"update": small_block_bytes(job.arch, row, setting, below=MAPPED_BYTES)}
     holes = eager_hole_bytes(job.arch, row, setting, below=MAPPED_BYTES) if job.device == "cpu" else 0
     cache = sampler.get("KV cache", 0)
@@ -216,6 +212,13 @@ def memory_plan(job: Job) -> MemoryPlan:
         moment=act.moment,
         sent_bytes=sent_bytes(job),
     )
+
+
+def _states(job: Job, parameters: Sequence[Parameter]) -> ModelStates:
+    return run_states(
+        parameters, plan=job.precision, optimizer=job.optimizer, engine=job.engine, zero_stage=job.zero_stage,
+        num_devices=job.num_devices, offload=job.offload,
+    )  # fmt: skip
 
 
 def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int, holes: int) -> dict[str, int]:

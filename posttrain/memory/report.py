@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from posttrain.memory.limits import gigabytes
-from posttrain.memory.plan import MemoryPlan, sent_bytes
+from posttrain.memory.plan import MemoryPlan, memory_plan, sent_bytes
 from posttrain.memory.solve import advice
 
 COLOURS = {
-    "weights": "blue", "gradients": "magenta", "master": "bright_blue", "moments": "cyan", "counters": "cyan",
+    "weights": "blue", "LoRA": "bright_white", "gradients": "magenta", "master": "bright_blue", "moments": "cyan", "counters": "cyan",
     "reference": "green", "reward model": "bright_green", "rollout copy": "bright_cyan", "KV cache": "bright_magenta",
     "activations": "yellow", "recomputed": "bright_yellow", "attention masks": "bright_yellow", "casts": "bright_black",
     "logits": "red", "temporaries": "bright_red", "communication": "white", "mapped file": "bright_black",
@@ -36,6 +37,14 @@ def verdict(plan: MemoryPlan, limit_bytes: float, *, shortest: int = 64) -> str:
     return f"does not fit: {gigabytes(-margin)} too much; would fit with {advice(plan.job, limit_bytes, shortest=shortest)}"
 
 
+def update_by_checkpointing(plan: MemoryPlan) -> dict[str, int]:
+    """Bytes of the update under both policies for activations."""
+    return {
+        name: memory_plan(replace(plan.job, checkpointing=policy)).total("update")
+        for name, policy in (("off", False), ("on", True))
+    }
+
+
 def to_json(plan: MemoryPlan, limit_bytes: float | None) -> dict[str, Any]:
     """Bytes of everything."""
     job = plan.job
@@ -54,6 +63,7 @@ def to_json(plan: MemoryPlan, limit_bytes: float | None) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "peak_phase": plan.worst,
         "peak_moment": plan.moment,
+        "update_bytes_by_checkpointing": update_by_checkpointing(plan),
         "sent_bytes_per_step": plan.sent_bytes,
         "limit_bytes": limit_bytes,
         "fits": None if limit_bytes is None else plan.peak_bytes <= limit_bytes,
@@ -76,6 +86,8 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
         console.print(_table(plan))
         if plan.host:
             console.print(f"  on the host: {', '.join(f'{n} {gigabytes(b)}' for n, b in plan.host.items())}")
+        without, with_it = (gigabytes(n) for n in update_by_checkpointing(plan).values())
+        console.print(f"  update without gradient checkpointing: {without}, with it: {with_it}")
         if plan.sent_bytes:
             console.print(
                 f"  sent per step and rank: {gigabytes(plan.sent_bytes)} with one micro-batch, "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain import LoraConfig, ModelConfig
 from posttrain.cli.main import main
 from posttrain.cli.plan import find_method
 from posttrain.memory import plan as planner
@@ -18,8 +19,11 @@ from posttrain.memory.architecture import architecture_of
 from posttrain.memory.limits import available_bytes, parse_bytes
 from posttrain.memory.plan import LIBRARIES_BYTES, Job, Rollout, memory_plan
 from posttrain.memory.published import ring_bytes, zero_communication
+from posttrain.memory.report import update_by_checkpointing
 from posttrain.memory.states import parameters_of
 from posttrain.precision import PRECISIONS
+from posttrain.trainers.memory import job_of
+from posttrain.trainers.sft import SFTConfig
 from tests.tiny import model_folder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
@@ -98,6 +102,19 @@ def test_the_advice_is_one_change_that_fits(job):
     on_8 = replace(policy, checkpointing=True).sharded(0, 8)
     assert solve.advice(on_8, 80e9) == "launch/zero2.yaml with zero_stage: 1"
     assert "devices" in solve.advice(replace(policy, checkpointing=True), 40e9)
+
+
+def test_adapters_are_an_item_of_their_own(tmp_path):
+    config = SFTConfig(model=ModelConfig(name=str(model_folder(tmp_path)), lora=LoraConfig(rank=4)))
+    lora = job_of(config, "sft", precision=PRECISIONS["bf16"], device="cpu", wants_reference=False)
+    for held in (memory_plan(lora).phases["update"], memory_plan(lora.sharded(2, 2)).phases["update"]):
+        size = held["weights"] // (lora.num_params - lora.trainable_params)
+        assert held["LoRA"] == size * lora.trainable_params > 0 and held["weights"] == size * (
+            lora.num_params - lora.trainable_params
+        )
+        assert held["gradients"] < held["weights"]
+    by_policy = update_by_checkpointing(memory_plan(lora))
+    assert by_policy["on"] < by_policy["off"] == memory_plan(lora).total("update")
 
 
 def test_what_no_launch_runs_is_not_advised(job):
