@@ -12,7 +12,8 @@ from posttrain.memory.solve import advice
 
 COLOURS = {
     "weights": "blue", "LoRA": "bright_white", "gradients": "magenta", "master": "bright_blue", "moments": "cyan",
-    "counters": "cyan", "reference": "green", "reward model": "bright_green", "rollout copy": "bright_cyan", "KV cache": "bright_magenta",
+    "counters": "cyan", "reference": "green", "reward model": "bright_green", "rollout copy": "bright_cyan",
+    "KV cache": "bright_magenta",
     "activations": "yellow", "recomputed": "bright_yellow", "attention masks": "bright_yellow", "casts": "bright_black",
     "logits": "red", "temporaries": "bright_red", "communication": "white", "mapped file": "bright_black",
     "libraries": "dim", "allocator": "dim",
