@@ -38,10 +38,10 @@ class ScoredGroup:
         """[completion] rewards."""
         return [s.total for s in self.scores]
 
-    @property
-    def has_signal(self) -> bool:
-        """Whether two completions have different rewards."""
-        return not all_equal([t for t in self.totals if t is not None])
+    def has_signal(self, name: str = "") -> bool:
+        """Whether two completions have different rewards: in all, or of the function ``name``."""
+        values = [s.judged_by(name) if name else s.total for s in self.scores]
+        return not all_equal([v for v in values if v is not None])
 
 
 @dataclass(kw_only=True)

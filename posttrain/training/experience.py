@@ -41,6 +41,9 @@ class RolloutConfig(CreditConfig):
     """Passes over the rollouts of an iteration."""
     oversample: float = 3.0
     """Dynamic sampling: at most this many times the prompts that are needed."""
+    signal: str = ""
+    """Dynamic sampling keeps prompts whose completions differ in this reward (DAPO: the accuracy, so that 0 < right < G, Yu et
+    al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum, where a reward for length lets prompts pass that are all right."""
     max_mismatch_nats: float = 0.5
     """The run stops when sampler and trainer disagree by more than this on the mean token's log-prob; 0: never. With
     keep_old_segments it does not: tokens of older policies differ, as they should."""
@@ -91,6 +94,9 @@ class RolloutSource:
                 "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not say which: the trainer could not "
                 "renormalise its log-probs. Sample from the whole distribution, or use --engine local."
             )
+        names = self._collector.rewards.names
+        if self.config.signal and self.config.signal not in names:
+            raise UserFacingError(f"rollout.signal is one of the rewards {', '.join(names)}; got {self.config.signal!r}.")
         self._log = RolloutLog(self.folder, is_main=loop.accelerator.is_main_process)
 
     def watched(self, loss: Loss) -> Loss:
@@ -175,7 +181,7 @@ class RolloutSource:
                 scored = self._collector.score(self._buffer.take_finished(), journal, iteration=self._iteration)
                 self._learn_rates(scored)
                 for s in scored:
-                    (kept if s.has_signal or not self.algorithm.dynamic_sampling else rejected).append(s)
+                    (kept if not self.algorithm.dynamic_sampling or s.has_signal(self.config.signal) else rejected).append(s)
                 enough = len(kept) >= (wanted if self.algorithm.dynamic_sampling else self.config.updates)
                 if enough or (begun >= limit and not self._buffer.groups):
                     break

@@ -21,7 +21,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float, correct: str 
     metrics = {
         "reward": statistics.fmean(totals) if totals else math.nan,
         "reward_std": statistics.pstdev(totals) if totals else math.nan,
-        "groups_without_signal": statistics.fmean(not g.has_signal for g in scored),
+        "groups_without_signal": statistics.fmean(not g.has_signal() for g in scored),
         "unscored": statistics.fmean(s.total is None for s in scores),
         "length": statistics.fmean(lengths),
         "length_min": float(min(lengths)),

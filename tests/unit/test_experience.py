@@ -68,15 +68,18 @@ class BoundedCollector(Collector):
 def source_of(tmp_path):
     opened = []
 
-    def make(algorithm, *, lively, batch_size=4, engine=None, **config):
-        """``lively``: of each prompt, whether its completions get different rewards."""
+    def make(algorithm, *, lively, batch_size=4, engine=None, noise=0.0, **config):
+        """``lively``: of each prompt, whether its completions get different rewards; ``noise``: a second reward that always differs."""
 
         def reward(completions, sample, scores):
             return [float(sample["lively"] and k % 2) for k in range(len(completions))]
 
-        reward.grouped = True
+        def second(completions, sample, scores):
+            return [noise * k for k in range(len(completions))]
+
+        reward.grouped = second.grouped = True
         prompts = [Prompt(ids=(i, 5), sample={"lively": x, "_where": f"rows:{i}"}) for i, x in enumerate(lively)]
-        rewards = Rewards(RewardsConfig(), given={"reward": (reward, 1.0)})
+        rewards = Rewards(RewardsConfig(), given={"reward": (reward, 1.0), "second": (second, 1.0)})
         opened.append(rewards)
         engine = engine or ScriptedEngine()
         policy = CertainPolicy()
@@ -113,6 +116,17 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
     assert place > 4 and engine.asked == order[:place]
     assert sorted(g.prompt_ids[0] for g in batch.groups) == [0, 3, 6, 9]
     assert batch.metrics["drawn_per_used"] == place / 4 and batch.metrics["groups_without_signal"] == pytest.approx(1 - 4 / place)
+
+
+def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):
+    lively = [i % 3 == 0 for i in range(12)]
+    by_all, engine, _ = source_of(DAPO, lively=lively, noise=0.01)
+    by_all.batch(0)
+    assert engine.asked == order_of(12)[:4], "the second reward differs in every group"
+    named, _, _ = source_of(DAPO, lively=lively, noise=0.01, signal="reward")
+    assert sorted(g.prompt_ids[0] for g in named.batch(0).groups) == [0, 3, 6, 9]
+    with pytest.raises(UserFacingError, match="one of the rewards reward, second; got 'accuracy'"):
+        source_of(DAPO, lively=lively, signal="accuracy")
 
 
 @pytest.mark.parametrize("lively", [[False] * 30, [True] + [False] * 11])
