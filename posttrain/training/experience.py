@@ -43,7 +43,8 @@ class RolloutConfig(CreditConfig):
     """Dynamic sampling: at most this many times the prompts that are needed."""
     signal: str = ""
     """Dynamic sampling keeps prompts whose completions differ in this reward (DAPO: the accuracy, so that 0 < right < G, Yu et
-    al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum, where a reward for length lets prompts pass that are all right."""
+    al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum, where a reward for length lets prompts pass that are
+    all right."""
     max_mismatch_nats: float = 0.5
     """The run stops when sampler and trainer disagree by more than this on the mean token's log-prob; 0: never. With
     keep_old_segments it does not: tokens of older policies differ, as they should."""
