@@ -38,6 +38,10 @@ DEEPSPEED_BUCKET = 50_000_000
 """Largest communication bucket that ``training/sharding.py`` lets DeepSpeed have (elements; its own 5e8 would take 2 GB)."""
 
 
+ZERO3_WHOLE_BELOW = 10
+"""Times the hidden size: parameters of at most so many elements (norms, biases, small adapters) are whole on each ZeRO-3 rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """Sampling in the training process (``rollout.local``)."""
@@ -217,7 +221,7 @@ def memory_plan(job: Job) -> MemoryPlan:
 def _states(job: Job, parameters: Sequence[Parameter]) -> ModelStates:
     return run_states(
         parameters, plan=job.precision, optimizer=job.optimizer, engine=job.engine, zero_stage=job.zero_stage,
-        num_devices=job.num_devices, offload=job.offload,
+        num_devices=job.num_devices, offload=job.offload, whole_below=ZERO3_WHOLE_BELOW * job.arch.hidden,
     )  # fmt: skip
 
 

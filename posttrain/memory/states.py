@@ -182,19 +182,20 @@ def run_states(
     zero_stage: int = 0,
     num_devices: int = 1,
     offload: Collection[Offload] = (),
+    whole_below: int = 0,
 ) -> ModelStates:
     """What the largest rank of our run holds between backward and optimizer step, tensor by tensor.
 
     plain: the weights are their own master under autocast, gradients and moments have their dtype. fsdp2: the same of each
     tensor's shard (``zero_stage`` 3). deepspeed: weights in the compute dtype; gradients, a master copy and moments in float32,
-    partitioned.
+    partitioned; in stage 3 parameters of at most ``whole_below`` elements are kept whole beside their part.
     """
     _check(zero_stage, num_devices, optimizer, offload)
     if (engine == "plain") != (zero_stage == 0) or (engine == "fsdp2" and zero_stage != 3):
         raise ValueError(f"engine {engine!r} has no ZeRO stage {zero_stage}: plain is 0, fsdp2 3, deepspeed 1 to 3.")
     listed = list(parameters)
     if engine == "deepspeed":
-        items = _deepspeed_items(listed, plan, optimizer, zero_stage, num_devices)
+        items = _deepspeed_items(listed, plan, optimizer, zero_stage, num_devices, whole_below)
     else:
         items = _tensor_items(listed, optimizer, num_devices if engine == "fsdp2" else 1)
     return _placed(items, offload, with_gradients=zero_stage >= 2)
@@ -217,20 +218,26 @@ def _tensor_items(parameters: Sequence[Parameter], optimizer: OptimizerName, num
 
 
 def _deepspeed_items(
-    parameters: Sequence[Parameter], plan: PrecisionPlan, optimizer: OptimizerName, zero_stage: int, num_devices: int
-) -> dict[str, int]:
-    """One flat buffer in stages 1 and 2 (up to padding, and to the parameter that a rank's cut falls into), parameter by
-    parameter in stage 3. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit weights."""
+    parameters: Sequence[Parameter], plan: PrecisionPlan, optimizer: OptimizerName, zero_stage: int, num_devices: int,
+    whole_below: int,
+) -> dict[str, int]:  # fmt: skip
+    """Stages 1 and 2: one flat buffer of what decays and one of the rest, up to padding, and to the parameter that a rank's cut
+    falls into. Stage 3: parameter by parameter. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit
+    weights."""
     size = bytes_per_element(plan.compute)
     every, trained = [p.numel for p in parameters], [p.numel for p in parameters if p.trainable]
     share = sum(-(-n // num_devices) for n in trained) if zero_stage == 3 else -(-sum(trained) // num_devices)
     moments, counters = moment_bytes((share,), dtype="float32", optimizer=optimizer)
+    weights = every
+    if zero_stage == 3:
+        weights = [-(-n // num_devices) + (n if n <= whole_below else 0) for n in every]
+    groups = {len(p.shape) > 1 and not p.in_embedding for p in parameters if p.trainable}
     return {
-        "weights": size * (sum(-(-n // num_devices) for n in every) if zero_stage == 3 else sum(every)),
+        "weights": size * sum(weights),
         "gradients": 4 * (sum(trained) if zero_stage == 1 and size < 4 else share),
         "master": 4 * share,
         "moments": moments,
-        "counters": counters,
+        "counters": counters * len(groups),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.memory.plan import DEEPSPEED_BUCKET
+from posttrain.memory.plan import DEEPSPEED_BUCKET, ZERO3_WHOLE_BELOW
 from posttrain.models.sharding import local
 from posttrain.training.config import UserFacingError
 
@@ -76,7 +76,7 @@ def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
     for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         zero.setdefault(name, min(DEEPSPEED_BUCKET, trained))
     # norms and biases stay whole
-    zero.setdefault("stage3_param_persistence_threshold", 10 * policy.config.get_text_config().hidden_size)
+    zero.setdefault("stage3_param_persistence_threshold", ZERO3_WHOLE_BELOW * policy.config.get_text_config().hidden_size)
 
 
 def _partition(accelerator: Any, policy: nn.Module) -> None:

@@ -45,6 +45,22 @@ def test_three_updates_are_those_of_one_process(tmp_path, kind):
     assert any(0 in shape for shape in shapes) and any(0 < a < b for a, b in shapes) and any(r["coupled"] for r in results)
 
 
+@pytest.mark.parametrize("kind", LAUNCH)
+def test_the_largest_rank_holds_what_the_planner_says(inputs, tmp_path, kind):
+    """To the byte, bf16, policies (SFT, DPO, RL) and reward models, whole and with adapters; the other rank at most padding less."""
+    out = tmp_path / "states.json"
+    start = run if kind in ("zero3", "fsdp2") else run_warm
+    check(start(LAUNCH[kind], "tests/e2e/states_script.py", str(inputs[0]), str(out), "bf16", timeout_s=600))
+    results = json.loads(out.read_text())
+    assert len(results) == 4 and {r["kind"] for r in results} == {kind}
+    for result in results:
+        for item, predicted in result["predicted"].items():
+            largest, other = sorted((rank[item] for rank in result["measured"]), reverse=True)
+            assert largest == predicted, (result["case"], item, largest, predicted)
+            assert largest - other <= 0.02 * largest, (result["case"], item)  # rows that two ranks cannot halve
+    assert kind != "zero3" or results[0]["measured"][0]["buckets"] == 2 * results[0]["predicted"]["master"], "two of bf16"
+
+
 def check_states(kind: str, rank: int, shapes: list[list[int]], states: dict[str, int]) -> None:
     """To the byte: FSDP2 cuts rows (float64 here) and pads its storage, ZeRO-3 cuts every parameter, ZeRO-1 and 2 a flat buffer."""
     rows = [(shape[0], math.prod(shape[1:])) for shape in shapes]
