@@ -129,10 +129,12 @@ def test_deepspeed_partitions():
         "gradients": 4 * 11,
         "master": 4 * 11,
         "moments": 8 * 11,
-        "counters": 4,
+        "counters": 2 * 4,  # one step count for what decays, one for the rest
     }
     assert states["bf16", 1]["gradients"] == 4 * 22 and states["bf16", 1]["weights"] == 2 * 38
     assert states["bf16", 3]["weights"] == 2 * (8 + 4 + 8) and states["bf16", 3]["master"] == 4 * (8 + 4)
+    whole = run_states(parameters, plan=PRECISIONS["bf16"], engine="deepspeed", zero_stage=3, num_devices=2, whole_below=7)
+    assert whole["weights"] == 2 * (8 + 4 + 7 + 8), "the vector is whole beside its part"
 
 
 def test_moments_by_shape():
