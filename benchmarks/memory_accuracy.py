@@ -108,8 +108,7 @@ def run_case(case: Case) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from posttrain.losses import policy, preference, reward, sft
-    from posttrain.models.heads import Scorer, load_reward_model
-    from posttrain.models.load import ModelConfig, load_model
+    from posttrain.models.heads import Scorer
     from posttrain.packing.plan import PackingConfig
     from posttrain.tracing.live import LiveStorages
     from posttrain.tracing.measure import status_bytes
@@ -139,13 +138,7 @@ def run_case(case: Case) -> dict[str, Any]:
         assert all((datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification))  # what every run imports
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
         with live:
-            config = ModelConfig(name=str(model_folder), gradient_checkpointing=case.checkpointing)
-            is_reward = case.method == "reward"
-            model = (
-                load_reward_model(config, NoTokenizer(), dtype=plan.load_dtype)
-                if is_reward
-                else load_model(config, dtype=plan.load_dtype)
-            )
+            model, is_reward = load(case, model_folder, plan.load_dtype), case.method == "reward"
             groups = worst_case(case.method, case.tokens)
             loop = WatchedLoop(
                 accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
@@ -164,6 +157,15 @@ def run_case(case: Case) -> dict[str, Any]:
         "live": max(p for p, _ in peaks), "resident": status_bytes("VmHWM"), "resident_steps": peaks[-1][1],
         "libraries": libraries, "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def load(case: Case, folder: Path, dtype: Any) -> Any:
+    """As a run loads it."""
+    from posttrain.models.heads import load_reward_model
+    from posttrain.models.load import ModelConfig, load_model
+
+    config = ModelConfig(name=str(folder), gradient_checkpointing=case.checkpointing)
+    return load_reward_model(config, NoTokenizer(), dtype=dtype) if case.method == "reward" else load_model(config, dtype=dtype)
 
 
 def tensors(state: Any) -> list[Any]:

@@ -137,7 +137,9 @@ class Algorithm:
         takes_kl = any(p.name == "kl_weight" or p.kind is p.VAR_KEYWORD for p in parameters)
         if self.kl_in not in ("loss", "reward", "token_reward"):
             raise ValueError(f"Algorithm {self.name}: kl_in is loss, reward or token_reward; got {self.kl_in!r}.")
-        if self.beta and self.kl_in == "token_reward" and self.advantages is not batch_normalised:
+        by_group = self.advantages in (group_normalised, leave_one_out, mirror_baseline)
+        by_group = by_group or self.advantage_options.get("baseline", "none") != "none"
+        if self.beta and self.kl_in == "token_reward" and by_group:
             raise ValueError(
                 f"Algorithm {self.name}: kl_in=token_reward gives each token a return of its own, normalised over the batch; a "
                 "baseline of its group would take the reward away. Use kl_in=reward, or the advantages batch_normalised."

@@ -86,20 +86,18 @@ def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prom
             capacity=prompt + longest,
         )
     learned = config.rewards.options.get("reward_model", {}).get("model")
-    is_here = job.device == "cpu" or torch.cuda.is_available()
-    scores_in = default_precision(job.device).compute if is_here else "bfloat16"  # as rewards/model.py loads it
+    reward_model: tuple[Parameter, ...] = ()
+    if learned:  # in the dtype that rewards/model.py loads it in
+        is_here = job.device == "cpu" or torch.cuda.is_available()
+        halves = not is_here or default_precision(job.device).compute == "bfloat16"
+        scorer = meta_model(ModelConfig(name=learned), PRECISIONS["bf16-pure" if halves else "fp32"], scores=True)
+        reward_model = tuple(parameters_of(scorer))
     return replace(
         job,
         completions=max(1, -(-room // longest)),
         rollout=rollout,
         divides_logits=config.sampling.temperature != 1.0,
-        reward_model=tuple(
-            parameters_of(
-                meta_model(ModelConfig(name=learned), PRECISIONS["bf16-pure" if scores_in == "bfloat16" else "fp32"], scores=True)
-            )
-        )
-        if learned
-        else (),
+        reward_model=reward_model,
     )
 
 

@@ -268,8 +268,6 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
     if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get("constant"):
         constant = float(config.sampling.max_tokens)
         algorithm = replace(algorithm, loss_options={**algorithm.loss_options, "constant": constant})
-    if algorithm.kl_in == "token_reward" and algorithm.beta and algorithm.advantage_options.get("baseline", "none") != "none":
-        raise ValueError("kl_in=token_reward normalises over all tokens of the batch; it has no group baseline. Use kl_in=loss.")
     if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":
         raise ValueError(f"kl_estimator={options['kl_estimator']} would be ignored: with kl_in={algorithm.kl_in} it is k1.")
     if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
@@ -277,8 +275,9 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
             "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from"
             " all (sampling and evaluation)."
         )
-    named = {"think_answer_format"} & {*config.rewards.functions, *(n for f in config.rewards.by_task.values() for n in f)}
-    if named and "<think>" in config.data.opening and not config.rewards.options.get("think_answer_format", {}).get("opened"):
+    rewards = config.rewards
+    formatted = any("think_answer_format" in names for names in (rewards.functions, *rewards.by_task.values()))
+    if formatted and "<think>" in config.data.opening and not rewards.options.get("think_answer_format", {}).get("opened"):
         raise ValueError(
             "data.opening opens <think> in the prompt, so completions have no opening tag and think_answer_format would give all "
             "of them 0. Set --rewards.options '{think_answer_format: {opened: true}}'."

@@ -45,6 +45,7 @@ def main(folder: str, out: Path, precision: str) -> None:
         else:
             model = load_model(config, dtype=plan.load_dtype)
             policy, loss = Policy(model, PackingConfig()), sft
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         predicted = run_states(
             parameters_of(model), plan=plan, engine=engine, zero_stage=stage, num_devices=2, whole_below=10 * 32
         )
@@ -55,7 +56,9 @@ def main(folder: str, out: Path, precision: str) -> None:
             step_gradient(accelerator, policy, groups, rows, loss, mode="shared")
             states = gather_object([measured_states(accelerator, policy, optimizer)])
             sharding.take_step(accelerator, policy, optimizer)
-        results.append({"case": [role, rank], "kind": kind, "measured": states, "predicted": dict(predicted.device)})
+        results.append(
+            {"case": [role, rank], "kind": kind, "trained": trained, "measured": states, "predicted": dict(predicted.device)}
+        )
         accelerator.free_memory()
     if accelerator.is_main_process:
         out.write_text(json.dumps(results))

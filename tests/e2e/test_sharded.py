@@ -47,7 +47,7 @@ def test_three_updates_are_those_of_one_process(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LAUNCH)
 def test_the_largest_rank_holds_what_the_planner_says(inputs, tmp_path, kind):
-    """To the byte, bf16, policies (SFT, DPO, RL) and reward models, whole and with adapters; the other rank at most padding less."""
+    """To the byte, bf16, policies (SFT, DPO, RL) and reward models, whole and with adapters."""
     out = tmp_path / "states.json"
     start = run if kind in ("zero3", "fsdp2") else run_warm
     check(start(LAUNCH[kind], "tests/e2e/states_script.py", str(inputs[0]), str(out), "bf16", timeout_s=600))
@@ -57,7 +57,10 @@ def test_the_largest_rank_holds_what_the_planner_says(inputs, tmp_path, kind):
         for item, predicted in result["predicted"].items():
             largest, other = sorted((rank[item] for rank in result["measured"]), reverse=True)
             assert largest == predicted, (result["case"], item, largest, predicted)
-            assert largest - other <= 0.02 * largest, (result["case"], item)  # rows that two ranks cannot halve
+            if kind == "fsdp2" and item == "moments":  # its parts are of whole rows, unpadded
+                assert largest + other == 2 * 4 * result["trained"], (result["case"], largest, other)
+            else:
+                assert largest == other, (result["case"], item)
     assert kind != "zero3" or results[0]["measured"][0]["buckets"] == 2 * results[0]["predicted"]["master"], "two of bf16"
 
 

@@ -266,6 +266,8 @@ def test_options_reach_what_has_them_and_unknown_ones_are_refused():
 def test_a_kl_of_each_token_needs_advantages_over_the_batch():
     with pytest.raises(ValueError, match="a baseline of its group would take the reward away"):
         resolve_algorithm("grpo", {"kl_in": "token_reward"})
+    with pytest.raises(ValueError, match="a baseline of its group would take the reward away"):
+        resolve_algorithm("reinforce_pp", {"baseline": "group"})
     with pytest.raises(ValueError, match="kl_in is loss, reward or token_reward; got 'rewrad'"):
         resolve_algorithm("rloo", {"kl_in": "rewrad"})
 

@@ -95,9 +95,9 @@ def test_a_reward_for_the_format_alone_makes_every_completion_well_formed(folder
         optimizer.zero_grad()
         model(input_ids=rows, labels=labels).loss.backward()
         optimizer.step()
-    _, steps = run(folder, tmp_path, model=model, tokenizer=tokenizer, reward=think_answer_format, max_tokens=10, steps=40)
+    _, steps = run(folder, tmp_path, model=model, tokenizer=tokenizer, reward=think_answer_format, max_tokens=10, steps=60)
     rates = [s["reward"] for s in steps]
-    assert 0.02 < rates[0] < 0.6 and sum(rates[-5:]) / 5 > 0.95, rates
+    assert 0.02 < rates[0] < 0.6 and min(rates[-5:]) > 0.95, rates
 
 
 def test_adapters_learn_from_their_own_samples_and_the_base_stays(folder, tmp_path):
