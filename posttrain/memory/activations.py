@@ -72,6 +72,8 @@ class Setting:
     """One sequence per forward, attention as transformers ships it."""
     trains_all: bool = True
     """False under adapters: frozen weights are cast in every forward and read by the backward, their inputs are not."""
+    in_4bit: bool = False
+    """Frozen linear layers in 4 bit: what they give back is float32, as the residual stream then is."""
     divides_logits: bool = False
     """By a sampling temperature other than 1."""
     has_head: bool = True
@@ -86,6 +88,11 @@ class Setting:
     def compute(self) -> int:
         """Bytes of a matmul's input."""
         return bytes_per_element(self.plan.compute)
+
+    @property
+    def output(self) -> int:
+        """Bytes of what a linear layer gives back."""
+        return 4 if self.in_4bit else self.compute
 
     @property
     def casts(self) -> bool:
@@ -149,7 +156,7 @@ def _mlp_bytes(layer: Layer, arch: Architecture, s: Setting) -> float:
     total: float = 0
     if layer.mlp_width:
         last = _input_bytes(layer.mlp_width, s, readers=1) if not s.trains_all else s.compute * layer.mlp_width
-        total += (layer.mlp_tensors - 1) * s.compute * layer.mlp_width + last
+        total += (layer.mlp_tensors - 1) * s.output * layer.mlp_width + last
     if layer.experts:  # grouped_mm, which autocast leaves in the weights' dtype
         each = s.stored * (2 * arch.hidden + 4 * layer.expert_width) + 4 * 8
         total += arch.experts_per_token * each + 4 * layer.experts + s.compute * arch.hidden * s.casts
@@ -276,6 +283,8 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
         "backward of the first layer": bottom | {"temporaries": own},
         "end of the backward": top | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table},
     }
+    if s.checkpointing and not s.trains_all and s.compute < 4:
+        moments["recomputation of the last layer"] = top | {"temporaries": held + _adapter_temporaries(arch, row, s)}
     if arch.softcaps_attention and not s.flex:  # scores and their gradients, before the feed-forward or after it is done
         scores = (8 if s.compute == 4 else 6) * arch.heads * max(q * k for q, k in row.segments)
         mlp = int(max(_mlp_bytes(layer, arch, s) for layer in arch.layers)) * tokens
@@ -289,6 +298,16 @@ def _layer_temporaries(arch: Architecture, row: Row, s: Setting) -> int:
     """Gradients that are alive at once in the backward of the widest feed-forward: of its activations, or of a weight."""
     layer = max(arch.layers, key=lambda x: (x.mlp_width, x.expert_width * arch.experts_per_token))
     stream = (1 + s.casts) * arch.hidden * s.stored * row.tokens
-    wide = 2 * max(layer.mlp_width * s.compute, layer.expert_width * arch.experts_per_token * s.stored) * row.tokens
+    wide = 2 * max(layer.mlp_width * s.output, layer.expert_width * arch.experts_per_token * s.stored) * row.tokens
+    if s.in_4bit and s.casts:  # of the layer, of its adapter and their sum, when the cast input is gone
+        wide += layer.mlp_width * (s.output - s.compute) * row.tokens
     weight = layer.largest_matrix * (s.stored + (s.compute if s.casts else 0)) if s.trains_all else 0
     return stream + max(wide, weight)
+
+
+def _adapter_temporaries(arch: Architecture, row: Row, s: Setting) -> int:
+    """While a layer is recomputed under adapters, whose inputs become float32: the widest linear layer's input beside its float32
+    copy, a norm's output, a layer's output, and what came back from the layer above."""
+    width = max(max(layer.mlp_width, layer.expert_width * arch.experts_per_token) for layer in arch.layers)
+    beside = 0 if s.in_4bit else s.compute * width + 4 * arch.hidden * s.casts
+    return (4 * width + beside + (2 * s.compute + 4) * arch.hidden + s.compute * arch.hidden * s.casts) * row.tokens

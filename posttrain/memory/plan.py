@@ -14,7 +14,7 @@ from typing import Literal
 from posttrain.memory.activations import Setting, eager_hole_bytes, small_block_bytes, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
-from posttrain.memory.states import Engine, ModelStates, Offload, OptimizerName, Parameter, frozen_bytes, run_states
+from posttrain.memory.states import NF4, Engine, ModelStates, Offload, OptimizerName, Parameter, frozen_bytes, run_states
 from posttrain.precision import DEEPSPEED_BF16, PRECISIONS, PrecisionPlan, bytes_per_element
 
 Method = Literal["sft", "reward", "dpo", "rl"]
@@ -97,6 +97,11 @@ class Job:
     def is_lora(self) -> bool:
         """Adapters around a frozen model."""
         return any(not p.trainable for p in self.parameters)
+
+    @property
+    def in_4bit(self) -> bool:
+        """QLoRA."""
+        return any(p.dtype == NF4 for p in self.parameters)
 
     @property
     def num_params(self) -> int:
@@ -246,6 +251,8 @@ def _setting(job: Job) -> Setting:
     plan = job.precision
     if job.engine != "plain":  # weights are gathered, or held, in the compute dtype: no autocast
         plan = replace(plan, weight=plan.compute)
+    if job.in_4bit:  # peft holds everything else in float32
+        plan = PRECISIONS["fp32"] if plan.weight == plan.compute else replace(plan, weight="float32")
     return Setting(
         plan=plan,
         device=job.device,
@@ -254,6 +261,7 @@ def _setting(job: Job) -> Setting:
         flex=job.flex,
         own_attention=job.own_attention,
         trains_all=not job.is_lora,
+        in_4bit=job.in_4bit,
         divides_logits=job.divides_logits,
         has_head=job.method != "reward",
     )

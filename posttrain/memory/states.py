@@ -31,6 +31,8 @@ BLOCK_8BIT = 256
 """Elements that share one float32 scale in bitsandbytes' 8-bit moments."""
 SMALLEST_8BIT = 4096
 """Smaller tensors keep float32 moments."""
+NF4 = "nf4"
+"""The dtype of a weight in bitsandbytes' 4 bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Parameter:
     name: str = ""
     """As the model names it."""
     dtype: str = "float32"
-    """torch's name."""
+    """torch's name, or ``nf4``."""
     trainable: bool = True
     in_linear: bool = False
     """The weight of a plain linear layer: what autocast casts."""
@@ -58,7 +60,16 @@ class Parameter:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.numel * bytes_per_element(self.dtype)
+        return tensor_bytes(self.numel, self.dtype)
+
+
+def tensor_bytes(numel: int, dtype: str) -> int:
+    """Of a tensor. ``nf4`` with doubly quantised scales (Dettmers et al. 2023, arXiv:2305.14314, section 3): half a byte per
+    element; of each 64 elements a scale of one byte; of each 256 scales a float32; three small tables per tensor."""
+    if dtype != NF4:
+        return numel * bytes_per_element(dtype)
+    scales = -(-numel // 64)
+    return -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +216,7 @@ def _tensor_items(parameters: Sequence[Parameter], optimizer: OptimizerName, num
     items = {"weights": 0, "gradients": 0, "moments": 0, "counters": 0}
     for p in parameters:
         shape = _shard(p.shape, num_devices) if num_devices > 1 else p.shape
-        held = math.prod(shape) * bytes_per_element(p.dtype)
+        held = tensor_bytes(math.prod(shape), p.dtype)
         items["weights"] += held
         if p.trainable:
             moments, counters = moment_bytes(shape, dtype=p.dtype, optimizer=optimizer)
@@ -221,11 +232,13 @@ def _deepspeed_items(
     parameters: Sequence[Parameter], plan: PrecisionPlan, optimizer: OptimizerName, zero_stage: int, num_devices: int,
     whole_below: int,
 ) -> dict[str, int]:  # fmt: skip
-    """Stages 1 and 2: one flat buffer of what decays and one of the rest, up to padding, and to the parameter that a rank's cut
+    """Weights in 4 bit stay what they are. Stages 1 and 2: one flat buffer of what decays and one of the rest, up to padding, and to the parameter that a rank's cut
     falls into. Stage 3: parameter by parameter. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit
     weights."""
     size = bytes_per_element(plan.compute)
-    every, trained = [p.numel for p in parameters], [p.numel for p in parameters if p.trainable]
+    trained = [p.numel for p in parameters if p.trainable]
+    every = [p.numel for p in parameters if p.dtype != NF4]
+    in_4bit = sum(p.num_bytes for p in parameters if p.dtype == NF4)
     share = sum(-(-n // num_devices) for n in trained) if zero_stage == 3 else -(-sum(trained) // num_devices)
     moments, counters = moment_bytes((share,), dtype="float32", optimizer=optimizer)
     weights = every
@@ -233,7 +246,7 @@ def _deepspeed_items(
         weights = [-(-n // num_devices) + (n if n <= whole_below else 0) for n in every]
     groups = {len(p.shape) > 1 and not p.in_embedding for p in parameters if p.trainable}
     return {
-        "weights": size * sum(weights),
+        "weights": size * sum(weights) + in_4bit,
         "gradients": 4 * (sum(trained) if zero_stage == 1 and size < 4 else share),
         "master": 4 * share,
         "moments": moments,
@@ -247,7 +260,7 @@ def frozen_bytes(parameters: Iterable[Parameter], *, compute: str, num_devices: 
     total = 0
     for p in parameters:
         casts = p.in_linear and not p.in_embedding and p.dtype == "float32"
-        total += math.prod(_shard(p.shape, num_devices)) * bytes_per_element(compute if casts else p.dtype)
+        total += tensor_bytes(math.prod(_shard(p.shape, num_devices)), compute if casts else p.dtype)
     return total
 
 
@@ -259,11 +272,12 @@ def parameters_of(model: Any) -> list[Parameter]:
 
     tables = [m for m in model.modules() if any(base.__name__ == "Embedding" for base in type(m).__mro__)]
     linear, matmul, embedding = weights_of("Linear"), weights_of("Conv1D"), {id(m.weight) for m in tables}
+    in_4bit = {id(m.weight): (m.out_features, m.in_features) for m in model.modules() if type(m).__name__ == "Linear4bit"}
     return [
         Parameter(
-            shape=tuple(p.shape),
+            shape=in_4bit.get(id(p), tuple(p.shape)),
             name=name,
-            dtype=str(p.dtype).removeprefix("torch."),
+            dtype=NF4 if id(p) in in_4bit else str(p.dtype).removeprefix("torch."),
             trainable=bool(p.requires_grad),
             in_linear=id(p) in linear,
             in_embedding=id(p) in embedding,

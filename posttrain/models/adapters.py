@@ -51,8 +51,8 @@ class LoraConfig:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
-def nf4(dtype: torch.dtype) -> Any:
-    """QLoRA's quantisation of the frozen weights; ValueError without bitsandbytes."""
+def nf4(compute: torch.dtype) -> Any:
+    """QLoRA's quantisation of the frozen weights, whose products are in ``compute``; ValueError without bitsandbytes."""
     import importlib.util
 
     from transformers import BitsAndBytesConfig
@@ -66,8 +66,41 @@ def nf4(dtype: torch.dtype) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=compute,
     )
+
+
+def with_4bit_layers(model: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+    """A model on the meta device with the layers in 4 bit that ``from_pretrained`` would make."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), nf4(compute))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft asks before it prepares the rest
+    return model
+
+
+def packed_4bit(layer: Any) -> Any:
+    """A weight of such a layer as it is once quantised, of shape and dtype alone: its bytes are not initialised."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    numel, dtype = layer.out_features * layer.in_features, layer.weight.dtype
+    num_scales = -(-numel // 64)
+    scales = QuantState(absmax=torch.empty(-(-num_scales // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=torch.empty(num_scales, dtype=torch.uint8), shape=torch.Size((layer.out_features, layer.in_features)),
+        code=torch.empty(16), blocksize=64, quant_type="nf4", dtype=dtype, offset=torch.empty(()), state2=scales,
+    )  # fmt: skip
+    weight: Any = torch.nn.Parameter(torch.empty((-(-numel // 2), 1), dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = state
+    return weight
+
+
+def storages_4bit(weight: Any) -> list[torch.Tensor]:
+    """The tensors beside a weight in 4 bit; none of another weight."""
+    state = getattr(weight, "quant_state", None)
+    return [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
 def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:

@@ -20,7 +20,9 @@ from posttrain.types import PromptGroup
 PAD_TOKEN = "<|posttrain_pad|>"
 
 
-def load_reward_model(config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def load_reward_model(
+    config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype, compute: torch.dtype | None = None, seed: int = 0
+) -> nn.Module:
     """``AutoModelForSequenceClassification`` with one label on the weights of ``config``, and a pad token for both.
 
     A checkpoint without a score head gets one drawn from N(0, 1 / (H + 1)^2), so that the first rewards are close to 0; one with
@@ -34,6 +36,7 @@ def load_reward_model(config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype
         AutoModelForSequenceClassification,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         dtype=dtype,
+        compute=compute,
         may_miss=lambda name: name.startswith("score."),
         num_labels=1,
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.models.adapters import LoraConfig, add_adapters, nf4
+from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
 
 if TYPE_CHECKING:
@@ -57,27 +57,28 @@ class ModelConfig:
 
 
 def load_model_and_tokenizer(
-    config: ModelConfig, *, dtype: torch.dtype
+    config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Both, checked against each other."""
     tokenizer = load_tokenizer(config)
-    model = load_model(config, dtype=dtype)
+    model = load_model(config, dtype=dtype, compute=compute)
     check_vocabulary(model, tokenizer)
     return model, tokenizer
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel | PeftModel:
+def load_model(config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
     """The causal language model, with adapters around it if ``config.lora.rank`` > 0.
 
     The weights are held in ``dtype``; adapters of a model in half precision are held in float32. Attention is SDPA
-    where the model supports it, else eager. The 4-bit weights of QLoRA need bitsandbytes.
+    where the model supports it, else eager. The 4-bit weights of QLoRA need bitsandbytes; their products are in ``compute``
+    (None: ``dtype``).
 
     Raises ValueError or FileNotFoundError: no such model, pickle weights only, weights missing from the checkpoint,
     an architecture that needs foreign code or is no causal language model, a router loss.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    model, _ = load_pretrained(config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype)
+    model, _ = load_pretrained(config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype, compute=compute)
     return as_trained(model, config)
 
 
@@ -94,7 +95,10 @@ def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
     return model
 
 
-def untrained_model(model_config: PreTrainedConfig, config: ModelConfig, *, dtype: torch.dtype, scores: bool = False) -> Any:
+def untrained_model(
+    model_config: PreTrainedConfig, config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None,
+    scores: bool = False,
+) -> Any:  # fmt: skip
     """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none on the meta device."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -102,7 +106,10 @@ def untrained_model(model_config: PreTrainedConfig, config: ModelConfig, *, dtyp
     if scores:
         model_config = copy.deepcopy(model_config)
         model_config.num_labels = 1
-    return as_trained(auto_class.from_config(model_config, dtype=dtype), config, scores=scores)
+    model = auto_class.from_config(model_config, dtype=dtype)
+    if config.lora.quantize_4bit:
+        model = with_4bit_layers(model, compute or dtype)
+    return as_trained(model, config, scores=scores)
 
 
 def load_pretrained(
@@ -111,6 +118,7 @@ def load_pretrained(
     known: Any,
     *,
     dtype: torch.dtype,
+    compute: torch.dtype | None = None,
     may_miss: Callable[[str], bool] = lambda _: False,
     **config_values: Any,
 ) -> tuple[Any, list[str]]:
@@ -130,7 +138,7 @@ def load_pretrained(
     _settle_router_loss(model_config, config)
     for name, value in config_values.items():
         setattr(model_config, name, value)
-    options: dict[str, Any] = {"quantization_config": nf4(dtype)} if config.lora.quantize_4bit else {}
+    options: dict[str, Any] = {"quantization_config": nf4(compute or dtype)} if config.lora.quantize_4bit else {}
     model, report = auto_class.from_pretrained(
         source,
         config=model_config,

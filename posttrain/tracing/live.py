@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from posttrain.models.adapters import storages_4bit
+
 CATEGORIES = ("weights", "reference", "gradients", "moments", "activations", "recomputed", "casts", "logits", "temporaries")
 """recomputed: made by gradient checkpointing in the backward. casts: weights in the compute dtype. logits: [tokens, V].
 temporaries: everything else, for the most part gradients of activations."""
@@ -78,7 +80,7 @@ class LiveStorages(TorchDispatchMode):
 
     def watch(self, model: nn.Module) -> None:
         """Parameters and buffers are weights (a tied one once); their gradients are told from other results of the backward."""
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in (*model.parameters(), *model.buffers(), *(t for p in model.parameters() for t in storages_4bit(p))):
             self.own(tensor, "weights")
         for p in model.parameters():
             if p.requires_grad:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from posttrain.models.adapters import storages_4bit
 from posttrain.models.sharding import local, reshard
 from posttrain.training import sharding
 
@@ -31,9 +32,10 @@ def measured_states(accelerator: Any, policy: nn.Module, optimizer: Any) -> dict
     states = sharding.base_optimizer(optimizer).state.values()
     kept = [(name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
     zero = policy.optimizer if sharding.is_deepspeed(accelerator) else None
+    scales = [t for p in parameters for t in storages_4bit(p)]
     partitions = [] if zero is None else _zero_gradients(zero)
     return {
-        "weights": _num_bytes([*(p.data for p in parameters if not hasattr(p, "placements")), *map(local, parameters)]),
+        "weights": _num_bytes([*(p.data for p in parameters if not hasattr(p, "placements")), *map(local, parameters), *scales]),
         "gradients": _num_bytes([*(local(p.grad) for p in parameters if p.grad is not None), *partitions]),
         "master": 0 if zero is None else _num_bytes(sharding.masters(zero)),
         "moments": _num_bytes(local(t) for name, t in kept if name not in _COUNTERS),

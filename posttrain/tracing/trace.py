@@ -20,7 +20,7 @@ from posttrain.losses import policy as policy_losses
 from posttrain.losses.preference import dpo
 from posttrain.losses.reward import bradley_terry
 from posttrain.losses.sft import sft
-from posttrain.models.adapters import LoraConfig
+from posttrain.models.adapters import LoraConfig, packed_4bit
 from posttrain.models.heads import Scorer
 from posttrain.models.load import ModelConfig, untrained_model
 from posttrain.models.policy import Policy
@@ -107,7 +107,8 @@ def build_model(
 ) -> nn.Module:
     """The model of a config with random weights (none on the meta device), as ``load_model`` would give it."""
     settings = ModelConfig(lora=lora or LoraConfig(), gradient_checkpointing=gradient_checkpointing)
-    return untrained_model(config, settings, dtype=precision.load_dtype, scores=method == "reward")
+    compute = torch_dtype(precision.compute)
+    return untrained_model(config, settings, dtype=precision.load_dtype, compute=compute, scores=method == "reward")
 
 
 def _with_storage(model: nn.Module) -> nn.Module:
@@ -115,7 +116,9 @@ def _with_storage(model: nn.Module) -> nn.Module:
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and id(p) not in made:
+            if type(module).__name__ == "Linear4bit" and name == "weight":
+                made[id(p)] = packed_4bit(module)
+            elif p is not None and id(p) not in made:
                 made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
             module._parameters[name] = None if p is None else made[id(p)]
         for name, b in module._buffers.items():

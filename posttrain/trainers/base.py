@@ -25,7 +25,7 @@ from posttrain.data.config import Purpose
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
-from posttrain.precision import PrecisionPlan
+from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.launch import make_accelerator
@@ -155,7 +155,7 @@ class Trainer:
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         """The model that is trained."""
-        return load_model(self.config.model, dtype=precision.load_dtype)
+        return load_model(self.config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute))
 
     def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
         """What the method adds to the loop."""

@@ -16,16 +16,17 @@ from posttrain.memory.report import one_line, verdict
 from posttrain.memory.states import Parameter, parameters_of
 from posttrain.models.load import ModelConfig, read_config, untrained_model
 from posttrain.models.policy import choose_mode
-from posttrain.precision import PRECISIONS, PrecisionPlan, default_precision, resolve_precision
+from posttrain.precision import PRECISIONS, PrecisionPlan, default_precision, resolve_precision, torch_dtype
 from posttrain.training.config import UserFacingError
 from posttrain.training.sharding import kind
 
 
 def meta_model(config: ModelConfig, precision: PrecisionPlan, *, scores: bool = False) -> nn.Module:
     """The model as the run will hold it, without weights: shapes, dtypes and which parameters are trained."""
-    settings = replace(config, lora=replace(config.lora, quantize_4bit=False))
     with torch.device("meta"):
-        return untrained_model(read_config(config), settings, dtype=precision.load_dtype, scores=scores)
+        return untrained_model(
+            read_config(config), config, dtype=precision.load_dtype, compute=torch_dtype(precision.compute), scores=scores
+        )  # fmt: skip
 
 
 def plan_precision(name: str, device: Device, *, is_here: bool = True) -> PrecisionPlan:

@@ -12,7 +12,7 @@ from torch import nn
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.losses.calibration import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
-from posttrain.precision import PrecisionPlan
+from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.trainers.base import BaseConfig, Trainer
 from posttrain.training.config import TrainConfig
 from posttrain.training.forward import Ref
@@ -48,7 +48,10 @@ class RewardTrainer(Trainer):
     loss_home = "posttrain.losses.reward"
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
-        return load_reward_model(self.config.model, tokenizer, dtype=precision.load_dtype, seed=self.config.train.seed)
+        return load_reward_model(
+            self.config.model, tokenizer, dtype=precision.load_dtype, compute=torch_dtype(precision.compute),
+            seed=self.config.train.seed,
+        )  # fmt: skip
 
     def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
         loop.policy_class = Scorer

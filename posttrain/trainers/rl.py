@@ -16,6 +16,7 @@ from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_f
 from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, save_model
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
+from posttrain.precision import torch_dtype
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
@@ -140,7 +141,9 @@ class RLTrainer:
             longest_prompt=max(len(p.ids) for p in every), reference_every=self.algorithm.reference_every,
         )  # fmt: skip
         with accelerator.main_process_first():
-            model = self._model if self._model is not None else load_model(config.model, dtype=precision.load_dtype)
+            model = self._model
+            if model is None:
+                model = load_model(config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute))
         check_vocabulary(model, tokenizer)
         self._check_prompts(model, train, every)
         source = self._source(train, evaluation, tokenizer)

@@ -42,9 +42,12 @@ def predicted(config, method, precision, *, tokens, checkpointing, lora=None) ->
         model = build_model(config, method, precision, gradient_checkpointing=checkpointing, lora=lora)
     parameters = parameters_of(model)
     row = worst_row(tokens, completions=COMPLETIONS[method], scored=method == "reward")
+    in_4bit = lora is not None and lora.quantize_4bit
+    held = PRECISIONS["fp32"] if in_4bit and precision.weight == precision.compute else precision
     setting = Setting(
-        plan=precision, checkpointing=checkpointing, logits_chunk=128, trains_all=lora is None, has_head=method != "reward"
-    )
+        plan=held, checkpointing=checkpointing, logits_chunk=128, trains_all=lora is None, has_head=method != "reward",
+        in_4bit=in_4bit,
+    )  # fmt: skip
     reference = frozen_bytes(parameters, compute=precision.compute) if method == "dpo" and lora is None else 0
     act = step_activations(architecture_of(config, parameters), parameters, row, setting)
     return run_states(parameters, plan=precision).total + reference + act.total
@@ -57,6 +60,11 @@ def predicted(config, method, precision, *, tokens, checkpointing, lora=None) ->
         ("llama", "dpo", "bf16", 1200, True, 0),
         ("llama", "rl", "bf16-pure", 512, False, 0),
         ("llama", "sft", "bf16", 512, False, 8),
+        ("llama", "dpo", "bf16", 2048, True, 8),
+        ("llama", "sft", "bf16-pure", 2048, True, 8),
+        ("llama", "sft", "bf16", 2048, False, -8),
+        ("qwen3", "dpo", "bf16", 2048, True, -8),
+        ("gpt2", "sft", "bf16-pure", 512, False, -8),
         ("qwen3", "reward", "bf16", 512, False, 0),
         ("gemma2", "dpo", "fp32", 512, True, 0),
         ("gemma2", "rl", "bf16", 512, False, 0),
@@ -66,9 +74,10 @@ def predicted(config, method, precision, *, tokens, checkpointing, lora=None) ->
     ],
 )
 def test_within_ten_percent_of_the_trace(family, method, precision, tokens, checkpointing, rank):
+    """A rank below 0: of adapters around weights in 4 bit."""
     from posttrain.tracing.trace import trace_step
 
-    config, lora = config_of(family), LoraConfig(rank=rank) if rank else None
+    config, lora = config_of(family), LoraConfig(rank=abs(rank), quantize_4bit=rank < 0) if rank else None
     plan = PRECISIONS[precision]
     traced = trace_step(
         config, method=method, packing=PackingConfig(max_tokens=tokens, logits_chunk=128), precision=plan,
