@@ -233,31 +233,32 @@ def step_activations(arch: Architecture, parameters: Sequence[Parameter], row: R
     return Activations(moment=moment, items={name: int(n) for name, n in moments[moment].items() if n})
 
 
-def small_block_bytes(arch: Architecture, row: Row, s: Setting, *, below: int) -> int:
-    """Of a row's saved and recomputed activations, what lies in tensors under ``below`` bytes: where a heap gets holes."""
+@dataclass(frozen=True, kw_only=True)
+class HeapBlocks:
+    """Bytes of a micro-batch in tensors under a limit: where a heap gets holes."""
+
+    saved: int
+    """Kept from the forward to the backward."""
+    in_layer: int
+    """Of one layer, the largest: made and freed again and again."""
+    eager: int
+    """The short-lived matrices of a layer's softcapped attention: scaled, capped, masked and cast, each a copy of the scores."""
+
+
+def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> HeapBlocks:
+    """Of tensors under ``below`` bytes."""
     stream = arch.hidden * s.stored * row.tokens
-    longest = max(queries * keys for queries, keys in row.segments)
+    scores = 8 * arch.heads * sum(q * k for q, k in row.segments) * (arch.softcaps_attention and not s.flex)
+    each = 4 * arch.heads * max(q * k for q, k in row.segments)
     by_layer = []
     for layer in arch.layers:
-        scores = 8 * arch.heads * sum(q * k for q, k in row.segments) * (arch.softcaps_attention and not s.flex)
         mlp = int(_mlp_bytes(layer, arch, s)) * row.tokens
-        sizes = {
-            4 * arch.heads * longest: scores,
-            s.compute * (layer.mlp_width or layer.expert_width * arch.experts_per_token) * row.tokens: mlp,
-            4 * arch.hidden * row.tokens: layer_bytes(layer, arch, row, s) - scores - mlp,
-        }
-        by_layer.append(sum(total for each, total in sizes.items() if each < below))
-    if s.checkpointing:
-        return max(by_layer) + len(arch.layers) * stream * (stream < below)
-    return sum(by_layer)
-
-
-def eager_hole_bytes(arch: Architecture, row: Row, s: Setting, *, below: int) -> int:
-    """What the short-lived matrices of softcapped attention (scaled, capped, masked, cast: each a copy of the scores) leave in a
-    heap: four float32 copies of a layer's scores (fitted), if one segment's lie under ``below``."""
-    if s.flex or not arch.softcaps_attention or 4 * arch.heads * max(q * k for q, k in row.segments) >= below:
-        return 0
-    return 16 * arch.heads * sum(q * k for q, k in row.segments)
+        width = layer.mlp_width or layer.expert_width * arch.experts_per_token
+        parts = [(each, scores), (s.output * width * row.tokens, mlp), (4 * arch.hidden * row.tokens, 0)]
+        parts[2] = (parts[2][0], layer_bytes(layer, arch, row, s) - scores - mlp)
+        by_layer.append(sum(total for size, total in parts if size < below))
+    saved = len(arch.layers) * stream * (stream < below) if s.checkpointing else sum(by_layer)
+    return HeapBlocks(saved=saved, in_layer=max(by_layer), eager=2 * scores * (each < below))
 
 
 def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from posttrain.memory.activations import Setting, eager_hole_bytes, small_block_bytes, step_activations, worst_row
+from posttrain.memory.activations import Setting, heap_blocks, step_activations, worst_row
 from posttrain.memory.architecture import Architecture
 from posttrain.memory.published import ring_bytes
 from posttrain.memory.states import NF4, Engine, ModelStates, Offload, OptimizerName, Parameter, frozen_bytes, run_states
@@ -23,13 +23,11 @@ Device = Literal["cpu", "cuda"]
 
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
-ALLOCATOR_BYTES = {"cpu": 260_000_000, "cuda": 0}
-ALLOCATOR_SHARE = {"cpu": 0.45, "cpu with more holes": 0.7, "cuda": 0.06}
-"""What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and a share, on CUDA of all tensors, on a
-CPU of activations and caches in tensors under ``MAPPED_BYTES``, which leave holes: more in float32, whose tensors are more often
-aligned to 2 MiB, and where sampling comes between the updates (fitted: benchmarks/RESULTS.md)."""
-ALLOCATOR_8BIT_SHARE = 0.7
-"""On a CPU of 8-bit moments, which bitsandbytes allocates between what it unpacks (fitted to one run)."""
+ALLOCATOR_BYTES = {"cpu": 130_000_000, "cuda": 0}
+ALLOCATOR_SHARE = {"cuda": 0.06, "saved": 0.45, "in_layer": 2.1, "eager": 1.4, "gradients": 0.85, "KV cache": 0.7, "8-bit moments": 0.7}
+"""What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a CPU
+of what lies in tensors under ``MAPPED_BYTES``, which leave holes (``activations.HeapBlocks``; fitted to runs on two machines:
+benchmarks/RESULTS.md). bitsandbytes allocates 8-bit moments between what it unpacks."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
 MAPPED = "mapped file"
@@ -207,16 +205,15 @@ def memory_plan(job: Job) -> MemoryPlan:
     phases["optimizer step"] = held | gradients | buckets | {"temporaries": _update_temporaries(job)}
     phases["save"] = held
     phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "LoRA", "master", "moments", "counters"))}
-    small = {"update": small_block_bytes(job.arch, row, setting, below=MAPPED_BYTES)}
-    holes = eager_hole_bytes(job.arch, row, setting, below=MAPPED_BYTES) if job.device == "cpu" else 0
+    blocks = heap_blocks(job.arch, row, setting, below=MAPPED_BYTES)
     cache = sampler.get("KV cache", 0)
-    small["rollout"] = cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)
+    in_heap = {
+        "update": {"saved": blocks.saved, "in_layer": blocks.in_layer, "eager": blocks.eager},
+        "rollout": {"KV cache": cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)},
+    }
     return MemoryPlan(
         job=job,
-        phases={
-            name: _with_overheads(items, job, small.get(name, 0), holes if name == "update" else 0)
-            for name, items in phases.items()
-        },
+        phases={name: _with_overheads(items, job, in_heap.get(name, {})) for name, items in phases.items()},
         host={n: b for n, b in states.host.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
@@ -230,16 +227,16 @@ def _states(job: Job, parameters: Sequence[Parameter]) -> ModelStates:
     )  # fmt: skip
 
 
-def _with_overheads(items: Mapping[str, int], job: Job, small_blocks: int, holes: int) -> dict[str, int]:
-    device = job.device
-    if device == "cpu":
-        leaves_more = job.precision.compute == "float32" or job.rollout is not None
-        held = int(ALLOCATOR_SHARE["cpu with more holes" if leaves_more else "cpu"] * small_blocks)
-        held += int(ALLOCATOR_8BIT_SHARE * items.get("moments", 0)) if job.optimizer == "adamw_8bit" else 0
+def _with_overheads(items: Mapping[str, int], job: Job, in_heap: Mapping[str, int]) -> dict[str, int]:
+    if job.device == "cpu":
+        small = sum(p.num_bytes for p in job.parameters if p.trainable and p.num_bytes < MAPPED_BYTES)
+        blocks = {**in_heap, "gradients": min(small, items.get("gradients", 0))}
+        blocks["8-bit moments"] = items.get("moments", 0) if job.optimizer == "adamw_8bit" else 0
+        held = sum(ALLOCATOR_SHARE[name] * n for name, n in blocks.items())
     else:
-        held = int(ALLOCATOR_SHARE[device] * sum(n for name, n in items.items() if name != MAPPED))
-    own = ALLOCATOR_BYTES[device] + held + holes
-    return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[device], "allocator": own}
+        held = ALLOCATOR_SHARE["cuda"] * sum(n for name, n in items.items() if name != MAPPED)
+    own = ALLOCATOR_BYTES[job.device] + int(held)
+    return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[job.device], "allocator": own}
 
 
 def _frozen(parameters: Sequence[Parameter], job: Job, shards: int) -> int:
