@@ -213,8 +213,8 @@ def solve() -> None:
 
     print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
     print("|---|---|---|---|---|---|---|")
-    checkpointing, limit = False, 6.0e9
-    for method, precision in (("sft", "fp32"), ("rl", "bf16"), ("dpo", "bf16")):
+    checkpointing = False
+    for method, precision, limit in (("sft", "fp32", 6e9), ("sft", "bf16", 12e9), ("rl", "bf16", 12e9), ("dpo", "bf16", 12e9)):
         case = Case(family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision)
         tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
         budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]

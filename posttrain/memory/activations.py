@@ -136,19 +136,42 @@ def _input_bytes(width: int, s: Setting, *, readers: int) -> int:
 
 def _attention_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> float:
     """Per row."""
-    a = s.attention(row)
-    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    per_token: float = a * (q + 2 * kv)
+    if layer.mixer_width:  # a rough figure: in, out and a float32 copy of each of its linear layers
+        return (2 * s.compute + 4) * layer.mixer_width * row.tokens
+    a, kept, keys = s.attention(row), _score_bytes(arch, s), sum(keys for _, keys in row.segments)
+    q, k, v = layer.q_width, layer.k_width, layer.v_width
+    output = q if layer.k_width != layer.q_width or not layer.latent_width else v
+    per_token: float = a * (q + k + v)
     if layer.qk_norm:
         normed = 4 + (4 if s.compute == 4 or arch.keeps_float32_norms else s.compute) * s.trains_all
-        per_token += normed * (q + kv) + 4 * (arch.heads + arch.kv_heads)
-    per_token += _input_bytes(q, s, readers=1) if s.stored == 2 else s.compute * q  # what the output projection reads
-    if arch.softcaps_attention and not s.flex:
+        per_token += normed * (q + k) + 4 * (arch.heads + arch.kv_heads)
+    if layer.latent_width:
+        per_token += _norm_bytes(layer.latent_width, s, arch, input_bytes=s.compute, trained=s.trains_all)
+        per_token += _input_bytes(layer.latent_width, s, readers=1)
+    per_token += _input_bytes(output, s, readers=1) if s.stored == 2 else s.compute * output  # what the output projection reads
+    if kept:
         scores = sum(queries * keys for queries, keys in row.segments) * arch.heads
-        repeated = 2 * q * a * sum(keys for _, keys in row.segments) if q != kv else 0
-        return (per_token - 2 * kv * a) * row.tokens + repeated + 8 * scores
-    copies = 0 if s.flex else 2 * kv * a * sum(keys for _, keys in row.prefixed)
-    return (per_token + a * q + 4 * arch.heads) * row.tokens + copies
+        if not (arch.softcaps_attention or arch.eager):  # torch's product in float32, keys and values of all heads
+            return (per_token - a * (q + k + v) + 4 * q) * row.tokens + 4 * (q + output) * keys + kept * scores
+        repeated = 2 * q * a * keys if q != k else 0
+        return (per_token - (k + v) * a * (q != k)) * row.tokens + repeated + kept * scores
+    copies = 0 if s.flex else (k + v) * a * sum(keys for _, keys in row.prefixed)
+    return (per_token + a * output + 4 * arch.heads) * row.tokens + copies
+
+
+def _score_bytes(arch: Architecture, s: Setting) -> int:
+    """What attention that is no fused kernel keeps of each score: softcapped in Python; transformers' own (the softmax and its
+    cast); on a CPU torch's with dropout (softmax, mask, product), or with values of another width than keys (softmax)."""
+    if s.flex:
+        return 0
+    if arch.softcaps_attention:
+        return 8
+    if s.own_attention and arch.eager:
+        return 4 + s.compute * (s.compute < 4)
+    if s.device == "cpu" and arch.attention_dropout:
+        return 12
+    latent = any(layer.latent_width for layer in arch.layers)
+    return 4 if s.device == "cpu" and (latent or (s.own_attention and arch.broadcasts_keys)) else 0
 
 
 def _mlp_bytes(layer: Layer, arch: Architecture, s: Setting) -> float:
@@ -176,6 +199,8 @@ def layer_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> int:
     inputs = _input_bytes(h, s, readers=readers) if copied else s.compute * h * layer.norms_before
     if copied and layer.experts:
         inputs += s.stored * h  # the experts read the uncast value
+    if arch.hidden_dropout:  # a mask after each sublayer, on a CPU in the dtype of what it masks
+        inputs += 2 * (s.compute if s.device == "cpu" else 1) * h
     per_token = norms + inputs + _mlp_bytes(layer, arch, s) + (4 if s.stored == 2 else s.compute) * layer.adapter_ranks
     return int(per_token * row.tokens + _attention_bytes(layer, arch, row, s))
 
@@ -248,7 +273,7 @@ class HeapBlocks:
 def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> HeapBlocks:
     """Of tensors under ``below`` bytes."""
     stream = arch.hidden * s.stored * row.tokens
-    scores = 8 * arch.heads * sum(q * k for q, k in row.segments) * (arch.softcaps_attention and not s.flex)
+    scores = _score_bytes(arch, s) * arch.heads * sum(q * k for q, k in row.segments)
     each = 4 * arch.heads * max(q * k for q, k in row.segments)
     by_layer = []
     for layer in arch.layers:
@@ -286,7 +311,7 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
     }
     if s.checkpointing and not s.trains_all and s.compute < 4:
         moments["recomputation of the last layer"] = top | {"temporaries": held + _adapter_temporaries(arch, row, s)}
-    if arch.softcaps_attention and not s.flex:  # scores and their gradients, before the feed-forward or after it is done
+    if _score_bytes(arch, s):  # scores and their gradients, before the feed-forward or after it is done
         scores = (8 if s.compute == 4 else 6) * arch.heads * max(q * k for q, k in row.segments)
         mlp = int(max(_mlp_bytes(layer, arch, s) for layer in arch.layers)) * tokens
         name = "recomputed" if s.checkpointing else "activations"

@@ -24,9 +24,18 @@ Device = Literal["cpu", "cuda"]
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
 ALLOCATOR_BYTES = {"cpu": 130_000_000, "cuda": 0}
-ALLOCATOR_SHARE = {"cuda": 0.06, "saved": 0.45, "in_layer": 2.1, "eager": 1.4, "gradients": 0.85, "KV cache": 0.7, "8-bit moments": 0.7}
-"""What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a CPU
-of what lies in tensors under ``MAPPED_BYTES``, which leave holes (``activations.HeapBlocks``; fitted to runs on two machines:
+ALLOCATOR_SHARE = {
+    "cuda": 0.06,
+    "saved": 0.3,
+    "saved in float32": 0.55,
+    "in_layer": 2.1,
+    "eager": 1.45,
+    "gradients": 0.85,
+    "KV cache": 0.7,
+    "8-bit moments": 0.7,
+}
+"""What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a
+CPU of what lies in tensors under ``MAPPED_BYTES``, which leave holes (``activations.HeapBlocks``; fitted to runs on two machines:
 benchmarks/RESULTS.md). bitsandbytes allocates 8-bit moments between what it unpacks."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
@@ -208,7 +217,11 @@ def memory_plan(job: Job) -> MemoryPlan:
     blocks = heap_blocks(job.arch, row, setting, below=MAPPED_BYTES)
     cache = sampler.get("KV cache", 0)
     in_heap = {
-        "update": {"saved": blocks.saved, "in_layer": blocks.in_layer, "eager": blocks.eager},
+        "update": {
+            "saved in float32" if setting.output == 4 else "saved": blocks.saved,
+            "in_layer": blocks.in_layer,
+            "eager": blocks.eager,
+        },
         "rollout": {"KV cache": cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)},
     }
     return MemoryPlan(
