@@ -303,10 +303,9 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
     recomputed = max(by_layer) - stream if s.checkpointing else 0
     top = {"activations": saved, "attention masks": masks, "casts": casts, "recomputed": recomputed}
     bottom = top | {"activations": always + (stream if s.checkpointing else by_layer[0])}
-    own = held + _layer_temporaries(arch, row, s)
     moments |= {
-        "backward of the last layer": top | {"temporaries": own},
-        "backward of the first layer": bottom | {"temporaries": own},
+        "backward of the last layer": top | {"temporaries": held + _layer_temporaries(arch.layers[-1], arch, row, s)},
+        "backward of the first layer": bottom | {"temporaries": held + _layer_temporaries(arch.layers[0], arch, row, s)},
         "end of the backward": top | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table},
     }
     if s.checkpointing and not s.trains_all and s.compute < 4:
@@ -320,14 +319,16 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
     return moments
 
 
-def _layer_temporaries(arch: Architecture, row: Row, s: Setting) -> int:
-    """Gradients that are alive at once in the backward of the widest feed-forward: of its activations, or of a weight."""
-    layer = max(arch.layers, key=lambda x: (x.mlp_width, x.expert_width * arch.experts_per_token))
+def _layer_temporaries(layer: Layer, arch: Architecture, row: Row, s: Setting) -> int:
+    """Gradients that are alive at once in the backward of a feed-forward: of its activations, or of a weight."""
     stream = (1 + s.casts) * arch.hidden * s.stored * row.tokens
     wide = 2 * max(layer.mlp_width * s.output, layer.expert_width * arch.experts_per_token * s.stored) * row.tokens
     if s.in_4bit and s.casts:  # of the layer, of its adapter and their sum, when the cast input is gone
         wide += layer.mlp_width * (s.output - s.compute) * row.tokens
     weight = layer.largest_matrix * (s.stored + (s.compute if s.casts else 0)) if s.trains_all else 0
+    if layer.experts:  # not cast; when the gradient of their first weight is made, two of four activations are gone
+        gone = 2 * layer.expert_width * arch.experts_per_token * s.stored * row.tokens
+        weight = max(layer.largest_matrix * s.stored * s.trains_all - gone, 0)
     return stream + max(wide, weight)
 
 

@@ -232,9 +232,9 @@ def _deepspeed_items(
     parameters: Sequence[Parameter], plan: PrecisionPlan, optimizer: OptimizerName, zero_stage: int, num_devices: int,
     whole_below: int,
 ) -> dict[str, int]:  # fmt: skip
-    """Weights in 4 bit stay what they are. Stages 1 and 2: one flat buffer of what decays and one of the rest, up to padding, and to
-    the parameter that a rank's cut falls into. Stage 3: parameter by parameter. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit
-    weights."""
+    """Stages 1 and 2: one flat buffer of what decays and one of the rest, up to padding, and to the parameter that a rank's cut
+    falls into. Stage 3: parameter by parameter. Gradients are accumulated in float32; stage 1 keeps them whole beside 16-bit
+    weights. Weights in 4 bit stay what they are."""
     size = bytes_per_element(plan.compute)
     trained = [p.numel for p in parameters if p.trainable]
     every = [p.numel for p in parameters if p.dtype != NF4]

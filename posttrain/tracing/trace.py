@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.losses import policy as policy_losses
 from posttrain.losses.preference import dpo
@@ -75,7 +76,7 @@ def trace_step(
     with torch.device("meta"):  # peft cannot build on fake tensors
         model = build_model(config, method, precision, lora=lora, gradient_checkpointing=gradient_checkpointing)
         frozen = build_model(config, method, precision) if wants_reference and not has_adapters(model) else None
-    with FakeTensorMode():
+    with FakeTensorMode(), _Float32Experts():
         policy = (Scorer if method == "reward" else Policy)(_with_storage(model), packing)
         policy.train()
         accelerator = _OneDevice(precision)
@@ -189,6 +190,24 @@ class _FakeStorages(LiveStorages):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Float32Experts(TorchDispatchMode):
+    """Grouped products in float32, which a CPU computes, have no fake kernel."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            return _grouped_mm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """[T, H] x [E, H, F] -> [T, F]; [H, T] x [T, F] -> [E, H, F], of shape alone."""
+    shape = (left.shape[0], right.shape[-1])
+    if left.dim() == right.dim() == 2:
+        assert offs is not None
+        shape = (offs.shape[0], *shape)
+    return left.new_empty(shape)
 
 
 class _OneDevice:
