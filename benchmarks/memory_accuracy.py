@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from common import spawn
 
 if TYPE_CHECKING:
-    from posttrain.memory.plan import Job
+    from posttrain.memory.job import Job
 
 FAMILIES = ("smollm2", "qwen3", "gemma2", "gpt2")
 METHODS = ("sft", "dpo", "reward", "rl")
@@ -191,7 +191,7 @@ def job_of(case: Case) -> Job:
     import torch
 
     from posttrain.memory.architecture import architecture_of
-    from posttrain.memory.plan import Job
+    from posttrain.memory.job import Job
     from posttrain.memory.states import parameters_of
     from posttrain.precision import PRECISIONS
     from posttrain.tracing.trace import build_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.memory.plan import Job
+    from posttrain.memory.job import Job
 
 METHODS = ("sft", "reward", "dpo", "rl")
 
@@ -28,6 +28,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2")
     parser.add_argument("--offload", choices=("optimizer",), help="optimizer state in host memory")
     parser.add_argument("--solve", choices=("max-tokens", "min-devices", "cheapest-zero"), help="ask the other way round")
+    parser.add_argument("--traced", action="store_true", help="also run the real update step on fake tensors (one device)")
     parser.add_argument("--json", action="store_true", help="print bytes of everything")
 
 
@@ -35,24 +36,43 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the plan, or answers ``--solve``."""
     from posttrain.memory.limits import parse_bytes
     from posttrain.memory.plan import memory_plan
-    from posttrain.memory.report import show, to_json
+    from posttrain.memory.report import compared, show, to_json
 
     limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
     with redirect_stdout(sys.stderr):  # libraries that announce themselves
         from posttrain.trainers.memory import device_bytes
 
-        job, shortest = _job(arguments, is_elsewhere=limit is not None)
+        job, shortest, config = _job(arguments, is_elsewhere=limit is not None)
         devices, stages = _devices_and_stages(arguments)
         limit = device_bytes(job.device, processes=devices) if limit is None else limit
+        traced = _trace(job, config) if arguments.traced else None
     if arguments.solve:
         print(_solve(arguments, job, limit, devices, stages))
         return
     engine: Any = "deepspeed" if arguments.deepspeed else None
     plans = [memory_plan(job.sharded(stage, devices, engine=engine if stage == 3 else None)) for stage in stages]
     if arguments.json:
-        print(json.dumps([to_json(plan, limit) for plan in plans], indent=1))
-    else:
-        show(plans, limit, shortest=shortest)
+        beside = {} if traced is None else {"traced_bytes": traced.peak_bytes, "traced_bytes_by_category": traced.by_category}
+        print(json.dumps([to_json(plan, limit) | beside for plan in plans], indent=1))
+        return
+    show(plans, limit, shortest=shortest)
+    if traced is not None:
+        print(compared(traced, memory_plan(job.traced).live_bytes))
+
+
+def _trace(job: Job, config: Any) -> Any:
+    """The update step of the run on fake tensors."""
+    from posttrain.models.load import read_config
+    from posttrain.tracing.trace import trace_step
+
+    with_reference: Any = bool(job.reference)
+    if job.method == "dpo" and not job.reference:
+        with_reference = "cached" if config.reference.cache else job.is_lora
+    return trace_step(
+        read_config(config.model), method=job.method, packing=config.packing, precision=job.precision, lora=config.model.lora,
+        gradient_checkpointing=config.model.gradient_checkpointing, with_reference=with_reference,
+        optimizer=config.optimizer, completions=job.completions,
+    )  # fmt: skip
 
 
 def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
@@ -89,8 +109,8 @@ def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices
     return "\n".join([f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:", *lines])
 
 
-def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int]:
-    """(the run on one device, tokens that its longest sequence may have)."""
+def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int, Any]:
+    """(the run on one device, tokens that its longest sequence may have, its settings)."""
     from dataclasses import replace
 
     import torch
@@ -111,7 +131,7 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
     longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
-    return job, max(64, longest)
+    return job, max(64, longest), config
 
 
 def _longest_prompt(config: Any) -> int | None:

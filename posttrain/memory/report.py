@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from posttrain.memory.communication import sent_bytes
 from posttrain.memory.limits import gigabytes
-from posttrain.memory.plan import MemoryPlan, memory_plan, sent_bytes
+from posttrain.memory.plan import MemoryPlan, memory_plan
 from posttrain.memory.solve import advice
 
 COLOURS = {
@@ -104,6 +105,15 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
     for plan in plans:
         console.print(_bar(plan, scale, limit_bytes))
     console.print(_legend(plans))
+
+
+def compared(traced: Any, closed: int) -> str:
+    """The trace of an update step beside the closed form, in one line."""
+    parts = ", ".join(f"{name} {gigabytes(n)}" for name, n in sorted(traced.by_category.items(), key=lambda item: -item[1]))
+    return (
+        f"traced on one device with a CPU's kernels: live tensors peak at {gigabytes(traced.peak_bytes)} ({parts}); "
+        f"the closed form says {gigabytes(closed)} ({100 * (closed / traced.peak_bytes - 1):+.1f} %)"
+    )
 
 
 def name_of(plan: MemoryPlan) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from posttrain.memory.plan import Job, memory_plan
+from posttrain.memory.job import Job
+from posttrain.memory.plan import memory_plan
 
 SOLVER_MARGIN = 0.02
 """Of a limit, what a token budget leaves free for the plan's own error."""

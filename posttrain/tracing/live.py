@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from posttrain.models.adapters import storages_4bit
+from posttrain.tracing.quantised import storages_4bit
 
 CATEGORIES = ("weights", "reference", "gradients", "moments", "activations", "recomputed", "casts", "logits", "temporaries")
 """recomputed: made by gradient checkpointing in the backward. casts: weights in the compute dtype. logits: [tokens, V].

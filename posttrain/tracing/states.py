@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from posttrain.models.adapters import storages_4bit
 from posttrain.models.sharding import local, reshard
+from posttrain.tracing.quantised import storages_4bit
 from posttrain.training import sharding
 
 _COUNTERS = ("step", "RMS", "qmap1", "qmap2")

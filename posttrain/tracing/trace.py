@@ -21,7 +21,7 @@ from posttrain.losses import policy as policy_losses
 from posttrain.losses.preference import dpo
 from posttrain.losses.reward import bradley_terry
 from posttrain.losses.sft import sft
-from posttrain.models.adapters import LoraConfig, packed_4bit
+from posttrain.models.adapters import LoraConfig
 from posttrain.models.heads import Scorer
 from posttrain.models.load import ModelConfig, untrained_model
 from posttrain.models.policy import Policy
@@ -30,6 +30,7 @@ from posttrain.packing.batch import PackedBatch
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.tracing.live import LiveStorages, Peak
+from posttrain.tracing.quantised import packed_4bit
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
 from posttrain.training.step import Loss, Reference, clip_and_check, couples_completions, step_gradient
 from posttrain.types import SCORE_SLOT, Completion, PromptGroup
@@ -59,14 +60,16 @@ def trace_step(
     gradient_checkpointing: bool = False,
     groups: Sequence[PromptGroup] | None = None,
     loss: Loss | None = None,
-    with_reference: bool | None = None,
+    with_reference: bool | Literal["cached"] | None = None,
     optimizer: OptimizerConfig | None = None,
+    completions: int | None = None,
 ) -> Traced:
     """The peak of an update step in the middle of a run (AdamW's moments exist) of the model of a transformers ``config``.
 
     ``groups``: the global batch; None takes the worst case, two rows that fill ``packing.max_tokens`` with trained tokens
-    (in the second one all gradients exist already). ``loss``, ``with_reference``: None takes the method's own (for rl the
-    clipped surrogate without a KL term). Everything is on one device, its kernels those of a CPU.
+    (in the second one all gradients exist already), ``completions`` to a prompt (None: 8 in RL). ``loss``, ``with_reference``:
+    None takes the method's own (for rl the clipped surrogate without a KL term); "cached": the reference's log-probs are there.
+    Everything is on one device, its kernels those of a CPU.
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}.")
@@ -75,19 +78,23 @@ def trace_step(
     live = _FakeStorages(num_vocabulary=config.get_text_config().vocab_size)
     with torch.device("meta"):  # peft cannot build on fake tensors
         model = build_model(config, method, precision, lora=lora, gradient_checkpointing=gradient_checkpointing)
-        frozen = build_model(config, method, precision) if wants_reference and not has_adapters(model) else None
+        frozen = build_model(config, method, precision) if wants_reference is True and not has_adapters(model) else None
     with FakeTensorMode(), _Float32Experts():
         policy = (Scorer if method == "reward" else Policy)(_with_storage(model), packing)
         policy.train()
         accelerator = _OneDevice(precision)
         live.watch(policy)
         reference: Reference | None = _base_of(policy) if wants_reference else None
+        if wants_reference == "cached":
+            reference = lambda _, batch: torch.zeros(batch.predictor_T.shape[0])  # noqa: E731
         if frozen is not None:
             reference = _frozen(freeze(Policy(_with_storage(frozen), packing), compute=_lower(precision)), live)
         adamw = build_optimizer(policy, optimizer or OptimizerConfig(), plan=precision)
         with live:
             _make_moments(policy, adamw, live)
-            batch = list(groups) if groups is not None else worst_case(method, packing.max_tokens, policy.forward_mode.mode)
+            batch = list(groups) if groups is not None else worst_case(
+                method, packing.max_tokens, policy.forward_mode.mode, group_size=completions or 8
+            )  # fmt: skip
             plan = plan_step(
                 batch, world_size=1, max_tokens=packing.max_tokens, mode=policy.forward_mode.mode,
                 coupled=couples_completions(chosen),

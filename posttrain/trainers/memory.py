@@ -10,22 +10,24 @@ import torch
 from torch import nn
 
 from posttrain.memory.architecture import architecture_of
+from posttrain.memory.job import Device, Job, Method, Rollout, Scoring
 from posttrain.memory.limits import available_bytes, gigabytes, peak_rss_bytes
-from posttrain.memory.plan import Device, Job, MemoryPlan, Method, Rollout, memory_plan
+from posttrain.memory.plan import MemoryPlan, memory_plan
 from posttrain.memory.report import one_line, verdict
 from posttrain.memory.states import Parameter, parameters_of
 from posttrain.models.load import ModelConfig, read_config, untrained_model
 from posttrain.models.policy import choose_mode
 from posttrain.precision import PRECISIONS, PrecisionPlan, default_precision, resolve_precision, torch_dtype
 from posttrain.training.config import UserFacingError
-from posttrain.training.sharding import kind
+from posttrain.training.sharding import kind, offloads
 
 
 def meta_model(config: ModelConfig, precision: PrecisionPlan, *, scores: bool = False) -> nn.Module:
     """The model as the run will hold it, without weights: shapes, dtypes and which parameters are trained."""
+    known = read_config(config)  # may unpack an embedded model, which no meta device can
     with torch.device("meta"):
         return untrained_model(
-            read_config(config), config, dtype=precision.load_dtype, compute=torch_dtype(precision.compute), scores=scores
+            known, config, dtype=precision.load_dtype, compute=torch_dtype(precision.compute), scores=scores
         )  # fmt: skip
 
 
@@ -87,18 +89,24 @@ def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prom
             capacity=prompt + longest,
         )
     learned = config.rewards.options.get("reward_model", {}).get("model")
-    reward_model: tuple[Parameter, ...] = ()
+    scoring = None
     if learned:  # in the dtype that rewards/model.py loads it in
         is_here = job.device == "cpu" or torch.cuda.is_available()
         halves = not is_here or default_precision(job.device).compute == "bfloat16"
-        scorer = meta_model(ModelConfig(name=learned), PRECISIONS["bf16-pure" if halves else "fp32"], scores=True)
-        reward_model = tuple(parameters_of(scorer))
+        held = PRECISIONS["bf16-pure" if halves else "fp32"]
+        scorer = meta_model(ModelConfig(name=learned), held, scores=True)
+        parameters = tuple(parameters_of(scorer))
+        scoring = Scoring(
+            arch=architecture_of(scorer.config, parameters), parameters=parameters, precision=held,
+            max_tokens=config.rewards.options["reward_model"].get("max_length", 4096), completions=config.rollout.group_size,
+        )  # fmt: skip
     return replace(
         job,
         completions=max(1, -(-room // longest)),
         rollout=rollout,
         divides_logits=config.sampling.temperature != 1.0,
-        reward_model=reward_model,
+        reward_model=scoring,
+        merges_adapters=rollout is None and job.is_lora,
     )
 
 
@@ -133,8 +141,10 @@ class MemoryCheck:
         sharding = kind(accelerator)
         engine: Any
         stage, engine = {"whole": (0, "plain"), "fsdp2": (3, "fsdp2")}.get(sharding) or (int(sharding[-1]), "deepspeed")
+        job = replace(job, offload=job.offload | offloads(accelerator))
         plan = memory_plan(job.sharded(stage, accelerator.num_processes, engine=engine))
-        limit = device_bytes(accelerator.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limit = device_bytes(accelerator.device, processes=processes)
         check = cls(plan=plan, limit_bytes=limit, is_main=accelerator.is_main_process)
         if check.is_main:
             print(one_line(plan, limit))
@@ -143,6 +153,7 @@ class MemoryCheck:
                 f"This run needs {gigabytes(plan.peak_bytes)} per process (GB = 1e9 bytes) and {gigabytes(limit)} are there. "
                 f"It {verdict(plan, limit)}. See `posttrain plan`; --train.force true starts it all the same."
             )
+        _check_host(plan, processes, force=config.train.force)
         return check
 
     def finish(self, accelerator: Any) -> None:
@@ -157,6 +168,18 @@ class MemoryCheck:
                 f"memory: predicted {gigabytes(predicted)}, measured {gigabytes(measured)} {name} "
                 f"({100 * (predicted / measured - 1):+.0f} %)"
             )
+
+
+def _check_host(plan: MemoryPlan, processes: int, *, force: bool) -> None:
+    """What is offloaded must fit into main memory."""
+    needed, here = processes * sum(plan.host.values()), available_bytes()
+    if needed and here is not None and needed > here and not force:
+        parts = ", ".join(f"{name} {gigabytes(n)}" for name, n in plan.host.items())
+        raise UserFacingError(
+            f"This run keeps {gigabytes(needed)} (GB = 1e9 bytes) in main memory for {processes} processes ({parts} each), and "
+            f"{gigabytes(here)} are there. Offload less, or use fewer processes on this machine; --train.force true starts "
+            "it all the same."
+        )
 
 
 def device_bytes(device: torch.device | str, *, processes: int = 1) -> float | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.memory.plan import DEEPSPEED_BUCKET, ZERO3_WHOLE_BELOW
+from posttrain.memory.communication import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, ZERO3_WHOLE_BELOW
+from posttrain.memory.states import Offload
 from posttrain.models.sharding import local
 from posttrain.training.config import UserFacingError
 
@@ -31,6 +32,15 @@ def kind(accelerator: Any) -> Kind:
         stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
         return ("zero1", "zero2", "zero3")[stage - 1]  # type: ignore[return-value]
     return "whole"
+
+
+def offloads(accelerator: Any) -> frozenset[Offload]:
+    """What the launch file lets DeepSpeed keep in main memory (offload_optimizer_device, offload_param_device)."""
+    if not is_deepspeed(accelerator):
+        return frozenset()
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    places: dict[Offload, str] = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    return frozenset(what for what, key in places.items() if (zero.get(key) or {}).get("device") == "cpu")
 
 
 def shards_weights(accelerator: Any) -> bool:
@@ -75,6 +85,8 @@ def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         zero.setdefault(name, min(DEEPSPEED_BUCKET, trained))
+    for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        zero.setdefault(name, DEEPSPEED_LIVE)
     # norms and biases stay whole
     zero.setdefault("stage3_param_persistence_threshold", ZERO3_WHOLE_BELOW * policy.config.get_text_config().hidden_size)
 

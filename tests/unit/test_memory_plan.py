@@ -16,8 +16,9 @@ from posttrain.cli.plan import find_method
 from posttrain.memory import plan as planner
 from posttrain.memory import solve
 from posttrain.memory.architecture import architecture_of
+from posttrain.memory.job import Job, Rollout
 from posttrain.memory.limits import available_bytes, parse_bytes
-from posttrain.memory.plan import LIBRARIES_BYTES, Job, Rollout, memory_plan
+from posttrain.memory.plan import LIBRARIES_BYTES, memory_plan
 from posttrain.memory.published import ring_bytes, zero_communication
 from posttrain.memory.report import update_by_checkpointing
 from posttrain.memory.states import parameters_of
