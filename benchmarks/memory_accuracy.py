@@ -8,6 +8,7 @@ through the real loop, checkpoint and final model included. `live` is the most b
 steps (every operator is watched), `resident` the peak resident set of the whole process (VmHWM). Predicted: `traced`, the same
 step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
 
+    python benchmarks/memory_accuracy.py --unseen --results runs/unseen.jsonl   # cases that no constant was fitted to
     python benchmarks/memory_accuracy.py --solve       # the planner's token budget for a limit, run for real, and 1.25 x it
     python benchmarks/memory_accuracy.py --optimizers   # SmolLM2-135M with each optimizer
 """
@@ -43,6 +44,8 @@ class Case:
     checkpointing: bool
     precision: str
     optimizer: str = "adamw"
+    lora: int = 0
+    """Rank of adapters; below 0 around weights in 4 bit."""
 
 
 def grid() -> list[Case]:
@@ -63,9 +66,28 @@ def grid() -> list[Case]:
     return [*cases, *small, Case(family="smollm2-135m", method="dpo", tokens=512, checkpointing=True, precision="fp32")]
 
 
+def unseen() -> list[Case]:
+    """What the constants were not fitted to: adapters, 4 bit, experts, bfloat16 weights, dropout, a larger model."""
+    rows = [
+        ("smollm2", "sft", 1024, False, "bf16", 16),
+        ("qwen3", "dpo", 2048, True, "bf16", 16),
+        ("smollm2", "sft", 1024, False, "bf16", -16),
+        ("qwen3", "rl", 1024, True, "bf16", -16),
+        ("qwen3_moe", "sft", 1024, False, "bf16", 0),
+        ("qwen3_moe", "dpo", 512, True, "fp32", 0),
+        ("gemma2", "sft", 1024, False, "bf16-pure", 0),
+        ("smollm2", "rl", 2048, True, "bf16-pure", 0),
+        ("gpt2-dropout", "sft", 1024, False, "bf16", 0),
+        ("smollm2-360m", "sft", 512, False, "bf16", 0),
+    ]
+    return [
+        Case(family=f, method=m, tokens=t, checkpointing=c, precision=p, lora=r, optimizer="adamw") for f, m, t, c, p, r in rows
+    ]
+
+
 def config_of(family: str) -> Any:
     """20 to 40 million parameters in the shape of the family; SmolLM2-135M as it is."""
-    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     if family == "smollm2-135m":
@@ -73,10 +95,16 @@ def config_of(family: str) -> Any:
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
             num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, **common,
         )  # fmt: skip
-    if family == "gpt2":
+    if family == "smollm2-360m":
+        return LlamaConfig(
+            vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+            num_key_value_heads=5, max_position_embeddings=8192, tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    if family.startswith("gpt2"):
+        dropout = 0.1 if family == "gpt2-dropout" else 0.0
         return GPT2Config(
-            vocab_size=50257, n_positions=4096, n_embd=384, n_layer=6, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            **common,
+            vocab_size=50257, n_positions=4096, n_embd=384, n_layer=6, n_head=6, resid_pdrop=dropout, embd_pdrop=dropout,
+            attn_pdrop=dropout, **common,
         )  # fmt: skip
     sizes: dict[str, Any] = dict(
         vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
@@ -84,6 +112,8 @@ def config_of(family: str) -> Any:
     )  # fmt: skip
     if family == "qwen3":
         return Qwen3Config(**{**sizes, "vocab_size": 50000, "head_dim": 128}, tie_word_embeddings=True)
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(**sizes, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=352, tie_word_embeddings=True)
     if family == "gemma2":
         return Gemma2Config(**{**sizes, "vocab_size": 64000, "hidden_size": 384}, sliding_window=256, query_pre_attn_scalar=64)
     return LlamaConfig(**sizes, tie_word_embeddings=False)
@@ -162,10 +192,13 @@ def run_case(case: Case) -> dict[str, Any]:
 def load(case: Case, folder: Path, dtype: Any) -> Any:
     """As a run loads it."""
     from posttrain.models.heads import load_reward_model
-    from posttrain.models.load import ModelConfig, load_model
+    from posttrain.models.load import load_model
+    from posttrain.precision import PRECISIONS, torch_dtype
 
-    config = ModelConfig(name=str(folder), gradient_checkpointing=case.checkpointing)
-    return load_reward_model(config, NoTokenizer(), dtype=dtype) if case.method == "reward" else load_model(config, dtype=dtype)
+    config, compute = settings_of(case, str(folder)).model, torch_dtype(PRECISIONS[case.precision].compute)
+    if case.method == "reward":
+        return load_reward_model(config, NoTokenizer(), dtype=dtype, compute=compute)
+    return load_model(config, dtype=dtype, compute=compute)
 
 
 def tensors(state: Any) -> list[Any]:
@@ -186,25 +219,37 @@ def write_model(family: str, folder: str) -> None:
     AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
 
 
-def job_of(case: Case) -> Job:
-    """The planner's view of a case."""
-    import torch
+def settings_of(case: Case, folder: str) -> Any:
+    """The settings of a run like it; a server samples for RL, so that the rows are those of the update alone."""
+    from posttrain import LoraConfig, ModelConfig, OptimizerConfig, PackingConfig
+    from posttrain.rollout.engine import SamplingConfig
+    from posttrain.trainers.dpo import DPOConfig
+    from posttrain.trainers.reward import RewardConfig
+    from posttrain.trainers.rl import RLConfig
+    from posttrain.trainers.sft import SFTConfig
 
-    from posttrain.memory.architecture import architecture_of
-    from posttrain.memory.job import Job
-    from posttrain.memory.states import parameters_of
-    from posttrain.precision import PRECISIONS
-    from posttrain.tracing.trace import build_model
-
-    config, precision = config_of(case.family), PRECISIONS[case.precision]
-    with torch.device("meta"):
-        parameters = tuple(parameters_of(build_model(config, case.method, precision)))
-    return Job(
-        method=case.method, arch=architecture_of(config, parameters), parameters=parameters, precision=precision,
-        max_tokens=case.tokens, completions={"sft": 1, "reward": 2, "dpo": 2, "rl": 8}[case.method],
-        checkpointing=case.checkpointing, optimizer=case.optimizer,
-        reference=tuple(replace(p, trainable=False) for p in parameters) if case.method == "dpo" else (),
+    lora = LoraConfig(rank=abs(case.lora), quantize_4bit=case.lora < 0)
+    common: dict[str, Any] = dict(
+        model=ModelConfig(name=folder, gradient_checkpointing=case.checkpointing, lora=lora),
+        packing=PackingConfig(max_tokens=case.tokens), optimizer=OptimizerConfig(name=case.optimizer),
     )  # fmt: skip
+    if case.method == "rl":
+        return RLConfig(**common, engine="vllm", sampling=SamplingConfig(max_tokens=-(-case.tokens // 8)))
+    return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}[case.method](**common)
+
+
+def job_of(case: Case) -> Job:
+    """The planner's view of a case, from its settings and the model's config.json."""
+    from posttrain.precision import PRECISIONS
+    from posttrain.trainers.memory import job_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        config_of(case.family).save_pretrained(folder)
+        job = job_of(
+            settings_of(case, folder), case.method, precision=PRECISIONS[case.precision], device="cpu",
+            wants_reference=case.method == "dpo",
+        )  # fmt: skip
+    return replace(job, merges_adapters=False)
 
 
 def solve() -> None:
@@ -255,10 +300,11 @@ def predict(case: Case) -> dict[str, Any]:
     from posttrain.precision import PRECISIONS
     from posttrain.tracing.trace import trace_step
 
+    lora = settings_of(case, ".").model.lora
     began = time.perf_counter()
     traced = trace_step(
         config_of(case.family), method=case.method, packing=PackingConfig(max_tokens=case.tokens),
-        precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing,
+        precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing, lora=lora,
     )  # fmt: skip
     return planned(case) | {"traced": traced.peak_bytes, "trace_s": time.perf_counter() - began}
 
@@ -266,6 +312,12 @@ def predict(case: Case) -> dict[str, Any]:
 def error(predicted: int | None, measured: int) -> str:
     """Signed, in percent of what was measured."""
     return "" if predicted is None else f"{100 * (predicted / measured - 1):+.1f}"
+
+
+def adapters(row: dict[str, Any]) -> str:
+    """Said beside the family."""
+    rank = row.get("lora", 0)
+    return "" if rank == 0 else ", LoRA" if rank > 0 else ", QLoRA"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -276,11 +328,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r['family']} | {r['method']} | {r['tokens']} | {'yes' if r['checkpointing'] else 'no'} | {r['precision']} "
-            f"| {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} "
+            f"| {r['family']}{adapters(r)} | {r['method']} | {r['tokens']} | {'yes' if r['checkpointing'] else 'no'} "
+            f"| {r['precision']} | {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} "
             f"| {r['resident'] / 1e6:.0f} | {error(r['planned'], r['resident'])} |"
         )
     return "\n".join(lines)
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """Of a line of results."""
+    return Case(**{name: row[name] for name in Case.__dataclass_fields__ if name in row})
 
 
 def main() -> None:
@@ -290,6 +347,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--unseen", action="store_true", help="ten cases that the constants were not fitted to")
     parser.add_argument("--solve", action="store_true", help="the planner's token budgets, run for real")
     parser.add_argument("--optimizers", action="store_true", help="the optimizers, predicted and measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -306,8 +364,8 @@ def main() -> None:
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    done = {json.dumps(asdict(Case(**{k: r[k] for k in Case.__dataclass_fields__}))) for r in rows}
-    for case in [] if args.table else grid():
+    done = {json.dumps(asdict(case_of(r))) for r in rows}
+    for case in [] if args.table else unseen() if args.unseen else grid():
         key = json.dumps(asdict(case))
         if key in done or args.only not in key:
             continue
@@ -317,7 +375,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(table([row]).splitlines()[-1], f"{row['seconds']:.0f} s", flush=True)
     shown = [r for r in rows if args.only in json.dumps(r)]
-    print(table([r | planned(Case(**{k: r[k] for k in Case.__dataclass_fields__})) for r in shown]))
+    print(table([r | planned(case_of(r)) for r in shown]))
 
 
 if __name__ == "__main__":

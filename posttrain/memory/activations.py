@@ -136,8 +136,8 @@ def _input_bytes(width: int, s: Setting, *, readers: int) -> int:
 
 def _attention_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> float:
     """Per row."""
-    if layer.mixer_width:  # a rough figure: in, out and a float32 copy of each of its linear layers
-        return (2 * s.compute + 4) * layer.mixer_width * row.tokens
+    if layer.mixer_width:  # where it scans a rough figure: in, out and a float32 copy of each of its linear layers
+        return (2 * s.compute + 4 if layer.mixer_scans else s.compute) * layer.mixer_width * row.tokens
     a, kept, keys = s.attention(row), _score_bytes(arch, s), sum(keys for _, keys in row.segments)
     q, k, v = layer.q_width, layer.k_width, layer.v_width
     output = q if layer.k_width != layer.q_width or not layer.latent_width else v

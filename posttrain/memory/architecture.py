@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from posttrain.memory.states import Parameter
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|h|blocks|layer|attentions|ffns)\.(\d+)\.")
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _HIDDEN_DROPOUT = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout", "residual_dropout")
 _EXTRA_OF_ACTIVATION = {"gelu_new": 3, "gelu_fast": 4, "quick_gelu": 1, "relu2": 1, "gelu_python": 3}
@@ -35,7 +35,9 @@ class Layer:
     latent_width: int = 0
     """Of low-rank queries, keys and values (MLA, arXiv:2405.04434, section 2.1)."""
     mixer_width: int = 0
-    """Of what the linear layers of a state-space or linear-attention layer give back."""
+    """Of what the linear layers and convolutions of a layer without attention give back."""
+    mixer_scans: bool = False
+    """State-space or linear attention, which keeps more: how much depends on the kernels that are installed."""
     attention_readers: int = 3
     """Linear layers that read the normed stream: q, k and v, or one for all."""
     mlp_readers: int = 2
@@ -87,8 +89,8 @@ class Architecture:
 
     @property
     def has_estimated_layers(self) -> bool:
-        """State-space or linear attention: what they keep depends on the kernels that are installed."""
-        return any(layer.mixer_width for layer in self.layers)
+        """State-space or linear attention."""
+        return any(layer.mixer_scans for layer in self.layers)
 
 
 def _first(config: Any, *names: str, default: Any = None) -> Any:
@@ -110,6 +112,7 @@ def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architectur
     Raises ValueError where the config has no hidden size, heads or layers: no decoder that can be planned.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = getattr(text, "decoder_config", text)
     hidden = _first(text, "hidden_size", "n_embd", "d_model", "emb_dim")
     heads = _first(text, "num_attention_heads", "n_head", "n_heads", "num_heads", default=1)
     by_layer: dict[int, list[Parameter]] = {}
@@ -180,11 +183,12 @@ def _layer(parameters: Sequence[Parameter], hidden: int, act: str, attention: tu
     return replace(layer, adapter_ranks=sum(p.shape[0] for p in adapters), adapted_inputs=sum(p.shape[1] for p in adapters))
 
 
-def _attention_widths(own: dict[str, Parameter], widths: tuple[int, int]) -> dict[str, int]:
+def _attention_widths(own: dict[str, Parameter], widths: tuple[int, int]) -> dict[str, Any]:
     """From the projections' shapes where they have the usual names, else (fused ones) from the config's heads."""
     if not any(_is_attention(name) for name in own):
         mixer = [p for name, p in own.items() if _is_mixer(name) and len(p.shape) > 1]
-        return {"mixer_width": sum(p.shape[0] for p in mixer)}
+        scans = any(word in name for name in own for word in ("A_log", "dt_", "beta", "temporal_block"))
+        return {"mixer_width": sum(p.shape[0] for p in mixer), "mixer_scans": scans}
 
     def shape(*suffixes: str) -> tuple[int, ...] | None:
         return next((p.shape for name, p in own.items() if name.endswith(tuple(f"{s}.weight" for s in suffixes))), None)

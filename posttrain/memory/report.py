@@ -70,6 +70,7 @@ def to_json(plan: MemoryPlan, limit_bytes: float | None) -> dict[str, Any]:
         "limit_bytes": limit_bytes,
         "fits": None if limit_bytes is None else plan.peak_bytes <= limit_bytes,
         "refused": job.refused,
+        "activations_are_estimated": job.arch.has_estimated_layers,
     }
 
 
@@ -95,6 +96,8 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
                 f"  sent per step and rank: {gigabytes(plan.sent_bytes)} with one micro-batch, "
                 f"{gigabytes(sent_bytes(plan.job, micro_batches=8))} with 8"
             )
+        if job.arch.has_estimated_layers:
+            console.print("  layers of state-space or linear attention: activations are an estimate; --traced counts them")
         if limit_bytes is not None:
             fits = plan.peak_bytes <= limit_bytes and plan.job.refused is None
             console.print(f"  [{'green' if fits else 'red'}]{verdict(plan, limit_bytes, shortest=shortest)}[/]")

@@ -68,10 +68,12 @@ class Watch:
         def measured(accelerator: Any, policy: Any, optimizer: Any) -> None:
             parameters = list(policy.parameters())
             state = [t for p in parameters for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
+            quantised = [p.quant_state for p in parameters if hasattr(p, "quant_state")]
+            scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
             gradients = [p.grad for p in parameters if p.grad is not None]
             reference = self.loop.reference
             frozen = [] if reference is None or reference._frozen is None else reference._frozen.parameters()
-            self.held = {"weights": bytes_of(parameters), "gradients": bytes_of(gradients), "state": bytes_of(state), "reference": bytes_of(frozen)}  # fmt: skip
+            self.held = {"weights": bytes_of([*parameters, *scales]), "gradients": bytes_of(gradients), "state": bytes_of(state), "reference": bytes_of(frozen)}  # fmt: skip
             self.again = measured_states(accelerator, policy, optimizer)
             take_step(accelerator, policy, optimizer)
 
@@ -102,12 +104,12 @@ async def starts_with_digit(completion: str, sample: Any) -> float:
 def run(
     method: str, folder: Path, tmp_path: Path, *, precision: str, optimizer: str, lora: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of a method; RL's rewards are random enough to make both steps train."""
+    """Two steps of a method; RL's rewards are random enough to make both steps train. A rank below 0: around weights in 4 bit."""
     for module in ("base", "rl"):
         if precision == "fp16":
             monkeypatch.setattr(f"posttrain.trainers.{module}.make_accelerator", fp16_accelerator)
     common: dict[str, Any] = dict(
-        model=ModelConfig(name=str(folder), lora=LoraConfig(rank=lora)),
+        model=ModelConfig(name=str(folder), lora=LoraConfig(rank=abs(lora), quantize_4bit=lora < 0)),
         train=TrainConfig(
             run_dir=str(tmp_path), name="run", max_steps=2, batch_size=4, self_check=False,
             precision="auto" if precision == "fp16" else precision,
@@ -135,13 +137,16 @@ CASES = [("sft", o, p, r, True) for o in OPTIMIZERS for p in PRECISIONS for r in
 CASES += [(m, "adamw", p, r, False) for m in ("reward", "dpo", "dpo-cached", "rl", "rl-kl") for p in PRECISIONS for r in (0, 4)]
 CASES += [(m, o, "bf16", r, True) for m in ("reward", "dpo", "rl-kl") for o in OPTIMIZERS[1:] for r in (0, 4)]
 
+CASES += [(m, "adamw", p, -4, False) for m in ("sft", "reward") for p in ("fp32", "bf16", "bf16-pure")]
+CASES += [(m, "adamw", "bf16", -4, True) for m in ("dpo", "rl-kl")]
+
 
 @pytest.mark.parametrize(("method", "optimizer", "precision", "lora", "tied"), CASES)
 def test_predicted_is_measured(
     method: str, optimizer: str, precision: str, lora: int, tied: bool,
     folders: dict[bool, Path], tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if optimizer == "adamw_8bit":
+    if optimizer == "adamw_8bit" or lora < 0:
         pytest.importorskip("bitsandbytes")
     run(method, folders[tied], tmp_path, precision=precision, optimizer=optimizer, lora=lora, monkeypatch=monkeypatch)
     parameters = parameters_of(watch.loop.model)

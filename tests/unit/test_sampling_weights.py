@@ -8,14 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain.memory.plan import memory_plan
+from posttrain.models.adapters import LoraConfig
+from posttrain.models.load import ModelConfig, load_model
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
+from posttrain.precision import PRECISIONS
+from posttrain.rewards.compose import RewardsConfig
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalEngine
 from posttrain.rollout.weights import SamplingLinear, SamplingWeights
+from posttrain.trainers.memory import job_of
+from posttrain.trainers.rl import RLConfig
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama
+from tests.tiny import model_folder
 
 BF16 = torch.bfloat16
 
@@ -68,6 +76,23 @@ def test_adapters_are_merged_into_the_copy_and_the_rest_is_shared():
     shared = dict(weights.model.named_parameters())
     assert shared and all(p is own[n] for n, p in shared.items())
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= set(shared)
+
+
+@pytest.mark.parametrize("rank", [0, 4, -4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
+def test_the_copy_is_what_the_plan_says(tmp_path, precision, rank):
+    """A rank below 0: adapters around weights in 4 bit, which are not merged."""
+    if rank < 0:
+        pytest.importorskip("bitsandbytes")
+    plan = PRECISIONS[precision]
+    config = ModelConfig(name=str(model_folder(tmp_path)), lora=LoraConfig(rank=abs(rank), quantize_4bit=rank < 0))
+    policy = Policy(load_model(config, dtype=plan.load_dtype, compute=getattr(torch, plan.compute)), PackingConfig())
+    weights = SamplingWeights(policy, compute=getattr(torch, plan.compute))
+    layers = [m for m in weights.model.modules() if isinstance(m, SamplingLinear)]
+    settings = RLConfig(model=config, algorithm="grpo", rewards=RewardsConfig(functions={"math_answer": 1.0}))
+    job = job_of(settings, "rl", precision=plan, device="cpu", wants_reference=False, model=policy.model)
+    assert memory_plan(job).phases["update"].get("rollout copy", 0) == sum(m.weight.numel() * 2 for m in layers)
+    assert bool(layers) == (precision == "bf16" or (precision == "bf16-pure" and rank != 0))
 
 
 def test_samples_of_merged_adapters_have_the_trainers_log_probs():

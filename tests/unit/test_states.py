@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from posttrain.memory.states import Parameter, frozen_bytes, model_states, moment_bytes, run_states
-from posttrain.precision import PRECISIONS
+from posttrain.precision import DEEPSPEED_BF16, PRECISIONS
 
 GB = 1e9
 TABLE_1 = {  # arXiv:1910.02054 table 1: devices -> GB of P_os, P_os+g, P_os+g+p for 7.5B, 128B and 1T parameters
@@ -114,6 +115,32 @@ def test_fsdp2_shards_add_up():
     assert whole["weights"] == 4 * (30 + 5 + 16) and half["weights"] == 4 * (15 + 3 + 8)
     assert half["gradients"] == 4 * (15 + 3) and half["moments"] == 8 * (15 + 3)
     assert frozen_bytes(parameters, compute="float32", num_devices=2) == 4 * (15 + 3 + 8)
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 5, 8])
+def test_a_simulated_partition_adds_up(num_devices):
+    """torch's own chunks, rank by rank: their sum is the whole, the largest is what is predicted, the rest is padding."""
+    shapes = [(31, 8), (7,), (64, 3), (8, 8), (1, 5)]
+    parameters = [Parameter(shape=shape) for shape in shapes]
+    ranks = [0] * num_devices
+    for shape in shapes:
+        for rank, chunk in enumerate(torch.chunk(torch.empty(shape), num_devices)):
+            ranks[rank] += 4 * chunk.numel()
+    whole = run_states(parameters, plan=PRECISIONS["fp32"])["weights"]
+    largest = run_states(parameters, plan=PRECISIONS["fp32"], engine="fsdp2", zero_stage=3, num_devices=num_devices)["weights"]
+    rows = sum(4 * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+    assert sum(ranks) == whole and max(ranks) == largest == ranks[0] and largest - whole / num_devices <= rows
+    for stage in (1, 2, 3):
+        states = run_states(parameters, plan=DEEPSPEED_BF16, engine="deepspeed", zero_stage=stage, num_devices=num_devices)
+        padding = 4 * (len(shapes) if stage == 3 else 1) * num_devices
+        assert 0 <= num_devices * states["master"] - whole <= padding
+
+
+def test_roles_of_ppo_and_grpo():
+    """7e9 parameters (papers: arXiv:2402.03300, 2501.12948): actor and critic 16 bytes, reference and reward model 2; no critic."""
+    trained, frozen = model_states(7 * 10**9).total, model_states(7 * 10**9, trainable_params=0).total
+    assert (trained, frozen) == (112 * 10**9, 14 * 10**9)
+    assert 2 * trained + 2 * frozen == 252 * 10**9 and trained + frozen == 126 * 10**9
 
 
 def test_deepspeed_partitions():

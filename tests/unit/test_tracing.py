@@ -112,8 +112,8 @@ CASES = [
     (llama(), "rl", "bf16", LoraConfig(rank=4), False),
     (llama(), "sft", "bf16-pure", None, False),
     *[(others(name), "dpo", "fp32", None, False) for name in ("gpt2", "gemma2", "qwen3")],
-    # fake grouped products are there in bf16 only
     *[(others("qwen3_moe"), method, "bf16-pure", None, method == "dpo") for method in ("sft", "dpo")],
+    *[(others("qwen3_moe"), "sft", precision, None, False) for precision in ("fp32", "bf16")],
 ]
 
 
