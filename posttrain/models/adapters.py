@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -91,6 +94,22 @@ def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def products_in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, 4-bit layers multiply in float32; afterwards in the dtype that they were loaded with."""
+    import torch
+
+    layers = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules" and hasattr(m, "compute_dtype")]
+    computed = [layer.compute_dtype for layer in layers]
+    try:
+        for layer in layers:
+            layer.compute_dtype = torch.float32  # type: ignore[assignment]  # an attribute of bitsandbytes
+        yield
+    finally:
+        for layer, dtype in zip(layers, computed, strict=True):
+            layer.compute_dtype = dtype
 
 
 def add_adapters(

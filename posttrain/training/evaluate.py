@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from posttrain.models.adapters import products_in_float32
 from posttrain.models.policy import PlainSequence, Policy, in_eval_mode
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
@@ -32,13 +33,13 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
     """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at a time.
 
     Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
-    nothing. A collective where weights are sharded.
+    nothing. 4-bit layers compute in float32 here, as all others outside of autocast. A collective where weights are sharded.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
     plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=forward_mode.mode, length_limit=forward_mode.length_limit)
     squares, worst = [], (0.0, "")
-    with in_eval_mode(policy):
+    with in_eval_mode(policy), products_in_float32(policy):
         for micro_batch in plan.ranks[0]:
             batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
             packed_T = policy(batch)

@@ -111,7 +111,7 @@ def run(
     common: dict[str, Any] = dict(
         model=ModelConfig(name=str(folder), lora=LoraConfig(rank=abs(lora), quantize_4bit=lora < 0)),
         train=TrainConfig(
-            run_dir=str(tmp_path), name="run", max_steps=2, batch_size=4, self_check=False,
+            run_dir=str(tmp_path), name="run", max_steps=2, batch_size=4, self_check=lora < 0,
             precision="auto" if precision == "fp16" else precision,
         ),
         optimizer=OptimizerConfig(name=optimizer, lr=1e-3),
