@@ -159,9 +159,10 @@ def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, 
         self_check(policy, GROUPS, max_tokens=500)
 
 
-def test_the_self_check_of_4_bit_layers_is_as_sharp_as_of_others(tmp_path):
-    """Their products in bfloat16 round by far more than the limit of float32 weights; they are in bfloat16 again afterwards."""
-    pytest.importorskip("bitsandbytes")
+def test_the_self_check_of_4_bit_layers_is_in_float32(tmp_path, monkeypatch):
+    """Products in bfloat16 would round by more than the limit of float32 weights in a model of some depth; they are in bfloat16
+    again afterwards."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig, load_model
     from posttrain.training.evaluate import self_check
@@ -169,7 +170,14 @@ def test_the_self_check_of_4_bit_layers_is_as_sharp_as_of_others(tmp_path):
     build("llama").save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), lora=LoraConfig(rank=2, quantize_4bit=True))
     policy = Policy(load_model(config, dtype=torch.float32, compute=torch.bfloat16), PackingConfig())
-    assert self_check(policy, GROUPS, max_tokens=500) < 1e-5
+    multiply, multiplied = bitsandbytes.matmul_4bit, set()
+
+    def watched(x, *args, **kwargs):
+        multiplied.add(x.dtype)
+        return multiply(x, *args, **kwargs)
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", watched)
+    assert self_check(policy, GROUPS, max_tokens=500) < 1e-5 and multiplied == {torch.float32}
     layers = [m for m in policy.modules() if hasattr(m, "compute_dtype")]
     assert len(layers) == 2 * 7 and {m.compute_dtype for m in layers} == {torch.bfloat16}
 
