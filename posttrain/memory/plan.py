@@ -36,7 +36,7 @@ ALLOCATOR_SHARE = {
 CPU of what lies in tensors under ``MAPPED_BYTES``, which leave holes (``activations.HeapBlocks``; fitted to runs on two machines:
 benchmarks/RESULTS.md). bitsandbytes allocates 8-bit moments between what it unpacks."""
 MAPPED_BYTES = 32 * 2**20
-"""On a CPU blocks of this size and more are mapped one by one (``training/allocator.py``)."""
+"""On a CPU blocks of this size and more are mapped one by one (``memory/allocator.py``)."""
 MAPPED = "mapped file"
 """A checkpoint that is read: resident, but the system drops its pages when memory is short, so it is no part of a total."""
 
@@ -68,6 +68,12 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """Bytes of that phase: what the device must have."""
         return self.total(self.worst)
+
+    @property
+    def before_head_bytes(self) -> int:
+        """What may be held when the layers' forward ends: logits and gradients of the worst moment come on top."""
+        update = self.phases["update"]
+        return self.peak_bytes - update.get("logits", 0) - update.get("temporaries", 0)
 
     @property
     def live_bytes(self) -> int:

@@ -165,6 +165,7 @@ class RLTrainer:
             settings=to_dict(config),
             data_counts=counts,
             planned_bytes=memory.plan.peak_bytes,
+            before_head_bytes=memory.plan.before_head_bytes,
             identity={"algorithm": self.algorithm.name, "prompts": len(train)},
         )
         if self.algorithm.needs_reference:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.memory.allocator import keep_freed_memory
 from posttrain.precision import PrecisionPlan, resolve_precision
-from posttrain.training.allocator import keep_freed_memory
 from posttrain.training.config import UserFacingError
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from posttrain.memory.allocator import hold_under, return_freed_memory
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
@@ -25,7 +26,6 @@ from posttrain.models.sharding import whole_state
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
-from posttrain.training.allocator import return_freed_memory
 from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
@@ -114,6 +114,8 @@ class Loop:
     """Metrics of the live line."""
     planned_bytes: float = math.inf
     """What the process may take: where it holds 9/10 of that between steps, freed memory goes back to the system (CPU)."""
+    before_head_bytes: float = math.inf
+    """The same when the layers' forward ends."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +212,8 @@ class Loop:
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
         if self.train.self_check and gathers:
             self._self_check(policy)
+        if device.type == "cpu":
+            hold_under(self.policy, self.before_head_bytes)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
         if self.reference is not None:

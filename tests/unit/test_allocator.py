@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 from posttrain.memory.limits import rss_bytes
-from posttrain.training.allocator import keep_freed_memory, return_freed_memory
+from posttrain.memory.allocator import keep_freed_memory, return_freed_memory
 keep_freed_memory()
 blocks = [bytearray(b"x") * 2**20 for _ in range(300)]
 full = rss_bytes()
