@@ -29,3 +29,34 @@ def test_freed_blocks_stay_until_the_process_holds_too_much():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     full, kept, still, other, left = map(int, done.stdout.split())
     assert min(kept, still, other) > full - 50e6 and left < full - 250e6
+
+
+LAYER = """
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+from posttrain.memory.allocator import hold_under, keep_freed_memory
+from posttrain.memory.limits import rss_bytes
+class Layer(GradientCheckpointingLayer):
+    def forward(self, x):
+        return x
+def fill():
+    blocks = [bytearray(b"x") * 2**20 for _ in range(300)]
+    pinned.append(bytearray(b"x") * 2**20)
+pinned, layer = [], Layer()
+keep_freed_memory()
+fill()
+full = rss_bytes()
+held = []
+for limit, is_training in ((2 * full, True), (full / 2, False), (full / 2, True)):
+    hold_under(layer.train(is_training), limit)
+    layer(torch.zeros(1))
+    held.append(rss_bytes())
+print(full, *held)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_a_layer_that_trains_gives_holes_back_once_the_process_holds_what_its_plan_gives_it():
+    done = subprocess.run([sys.executable, "-c", LAYER], capture_output=True, text=True, check=True)
+    full, below, evaluated, trained = map(int, done.stdout.split())
+    assert min(below, evaluated) > full - 50e6 and trained < full - 250e6
