@@ -1,4 +1,4 @@
-"""The same rollouts and advantages through TRL's GRPO loss: value and gradient, float32, for every loss type it shares with us.
+"""The same rollouts and advantages through TRL's GRPO loss: value and gradient, float64, for every loss type it shares with us.
 
 TRL's `cispo` takes its cap from epsilon_high and its `dapo` denominator from num_items_in_batch, the tokens of the batch.
 """
@@ -35,7 +35,7 @@ def trainer(tmp_path_factory):
         output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, report_to=[], bf16=False, gradient_checkpointing=False,
         per_device_train_batch_size=6, num_generations=3, max_completion_length=8, temperature=TEMPERATURE, beta=0.0,
     )  # fmt: skip
-    model = tiny_llama(seed=0, vocab_size=300, initializer_range=0.5)
+    model = tiny_llama(seed=0, vocab_size=300, initializer_range=0.5).double()
     made = GRPOTrainer(
         model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
         train_dataset=Dataset.from_list([{"prompt": "a"}] * 8), processing_class=byte_tokenizer(),
