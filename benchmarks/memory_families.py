@@ -42,25 +42,18 @@ def errors(config: Any) -> tuple[float, bool]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from posttrain.memory.architecture import architecture_of
-    from posttrain.memory.job import Job
     from posttrain.memory.plan import memory_plan
-    from posttrain.memory.states import parameters_of
-    from posttrain.models.policy import choose_mode
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import PRECISIONS
     from posttrain.tracing.trace import trace_step
+    from posttrain.trainers.memory import job_of
+    from posttrain.trainers.sft import SFTConfig
 
-    packing, precision = PackingConfig(max_tokens=TOKENS), PRECISIONS["bf16"]
-    traced = trace_step(config, method="sft", packing=packing, precision=precision)
+    settings, precision = SFTConfig(packing=PackingConfig(max_tokens=TOKENS)), PRECISIONS["bf16"]
+    traced = trace_step(config, method="sft", packing=settings.packing, precision=precision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    parameters = tuple(parameters_of(model))
-    mode = choose_mode(model, packing, device_type="cpu").mode
-    job = Job(
-        method="sft", arch=architecture_of(model.config, parameters), parameters=parameters, precision=precision,
-        max_tokens=TOKENS, completions=1, shares_prompt=mode == "shared", own_attention=mode == "single",
-    )  # fmt: skip
+    job = job_of(settings, "sft", precision=precision, device="cpu", wants_reference=False, model=model)
     return memory_plan(job).live_bytes / traced.peak_bytes - 1, job.arch.has_estimated_layers
 
 
