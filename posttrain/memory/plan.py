@@ -21,7 +21,7 @@ Phase = Literal["load", "rollout", "score", "update", "optimizer step", "save", 
 
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
-ALLOCATOR_BYTES = {"cpu": 130_000_000, "cuda": 0}
+ALLOCATOR_BYTES = {"cpu": 150_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {
     "cuda": 0.06,
     "saved": 0.3,
