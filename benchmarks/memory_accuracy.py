@@ -9,18 +9,18 @@ steps (every operator is watched), `resident` the peak resident set of the whole
 step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
 
     python benchmarks/memory_accuracy.py --unseen --results runs/unseen.jsonl   # cases that no constant was fitted to
-    python benchmarks/memory_accuracy.py --solve       # the planner's token budget for a limit, run for real, and 1.25 x it
-    python benchmarks/memory_accuracy.py --optimizers   # SmolLM2-135M with each optimizer
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,10 @@ class Case:
     optimizer: str = "adamw"
     lora: int = 0
     """Rank of adapters; below 0 around weights in 4 bit."""
+    watched: bool = True
+    """Every operator, for ``live``; steps are not timed then."""
+    guarded: bool = True
+    """Freed memory goes back where it outgrows the plan."""
 
 
 def grid() -> list[Case]:
@@ -151,12 +155,14 @@ def run_case(case: Case) -> dict[str, Any]:
     from posttrain.training.reference import ReferenceConfig, RunReference
     from posttrain.training.sharding import base_optimizer
 
-    live, peaks = LiveStorages(), []
+    live, peaks, seconds = LiveStorages(), [], []
 
     class WatchedLoop(Loop):
         def _step(self, step: int) -> dict[str, Any]:
             live.phases.clear()
+            began = time.perf_counter()
             values = super()._step(step)
+            seconds.append(time.perf_counter() - began)
             peaks.append((live.peak.total_bytes, status_bytes("VmHWM")))
             return values
 
@@ -168,7 +174,7 @@ def run_case(case: Case) -> dict[str, Any]:
         accelerator, plan = make_accelerator(precision=case.precision, project_dir=Path(folder))
         assert all((datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification))  # what every run imports
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
-        with live:
+        with live if case.watched else nullcontext():
             model, is_reward = load(case, model_folder, plan.load_dtype), case.method == "reward"
             groups, held = worst_case(case.method, case.tokens), memory_plan(job_of(case))
             loop = WatchedLoop(
@@ -176,7 +182,7 @@ def run_case(case: Case) -> dict[str, Any]:
                 batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
                 train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward),
                 optimizer_config=OptimizerConfig(name=case.optimizer),
-                planned_bytes=held.peak_bytes, before_head_bytes=held.before_head_bytes,
+                holes_bytes=held.holes_bytes if case.guarded else float("inf"),
             )  # fmt: skip
             if is_reward:
                 loop.policy_class = Scorer
@@ -187,7 +193,7 @@ def run_case(case: Case) -> dict[str, Any]:
     return {
         "moments": moments,
         "live": max(p for p, _ in peaks), "resident": status_bytes("VmHWM"), "resident_steps": peaks[-1][1],
-        "libraries": libraries, "seconds": time.perf_counter() - began,
+        "libraries": libraries, "seconds": time.perf_counter() - began, "step_s": statistics.median(seconds[1:]),
     }  # fmt: skip
 
 
@@ -254,40 +260,6 @@ def job_of(case: Case) -> Job:
     return replace(job, merges_adapters=False)
 
 
-def solve() -> None:
-    """The planner's answer for a limit against a fresh process with that budget, and with 1.25 times it."""
-    from posttrain.memory.solve import SOLVER_MARGIN, max_tokens
-
-    print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
-    print("|---|---|---|---|---|---|---|")
-    checkpointing = False
-    for method, precision, limit in (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9)):
-        case = Case(family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision)
-        tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
-        budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]
-        peaks = [spawn(__file__, ["--case", json.dumps(asdict(budget))])["resident"] for budget in budgets]
-        verdicts = [f"{p / 1e6:.0f} ({'under' if p <= limit else 'over'})" for p in peaks]
-        print(
-            f"| {method} | {precision} | {'yes' if checkpointing else 'no'} | {limit / 1e6:.0f} | {tokens} | {verdicts[0]} "
-            f"| {verdicts[1]} |", flush=True,
-        )  # fmt: skip
-
-
-def optimizers() -> None:
-    """What each keeps and what the whole run holds, predicted and measured."""
-    from posttrain.memory.plan import memory_plan
-
-    print("| optimizer | moments MB, predicted | measured | live MB | closed form % | resident MB | planned % |")
-    print("|---|---|---|---|---|---|---|")
-    for name in ("adamw", "adamw_8bit", "sgd", "adafactor"):
-        case = Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16", optimizer=name)
-        plan, row = memory_plan(job_of(case)), spawn(__file__, ["--case", json.dumps(asdict(case))])
-        moments = sum(plan.phases["update"].get(item, 0) for item in ("moments", "counters"))
-        figures = [f"{moments / 1e6:.3f}", f"{row['moments'] / 1e6:.3f}", f"{row['live'] / 1e6:.0f}"]
-        figures += [error(plan.live_bytes, row["live"]), f"{row['resident'] / 1e6:.0f}", error(plan.peak_bytes, row["resident"])]
-        print(f"| {name} | {' | '.join(figures)} |", flush=True)
-
-
 def planned(case: Case) -> dict[str, int]:
     """The closed form, alone and with libraries and allocator."""
     from posttrain.memory.plan import memory_plan
@@ -350,18 +322,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     parser.add_argument("--unseen", action="store_true", help="ten cases that the constants were not fitted to")
-    parser.add_argument("--solve", action="store_true", help="the planner's token budgets, run for real")
-    parser.add_argument("--optimizers", action="store_true", help="the optimizers, predicted and measured")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(run_case(Case(**json.loads(args.case)))))
-        return
-    if args.solve:
-        solve()
-        return
-    if args.optimizers:
-        optimizers()
         return
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)

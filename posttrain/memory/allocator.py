@@ -1,10 +1,9 @@
-"""glibc's heap on a CPU: freed blocks stay with the process while it trains. They go back before a checkpoint is written, and
-between steps where the process holds nearly what its plan allows: rows of ever new lengths leave ever new holes.
+"""glibc's heap on a CPU: freed blocks stay with the process while it trains, and go back when too much of them is unused.
 
 A block that goes back to the system costs its page faults when it is taken again: given back at two points of every micro-batch,
-a step of SmolLM2-135M took a fifth to a third longer, once before every step of RL a seventh. The price is holes: glibc cannot
-put an aligned block into the one that a block of the same size left (posix_memalign asks for size + alignment), so resident
-memory lies above the live tensors.
+a step of SmolLM2-135M took a fifth to a third longer. Kept, they become holes: glibc cannot put an aligned block into the one
+that a block of the same size left (posix_memalign asks for size + alignment), so resident memory grows to a third and more above
+the live tensors. ``HeapGuard`` lets holes grow to what the plan has for them, then gives all of them back.
 """
 
 from __future__ import annotations
@@ -19,12 +18,21 @@ from posttrain.memory.limits import rss_bytes
 from posttrain.memory.plan import MAPPED_BYTES
 
 
+class _Mallinfo(ctypes.Structure):
+    """``struct mallinfo2`` (malloc.h)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
 @cache
 def _glibc() -> Any:
-    """None where there is another C library."""
+    """None where there is another C library, or one older than 2.33."""
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
+            libc.mallinfo2.restype = _Mallinfo
             return libc if libc.malloc_trim and libc.mallopt else None
     return None
 
@@ -37,32 +45,42 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-def return_freed_memory(device_type: str, *, above: float = 0.0) -> None:
-    """Gives the pages of freed blocks back to the system, if the process holds more than ``above`` bytes; on a CPU with glibc
-    only. Microseconds where there are none."""
-    libc = _glibc() if device_type == "cpu" else None
-    if libc is not None and (rss_bytes() or 0) > above:
-        libc.malloc_trim(0)
+class HeapGuard:
+    """Gives the pages of freed blocks back to the system once they are more than ``allowed`` bytes (inf: never).
 
+    Holes are what the process holds and has not allocated, above the same difference when there last were none. Pages that came
+    some other way (code, a mapped file that is read) count as holes until the next time, once. Does nothing without glibc.
+    """
 
-def hold_under(model: Any, limit: float) -> None:
-    """Gives freed memory back before a decoder layer trains while the process holds more than ``limit`` bytes, so that holes
-    of a long forward do not outgrow the plan. Where little came back, not again before 2 % more are held."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    def __init__(self, allowed: float) -> None:
+        self._libc = _glibc() if allowed < float("inf") else None
+        self._allowed = allowed
+        self._floor = 0
+        self.give_back()
 
-    libc, above = _glibc(), limit
-    if libc is None or limit == float("inf"):
-        return
+    def give_back(self) -> None:
+        """All of them, now."""
+        if self._libc is not None:
+            self._libc.malloc_trim(0)
+            self._floor = self._unused()
 
-    def check(layer: Any, _: Any) -> None:
-        nonlocal above
-        held = rss_bytes() or 0
-        if held <= limit:
-            above = limit
-        elif layer.training and held > above:
-            libc.malloc_trim(0)
-            above = max(limit, 1.02 * (rss_bytes() or 0))
+    def check(self) -> None:
+        """All of them, if they are too many. A tenth of a millisecond where they are not."""
+        if self._libc is not None and self._unused() - self._floor > self._allowed:
+            self.give_back()
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(check)
+    def watch(self, model: Any) -> None:
+        """Checks before a decoder layer trains: in the forward, and where it is recomputed in the backward."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        def before(layer: Any, _: Any) -> None:
+            if layer.training:
+                self.check()
+
+        for module in model.modules() if self._libc is not None else ():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.register_forward_pre_hook(before)
+
+    def _unused(self) -> int:
+        now = self._libc.mallinfo2()
+        return (rss_bytes() or 0) - now.uordblks - now.hblkhd

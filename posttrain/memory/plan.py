@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,17 +25,16 @@ LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 ALLOCATOR_BYTES = {"cpu": 150_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {
     "cuda": 0.06,
-    "saved": 0.3,
-    "saved in float32": 0.55,
-    "in_layer": 2.1,
-    "eager": 1.45,
-    "gradients": 0.85,
+    "in_layer": 1.0,
+    "eager": 1.0,
     "KV cache": 0.7,
     "8-bit moments": 0.7,
 }
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a
-CPU of what lies in tensors under ``MAPPED_BYTES``, which leave holes (``activations.HeapBlocks``; fitted to runs on two machines:
-benchmarks/RESULTS.md). bitsandbytes allocates 8-bit moments between what it unpacks."""
+CPU of what lies in tensors under ``MAPPED_BYTES`` and is made and freed while no ``allocator.HeapGuard`` looks: within a layer,
+in sampling, in an optimizer (bitsandbytes allocates 8-bit moments between what it unpacks). Fitted: benchmarks/RESULTS.md."""
+HOLES_BYTES, HOLES_SHARE = 64_000_000, 0.1
+"""Freed memory that a CPU's process may keep: a constant and a share of tensors under ``MAPPED_BYTES`` at the update's peak."""
 MAPPED_BYTES = 32 * 2**20
 """On a CPU blocks of this size and more are mapped one by one (``memory/allocator.py``)."""
 MAPPED = "mapped file"
@@ -54,6 +54,8 @@ class MemoryPlan:
     """Where in a micro-batch the update peaks."""
     sent_bytes: float
     """What this rank sends per optimizer step of one micro-batch."""
+    holes_bytes: float = math.inf
+    """Freed memory that the process may keep before it goes back (``allocator.HeapGuard``): part of every phase's allocator."""
 
     def total(self, phase: Phase) -> int:
         """Bytes of a phase that cannot be given back."""
@@ -68,12 +70,6 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """Bytes of that phase: what the device must have."""
         return self.total(self.worst)
-
-    @property
-    def before_head_bytes(self) -> int:
-        """What may be held when the layers' forward ends: logits and gradients of the worst moment come on top."""
-        update = self.phases["update"]
-        return self.peak_bytes - update.get("logits", 0) - update.get("temporaries", 0)
 
     @property
     def live_bytes(self) -> int:
@@ -122,21 +118,21 @@ def memory_plan(job: Job) -> MemoryPlan:
     phases["save"] = held | {"gathered weights": gathered}
     phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "LoRA", "master", "moments", "counters"))}
     blocks = heap_blocks(job.arch, row, setting, below=MAPPED_BYTES)
+    small = sum(p.num_bytes for p in job.parameters if p.trainable and p.num_bytes < MAPPED_BYTES)
+    holes = HOLES_BYTES + HOLES_SHARE * (blocks.saved + min(small, on.get("gradients", 0)))
     cache = sampler.get("KV cache", 0)
     in_heap = {
-        "update": {
-            "saved in float32" if setting.output == 4 else "saved": blocks.saved,
-            "in_layer": blocks.in_layer,
-            "eager": blocks.eager,
-        },
+        "update": {"in_layer": blocks.in_layer, "eager": blocks.eager},
         "rollout": {"KV cache": cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)},
+        "optimizer step": {"8-bit moments": held["moments"] if job.optimizer == "adamw_8bit" else 0},
     }
     return MemoryPlan(
         job=job,
-        phases={name: _with_overheads(items, job, in_heap.get(name, {})) for name, items in phases.items()},
+        phases={name: _with_overheads(items, job, holes, in_heap.get(name, {})) for name, items in phases.items()},
         host={n: b for n, b in {**away, "gathered weights": to_host}.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
+        holes_bytes=holes if job.device == "cpu" else math.inf,
     )
 
 
@@ -157,12 +153,9 @@ def _states(job: Job, parameters: Sequence[Parameter]) -> ModelStates:
     )  # fmt: skip
 
 
-def _with_overheads(items: Mapping[str, int], job: Job, in_heap: Mapping[str, int]) -> dict[str, int]:
+def _with_overheads(items: Mapping[str, int], job: Job, holes: float, in_heap: Mapping[str, int]) -> dict[str, int]:
     if job.device == "cpu":
-        small = sum(p.num_bytes for p in job.parameters if p.trainable and p.num_bytes < MAPPED_BYTES)
-        blocks = {**in_heap, "gradients": min(small, items.get("gradients", 0))}
-        blocks["8-bit moments"] = items.get("moments", 0) if job.optimizer == "adamw_8bit" else 0
-        held = sum(ALLOCATOR_SHARE[name] * n for name, n in blocks.items())
+        held = holes + sum(ALLOCATOR_SHARE[name] * n for name, n in in_heap.items())
     else:
         held = ALLOCATOR_SHARE["cuda"] * sum(n for name, n in items.items() if name != MAPPED)
     own = ALLOCATOR_BYTES[job.device] + int(held)

@@ -149,6 +149,10 @@ def load_pretrained(
         output_loading_info=True,
         **options,
     )
+    if config.lora.quantize_4bit:  # what is not packed lies in the mapped checkpoint, and would keep all of it resident
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and getattr(parameter, "quant_state", None) is None:
+                parameter.data = parameter.data.clone()
     missing = sorted(report["missing_keys"])
     lost = [name for name in missing if not may_miss(name)]
     if lost:

@@ -142,8 +142,7 @@ class Trainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
-            planned_bytes=memory.plan.peak_bytes,
-            before_head_bytes=memory.plan.before_head_bytes,
+            holes_bytes=memory.plan.holes_bytes,
             identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
         )
         self._set_up(loop, train, evaluation)

@@ -164,8 +164,7 @@ class RLTrainer:
             shown=SHOWN,
             settings=to_dict(config),
             data_counts=counts,
-            planned_bytes=memory.plan.peak_bytes,
-            before_head_bytes=memory.plan.before_head_bytes,
+            holes_bytes=memory.plan.holes_bytes,
             identity={"algorithm": self.algorithm.name, "prompts": len(train)},
         )
         if self.algorithm.needs_reference:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from posttrain.memory.allocator import hold_under, return_freed_memory
+from posttrain.memory.allocator import HeapGuard
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
@@ -112,10 +112,8 @@ class Loop:
     """Log-probs are those of the logits divided by it."""
     shown: Sequence[str] = ("loss", "lr", "tokens_per_s")
     """Metrics of the live line."""
-    planned_bytes: float = math.inf
-    """What the process may take: where it holds 9/10 of that between steps, freed memory goes back to the system (CPU)."""
-    before_head_bytes: float = math.inf
-    """The same when the layers' forward ends."""
+    holes_bytes: float = math.inf
+    """Freed memory that a CPU's process may keep (``MemoryPlan.holes_bytes``)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -176,7 +174,7 @@ class Loop:
                     if evaluation:
                         metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
-                    return_freed_memory(self.accelerator.device.type)
+                    self.heap.give_back()
                     folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
         finally:
             metrics.close()
@@ -212,8 +210,8 @@ class Loop:
             self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
         if self.train.self_check and gathers:
             self._self_check(policy)
-        if device.type == "cpu":
-            hold_under(self.policy, self.before_head_bytes)
+        self.heap = HeapGuard(self.holes_bytes if device.type == "cpu" else math.inf)
+        self.heap.watch(self.policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
         if self.reference is not None:
@@ -245,7 +243,7 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
-        return_freed_memory(self.accelerator.device.type, above=0.9 * self.planned_bytes)
+        self.heap.check()
         began = time.perf_counter()
         batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
         groups = batch.groups

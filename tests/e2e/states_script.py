@@ -28,6 +28,19 @@ CASES = [("policy", 0), ("policy", 4), ("reward", 0), ("reward", 4)]
 """SFT, DPO and RL hold a policy; rank of the adapters, 0: none."""
 
 
+def watch_gathered(policy: torch.nn.Module) -> list[int]:
+    """Elements of ZeRO-3's weights that are whole on this rank, after each module's forward."""
+    seen: list[int] = []
+
+    def count(*_: Any) -> None:
+        weights = [p for p in policy.parameters() if hasattr(p, "ds_numel")]
+        seen.append(sum(p.ds_numel for p in weights if p.numel() == p.ds_numel))
+
+    for module in policy.modules():
+        module.register_forward_hook(count)
+    return seen
+
+
 def main(folder: str, out: Path, precision: str) -> None:
     accelerator, plan = make_accelerator(precision=precision, project_dir=out.parent)
     groups = random_groups(6, sizes=(2,), seed=3)
@@ -46,19 +59,23 @@ def main(folder: str, out: Path, precision: str) -> None:
             model = load_model(config, dtype=plan.load_dtype)
             policy, loss = Policy(model, PackingConfig()), sft
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        predicted = run_states(
-            parameters_of(model), plan=plan, engine=engine, zero_stage=stage, num_devices=2, whole_below=10 * 32
-        )
+        parameters = parameters_of(model)
+        elements = sum(p.numel for p in parameters)
+        predicted = run_states(parameters, plan=plan, engine=engine, zero_stage=stage, num_devices=2, whole_below=10 * 32)
         optimizer: Any
         policy, optimizer = sharding.prepare(accelerator, policy, build_optimizer(policy, OptimizerConfig(), plan=plan))
         rows = plan_step(groups, world_size=2, max_tokens=200, mode="shared", coupled=couples_completions(loss))
+        gathered = watch_gathered(policy)
         for _ in range(2):
             step_gradient(accelerator, policy, groups, rows, loss, mode="shared")
             states = gather_object([measured_states(accelerator, policy, optimizer)])
             sharding.take_step(accelerator, policy, optimizer)
         results.append(
-            {"case": [role, rank], "kind": kind, "trained": trained, "measured": states, "predicted": dict(predicted.device)}
-        )
+            {
+                "case": [role, rank], "kind": kind, "trained": trained, "measured": states, "predicted": dict(predicted.device),
+                "gathered": max(gathered, default=0), "parameters": elements,
+            }
+        )  # fmt: skip
         accelerator.free_memory()
     if accelerator.is_main_process:
         out.write_text(json.dumps(results))
