@@ -27,12 +27,14 @@ ALLOCATOR_SHARE = {
     "cuda": 0.06,
     "in_layer": 1.0,
     "eager": 1.0,
+    "gradients": 0.1,
     "KV cache": 0.7,
     "8-bit moments": 0.7,
 }
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a
 CPU of what lies in tensors under ``MAPPED_BYTES`` and is made and freed while no ``allocator.HeapGuard`` looks: within a layer,
-in sampling, in an optimizer (bitsandbytes allocates 8-bit moments between what it unpacks). Fitted: benchmarks/RESULTS.md."""
+in a backward that makes gradients, in sampling, in an optimizer (bitsandbytes allocates 8-bit moments between what it unpacks).
+Fitted to runs: benchmarks/RESULTS.md."""
 HOLES_BYTES, HOLES_SHARE = 64_000_000, 0.1
 """Freed memory that a CPU's process may keep: a constant and a share of tensors under ``MAPPED_BYTES`` at the update's peak."""
 MAPPED_BYTES = 32 * 2**20
@@ -119,10 +121,11 @@ def memory_plan(job: Job) -> MemoryPlan:
     phases["resume"] = held | {MAPPED: sum(held[n] for n in ("weights", "LoRA", "master", "moments", "counters"))}
     blocks = heap_blocks(job.arch, row, setting, below=MAPPED_BYTES)
     small = sum(p.num_bytes for p in job.parameters if p.trainable and p.num_bytes < MAPPED_BYTES)
-    holes = HOLES_BYTES + HOLES_SHARE * (blocks.saved + min(small, on.get("gradients", 0)))
+    small = min(small, on.get("gradients", 0))
+    holes = HOLES_BYTES + HOLES_SHARE * (blocks.saved + small)
     cache = sampler.get("KV cache", 0)
     in_heap = {
-        "update": {"in_layer": blocks.in_layer, "eager": blocks.eager},
+        "update": {"in_layer": blocks.in_layer, "eager": blocks.eager, "gradients": small},
         "rollout": {"KV cache": cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)},
         "optimizer step": {"8-bit moments": held["moments"] if job.optimizer == "adamw_8bit" else 0},
     }

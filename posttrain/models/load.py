@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
+from posttrain.models.mapped import leave_mapped_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -149,10 +150,7 @@ def load_pretrained(
         output_loading_info=True,
         **options,
     )
-    if config.lora.quantize_4bit:  # what is not packed lies in the mapped checkpoint, and would keep all of it resident
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu" and getattr(parameter, "quant_state", None) is None:
-                parameter.data = parameter.data.clone()
+    leave_mapped_checkpoint(model)
     missing = sorted(report["missing_keys"])
     lost = [name for name in missing if not may_miss(name)]
     if lost:

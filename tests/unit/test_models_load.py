@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from posttrain.models.load import (
@@ -294,6 +297,35 @@ def test_adapter_folder_records_its_base_and_holds_safetensors_only(folder: Path
     assert recorded["base_model_name_or_path"] == str(folder.resolve())
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000  # no base weights in it
     assert not list((tmp_path / "adapter").glob("*.bin"))
+
+
+def mapped(folder: Path) -> bool:
+    """A file of the folder is mapped into this process."""
+    return str(folder) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
+def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(folder: Path, tmp_path: Path) -> None:
+    """Joined experts and 4-bit weights are memory of their own: the rest leaves the file too, and its pages with it."""
+    experts = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8,
+            num_key_value_heads=2, head_dim=8, moe_intermediate_size=64, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    experts.save_pretrained(tmp_path / "experts")
+    loaded = load_model(ModelConfig(name=str(tmp_path / "experts")), dtype=torch.float32)
+    assert not mapped(tmp_path / "experts")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(experts.state_dict()), rtol=0, atol=0)
+
+    dense = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    assert mapped(folder)
+    del dense
+    gc.collect()
+    assert not mapped(folder)
+    pytest.importorskip("bitsandbytes")
+    packed = load_model(ModelConfig(name=str(folder), lora=LoraConfig(rank=2, quantize_4bit=True)), dtype=torch.float32)
+    assert not mapped(folder) and any(p.dtype == torch.uint8 for p in packed.parameters())
 
 
 def test_four_bit_weights_are_close_and_gradients_are_those_of_the_dequantised_model(folder: Path) -> None:
