@@ -264,7 +264,7 @@ def run_reference(settings: ReferenceConfig, loop: Loop, **options: Any) -> RunR
 
 def report_end(result: TrainResult, memory: MemoryCheck, accelerator: Any) -> None:
     """Memory, held-out figures, and where everything is."""
-    memory.finish(accelerator)
+    memory.finish(accelerator, longest_row=result.longest_row)
     if accelerator.is_main_process:
         show_held_out(result)
         print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")

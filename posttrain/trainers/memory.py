@@ -156,18 +156,25 @@ class MemoryCheck:
         _check_host(plan, processes, force=config.train.force)
         return check
 
-    def finish(self, accelerator: Any) -> None:
-        """Predicted against measured, in one line."""
-        if accelerator.device.type == "cuda":
+    def finish(self, accelerator: Any, *, longest_row: int) -> None:
+        """Predicted against measured, in one line; where no row filled its budget, for the longest one too."""
+        on_cuda, budget = accelerator.device.type == "cuda", self.plan.job.max_tokens
+        if on_cuda:
             measured, name = torch.cuda.max_memory_reserved(accelerator.device), "reserved by the CUDA allocator"
-            predicted = self.plan.peak_bytes - self.plan.phases[self.plan.worst]["libraries"]
         else:
-            measured, name, predicted = peak_rss_bytes() or 0, "peak resident", self.plan.peak_bytes
+            measured, name = peak_rss_bytes() or 0, "peak resident"
+
+        def against(plan: MemoryPlan) -> tuple[str, str]:
+            predicted = plan.peak_bytes - (plan.phases[plan.worst]["libraries"] if on_cuda else 0)
+            return gigabytes(predicted), f"{100 * (predicted / measured - 1):+.0f} %"
+
         if self.is_main and measured:
-            print(
-                f"memory: predicted {gigabytes(predicted)}, measured {gigabytes(measured)} {name} "
-                f"({100 * (predicted / measured - 1):+.0f} %)"
-            )
+            predicted, error = against(self.plan)
+            line = f"memory: predicted {predicted}, measured {gigabytes(measured)} {name} ({error})"
+            if 0 < longest_row < budget:
+                predicted, error = against(memory_plan(replace(self.plan.job, max_tokens=longest_row)))
+                line += f"; the longest row had {longest_row} of {budget} tokens, predicted {predicted} ({error})"
+            print(line)
 
 
 def _check_host(plan: MemoryPlan, processes: int, *, force: bool) -> None:

@@ -80,6 +80,8 @@ class TrainResult:
     """Optimizer steps done in total."""
     metrics: dict[str, Any]
     """The last step's metrics and the last evaluation's."""
+    longest_row: int
+    """Tokens of the longest row that was trained; 0 where none was."""
 
 
 @dataclass(kw_only=True)
@@ -118,6 +120,9 @@ class Loop:
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
+
+    longest_row: int = field(default=0, init=False)
+    """Tokens of the longest row so far."""
 
     identity: dict[str, Any] = field(default_factory=dict)
     """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
@@ -181,7 +186,7 @@ class Loop:
         final = self._save_final(folder)
         if self.train.trackers:
             self.accelerator.end_training()
-        return TrainResult(folder=folder.path, final=final, step=self.num_steps, metrics=last)
+        return TrainResult(folder=folder.path, final=final, step=self.num_steps, metrics=last, longest_row=self.longest_row)
 
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
@@ -250,6 +255,7 @@ class Loop:
         sampled = time.perf_counter()
         plan = self.forward_plan.split(groups, coupled=couples_completions(self.loss))
         plan = replace(plan, counts=batch.counts or plan.counts)
+        self.longest_row = max(self.longest_row, *(m.num_tokens for rank in plan.ranks for m in rank if not m.is_dummy), 0)
         result = step_gradient(
             self.accelerator,
             self.policy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -224,3 +225,5 @@ def test_a_run_says_its_memory_and_is_refused_where_it_cannot_fit(tmp_path, caps
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: ")]
     assert [line.split()[1] for line in said] == ["at", "at", "predicted"]
     assert "peak resident" in said[-1] and "0.10 GB" in said[1]
+    found = re.search(r"longest row had (\d+) of 256 tokens, predicted (\d\.\d+) GB", said[-1])
+    assert found and 20 < int(found[1]) < 256 and float(found[2]) <= float(said[-1].split()[2])
