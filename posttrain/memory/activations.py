@@ -283,7 +283,8 @@ def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> Heap
         parts[2] = (parts[2][0], layer_bytes(layer, arch, row, s) - scores - mlp)
         by_layer.append(sum(total for size, total in parts if size < below))
     saved = len(arch.layers) * stream * (stream < below) if s.checkpointing else sum(by_layer)
-    return HeapBlocks(saved=saved, in_layer=max(by_layer), eager=2 * scores * (each < below))
+    casts = _adapter_temporaries(arch, row, s) if not s.trains_all and s.compute < 4 else 0
+    return HeapBlocks(saved=saved, in_layer=max(by_layer) + casts, eager=2 * scores * (each < below))
 
 
 def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:

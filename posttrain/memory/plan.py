@@ -22,7 +22,7 @@ Phase = Literal["load", "rollout", "score", "update", "optimizer step", "save", 
 
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
-ALLOCATOR_BYTES = {"cpu": 150_000_000, "cuda": 0}
+ALLOCATOR_BYTES = {"cpu": 130_000_000, "cpu, 16 bit": 150_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {
     "cuda": 0.06,
     "in_layer": 1.0,
@@ -161,7 +161,8 @@ def _with_overheads(items: Mapping[str, int], job: Job, holes: float, in_heap: M
         held = holes + sum(ALLOCATOR_SHARE[name] * n for name, n in in_heap.items())
     else:
         held = ALLOCATOR_SHARE["cuda"] * sum(n for name, n in items.items() if name != MAPPED)
-    own = ALLOCATOR_BYTES[job.device] + int(held)
+    halves = job.device == "cpu" and bytes_per_element(job.precision.compute) == 2
+    own = ALLOCATOR_BYTES["cpu, 16 bit" if halves else job.device] + int(held)
     return {**{n: b for n, b in items.items() if b}, "libraries": LIBRARIES_BYTES[job.device], "allocator": own}
 
 
