@@ -92,7 +92,7 @@ def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
             model, config.lora, base=base_name(config), revision=config.revision, task_type=task, modules_to_save=kept
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

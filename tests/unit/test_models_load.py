@@ -120,7 +120,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = load_model(ModelConfig(name=str(folder), gradient_checkpointing=checkpointing), dtype=torch.float32)
-        assert model.is_gradient_checkpointing == checkpointing
+        assert model.is_activation_checkpointing == checkpointing
         model.train()(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
