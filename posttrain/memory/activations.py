@@ -267,13 +267,15 @@ class HeapBlocks:
     in_layer: int
     """Of one layer, the largest: made and freed again and again."""
     eager: int
-    """The short-lived matrices of a layer's softcapped attention: scaled, capped, masked and cast, each a copy of the scores."""
+    """The short-lived copies of the scores of attention that is no fused kernel, in a layer: product and masked; softcapped ones
+    scaled and capped too."""
 
 
 def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> HeapBlocks:
     """Of tensors under ``below`` bytes."""
     stream = arch.hidden * s.stored * row.tokens
-    scores = _score_bytes(arch, s) * arch.heads * sum(q * k for q, k in row.segments)
+    matrix = arch.heads * sum(q * k for q, k in row.segments)
+    scores = _score_bytes(arch, s) * matrix
     each = 4 * arch.heads * max(q * k for q, k in row.segments)
     by_layer = []
     for layer in arch.layers:
@@ -284,7 +286,8 @@ def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> Heap
         by_layer.append(sum(total for size, total in parts if size < below))
     saved = len(arch.layers) * stream * (stream < below) if s.checkpointing else sum(by_layer)
     casts = _adapter_temporaries(arch, row, s) if not s.trains_all and s.compute < 4 else 0
-    return HeapBlocks(saved=saved, in_layer=max(by_layer) + casts, eager=2 * scores * (each < below))
+    short = 4 * matrix * (4 if arch.softcaps_attention else 2) * (scores > 0)
+    return HeapBlocks(saved=saved, in_layer=max(by_layer) + casts, eager=short * (each < below))
 
 
 def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:
