@@ -66,20 +66,24 @@ class HeapGuard:
 
     def check(self) -> None:
         """All of them, if they are too many. A tenth of a millisecond where they are not."""
-        if self._libc is not None and self._unused() - self._floor > self._allowed:
-            self.give_back()
+        if self._libc is not None:
+            unused = self._unused()
+            self._floor = min(self._floor, unused)  # pages that went some other way: a mapped file's, to swap
+            if unused - self._floor > self._allowed:
+                self.give_back()
 
     def watch(self, model: Any) -> None:
-        """Checks before a decoder layer trains: in the forward, and where it is recomputed in the backward."""
+        """Checks before each part of a decoder layer that trains: in the forward, and where it is recomputed in the backward."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        def before(layer: Any, _: Any) -> None:
-            if layer.training:
+        def before(part: Any, _: Any) -> None:
+            if part.training:
                 self.check()
 
         for module in model.modules() if self._libc is not None else ():
             if isinstance(module, GradientCheckpointingLayer):
-                module.register_forward_pre_hook(before)
+                for part in module.children():  # a layer's own hooks do not run again when it is recomputed
+                    part.register_forward_pre_hook(before)
 
     def _unused(self) -> int:
         now = self._libc.mallinfo2()

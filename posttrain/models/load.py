@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
-from posttrain.models.mapped import leave_mapped_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +149,6 @@ def load_pretrained(
         output_loading_info=True,
         **options,
     )
-    leave_mapped_checkpoint(model)
     missing = sorted(report["missing_keys"])
     lost = [name for name in missing if not may_miss(name)]
     if lost:

@@ -172,7 +172,8 @@ class MemoryCheck:
             predicted, error = against(self.plan)
             line = f"memory: predicted {predicted}, measured {gigabytes(measured)} {name} ({error})"
             if 0 < longest_row < budget:
-                predicted, error = against(memory_plan(replace(self.plan.job, max_tokens=longest_row)))
+                update = memory_plan(replace(self.plan.job, max_tokens=longest_row)).phases["update"]
+                predicted, error = against(replace(self.plan, phases={**self.plan.phases, "update": update}))
                 line += f"; the longest row had {longest_row} of {budget} tokens, predicted {predicted} ({error})"
             print(line)
 

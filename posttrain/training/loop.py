@@ -20,6 +20,7 @@ from torch import nn
 
 from posttrain.memory.allocator import HeapGuard
 from posttrain.models.load import save_model
+from posttrain.models.mapped import leave_mapped_checkpoint
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
@@ -196,6 +197,8 @@ class Loop:
         gathers = sharding.shards_weights(self.accelerator)
         if not gathers:  # else each process moves only its part
             self.model.to(device)
+        if device.type == "cpu":
+            leave_mapped_checkpoint(self.model)
         policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
         self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
@@ -273,6 +276,8 @@ class Loop:
         lr = float(self.schedule.get_last_lr()[0])
         if batch.fresh_optimizer:
             sharding.forget_moments(self.accelerator, self.optimizer)
+        if self.optimizer_config.name in ("adamw_8bit", "adafactor"):  # which unpack, beside what the backward has freed
+            self.heap.check()
         sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
             self.reference.after_step(step, self.policy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from posttrain.models.load import (
     resolve_source,
     save_model,
 )
+from posttrain.models.mapped import leave_mapped_checkpoint
 
 VOCABULARY = 32
 PROMPT = torch.tensor([[1, 5, 9, 2, 30]])
@@ -314,17 +316,25 @@ def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(folder: Path, t
         )
     )  # fmt: skip
     experts.save_pretrained(tmp_path / "experts")
-    loaded = load_model(ModelConfig(name=str(tmp_path / "experts")), dtype=torch.float32)
-    assert not mapped(tmp_path / "experts")
+    cached = tmp_path / "cached"  # a hub's cache: links to files named by their hash
+    shutil.copytree(tmp_path / "experts", cached)
+    (cached / "model.safetensors").rename(tmp_path / "0123abcd")
+    (cached / "model.safetensors").symlink_to(tmp_path / "0123abcd")
+    loaded = load_model(ModelConfig(name=str(cached)), dtype=torch.float32)
+    assert mapped(tmp_path / "0123abcd")
+    leave_mapped_checkpoint(loaded)
+    assert not mapped(tmp_path / "0123abcd")
     torch.testing.assert_close(dict(loaded.state_dict()), dict(experts.state_dict()), rtol=0, atol=0)
 
     dense = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    leave_mapped_checkpoint(dense)
     assert mapped(folder)
     del dense
     gc.collect()
     assert not mapped(folder)
     pytest.importorskip("bitsandbytes")
     packed = load_model(ModelConfig(name=str(folder), lora=LoraConfig(rank=2, quantize_4bit=True)), dtype=torch.float32)
+    leave_mapped_checkpoint(packed)
     assert not mapped(folder) and any(p.dtype == torch.uint8 for p in packed.parameters())
 
 
