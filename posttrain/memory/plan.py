@@ -22,12 +22,12 @@ Phase = Literal["load", "rollout", "score", "update", "optimizer step", "save", 
 
 LIBRARIES_BYTES = {"cpu": 540_000_000, "cuda": 500_000_000}
 """Resident before a model is loaded: Python, torch, transformers, peft, datasets; on CUDA the context and its kernels."""
-ALLOCATOR_BYTES = {"cpu": 130_000_000, "cpu, 16 bit": 150_000_000, "cuda": 0}
+ALLOCATOR_BYTES = {"cpu": 120_000_000, "cpu, 16 bit": 150_000_000, "cuda": 0}
 ALLOCATOR_SHARE = {
     "cuda": 0.06,
-    "in_layer": 1.0,
+    "in_layer": 0.5,
     "eager": 1.0,
-    "gradients": 0.1,
+    "gradients": 0.2,
     "KV cache": 0.7,
     "8-bit moments": 0.7,
 }
