@@ -32,9 +32,9 @@ ALLOCATOR_SHARE = {
     "8-bit moments": 0.7,
 }
 """What the allocator holds beyond live tensors: a constant (kernels' scratch and code) and shares, on CUDA of all tensors, on a
-CPU of what lies in tensors under ``MAPPED_BYTES`` and is made and freed while no ``allocator.HeapGuard`` looks: within a layer,
-in a backward that makes gradients, in sampling, in an optimizer (bitsandbytes allocates 8-bit moments between what it unpacks).
-Fitted to runs: benchmarks/RESULTS.md."""
+CPU of what lies in tensors under ``MAPPED_BYTES`` and is made and freed while no ``allocator.HeapGuard`` looks: within a part of
+a layer, in a backward that makes gradients, in sampling, in an optimizer (bitsandbytes allocates 8-bit moments between what it
+unpacks). Fitted to runs: benchmarks/RESULTS.md."""
 HOLES_BYTES, HOLES_SHARE = 64_000_000, 0.1
 """Freed memory that a CPU's process may keep: a constant and a share of tensors under ``MAPPED_BYTES`` at the update's peak."""
 MAPPED_BYTES = 32 * 2**20
@@ -123,15 +123,16 @@ def memory_plan(job: Job) -> MemoryPlan:
     small = sum(p.num_bytes for p in job.parameters if p.trainable and p.num_bytes < MAPPED_BYTES)
     small = min(small, on.get("gradients", 0))
     holes = HOLES_BYTES + HOLES_SHARE * (blocks.saved + small)
-    cache = sampler.get("KV cache", 0)
-    in_heap = {
-        "update": {"in_layer": blocks.in_layer, "eager": blocks.eager, "gradients": small},
-        "rollout": {"KV cache": cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES)},
-        "optimizer step": {"8-bit moments": held["moments"] if job.optimizer == "adamw_8bit" else 0},
+    share, cache = ALLOCATOR_SHARE, sampler.get("KV cache", 0)
+    in_part = max(share["in_layer"] * blocks.in_layer, share["eager"] * blocks.eager)  # feed-forward, or attention
+    unguarded = {
+        "update": in_part + share["gradients"] * small,
+        "rollout": share["KV cache"] * cache * (cache < 2 * len(job.arch.layers) * MAPPED_BYTES),
+        "optimizer step": share["8-bit moments"] * held["moments"] * (job.optimizer == "adamw_8bit"),
     }
     return MemoryPlan(
         job=job,
-        phases={name: _with_overheads(items, job, holes, in_heap.get(name, {})) for name, items in phases.items()},
+        phases={name: _with_overheads(items, job, holes + unguarded.get(name, 0)) for name, items in phases.items()},
         host={n: b for n, b in {**away, "gathered weights": to_host}.items() if b},
         moment=act.moment,
         sent_bytes=sent_bytes(job),
@@ -156,10 +157,9 @@ def _states(job: Job, parameters: Sequence[Parameter]) -> ModelStates:
     )  # fmt: skip
 
 
-def _with_overheads(items: Mapping[str, int], job: Job, holes: float, in_heap: Mapping[str, int]) -> dict[str, int]:
-    if job.device == "cpu":
-        held = holes + sum(ALLOCATOR_SHARE[name] * n for name, n in in_heap.items())
-    else:
+def _with_overheads(items: Mapping[str, int], job: Job, in_heap: float) -> dict[str, int]:
+    held = in_heap
+    if job.device == "cuda":
         held = ALLOCATOR_SHARE["cuda"] * sum(n for name, n in items.items() if name != MAPPED)
     halves = job.device == "cpu" and bytes_per_element(job.precision.compute) == 2
     own = ALLOCATOR_BYTES["cpu, 16 bit" if halves else job.device] + int(held)
