@@ -34,7 +34,9 @@ def solve() -> None:
     print("|---|---|---|---|---|---|---|")
     checkpointing = False
     for method, precision, limit in (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9)):
-        case = Case(family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision)
+        case = Case(
+            family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision, watched=False
+        )  # fmt: skip
         tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
         budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]
         peaks = [run(budget)["resident"] for budget in budgets]
