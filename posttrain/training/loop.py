@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from posttrain.memory.allocator import HeapGuard
+from posttrain.memory.mapped import leave_mapped_checkpoint
 from posttrain.models.load import save_model
-from posttrain.models.mapped import leave_mapped_checkpoint
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from posttrain.memory.mapped import leave_mapped_checkpoint
 from posttrain.models.load import (
     LoraConfig,
     ModelConfig,
@@ -32,7 +33,6 @@ from posttrain.models.load import (
     resolve_source,
     save_model,
 )
-from posttrain.models.mapped import leave_mapped_checkpoint
 
 VOCABULARY = 32
 PROMPT = torch.tensor([[1, 5, 9, 2, 30]])
