@@ -9,12 +9,14 @@ A second start with the same name continues from the newest checkpoint.
 
 from posttrain.trainers.dpo import DPOConfig, DPOTrainer
 from posttrain.training.config import one_line_errors, parse_config
+from posttrain.training.launch import leave_processes
 
 
 def main() -> None:
     config = parse_config(DPOConfig, description=__doc__)
     with one_line_errors():
         DPOTrainer(config=config).train()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ table of held-out figures before and after. runs/<name>/final/ loads with AutoMo
 
 from posttrain.trainers.reward import RewardConfig, RewardTrainer
 from posttrain.training.config import one_line_errors, parse_config
+from posttrain.training.launch import leave_processes
 
 
 def main() -> None:
     config = parse_config(RewardConfig, description=__doc__)
     with one_line_errors():
         RewardTrainer(config=config).train()
+    leave_processes()
 
 
 if __name__ == "__main__":

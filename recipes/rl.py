@@ -8,12 +8,14 @@ metrics.jsonl, rollouts/, checkpoints/, final/. A second start with the same nam
 
 from posttrain.trainers.rl import RLConfig, RLTrainer
 from posttrain.training.config import one_line_errors, parse_config
+from posttrain.training.launch import leave_processes
 
 
 def main() -> None:
     config = parse_config(RLConfig, description=__doc__)
     with one_line_errors():
         RLTrainer(config=config).train()
+    leave_processes()
 
 
 if __name__ == "__main__":

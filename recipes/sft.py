@@ -8,12 +8,14 @@ start with the same name continues from the newest checkpoint.
 
 from posttrain.trainers.sft import SFTConfig, SFTTrainer
 from posttrain.training.config import one_line_errors, parse_config
+from posttrain.training.launch import leave_processes
 
 
 def main() -> None:
     config = parse_config(SFTConfig, description=__doc__)
     with one_line_errors():
         SFTTrainer(config=config).train()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -56,16 +56,6 @@ class ModelConfig:
             )
 
 
-def load_model_and_tokenizer(
-    config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Both, checked against each other."""
-    tokenizer = load_tokenizer(config)
-    model = load_model(config, dtype=dtype, compute=compute)
-    check_vocabulary(model, tokenizer)
-    return model, tokenizer
-
-
 def load_model(config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
     """The causal language model, with adapters around it if ``config.lora.rank`` > 0.
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from posttrain.memory.allocator import keep_freed_memory
 from posttrain.precision import PrecisionPlan, resolve_precision
 from posttrain.training.config import UserFacingError
+
+KEEP_THE_GROUP = ("torch.distributed.fsdp", "torch.distributed.optim", "deepspeed")
+"""Imported once there is a process group (saving a model imports deepspeed), they keep it alive as a default argument."""
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
@@ -75,12 +81,28 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
     return accelerator, plan
 
 
+def leave_processes() -> None:
+    """Ends the process group, and with it its threads, while Python still runs.
+
+    A thread of Gloo that frees a tensor while Python shuts down aborts a finished run (SIGABRT, pytorch issue 190489). It
+    ends with the last reference to the group: DDP has one, and so has KEEP_THE_GROUP. FSDP and DeepSpeed keep theirs.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
+
+
 def _join_processes(sharding: str) -> tuple[Any, bool]:
     """(accelerate's state, whether there are several processes without a GPU). Must be called before any Accelerator is built."""
     import torch
     from accelerate import DistributedType, PartialState
 
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    for name in filter(find_spec, KEEP_THE_GROUP if several else ()):
+        import_module(name)
+    several_on_cpu = several and not torch.cuda.is_available()
     if not several_on_cpu:
         return PartialState(), False
     if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
@@ -131,9 +153,7 @@ def _settle_deepspeed(accelerator: Any) -> None:
     """The part of DeepSpeed's configuration that is not topology. Clipping and accumulation are ``training/step.py``'s."""
     from transformers.integrations import unset_hf_deepspeed_config
 
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+_tensor. is deprecated"
-    )  # its calls
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning)  # its calls
     unset_hf_deepspeed_config()  # else from_pretrained would partition: models are loaded whole and partitioned by prepare
     config = accelerator.deepspeed_plugin.deepspeed_config
     given = {name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from posttrain.algorithms import ALGORITHMS
 from posttrain.training.launch import check_launch
 from tests.e2e.launching import REPO, check, run, run_warm
+from tests.tiny import model_folder, write_rows
 
 
 @pytest.mark.parametrize(("launch", "ranks"), [("cpu.yaml", 1), ("cpu2.yaml", 2)])
@@ -36,6 +38,41 @@ def test_every_algorithm_on_two_ranks_is_the_papers_objective(tmp_path):
     assert all(min(r["micro_batches"]) >= 1 for r in results) and any(r["skipped"] for r in results)
     worst = max(results, key=lambda r: r["gradient"])
     assert worst["gradient"] < 1e-10 and min(r["largest"] for r in results) > 1e-6, worst
+
+
+THREADS_AT_EXIT = """
+import atexit, os, pathlib
+
+def write():
+    names = [pathlib.Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    pathlib.Path(os.environ["THREADS"], os.environ["RANK"]).write_text(" ".join(names))
+
+if "RANK" in os.environ:
+    atexit.register(write)
+"""
+
+
+def test_a_finished_run_has_no_thread_of_gloo(tmp_path):
+    """One that frees a tensor while Python shuts down aborts the process, and a finished run is called failed."""
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
+    threads = tmp_path / "threads"
+    threads.mkdir()
+    model, rows = model_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 12)
+    arguments = [
+        "--model.name",
+        str(model),
+        "--data.train",
+        f"[{rows}]",
+        "--train.run_dir",
+        str(tmp_path),
+        "--train.max_steps",
+        "2",
+    ]
+    path = os.pathsep.join([str(tmp_path), str(REPO)])
+    check(run("cpu2.yaml", "recipes/sft.py", *arguments, THREADS=str(threads), PYTHONPATH=path))
+    names = {file.name: file.read_text() for file in threads.iterdir()}
+    assert set(names) == {"0", "1"} and all("python" in found for found in names.values())
+    assert not any("gloo" in found for found in names.values()), names
 
 
 def test_a_launch_that_becomes_one_process_is_refused(tmp_path):

@@ -28,7 +28,6 @@ from posttrain.models.load import (
     ModelConfig,
     check_vocabulary,
     load_model,
-    load_model_and_tokenizer,
     load_tokenizer,
     resolve_source,
     save_model,
@@ -74,7 +73,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_local_folder_gives_the_saved_logits_attention_and_tokenizer(folder: Path) -> None:
-    model, tokenizer = load_model_and_tokenizer(ModelConfig(name=str(folder)), dtype=torch.float32)
+    config = ModelConfig(name=str(folder))
+    model, tokenizer = load_model(config, dtype=torch.float32), load_tokenizer(config)
     assert torch.equal(model.eval()(PROMPT).logits, make_llama()(PROMPT).logits)
     assert model.config._attn_implementation == "sdpa"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -216,7 +216,7 @@ def test_not_a_causal_language_model(folder: Path) -> None:
 def test_vocabulary_mismatch_names_both_numbers(folder: Path) -> None:
     make_tokenizer(VOCABULARY + 3).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"largest id is 34 \('t34'\).* 32 rows \(ids 0 to 31\); 3 tokens have no row"):
-        load_model_and_tokenizer(ModelConfig(name=str(folder)), dtype=torch.float32)
+        check_vocabulary(load_model(ModelConfig(name=str(folder)), dtype=torch.float32), make_tokenizer(VOCABULARY + 3))
 
 
 def test_padded_embedding_fits_and_a_placeholder_for_images_is_exempt() -> None:
@@ -293,7 +293,8 @@ def test_adapter_computes_w_plus_scaled_b_a(folder: Path) -> None:
 
 
 def test_adapter_folder_records_its_base_and_holds_safetensors_only(folder: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_model_and_tokenizer(ModelConfig(name=str(folder), lora=LoraConfig(rank=2)), dtype=torch.bfloat16)
+    config = ModelConfig(name=str(folder), lora=LoraConfig(rank=2))
+    model, tokenizer = load_model(config, dtype=torch.bfloat16), load_tokenizer(config)
     save_model(model, tokenizer, tmp_path / "adapter")
     recorded = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert recorded["base_model_name_or_path"] == str(folder.resolve())
