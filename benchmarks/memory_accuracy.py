@@ -51,6 +51,12 @@ class Case:
     """Every operator, for ``live``; steps are not timed then."""
     guarded: bool = True
     """Freed memory goes back where it outgrows the plan."""
+    completion: int = 0
+    """Tokens of an RL completion; 0: eight fill a row."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.completion or -(-self.tokens // 8)
 
 
 def grid() -> list[Case]:
@@ -196,7 +202,8 @@ def run_case(case: Case) -> dict[str, Any]:
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
         with live if case.watched else nullcontext():
             model, is_reward = load(case, model_folder, plan.load_dtype), case.method == "reward"
-            groups, held = worst_case(case.method, case.tokens), memory_plan(job_of(case))
+            job = job_of(case)
+            groups, held = worst_case(case.method, case.tokens, group_size=job.row_completions), memory_plan(job)
             loop = WatchedLoop(
                 accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
                 batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
@@ -262,7 +269,7 @@ def settings_of(case: Case, folder: str) -> Any:
         packing=PackingConfig(max_tokens=case.tokens), optimizer=OptimizerConfig(name=case.optimizer),
     )  # fmt: skip
     if case.method == "rl":
-        return RLConfig(**common, engine="vllm", sampling=SamplingConfig(max_tokens=-(-case.tokens // 8)))
+        return RLConfig(**common, engine="vllm", sampling=SamplingConfig(max_tokens=case.completion_tokens))
     return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}[case.method](**common)
 
 

@@ -35,7 +35,8 @@ def solve() -> None:
     checkpointing = False
     for method, precision, limit in (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9)):
         case = Case(
-            family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision, watched=False
+            family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision, watched=False,
+            completion=256,
         )  # fmt: skip
         tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
         budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]

@@ -71,7 +71,7 @@ def _trace(job: Job, config: Any) -> Any:
     return trace_step(
         read_config(config.model), method=job.method, packing=config.packing, precision=job.precision, lora=config.model.lora,
         gradient_checkpointing=config.model.gradient_checkpointing, with_reference=with_reference,
-        optimizer=config.optimizer, completions=job.completions,
+        optimizer=config.optimizer, completions=job.row_completions,
     )  # fmt: skip
 
 

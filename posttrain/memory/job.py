@@ -64,7 +64,9 @@ class Job:
     max_tokens: int
     """Token budget of a row."""
     completions: int
-    """Of one prompt in a full row."""
+    """Of one prompt in a full row, where they are in the data."""
+    completion_tokens: int | None = None
+    """Of the longest one, where they are sampled."""
     device: Device = "cpu"
     shares_prompt: bool = True
     own_attention: bool = False
@@ -86,6 +88,11 @@ class Job:
     num_devices: int = 1
     zero_stage: int = 0
     engine: Engine = "plain"
+
+    @property
+    def row_completions(self) -> int:
+        """Of one prompt in a full row: of sampled ones as many as fill it."""
+        return -(-self.max_tokens // self.completion_tokens) if self.completion_tokens else self.completions
 
     @property
     def is_lora(self) -> bool:

@@ -99,7 +99,8 @@ def memory_plan(job: Job) -> MemoryPlan:
     sampler = _sampler_bytes(job)
     held["rollout copy"] = sampler.get("rollout copy", 0)
     setting = _setting(job)
-    row = worst_row(job.max_tokens, completions=job.completions, shares_prompt=job.shares_prompt, scored=job.method == "reward")
+    is_scored = job.method == "reward"
+    row = worst_row(job.max_tokens, completions=job.row_completions, shares_prompt=job.shares_prompt, scored=is_scored)
     act = step_activations(job.arch, job.parameters, row, setting)
     gradients = {"gradients": on.get("gradients", 0)}
     buckets = {"communication": communication_bytes(job)}

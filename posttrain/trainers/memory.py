@@ -79,7 +79,6 @@ def job_of(
 
 def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prompt: int | None) -> Job:
     longest = config.sampling.max_tokens
-    room = config.packing.max_tokens
     rollout = None
     if config.engine == "local":
         prompt = config.data.max_prompt_length if longest_prompt is None else longest_prompt
@@ -102,7 +101,7 @@ def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prom
         )  # fmt: skip
     return replace(
         job,
-        completions=max(1, -(-room // longest)),
+        completion_tokens=longest,
         rollout=rollout,
         divides_logits=config.sampling.temperature != 1.0,
         reward_model=scoring,

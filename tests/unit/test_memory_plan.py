@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain import LoraConfig, ModelConfig
+from posttrain import LoraConfig, ModelConfig, PackingConfig
 from posttrain.cli.main import main
 from posttrain.cli.plan import find_method
 from posttrain.memory import plan as planner
@@ -25,7 +25,10 @@ from posttrain.memory.published import ring_bytes, zero_communication
 from posttrain.memory.report import update_by_checkpointing
 from posttrain.memory.states import parameters_of
 from posttrain.precision import PRECISIONS
+from posttrain.rewards.compose import RewardsConfig
+from posttrain.rollout.engine import SamplingConfig
 from posttrain.trainers.memory import job_of
+from posttrain.trainers.rl import RLConfig
 from posttrain.trainers.sft import SFTConfig
 from tests.tiny import model_folder
 
@@ -118,6 +121,23 @@ def test_adapters_are_an_item_of_their_own(tmp_path):
         assert held["gradients"] < held["weights"]
     by_policy = update_by_checkpointing(memory_plan(lora))
     assert by_policy["on"] < by_policy["off"] == memory_plan(lora).total("update")
+
+
+def test_a_larger_budget_holds_more_completions_not_longer_ones(tmp_path):
+    """What the solver asks about is the run that the settings with such a budget start."""
+    folder = str(model_folder(tmp_path))
+
+    def of(max_tokens: int) -> Job:
+        rewards = RewardsConfig(functions={"math_answer": 1.0})
+        config = RLConfig(
+            model=ModelConfig(name=folder), rewards=rewards, sampling=SamplingConfig(max_tokens=48),
+            packing=PackingConfig(max_tokens=max_tokens),
+        )  # fmt: skip
+        return job_of(config, "rl", precision=PRECISIONS["bf16"], device="cpu", wants_reference=False)
+
+    assert replace(of(1024), max_tokens=2048) == of(2048)
+    assert (of(1024).row_completions, of(2048).row_completions) == (22, 43)
+    assert memory_plan(replace(of(1024), max_tokens=2048)).phases == memory_plan(of(2048)).phases
 
 
 def test_what_no_launch_runs_is_not_advised(job):
