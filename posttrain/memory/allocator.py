@@ -3,7 +3,8 @@
 A block that goes back to the system costs its page faults when it is taken again: given back at two points of every micro-batch,
 a step of SmolLM2-135M took a fifth to a third longer. Kept, they become holes: glibc cannot put an aligned block into the one
 that a block of the same size left (posix_memalign asks for size + alignment), so resident memory grows to a third and more above
-the live tensors. ``HeapGuard`` lets holes grow to what the plan has for them, then gives all of them back.
+the live tensors. ``HeapGuard`` lets the process grow to its live tensors at their most and what the plan has for holes, then
+gives all of them back.
 """
 
 from __future__ import annotations
@@ -46,45 +47,49 @@ def keep_freed_memory() -> None:
 
 
 class HeapGuard:
-    """Gives the pages of freed blocks back to the system once they are more than ``allowed`` bytes (inf: never).
+    """Gives the pages of freed blocks back once the process holds ``allowed`` bytes more (inf: never) than it had in use at most.
 
-    Holes are what the process holds and has not allocated, above the same difference when there last were none. Pages that came
-    some other way (code, a mapped file that is read) count as holes until the next time, once. Does nothing without glibc.
+    Not as soon as so many are free: what comes next takes them again. Above what it held without holes when they last went back:
+    pages that came some other way (code, a mapped file that is read) count as holes until then, once. Does nothing without glibc.
     """
 
     def __init__(self, allowed: float) -> None:
         self._libc = _glibc() if allowed < float("inf") else None
         self._allowed = allowed
-        self._floor = 0
+        self._floor = self._most = 0
         self.give_back()
 
     def give_back(self) -> None:
         """All of them, now."""
         if self._libc is not None:
             self._libc.malloc_trim(0)
-            self._floor = self._unused()
+            held, used = self._held_and_used()
+            self._floor, self._most = held - used, max(self._most, used)
 
     def check(self) -> None:
         """All of them, if they are too many. A tenth of a millisecond where they are not."""
         if self._libc is not None:
-            unused = self._unused()
-            self._floor = min(self._floor, unused)  # pages that went some other way: a mapped file's, to swap
-            if unused - self._floor > self._allowed:
+            held, used = self._held_and_used()
+            self._floor = min(self._floor, held - used)  # pages that went some other way: a mapped file's, to swap
+            self._most = max(self._most, used)
+            if held - self._floor - self._most > self._allowed:
                 self.give_back()
 
     def watch(self, model: Any) -> None:
-        """Checks before each part of a decoder layer that trains: in the forward, and where it is recomputed in the backward."""
+        """Checks before each part of a decoder layer that trains, where it is recomputed too, and after it in the backward."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        def before(part: Any, _: Any) -> None:
+        def before(part: Any, inputs: tuple[Any, ...]) -> None:
             if part.training:
                 self.check()
+                if inputs and getattr(inputs[0], "requires_grad", False):
+                    inputs[0].register_hook(lambda _: self.check())
 
         for module in model.modules() if self._libc is not None else ():
             if isinstance(module, GradientCheckpointingLayer):
                 for part in module.children():  # a layer's own hooks do not run again when it is recomputed
                     part.register_forward_pre_hook(before)
 
-    def _unused(self) -> int:
+    def _held_and_used(self) -> tuple[int, int]:
         now = self._libc.mallinfo2()
-        return (rss_bytes() or 0) - now.uordblks - now.hblkhd
+        return rss_bytes() or 0, now.uordblks + now.hblkhd
