@@ -33,7 +33,8 @@ def solve() -> None:
     print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
     print("|---|---|---|---|---|---|---|")
     checkpointing = False
-    for method, precision, limit in (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9)):
+    kinds = (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "fp32", 6e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9))
+    for method, precision, limit in kinds:
         case = Case(
             family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision, watched=False,
             completion=256,
