@@ -201,9 +201,8 @@ def run_case(case: Case) -> dict[str, Any]:
         assert all((datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification))  # what every run imports
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
         with live if case.watched else nullcontext():
-            model, is_reward = load(case, model_folder, plan.load_dtype), case.method == "reward"
-            job = job_of(case)
-            groups, held = worst_case(case.method, case.tokens, group_size=job.row_completions), memory_plan(job)
+            model, held = load(case, model_folder, plan.load_dtype), memory_plan(job_of(case))
+            groups, is_reward = worst_case(case.method, case.tokens, group_size=held.job.row_completions), case.method == "reward"
             loop = WatchedLoop(
                 accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
                 batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
