@@ -135,14 +135,17 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
 
 
 def _longest_prompt(config: Any) -> int | None:
-    """Tokens; None where the data is not on this machine."""
+    """Tokens; None where the data is not on this machine, or the model has no tokenizer: its config.json is enough for a plan."""
     from posttrain.data.prompts import load_prompts
     from posttrain.models.load import load_tokenizer
 
     if not config.data.train or not all(Path(source).exists() for source in config.data.train):
         return None
-    prompts, _ = load_prompts(config.data, config.data.train, load_tokenizer(config.model))
-    return max(len(p.ids) for p in prompts)
+    try:
+        tokenizer = load_tokenizer(config.model)
+    except FileNotFoundError:
+        return None
+    return max(len(p.ids) for p in load_prompts(config.data, config.data.train, tokenizer)[0])
 
 
 def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:

@@ -78,14 +78,13 @@ def job_of(
 
 
 def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prompt: int | None) -> Job:
-    longest = config.sampling.max_tokens
     rollout = None
     if config.engine == "local":
         prompt = config.data.max_prompt_length if longest_prompt is None else longest_prompt
         rollout = Rollout(
             max_rows=min(config.local.max_rows, config.train.batch_size * config.rollout.group_size),
             kv_cache_bytes=config.local.kv_cache_gb * 1e9,
-            capacity=prompt + longest,
+            capacity=prompt + config.sampling.max_tokens,
         )
     learned = config.rewards.options.get("reward_model", {}).get("model")
     scoring = None
@@ -101,7 +100,7 @@ def _with_sampling(job: Job, config: Any, precision: PrecisionPlan, longest_prom
         )  # fmt: skip
     return replace(
         job,
-        completion_tokens=longest,
+        completion_tokens=config.sampling.max_tokens,
         rollout=rollout,
         divides_logits=config.sampling.temperature != 1.0,
         reward_model=scoring,

@@ -102,8 +102,7 @@ def _join_processes(sharding: str) -> tuple[Any, bool]:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     for name in filter(find_spec, KEEP_THE_GROUP if several else ()):
         import_module(name)
-    several_on_cpu = several and not torch.cuda.is_available()
-    if not several_on_cpu:
+    if not several or torch.cuda.is_available():
         return PartialState(), False
     if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
         os.environ["ACCELERATE_USE_CPU"] = "false"

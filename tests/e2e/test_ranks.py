@@ -59,15 +59,8 @@ def test_a_finished_run_has_no_thread_of_gloo(tmp_path):
     threads.mkdir()
     model, rows = model_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 12)
     arguments = [
-        "--model.name",
-        str(model),
-        "--data.train",
-        f"[{rows}]",
-        "--train.run_dir",
-        str(tmp_path),
-        "--train.max_steps",
-        "2",
-    ]
+        "--model.name", str(model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.max_steps", "2",
+    ]  # fmt: skip
     path = os.pathsep.join([str(tmp_path), str(REPO)])
     check(run("cpu2.yaml", "recipes/sft.py", *arguments, THREADS=str(threads), PYTHONPATH=path))
     names = {file.name: file.read_text() for file in threads.iterdir()}

@@ -30,7 +30,7 @@ from posttrain.rollout.engine import SamplingConfig
 from posttrain.trainers.memory import job_of
 from posttrain.trainers.rl import RLConfig
 from posttrain.trainers.sft import SFTConfig
-from tests.tiny import model_folder
+from tests.tiny import model_folder, write_rows
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 KIND = {"dpo_smollm2": "dpo", "reward_smollm2": "reward", "sft_smollm2": "sft"}  # the others: rl
@@ -193,6 +193,17 @@ def test_every_recipe_can_be_planned(path, tmp_path, capsys):
     assert main([*arguments, "--devices", "4", "--zero", "0,3", "--device-memory", "80GB", "--offload", "optimizer"]) == 0
     shown = capsys.readouterr().out
     assert "ZeRO-3 (fsdp2)" in shown and "fits" in shown and "80.0 GB" in shown and "moments" in shown
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_is_enough_where_the_data_is_here(path, tmp_path, capsys):
+    """No weights, no tokenizer: the longest prompt is then the longest that is allowed."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model_folder(tmp_path / "whole") / "config.json").read_bytes())
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    capsys.readouterr()
+    assert main(["plan", str(path), "--model.name", str(tmp_path / "model"), "--data.train", f"[{rows}]", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["phases_bytes"]["update"]["weights"] > 0
 
 
 def test_the_command_and_its_mistakes(tmp_path):
