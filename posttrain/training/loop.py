@@ -277,7 +277,7 @@ class Loop:
         if batch.fresh_optimizer:
             sharding.forget_moments(self.accelerator, self.optimizer)
         if self.optimizer_config.name in ("adamw_8bit", "adafactor"):  # which unpack, beside what the backward has freed
-            self.heap.check()
+            self.heap.give_back()
         sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
             self.reference.after_step(step, self.policy)
