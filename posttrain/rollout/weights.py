@@ -9,14 +9,19 @@ which products with few rows read a fifth faster.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.models.policy import Policy
+
+
+log = logging.getLogger(__name__)
 
 
 class SamplingWeights:
@@ -83,14 +88,14 @@ class SamplingLinear(nn.Module):
         super().__init__()
         self._base, self._compute = [base], compute  # in a list: the training layer is no part of this model
         on_cpu = next(base.parameters()).device.type == "cpu"
-        self._blocked = on_cpu and compute == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self._blocked = on_cpu and compute == torch.bfloat16 and blocked_products_work()
         self.weight: Tensor | None = None
 
     def take(self, weight: Tensor) -> None:
         """From now on computes with these values."""
         self.weight = None
         weight = weight.detach().to(self._compute)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS) if self._blocked else weight
+        self.weight = _reorder(weight) if self._blocked else weight
 
     def forward(self, input_H: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -98,12 +103,36 @@ class SamplingLinear(nn.Module):
         bias = self._base[0].bias
         bias = None if bias is None else bias.to(self._compute)
         if self._blocked:
-            return torch.ops.mkldnn._linear_pointwise(input_H, self.weight, bias, "none", [], "")
+            return _blocked_linear(input_H, self.weight, bias)
         return nn.functional.linear(input_H, self.weight, bias)
 
 
 EXPECTED_ROWS = 64
 """Rows of the products that the blocked layout is made for; others are right as well."""
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
+
+
+def _blocked_linear(input_H: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input_H, weight, bias, "none", [], "")
+
+
+@cache
+def blocked_products_work() -> bool:
+    """Whether oneDNN's blocked bfloat16 layout works on this CPU, found out by one small product.
+
+    The two operators are private to torch and exist on every x86 build; on a CPU with neither AVX-512 nor avx_ne_convert
+    they raise. Without them the same numbers come from torch's own layout, which is read more slowly.
+    """
+    ones = torch.ones(64, 64, dtype=torch.bfloat16)
+    try:
+        product = _blocked_linear(ones[:2], _reorder(ones), None)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        log.info("sampling reads bfloat16 weights in torch's own layout: %s", str(error).partition("\n")[0])
+        return False
+    return bool((product == 64).all())
 
 
 def _is_cast(module: nn.Module, compute: torch.dtype) -> bool:
