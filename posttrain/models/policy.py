@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.logprobs import logit_transform, token_logps
-from posttrain.packing import attention
+from posttrain.packing import attention, flex
 from posttrain.packing.batch import Layout, PackedBatch, PackingMode
 from posttrain.packing.plan import PackingConfig
 from posttrain.types import PromptGroup
@@ -146,7 +146,7 @@ class Policy(nn.Module):
         if self.forward_mode.backend is not None:
             attention.register()
             own_attention = base.config._attn_implementation
-            base.set_attn_implementation(self.forward_mode.backend)
+            base.set_attn_implementation(attention.SEGMENT_NAME)
             why_not = self._probe()
             if why_not:
                 base.set_attn_implementation(own_attention)
@@ -155,11 +155,31 @@ class Policy(nn.Module):
                         f"packing.mode={packing.mode} is not exact for this model: {why_not}. Use --packing.mode single."
                     )
                 self.forward_mode = replace(self.forward_mode, mode="single", backend=None, reason=why_not)
+            elif self.forward_mode.backend == attention.FLEX_NAME:
+                self._use_flex(torch.device(device_type))
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
 
     def around(self, model: nn.Module, *, device_type: str) -> Policy:
         """The same forward of another model."""
         return Policy(model, self.packing, device_type=device_type, temperature=self.transform.temperature)
+
+    def _use_flex(self, device: torch.device) -> None:
+        """FlexAttention where its kernel works on this device, else attention by segment, with one line that says why."""
+        config = self.base.config.get_text_config()
+        why_not = flex.why_not(
+            device,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            softcap=getattr(config, "attn_logit_softcapping", None),
+        )
+        if why_not is None:
+            self.base.set_attn_implementation(attention.FLEX_NAME)
+            return
+        if self.packing.backend == "flex":
+            raise ValueError(f"packing.backend=flex does not work here: {why_not}. Use --packing.backend sdpa.")
+        log.warning("FlexAttention does not work here (%s); attention runs segment by segment, exact but slower", why_not)
+        self.forward_mode = replace(self.forward_mode, backend=attention.SEGMENT_NAME)
 
     @torch.no_grad()
     def _probe(self) -> str | None:
@@ -243,6 +263,21 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+@contextmanager
+def segment_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a packed model attends segment by segment: nothing is compiled for rows that are computed once."""
+    base = base_model(model)
+    packed = base.config._attn_implementation
+    if packed != attention.FLEX_NAME:
+        yield
+        return
+    base.set_attn_implementation(attention.SEGMENT_NAME)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(packed)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ works unpatched. The row's ``Layout`` travels as the keyword argument ``packing`
 gradient checkpointing.
 
     posttrain_segment  every device: one ``scaled_dot_product_attention`` per segment
-    posttrain_flex     CUDA: FlexAttention with a block mask (``flex_mask_mod``)
+    posttrain_flex     CUDA: FlexAttention with a block mask (``packing/flex.py``)
 
 Sliding windows and softcaps are computed exactly in both. Attention sinks are refused: such models run one sequence
 per forward (``models/policy.py``).
@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from posttrain.packing import flex
 from posttrain.packing.batch import Layout
 from posttrain.packing.decode import DecodeLayout, decode_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 SEGMENT_NAME = "posttrain_segment"  # without "sdpa": transformers refuses that substring for models with softcaps
 FLEX_NAME = "posttrain_flex"
-FLEX_BLOCK = 128
 
 
 class NotPackable(RuntimeError):
@@ -129,6 +127,9 @@ def _attend(
     """One segment; ``mask=None`` means causal with as many keys as queries."""
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]
+        if gqa and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            gqa = False  # with enable_gqa torch has no fused kernel for a mask or for float32: it would hold all scores
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=gqa
         )
@@ -140,44 +141,6 @@ def _attend(
         mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
     weights = torch.softmax((scores + mask).to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(q.dtype)
     return F.dropout(weights, p=dropout) @ v
-
-
-def flex_mask_mod(layout: Layout, *, sliding_window: int | None, device: Any) -> Callable[..., Tensor]:
-    """``mask_mod(batch, head, q, k) -> bool`` of FlexAttention for this layout, padded past the row to whole blocks."""
-    total = sum(layout.lengths)
-    padded = -(-total // FLEX_BLOCK) * FLEX_BLOCK
-    segment = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
-    prefix = torch.tensor(layout.prefixes)[segment]
-    offset = torch.tensor([layout.lengths[p] if p >= 0 else 0 for p in layout.prefixes])
-    first = torch.cumsum(torch.tensor(layout.lengths), 0) - torch.tensor(layout.lengths)
-    position = torch.arange(total) - first[segment] + offset[segment]
-
-    def pad(values: Tensor, fill: int) -> Tensor:
-        return F.pad(values, (0, padded - total), value=fill).to(device)
-
-    segment_L, prefix_L, position_L = pad(segment, -3), pad(prefix, -2), pad(position, 0)
-
-    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = ((segment_L[q] == segment_L[k]) & (q >= k)) | (prefix_L[q] == segment_L[k])
-        if sliding_window is not None:
-            seen = seen & (position_L[q] - position_L[k] < sliding_window)
-        return seen
-
-    return mask_mod
-
-
-def flex_block_mask(layout: Layout, *, sliding_window: int | None, device: Any) -> Any:
-    """The ``BlockMask`` of a layout; made once per row and window, shared by all layers."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    name = ("flex", sliding_window, str(device))
-    if name not in layout.cache:
-        total = sum(layout.lengths)
-        mask_mod = flex_mask_mod(layout, sliding_window=sliding_window, device=device)
-        layout.cache[name] = create_block_mask(
-            mask_mod, None, None, total, total, device=device, BLOCK_SIZE=FLEX_BLOCK, _compile=str(device).startswith("cuda")
-        )
-    return layout.cache[name]
 
 
 def flex_segment_attention(
@@ -200,32 +163,8 @@ def flex_segment_attention(
     layout = _layout(module, packing, extra)
     if dropout > 0:
         raise RuntimeError(f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa.")
-    block_mask = flex_block_mask(layout, sliding_window=sliding_window, device=query.device)
-
-    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    output = _flex_kernel(query.device)(
-        query,
-        key,
-        value,
-        score_mod=cap if softcap is not None else None,
-        block_mask=block_mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+    compute = _compute_dtype(query, layout)
+    output = flex.attend(
+        *(x.to(compute) for x in (query, key, value)), layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
     )
-    return output.transpose(1, 2), None
-
-
-_COMPILED: dict[str, Any] = {}
-
-
-def _flex_kernel(device: torch.device) -> Any:
-    """FlexAttention, compiled on CUDA (uncompiled it materialises the scores); rows have many lengths, hence dynamic."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if device.type != "cuda":
-        return flex_attention
-    if "cuda" not in _COMPILED:
-        _COMPILED["cuda"] = torch.compile(flex_attention, dynamic=True)
-    return _COMPILED["cuda"]
+    return output.transpose(1, 2).to(value.dtype), None

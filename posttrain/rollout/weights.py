@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from posttrain.models.policy import Policy
 
-
 log = logging.getLogger(__name__)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from posttrain.models.adapters import products_in_float32
-from posttrain.models.policy import PlainSequence, Policy, in_eval_mode
+from posttrain.models.policy import PlainSequence, Policy, in_eval_mode, segment_attention
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import plan_step
 from posttrain.training.config import UserFacingError
@@ -26,6 +26,9 @@ SELF_CHECK_RMS_NATS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16:
 
 SELF_CHECK_TOKENS = 256
 """Completions are checked up to here, so that the model's own forward holds few logits."""
+SELF_CHECK_PROMPT_TOKENS = 1792
+"""Of a longer prompt the last ones are checked. The model's own attention can hold all its scores, in float32: 32 heads on 2,048
+tokens 0.5 GB, on 16,384 tokens 34 GB."""
 
 
 @torch.no_grad()
@@ -34,12 +37,14 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
 
     Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
     nothing. 4-bit layers compute in float32 here, as all others outside of autocast. A collective where weights are sharded.
+    The row is computed segment by segment (FlexAttention's kernel is compared with that in ``packing/flex.why_not``), on at most
+    SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
     plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=forward_mode.mode, length_limit=forward_mode.length_limit)
     squares, worst = [], (0.0, "")
-    with in_eval_mode(policy), products_in_float32(policy):
+    with in_eval_mode(policy), products_in_float32(policy), segment_attention(policy.model):
         for micro_batch in plan.ranks[0]:
             batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
             packed_T = policy(batch)
@@ -60,10 +65,21 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
 
 
 def _shortened(group: PromptGroup) -> PromptGroup:
-    """The same group with completions cut to SELF_CHECK_TOKENS; those that then train nothing go."""
-    cut = [
-        Completion(token_ids=c.token_ids[:SELF_CHECK_TOKENS], loss_mask=c.loss_mask[:SELF_CHECK_TOKENS])
-        for c in group.completions
-    ]
+    """The same group with its prompt and completions cut; those that then train nothing go.
+
+    Where none is left, one completion is checked from its first trained token on, and what stands before belongs to the prompt.
+    """
+    prompt = list(group.prompt_ids)
+    cut = [_cut(c, 0) for c in group.completions]
     trained = [c for c in cut if c.num_trained]
-    return replace(group, completions=trained or group.completions)
+    if not trained:
+        whole = next(c for c in group.completions if c.num_trained)
+        start = next(i for i, m in enumerate(whole.loss_mask) if m)
+        prompt += whole.token_ids[:start]
+        trained = [_cut(whole, start)]
+    return replace(group, prompt_ids=prompt[-SELF_CHECK_PROMPT_TOKENS:], completions=trained, pairs=())
+
+
+def _cut(completion: Completion, start: int) -> Completion:
+    end = start + SELF_CHECK_TOKENS
+    return Completion(token_ids=completion.token_ids[start:end], loss_mask=completion.loss_mask[start:end])

@@ -159,6 +159,29 @@ def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, 
         self_check(policy, GROUPS, max_tokens=500)
 
 
+def test_the_self_check_is_bounded(monkeypatch):
+    """Of a long prompt and long completions only the ends that meet are computed; an untrained head counts as prompt."""
+    from posttrain.training import evaluate
+    from posttrain.types import Completion, Pair, PromptGroup
+
+    monkeypatch.setattr(evaluate, "SELF_CHECK_TOKENS", 6)
+    monkeypatch.setattr(evaluate, "SELF_CHECK_PROMPT_TOKENS", 20)
+    policy, seen = Policy(build("llama"), PackingConfig()), []
+    policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    completions = [Completion(token_ids=[3] * 30, loss_mask=[0] * 25 + [1] * 5), Completion(token_ids=[4] * 9, loss_mask=[1] * 9)]
+    pairs = (Pair(chosen=0, rejected=1),)
+    groups = [
+        PromptGroup(prompt_ids=list(range(5, 65)), completions=completions, pairs=pairs),
+        PromptGroup(prompt_ids=list(range(5, 65)), completions=completions[:1]),
+    ]
+    assert evaluate.self_check(policy, groups, max_tokens=500) < 1e-5
+    plain = [s.group for s in seen if hasattr(s, "group")]
+    assert [len(g.prompt_ids) for g in plain] == [20, 20]
+    assert [[len(c.token_ids) for c in g.completions] for g in plain] == [[6], [5]]
+    assert plain[0].prompt_ids[-1] == 64 and plain[1].prompt_ids == [3] * 20
+    assert max(s.input_ids_L.shape[0] for s in seen if hasattr(s, "layout")) <= 2 * (20 + 6)
+
+
 def test_the_self_check_of_4_bit_layers_is_in_float32(tmp_path, monkeypatch):
     """Products in bfloat16 would round by more than the limit of float32 weights in a model of some depth; they are in bfloat16
     again afterwards."""
