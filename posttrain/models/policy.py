@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.logprobs import logit_transform, token_logps
-from posttrain.packing import attention, flex
+from posttrain.packing import attention
 from posttrain.packing.batch import Layout, PackedBatch, PackingMode
 from posttrain.packing.plan import PackingConfig
 from posttrain.types import PromptGroup
@@ -166,7 +166,7 @@ class Policy(nn.Module):
     def _use_flex(self, device: torch.device) -> None:
         """FlexAttention where its kernel works on this device, else attention by segment, with one line that says why."""
         config = self.base.config.get_text_config()
-        why_not = flex.why_not(
+        why_not = attention.why_not_flex(
             device,
             heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

@@ -1,7 +1,8 @@
 """FlexAttention over a packed row: its block mask from the segments' lengths, and one compiled kernel for rows of any length.
 
 Only CUDA trains with it (on a CPU it has no backward). Rows are padded to whole blocks, since the compiled backward is not
-made for other lengths, and everything that takes part has one dtype. ``why_not`` tries the kernel before a run uses it.
+made for other lengths, and everything that takes part has one dtype. ``attention.why_not_flex`` tries the kernel before a
+run uses it.
 """
 
 from __future__ import annotations
@@ -191,50 +192,3 @@ def compiled() -> Any:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         _COMPILED["kernel"] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     return _COMPILED["kernel"]
-
-
-TRIED: dict[tuple[Any, ...], str | None] = {}
-
-
-def why_not(device: torch.device, *, heads: int, kv_heads: int, width: int, softcap: float | None) -> str | None:
-    """Why the compiled kernel cannot be used on this device for attention of this shape; None where it can.
-
-    Runs forward and backward of a small row through it and compares both with torch's attention on the same row, so that
-    a missing compiler, an unsupported card or a wrong kernel is met here and not in a training step.
-    """
-    name = (str(device), heads, kv_heads, width, softcap)
-    if name not in TRIED:
-        try:
-            TRIED[name] = _try_kernel(device, heads, kv_heads, width, softcap)
-        except Exception as error:  # noqa: BLE001 - Triton, the C compiler, dynamo and CUDA each raise their own
-            TRIED[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-    return TRIED[name]
-
-
-TRIAL = Layout(lengths=(200, 60, 90, 40), prefixes=(-1, 0, 0, -1))
-TRIAL_ERROR = 0.03
-"""Largest difference from float32 attention, relative to the largest value: bfloat16 rounds to 0.004."""
-
-
-def _try_kernel(device: torch.device, heads: int, kv_heads: int, width: int, softcap: float | None) -> str | None:
-    from posttrain.packing.attention import segment_attention
-
-    generator = torch.Generator().manual_seed(0)
-    total = sum(TRIAL.lengths)
-    exact = [torch.randn(1, h, total, width, generator=generator) for h in (heads, kv_heads, kv_heads)]
-    weight = torch.randn(1, total, heads, width, generator=generator).to(device)
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        layout = Layout(lengths=TRIAL.lengths, prefixes=TRIAL.prefixes)
-        inputs = [x.to(torch.bfloat16).to(device, dtype).requires_grad_() for x in exact]
-        if dtype == torch.float32:
-            output, _ = segment_attention(None, *inputs, None, packing=layout, softcap=softcap)
-        else:
-            output = attend(*inputs, layout, scaling=None, sliding_window=None, softcap=softcap).transpose(1, 2)
-        results.append([output, *torch.autograd.grad((output * weight.to(dtype)).sum(), inputs)])
-    for wanted, got in zip(*results, strict=True):
-        got, wanted = got.detach().float(), wanted.detach()
-        error = float((got - wanted).abs().max() / wanted.abs().max())
-        if not error <= TRIAL_ERROR:
-            return f"its result is off by {error:.2g} of the largest value"
-    return None

@@ -184,7 +184,7 @@ with torch.no_grad():
 
 def test_a_kernel_that_does_not_work_is_replaced_in_one_line(monkeypatch, caplog):
     """No Triton, no compiler, an unsupported card: attention by segment instead, and FlexAttention by name is refused."""
-    monkeypatch.setattr(flex, "TRIED", {})
+    monkeypatch.setattr(attention, "TRIED_FLEX", {})
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("Cannot find Triton\nlong")))
     monkeypatch.setattr(flex, "_COMPILED", {})
     monkeypatch.setattr(flex, "_kernel", lambda device: flex.compiled())
@@ -212,9 +212,9 @@ def test_the_trial_compares_the_kernel_with_plain_attention(broken, monkeypatch)
             mask = mask | mask.roll(1, dims=1)
         return dense_attention(q, k, v, mask, scaling=q.shape[-1] ** -0.5, softcap=None).transpose(1, 2)
 
-    monkeypatch.setattr(flex, "TRIED", {})
+    monkeypatch.setattr(attention, "TRIED_FLEX", {})
     monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
-    found = flex.why_not(torch.device("cpu"), heads=4, kv_heads=2, width=16, softcap=None)
+    found = attention.why_not_flex(torch.device("cpu"), heads=4, kv_heads=2, width=16, softcap=None)
     assert ("off by" in found) if broken else found is None
 
 
