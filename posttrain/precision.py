@@ -161,10 +161,11 @@ def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = F
     return plan
 
 
-def default_precision(device_type: str, *, cpuinfo: Path = Path("/proc/cpuinfo")) -> PrecisionPlan:
+def default_precision(device_type: str, *, cpuinfo: Path = Path("/proc/cpuinfo"), kernels: str | None = None) -> PrecisionPlan:
     """``bf16`` where the device is good at it, else ``fp32``.
 
-    Good at it: CUDA with native bf16 (compute capability 8.0), a CPU with avx512_bf16 or amx_bf16 among its flags.
+    Good at it: CUDA with native bf16 (compute capability 8.0), a CPU with avx512_bf16 or amx_bf16 among its flags for which
+    torch runs its AVX-512 kernels (``kernels``, by default what torch says; ATEN_CPU_CAPABILITY can hold it to less).
     """
     if device_type == "cuda":
         import torch
@@ -172,7 +173,9 @@ def default_precision(device_type: str, *, cpuinfo: Path = Path("/proc/cpuinfo")
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return PRECISIONS["bf16" if native else "fp32"]
     if device_type == "cpu" and _cpu_flags(cpuinfo) & _FAST_BF16_CPU_FLAGS:
-        return PRECISIONS["bf16"]
+        import torch
+
+        return PRECISIONS["bf16" if "512" in (kernels or torch.backends.cpu.get_cpu_capability()) else "fp32"]
     return PRECISIONS["fp32"]
 
 

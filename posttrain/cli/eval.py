@@ -42,6 +42,9 @@ def _declare_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument(
+        "--must-end", action="store_true", help="an answer that is cut off at --max-tokens is wrong, whatever it says"
+    )
+    parser.add_argument(
         "--problems", type=int, default=0, metavar="N", help="only the first N; gym: how many (default: all; gym 200)"
     )
     parser.add_argument("--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}")
@@ -123,7 +126,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
     settings = EvaluationConfig(
         samples=arguments.samples, temperature=arguments.temperature, top_p=arguments.top_p, prompts=0, correct=reward
     )
-    rewards = Rewards(RewardsConfig(functions={reward: 1.0}, max_unscored=1.0))
+    rewards = Rewards(RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0))
     source = ModelConfig(name=arguments.model)
     tokenizer = load_tokenizer(source)
     dtype = torch_dtype(default_precision(state.device.type).compute)

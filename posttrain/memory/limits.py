@@ -50,7 +50,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def available_bytes(*, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this process could have in all: free memory and what it already has, or the limit of its cgroup (v2) if less."""
+    """What this process could have in all: free memory and what it already has, or the limit of its cgroup if less."""
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
     if free is None:
         return None
@@ -58,15 +58,16 @@ def available_bytes(*, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """memory.max of this process's cgroup and of those above it."""
+    """Memory limits of this process's cgroup and of those above it: memory.max, and in version 1 memory.limit_in_bytes."""
     own = Path("/proc/self/cgroup")
-    path = next((line[3:] for line in own.read_text().splitlines() if line.startswith("0::")), "/") if own.exists() else "/"
-    folder = root / path.lstrip("/")
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()] if own.exists() else []
     limits = []
-    for place in (folder, *folder.parents):
-        if place == root.parent:
-            break
-        file = place / "memory.max"
-        if file.exists() and (text := file.read_text().strip()) != "max":
-            limits.append(int(text))
+    for top, file, controllers in ((root, "memory.max", ""), (root / "memory", "memory.limit_in_bytes", "memory")):
+        path = next((p for _, c, p in lines if controllers in c.split(",")), "/")
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place == top.parent:
+                break
+            if (place / file).exists() and (text := (place / file).read_text().strip()) != "max":
+                limits.append(int(text))
     return limits

@@ -64,6 +64,11 @@ class RewardsConfig:
     """{name: keyword options}, for example {overlong_penalty: {max_tokens: 512, cache_tokens: 128}}."""
     starts: dict[str, int] = field(default_factory=dict)
     """{name: first iteration that counts it}; before, it is only logged (k1.5's length reward warms up so)."""
+    must_end: bool = False
+    """A completion that did not end by itself (it reached sampling.max_tokens, or was caught in a loop) counts as wrong: what a
+    function gives for it is at most 0. Verifiers read the answer and not what follows, so without this a policy can learn to
+    answer and to go on until the limit. DAPO's softer way is overlong_penalty; rollout.mask_truncated leaves them out of the loss
+    (Yu et al. 2025, arXiv:2503.14476 section 3.4)."""
     timeout_s: float = 10.0
     """Most seconds for one call; for a batched function, of each completion of its one call, which has 120 s more to load."""
     concurrency: int = 16
@@ -170,6 +175,8 @@ class Rewards:
             at = [(g, k) for g, (_, texts) in enumerate(groups) if name in weights[g] for k in range(len(texts))]
             for (g, k), outcome in zip(at, self._run(name, groups, at, parts), strict=True):
                 value = getattr(self._functions[name], "on_timeout", None) if outcome.exhausted else outcome.value
+                if value is not None and self.config.must_end and groups[g][1][k].finish_reason != "stop":
+                    value = min(value, 0.0)
                 parts[g][k][name] = value
                 if outcome.problem is not None:
                     problems[g][k].append(f"{name}: {outcome.problem}")

@@ -187,10 +187,19 @@ def checked(value: Any) -> tuple[float | None, str | None]:
     return (number, None) if math.isfinite(number) else (None, f"returned {number}")
 
 
-def _serve(read_fd: int, write_fd: int) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: a killed run leaves no worker behind
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+def _limit_this_process() -> None:
+    """A killed run leaves no worker behind (Linux); memory is limited where the system can do so (macOS cannot)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = WORKER_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(WORKER_MEMORY_BYTES, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _serve(read_fd: int, write_fd: int) -> None:
+    _limit_this_process()
     out = os.fdopen(write_fd, "w", encoding="utf-8")
 
     def answer(value: Any) -> None:

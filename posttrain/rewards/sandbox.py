@@ -94,7 +94,9 @@ def _limit(job: dict[str, Any]) -> None:
         resource.RLIMIT_NPROC: int(job["processes"]), resource.RLIMIT_CORE: 0,
     }  # fmt: skip
     for name, value in limits.items():
-        resource.setrlimit(name, (value, value))
+        hard = resource.getrlimit(name)[1]  # of a container, say: only root could raise it
+        least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (least, least))
 
 
 def _in_memory(text: str) -> int:
@@ -126,7 +128,8 @@ def _program(job: dict[str, Any], libc: Any, output: int, user: int) -> None:
 def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, user: int) -> None:
     """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
 
-    The report goes through a pipe that the program does not have: a line {"refused": why} or {"code": exit code}.
+    The report goes through a pipe that the program does not have: a line {"refused": why} or {"code": exit code}, or both
+    where the program could not be started.
     """
     message: dict[str, Any]
     try:
@@ -139,7 +142,7 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, use
         _enter(libc, int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
-            _program(job, libc, output, user)
+            _program(job, libc, output, user)  # comes back only by an exception, told below: no program has run
         ended, status = os.wait()
         while ended != program:
             ended, status = os.wait()
@@ -156,6 +159,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     ``too_long``: it wrote more than OUTPUT_BYTES and was killed then. ``job["parent"]``: process whose death ends this one.
     """
+    if not sys.platform.startswith("linux"):
+        return {"status": "refused", "problem": f"{sys.platform} has no namespaces"}
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != job["parent"]:

@@ -257,7 +257,8 @@ def test_the_default_follows_the_flags_of_the_cpu(tmp_path, cpuinfo: str | None,
     path = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         path.write_text(cpuinfo)
-    assert default_precision("cpu", cpuinfo=path).name == name
+    assert default_precision("cpu", cpuinfo=path, kernels="AVX512").name == name
+    assert default_precision("cpu", cpuinfo=path, kernels="AVX2").name == "fp32"
     assert default_precision("mps", cpuinfo=path).name == "fp32"
 
 

@@ -246,3 +246,21 @@ def test_a_judge_is_asked_and_its_failures_are_named(rewards_of, monkeypatch):
     (row,) = rewards.score([({"question": "2+2?"}, texts("4</answer>Rating: 10", "no", "down"))])
     assert [s.total for s in row] == [0.8, None, None] and "refused" in row[2].problems[0]
     assert asked[0][0] == "http://x/v1/chat/completions" and asked[0][1].count("</answer>") == 1 and asked[0][2] == "k"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "repeat"])
+def test_an_answer_that_does_not_end_is_wrong(reason, rewards_of):
+    """Where must_end is set: its verifier's 1 becomes 0, a penalty stays, and what reads the verifier's score reads 0."""
+    config = RewardsConfig(
+        functions={"exact_answer": 1.0, "overlong_penalty": 1.0, "k15_length": 1.0}, must_end=True,
+        options={"overlong_penalty": {"max_tokens": 10, "cache_tokens": 10}},
+    )  # fmt: skip
+    short = CompletionText("<answer>4</answer>", num_tokens=5, finish_reason=reason)
+    long = CompletionText("<answer>4</answer>", num_tokens=10)
+    sample = {"answer": "4"}
+    (scored,) = rewards_of(config).score([(sample, [short, long])])
+    ended = reason == "stop"
+    assert scored[0].parts == {"exact_answer": float(ended), "overlong_penalty": -0.5, "k15_length": 0.5 if ended else 0.0}
+    assert scored[1].parts == {"exact_answer": 1.0, "overlong_penalty": -1.0, "k15_length": -0.5}
+    (lax,) = rewards_of(RewardsConfig(functions={"exact_answer": 1.0})).score([(sample, [short])])
+    assert lax[0].total == 1.0
