@@ -37,8 +37,8 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
 
     Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
     nothing. 4-bit layers compute in float32 here, as all others outside of autocast. A collective where weights are sharded.
-    The row is computed segment by segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on at most
-    SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
+    The row is computed segment by segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on
+    at most SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
