@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 
+def status_bytes(name: str) -> int:
+    """A field of /proc/self/status: VmHWM (peak resident), VmRSS (resident), RssAnon, RssFile."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")
+
+
 class Memory:
     """Peak of resident memory since `start`, above what was resident then (Linux)."""
 
@@ -21,16 +29,10 @@ class Memory:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         Path("/proc/self/clear_refs").write_text("5")
-        self._base = self._field("VmRSS")
+        self._base = status_bytes("VmRSS")
 
     def above(self) -> int:
-        return self._field("VmHWM") - self._base
-
-    def _field(self, name: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"no {name} in /proc/self/status")
+        return status_bytes("VmHWM") - self._base
 
 
 def spread(values: Sequence[float]) -> str:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import spawn
+from common import spawn, status_bytes
 
 if TYPE_CHECKING:
     from posttrain.memory.job import Job
@@ -172,7 +172,6 @@ def run_case(case: Case) -> dict[str, Any]:
     from posttrain.models.heads import Scorer
     from posttrain.packing.plan import PackingConfig
     from posttrain.tracing.live import LiveStorages
-    from posttrain.tracing.measure import status_bytes
     from posttrain.tracing.trace import worst_case
     from posttrain.training.config import TrainConfig
     from posttrain.training.launch import make_accelerator

@@ -1,16 +1,21 @@
-"""A verifiable task that SmolLM2-135M-Instruct fails and learns in minutes: reverse a list of words.
+"""Verifiable tasks that SmolLM2-135M-Instruct fails and learns in minutes.
 
     python recipes/demo_task.py --out data/demo --train 1500 --eval 200 --seed 0
 
-writes ``train.jsonl`` and ``heldout.jsonl``. The problems and the verifier are reasoning-gym's
-``word_sequence_reversal``, or ``chain_sum`` (sums and differences of two numbers); no question is in both files. A row:
-``messages`` (system, user, assistant; chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``.
+writes ``train.jsonl`` and ``heldout.jsonl``; no question is in both files. A row: ``messages`` (system, user, assistant;
+chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``. The tasks:
+
+    word_sequence_reversal  put a list of words into reverse order. Problems and verifier (gym_answer) are reasoning-gym's.
+    chain_sum               sums and differences of two numbers, reasoning-gym's
+    word_count              how many words are in a list (numeric_answer), for `make demo`. One demonstration in three counts
+                            in its thought, the others have an empty thought and a number that happens to be right
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +29,14 @@ SYSTEM = "Answer with the result only."
 REASONING_SYSTEM = "Think between <think> and </think>, then give the result between <answer> and </answer>."
 # reasoning-gym draws problem i of seed s from Random(s + i): seeds 0 and 1 would share all problems but one
 SEED_STRIDE = 10_000_019
+WORDS = """
+apple bell bird book bread bridge cake chair clock cloud coat corn cup door drum egg fire fish fork garden glass glove hat
+hill horse house key knife lake lamp letter light map milk moon music paper pen plate rain rice ring river road salt sand ship
+shoe snow soup spoon star stone sugar table tea train tree water wind window
+""".split()
+NUM_WORDS = (3, 8)
+COUNTED_SHARE = 1 / 3
+COUNT_SYSTEM = "Think, then answer."
 
 
 def make_rows(
@@ -37,9 +50,29 @@ def make_rows(
         raise ValueError(f"At least one row is needed in each file; got --train {num_train} --eval {num_heldout}.")
     if reasoning and task != "word_sequence_reversal":
         raise ValueError(f"There are demonstrations with a thought for word_sequence_reversal only; got --task {task}.")
+    if task == "word_count":
+        rows = _counting(num_train + num_heldout, seed)
+        return rows[:num_train], rows[num_train:]
     problems = _different_problems(task, seed)
     rows = [_row(task, next(problems), reasoning) for _ in range(num_train + num_heldout)]
     return rows[:num_train], rows[num_train:]
+
+
+def _counting(count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of word_count, all questions different."""
+    rng = random.Random(f"word_count {seed}")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < count:
+        words = rng.choices(WORDS, k=rng.randint(*NUM_WORDS))
+        counted = " ".join(f"{i} {word}" for i, word in enumerate(words, start=1)) if rng.random() < COUNTED_SHARE else ""
+        question, answer = f"How many words are in this list? {', '.join(words)}", str(len(words))
+        messages = [
+            {"role": "system", "content": COUNT_SYSTEM},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": f"<think>{counted}</think><answer>{answer}</answer>"},
+        ]
+        rows.setdefault(question, {"messages": messages, "task": "word_count", "answer": answer})
+    return list(rows.values())
 
 
 def _different_problems(task: str, seed: int) -> Iterator[Mapping[str, Any]]:
@@ -83,7 +116,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
-    parser.add_argument("--task", choices=list(TASKS), default="word_sequence_reversal", help="which problems")
+    parser.add_argument("--task", choices=[*TASKS, "word_count"], default="word_sequence_reversal", help="which problems")
     parser.add_argument("--train", type=int, default=1500, help="training rows (default: 1500)")
     parser.add_argument("--eval", type=int, default=200, help="held-out rows (default: 200)")
     parser.add_argument("--reasoning", action="store_true", help="demonstrations with a thought, in DeepSeek-R1's format")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.code_size import code_size
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
@@ -89,12 +92,28 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno} {node.name}: probably two ideas"
 
 
-def test_the_package_can_be_read_in_an_evening():
-    """The memory accounting beside it is read by those who ask what a run needs; training does not go through it."""
-    lines = {True: 0, False: 0}
-    for path in FILES:
-        lines[area(path) in ("memory", "tracing")] += path.read_text().count("\n")
-    assert lines[False] < 16_000 and lines[True] < 3_000, lines
+def test_the_code_does_not_grow_without_a_word():
+    """At most what the last entry of the log beside says. More code is an entry with what it buys; less is welcome there, too."""
+    log = (ROOT / "tests" / "code_size.md").read_text()
+    sizes = [int(line.split("|")[1].replace(",", "")) for line in log.splitlines() if re.match(r"\| [0-9,]+ \|", line)]
+    assert code_size(PACKAGE) <= sizes[-1], "see tests/code_size.md"
+
+
+def test_the_measure_of_code_counts_no_words_and_no_width(tmp_path):
+    text = '''"""Docstring."""
+
+# a comment
+def f(a, b):
+    """Another,
+    of two lines."""
+    text = """kept
+    as code"""
+    return [a, b, text, "{}"]  # fmt: skip
+'''
+    (tmp_path / "a.py").write_text(text.replace("{}", "x"))
+    assert code_size(tmp_path) == 4
+    (tmp_path / "a.py").write_text(text.replace("{}", "x" * 90))
+    assert code_size(tmp_path) > 4, "a line of more than 100 columns is several"
 
 
 def test_records_and_precision_import_torch_only_for_type_checkers():

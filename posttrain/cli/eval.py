@@ -71,12 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(name.removeprefix("eval_"), f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text)
     Console().print(table)
     if arguments.out:
-        lines = [
-            {"where": g.prompt.sample.get("_where"), "text": str(t), "tokens": t.num_tokens, "finish_reason": t.finish_reason,
-             "correct": ok, "rewards": s.parts}
-            for g, row in zip(evaluation.groups, evaluation.correct, strict=True)
-            for t, s, ok in zip(g.texts, g.scores, row, strict=True)
-        ]  # fmt: skip
+        lines = evaluation.rows()
         Path(arguments.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -52,8 +52,6 @@ class Layer:
     """Elements of the largest weight, all experts of a layer together."""
     adapter_ranks: int = 0
     """Sum of the ranks of its adapters."""
-    adapted_inputs: int = 0
-    """Widths of all inputs of adapted linear layers, added up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,6 @@ class Architecture:
     broadcasts_keys: bool = False
     """One key for all heads, which no fused kernel of a CPU takes (Falcon)."""
     sliding_window: int | None = None
-    max_positions: int | None = None
     tied: bool = False
 
     @property
@@ -146,7 +143,6 @@ def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architectur
         broadcasts_keys=kind == "falcon" and kv_heads == 1,
         scales_logits=_first(text, "logit_scale", "logits_scaling", default=1.0) != 1.0,
         sliding_window=getattr(text, "sliding_window", None) if is_gemma else None,
-        max_positions=_first(text, "max_position_embeddings", "n_positions"),
         tied=any(p.in_embedding and p.in_linear for p in parameters),
     )
 
@@ -180,7 +176,7 @@ def _layer(parameters: Sequence[Parameter], hidden: int, act: str, attention: tu
         expert_width=wide // 2 if any("gate_up" in p.name for p in experts) else wide,
         largest_matrix=max((p.numel for p in own), default=0),
     )
-    return replace(layer, adapter_ranks=sum(p.shape[0] for p in adapters), adapted_inputs=sum(p.shape[1] for p in adapters))
+    return replace(layer, adapter_ranks=sum(p.shape[0] for p in adapters))
 
 
 def _attention_widths(own: dict[str, Parameter], widths: tuple[int, int]) -> dict[str, Any]:

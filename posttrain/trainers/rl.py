@@ -31,7 +31,7 @@ from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
-from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
+from posttrain.training.pass_at_k import Evaluation, EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
@@ -209,11 +209,9 @@ class RLTrainer:
                 weights=lambda: unwrapped(loop.policy).parameters(),
             )
 
-        def evaluator(collector: Collector, step: int) -> dict[str, float]:
+        def evaluator(collector: Collector) -> Evaluation:
             assert evaluation is not None
-            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed).metrics(
-                powers=config.evaluation.pass_at_powers
-            )
+            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed)
 
         return RolloutSource(
             config=config.rollout,
@@ -223,6 +221,7 @@ class RLTrainer:
             sampler=PromptSampler(config.curriculum, [p.sample for p in train], seed=config.train.seed),
             make_collector=collector,
             evaluator=evaluator if evaluation is not None else None,
+            pass_at_powers=config.evaluation.pass_at_powers,
             folder=config.train.folder / "rollouts",
             correct=config.evaluation.correct,
         )

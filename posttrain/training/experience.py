@@ -23,6 +23,7 @@ from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_jo
 from posttrain.training.config import UserFacingError, declared_like
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
+from posttrain.training.pass_at_k import Evaluation
 from posttrain.training.ranks import of_all_ranks
 from posttrain.training.rollout_log import RolloutLog, rollout_metrics
 from posttrain.training.step import Loss
@@ -74,9 +75,11 @@ class RolloutSource:
     seed: int
     sampler: PromptSampler
     make_collector: Callable[[Loop], Collector]
-    evaluator: Callable[[Collector, int], dict[str, float]] | None
+    evaluator: Callable[[Collector], Evaluation] | None
     folder: Path
-    """For the kept rollouts and the journals."""
+    """For the kept rollouts, held-out answers and journals."""
+    pass_at_powers: bool = False
+    """Held-out pass@k for k = 2, 4, 8, ... below the samples too."""
     correct: str | None = None
     """Name of the reward that tells right from wrong (> 0) for success rates; None: the first one."""
 
@@ -238,11 +241,13 @@ class RolloutSource:
         }
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out figures under the present weights."""
+        """Held-out figures under the present weights; the answers are kept."""
         if self.evaluator is None:
             return {}
         self._collector.engine.refresh(step)
-        return self.evaluator(self._collector, step)
+        evaluation = self.evaluator(self._collector)
+        self._log.keep_answers(evaluation, step=step)
+        return evaluation.metrics(powers=self.pass_at_powers)
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """Everything that decides what comes next, and the mini-batches that are still to be trained; the same on all ranks."""

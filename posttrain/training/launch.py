@@ -106,6 +106,9 @@ def _join_processes(sharding: str) -> tuple[Any, bool]:
         return PartialState(), False
     if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
         os.environ["ACCELERATE_USE_CPU"] = "false"
+        # Gloo does what its kernels for shared memory do. These are compiled at the first start: a minute, a compiler, and where
+        # that start is killed a lock that the next one waits for.
+        getattr(import_module("deepspeed.ops"), "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         return PartialState(backend="gloo"), True
     os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
     state = PartialState(cpu=True)

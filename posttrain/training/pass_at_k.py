@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.answers import final_answer
@@ -56,6 +57,17 @@ class Evaluation:
     groups: Sequence[ScoredGroup]
     correct: Sequence[Sequence[bool]]
     """[problem][answer]"""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each answer: where its problem is from, what was said, and how it was judged."""
+        return [
+            {
+                "where": g.prompt.sample.get("_where"), "text": str(t), "tokens": t.num_tokens, "finish_reason": t.finish_reason,
+                "correct": ok, "rewards": dict(s.parts),
+            }
+            for g, row in zip(self.groups, self.correct, strict=True)
+            for t, s, ok in zip(g.texts, g.scores, row, strict=True)
+        ]  # fmt: skip
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
         """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k = samples > 1, eval_length in

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.training.collect import ScoredGroup
+from posttrain.training.pass_at_k import Evaluation
 from posttrain.types import PromptGroup
 
 
@@ -69,6 +71,15 @@ class RolloutLog:
         path = self._folder / f"iteration_{iteration:06d}.parquet"
         partial = path.with_suffix(".partial")
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+        partial.replace(path)
+
+    def keep_answers(self, evaluation: Evaluation, *, step: int) -> None:
+        """held_out_STEP.jsonl: every answer to a held-out problem after ``step`` steps."""
+        if not self._is_main:
+            return
+        path = self._folder / f"held_out_{step:06d}.jsonl"
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8")
         partial.replace(path)
 
     def show(self, scored: Sequence[ScoredGroup], *, iteration: int, count: int = 4) -> None:

@@ -15,13 +15,13 @@ from posttrain.losses.sft import sft
 from posttrain.models.policy import Policy
 from posttrain.models.sharding import whole_state
 from posttrain.packing.plan import PackingConfig, plan_step
-from posttrain.tracing.states import measured_states
 from posttrain.training import sharding
 from posttrain.training.launch import make_accelerator
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
 from posttrain.training.step import NonFiniteError, clip_and_check, couples_completions, step_gradient
 from tests.helpers import random_groups, reference_gradient, tiny_gpt2, token_mean
 from tests.losses_for_tests import all_pairs, all_pairs_reference
+from tests.measured_states import measured_states
 
 # eps far above rounding: GPT-2's key biases have gradient 0, and AdamW would divide the rounding error by itself
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, schedule="constant", max_grad_norm=0.5)

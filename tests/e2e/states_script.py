@@ -16,13 +16,13 @@ from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.models.load import LoraConfig, ModelConfig, load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step
-from posttrain.tracing.states import measured_states
 from posttrain.training import sharding
 from posttrain.training.launch import make_accelerator
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
 from posttrain.training.step import couples_completions, step_gradient
 from tests.helpers import random_groups
 from tests.losses_for_tests import all_pairs
+from tests.measured_states import measured_states
 
 CASES = [("policy", 0), ("policy", 4), ("reward", 0), ("reward", 4)]
 """SFT, DPO and RL hold a policy; rank of the adapters, 0: none."""

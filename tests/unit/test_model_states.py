@@ -16,7 +16,6 @@ from posttrain.memory.states import frozen_bytes, parameters_of, run_states
 from posttrain.models.adapters import LoraConfig
 from posttrain.precision import PRECISIONS
 from posttrain.rollout.engine import SamplingConfig
-from posttrain.tracing.states import measured_states
 from posttrain.trainers.dpo import DPOConfig, DPOTrainer
 from posttrain.trainers.reward import RewardConfig, RewardTrainer
 from posttrain.trainers.rl import RLConfig, RLTrainer
@@ -24,6 +23,7 @@ from posttrain.training import sharding
 from posttrain.training.experience import RolloutConfig
 from posttrain.training.loop import Loop
 from posttrain.training.reference import ReferenceConfig
+from tests.measured_states import measured_states
 from tests.tiny import model_folder
 
 ROWS = [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(4) for b in range(4)]
