@@ -6,7 +6,12 @@ INSTALLED := $(VENV)/.installed
 # libgomp spins: more threads than cores make small matmuls many times slower
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test test-vllm check install clean
+# As on a CPU that has neither AVX-512 nor bf16 instructions, and what depends on the CPU's instructions
+AVX2_ENV := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+AVX2_TESTS := $(addprefix tests/unit/test_,attention.py experience.py local_engine.py machines.py model_states.py precision.py \
+	precision_runs.py rl_trainer.py rollout_state.py sampling.py sampling_weights.py states.py vllm_client.py)
+
+.PHONY: demo test test-avx2 test-vllm check install clean
 
 install: $(INSTALLED)
 
@@ -22,6 +27,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+test-avx2: $(INSTALLED)
+	$(TEST_ENV) $(AVX2_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(AVX2_TESTS)
 
 # A real vLLM server on the CPU, in an environment of its own (3 GB)
 test-vllm: $(INSTALLED) .venv-vllm/.installed

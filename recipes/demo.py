@@ -3,7 +3,7 @@
     python recipes/demo.py [--seed N] [--sft-steps N] [--rl-steps N] [--precision auto|fp32|bf16|bf16-pure]
 
 SmolLM2-135M-Instruct says how many words are in a list. A few demonstrations teach it a format: most of them guess, one in
-three counts in its thought (cold start). Then a verifier of the number alone (GRPO) finds out that counting pays: answers
+four counts in its thought (cold start). Then a verifier of the number alone (GRPO) finds out that counting pays: answers
 become longer and right. Held-out problems are in no training data. Writes runs/demo_cold_start, runs/demo_grpo (with
 rewards.svg) and what the commands printed, data/word_count/*.log.
 """
@@ -134,7 +134,7 @@ def draw(steps: list[dict[str, Any]], answers: dict[str, Answers], path: Path) -
     above.plot(x, [s["reward"] for s in steps], marker="o", color="tab:blue", label="sampled answers, trained on")
     ends = [answers["after cold start"], answers["after GRPO"]]
     above.plot([0, x[-1]], [statistics.fmean(a["correct"] for a in e) for e in ends], "D", color="tab:orange",
-               label="held-out problems, greedy")  # fmt: skip
+               label="held-out problems")  # fmt: skip
     above.set(ylabel="share that is right", ylim=(0, 1.02), title="GRPO from a verifier: counting pays")
     above.legend(loc="lower right")
     below.plot(x, [s["length"] for s in steps], marker="o", color="tab:blue")
@@ -161,8 +161,8 @@ def main() -> None:
          "--seed", str(args.seed)), log="problems.log")  # fmt: skip
     run(console, "Before: SmolLM2-135M-Instruct answers the held-out problems",
         ("posttrain", "eval", "smollm2-135m", "--task", "data/word_count/heldout.jsonl", "--reward", "numeric_answer",
-         "--max-tokens", "48", "--must-end", "--out", "data/word_count/before.jsonl"), log="before.log")  # fmt: skip
-    run(console, "Cold start: demonstrations, of which one in three counts in its thought",
+         "--max-tokens", "48", "--must-end", "--temperature", "1", "--out", "data/word_count/before.jsonl"), log="before.log")  # fmt: skip
+    run(console, "Cold start: demonstrations, of which one in four counts in its thought",
         (*LAUNCH, "recipes/sft.py", "--config", "recipes/configs/demo_cold_start.yaml", "--train.max_steps", str(args.sft_steps),
          *shared), log="cold_start.log", metrics=RUNS / "demo_cold_start" / "metrics.jsonl")  # fmt: skip
     run(console, "GRPO: eight answers to each problem, a verifier of the number, nothing else",

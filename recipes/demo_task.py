@@ -7,7 +7,7 @@ chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``. The tasks:
 
     word_sequence_reversal  put a list of words into reverse order. Problems and verifier (gym_answer) are reasoning-gym's.
     chain_sum               sums and differences of two numbers, reasoning-gym's
-    word_count              how many words are in a list (numeric_answer), for `make demo`. One demonstration in three counts
+    word_count              how many words are in a list (numeric_answer), for `make demo`. One demonstration in four counts
                             in its thought, the others have an empty thought and a number that happens to be right
 """
 
@@ -35,7 +35,7 @@ hill horse house key knife lake lamp letter light map milk moon music paper pen 
 shoe snow soup spoon star stone sugar table tea train tree water wind window
 """.split()
 NUM_WORDS = (3, 8)
-COUNTED_SHARE = 1 / 3
+COUNTED_SHARE = 1 / 4
 COUNT_SYSTEM = "Think, then answer."
 
 
