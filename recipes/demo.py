@@ -161,7 +161,8 @@ def main() -> None:
          "--seed", str(args.seed)), log="problems.log")  # fmt: skip
     run(console, "Before: SmolLM2-135M-Instruct answers the held-out problems",
         ("posttrain", "eval", "smollm2-135m", "--task", "data/word_count/heldout.jsonl", "--reward", "numeric_answer",
-         "--max-tokens", "48", "--must-end", "--temperature", "1", "--out", "data/word_count/before.jsonl"), log="before.log")  # fmt: skip
+         "--max-tokens", "48", "--must-end", "--temperature", "1",
+         "--out", "data/word_count/before.jsonl"), log="before.log")  # fmt: skip
     run(console, "Cold start: demonstrations, of which one in four counts in its thought",
         (*LAUNCH, "recipes/sft.py", "--config", "recipes/configs/demo_cold_start.yaml", "--train.max_steps", str(args.sft_steps),
          *shared), log="cold_start.log", metrics=RUNS / "demo_cold_start" / "metrics.jsonl")  # fmt: skip

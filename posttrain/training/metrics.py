@@ -81,10 +81,15 @@ def model_flops(model: nn.Module) -> ModelFlops:
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matmul on this device with the threads of this process: the roof that `peak_fraction` refers to."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    """FLOP/s of a square matmul on this device with the threads of this process: the roof that `peak_fraction` refers to.
+
+    A small one where a larger one would take seconds (bfloat16 on a CPU without instructions for it).
+    """
+    for size in (8192,) if device.type == "cuda" else (256, 1024):
+        a = torch.randn(size, size, device=device).to(dtype)
+        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+        if timer.timeit(1).median > 0.005:
+            break
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 

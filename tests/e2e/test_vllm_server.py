@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -218,7 +219,8 @@ def test_recipe_learns_with_the_server(server, tmp_path):
     steps = steps_of(tmp_path / "run")
     assert [s["step"] for s in steps] == list(range(1, 31))
     assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
-    assert steps[0]["reward"] < 0.3 and steps[-1]["reward"] > 0.8, [s["reward"] for s in steps]
+    rewards = [s["reward"] for s in steps]
+    assert rewards[0] < 0.3 and statistics.median(rewards[-5:]) > 0.8, rewards
 
 
 def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp_path):
