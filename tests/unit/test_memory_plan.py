@@ -33,7 +33,7 @@ from posttrain.trainers.sft import SFTConfig
 from tests.tiny import model_folder, write_rows
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
-KIND = {"dpo_smollm2": "dpo", "reward_smollm2": "reward", "sft_smollm2": "sft"}  # the others: rl
+KIND = {"demo_cold_start": "sft", "dpo_smollm2": "dpo", "reward_smollm2": "reward", "sft_smollm2": "sft"}  # the others: rl
 
 
 @pytest.fixture(scope="module")
