@@ -135,6 +135,8 @@ class Algorithm:
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.loss).parameters.values()
         takes_kl = any(p.name == "kl_weight" or p.kind is p.VAR_KEYWORD for p in parameters)
+        if not self.beta >= 0:
+            raise ValueError(f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got {self.beta}.")
         if self.kl_in not in ("loss", "reward", "token_reward"):
             raise ValueError(f"Algorithm {self.name}: kl_in is loss, reward or token_reward; got {self.kl_in!r}.")
         by_group = self.advantages in (group_normalised, leave_one_out, mirror_baseline)

@@ -181,7 +181,7 @@ def main() -> None:
     draw(read_steps(RUNS / "demo_grpo" / "metrics.jsonl"), answers, picture)
     console.print(
         f"\n{_clock(began)} minutes. The reward curve is in {picture.relative_to(REPO)},\n"
-        "the trained model in runs/demo_grpo/final, all answers in runs/demo_grpo/rollouts.", highlight=False
+        "the trained model in runs/demo_grpo/final, answers in runs/demo_grpo/rollouts.", highlight=False
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     table.add_column("", justify="right")
     interval = metrics.pop("eval_pass@1_ci95")
     for name, value in metrics.items():
-        text = f"{value:.1%}" if "@" in name or name == "eval_truncated" else f"{value:.3f}"
+        text = f"{value:.1%}" if "@" in name or name in ("eval_truncated", "eval_unscored") else f"{value:.3f}"
         table.add_row(name.removeprefix("eval_"), f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text)
     Console().print(table)
     if arguments.out:
@@ -87,14 +87,18 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
         tried = evaluate(quick, [_suffixed(row, arguments.guess_suffix) for row in rows])
         guessed = {str(g.prompt.sample["_where"]) for g, row in zip(tried.groups, tried.correct, strict=True) if any(row)}
     lines = []
+    unjudged = 0
     for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
-        rate = statistics.fmean(correct)
-        if str(group.prompt.sample["_where"]) not in guessed:
+        known = [ok for ok in correct if ok is not None]
+        unjudged += not known
+        rate = statistics.fmean(known) if known else None
+        if rate is not None and str(group.prompt.sample["_where"]) not in guessed:
             kept = {k: v for k, v in group.prompt.sample.items() if k != "_where"}
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
     Path(arguments.out).write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
     print(
-        f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right); wrote {len(lines)} to {arguments.out}"
+        f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), {unjudged} left out (no "
+        f"answer could be judged); wrote {len(lines)} to {arguments.out}"
     )
 
 
@@ -103,9 +107,8 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
     import torch
     from accelerate import PartialState
 
-    from posttrain.data import stop_token_ids
     from posttrain.data.prompts import PromptConfig, prompts_from_rows
-    from posttrain.models.load import ModelConfig, load_model, load_tokenizer
+    from posttrain.models.load import ModelConfig, end_token_ids, load_model, load_tokenizer
     from posttrain.models.policy import Policy
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import default_precision, torch_dtype
@@ -129,7 +132,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
         load_model(source, dtype=dtype).to(state.device), PackingConfig(max_tokens=8192), device_type=state.device.type
     )
     engine = LocalEngine(
-        policy, compute=dtype, stop_ids=stop_token_ids(tokenizer), config=LocalConfig(max_rows=arguments.max_rows),
+        policy, compute=dtype, stop_ids=end_token_ids(policy.base, tokenizer), config=LocalConfig(max_rows=arguments.max_rows),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
     )  # fmt: skip
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)

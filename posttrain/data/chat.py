@@ -84,7 +84,7 @@ class ChatEncoder:
                 f"{_where(meta)}: the tokenizer has no EOS token, so no end can be trained. Set tokenizer.eos_token."
             )
         (prompt_length, _), ids = _encode_pieces([prompt, completion], self.tokenizer, where=_where(meta))
-        prompt_ids = _leading_special(self.tokenizer) + ids[:prompt_length]
+        prompt_ids = leading_special(self.tokenizer) + ids[:prompt_length]
         if not prompt_ids:
             raise ValueError(
                 f"{_where(meta)}: the prompt is empty and the tokenizer adds no BOS token, so the first token of the "
@@ -332,7 +332,7 @@ def _encode_pieces(pieces: list[str], tokenizer: Any, *, where: str) -> tuple[li
     )
 
 
-def _leading_special(tokenizer: Any) -> list[int]:
+def leading_special(tokenizer: Any) -> list[int]:
     """Ids that the tokenizer puts before a text by itself: BOS for most, none for GPT-2."""
     plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     full = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.chat import leading_special
 from posttrain.data.readers import read_rows
 
 R1_ZERO_TEMPLATE = (
@@ -104,8 +105,8 @@ class _Encoder:
         else:
             said = prompt if isinstance(prompt, str) else "\n\n".join(str(m["content"]) for m in prompt)
             text = self._text.replace("{prompt}", said)
-        ids = self._tokenizer(text + self._config.opening, add_special_tokens=self._text is not None)["input_ids"]
-        return list(ids)
+        ids = list(self._tokenizer(text + self._config.opening, add_special_tokens=False)["input_ids"])
+        return ids if self._text is None else [*leading_special(self._tokenizer), *ids]
 
     def _prompt_of(self, sample: Mapping[str, Any]) -> str | Sequence[Mapping[str, Any]]:
         for column in dict.fromkeys((self._config.prompt_column, "question", "messages")):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data.chat import stop_token_ids
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
 
@@ -199,7 +200,7 @@ def save_model(
 
     A plain model loads with ``AutoModelForCausalLM.from_pretrained(folder)`` alone. A model with adapters writes the
     adapters and the name of their base; ``posttrain merge`` makes a plain model of it. ``state``: the weights where the model
-    itself is sharded (``models.sharding.whole_state``).
+    itself is sharded (``models.sharding.whole_state``). The saved generation config stops at every token of ``end_token_ids``.
     """
     from peft import PeftModel
 
@@ -207,9 +208,18 @@ def save_model(
         # "auto" would ask the hub for the base model's config, to see whether the vocabulary grew
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     else:
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
         model.save_pretrained(str(folder), state_dict=state)
     tokenizer.save_pretrained(str(folder))
     let_weights_be_read_like_the_rest(Path(folder))
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: the tokenizer's, the one that the chat template closes a turn with, and the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [] if own is None else own if isinstance(own, list) else [own]
+    return list(dict.fromkeys((*stop_token_ids(tokenizer), *map(int, listed))))
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:

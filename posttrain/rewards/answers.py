@@ -8,41 +8,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from decimal import Decimal
 from typing import Any
 
 from posttrain.rewards.format import answer_block
-
-MAX_CHARACTERS = 2000
-"""Longest answer that is parsed as mathematics; of a longer text its end."""
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:\s*/\s*[0-9]+)?|[-+]?\.[0-9]+")
+from posttrain.rewards.reading import answer_in, boxed, last_number, read_answer, same_answer, written
 
 
-def math_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer") -> float | None:
-    """Whether the final expression equals ``sample[column]`` mathematically (math-verify: LaTeX, boxed, plain numbers, sets).
+def math_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer", in_thought: bool = False) -> float | None:
+    """Whether the answer equals ``sample[column]`` mathematically (math-verify: LaTeX, boxed or bare, numbers, sets, words).
 
-    A gold answer written as GSM8K's (``... #### 72``) is what follows the marks.
+    Both are read as a whole (``rewards/reading.py``). None where the sample's answer cannot be read and the completion does
+    not say the very same. A gold answer written as GSM8K's (``... #### 72``) is what follows the marks.
     """
-    from math_verify import parse, verify
-
-    gold = _parsed_gold(gold_text(sample, column))
-    if not gold:
+    gold = read_answer(gold_text(sample, column))
+    if gold is None:
         return None
-    text = judged_text(completion)
-    if text is None:
-        return 0.0
-    found = parse(text[-MAX_CHARACTERS:], parsing_timeout=None)
-    return 1.0 if found and verify(list(gold), found, timeout_seconds=None) else 0.0
+    text = judged_text(completion, in_thought=in_thought)
+    said = None if text is None else answer_in(text)
+    if said is not None and same_answer(gold, said):
+        return 1.0
+    return 0.0 if gold.parsed or gold.is_words or said is None else None
 
 
-def numeric_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer", tolerance: float = 0.0) -> float | None:
-    """Whether the last number of the text equals ``sample[column]`` to ``tolerance`` (absolute). Thousands commas are read."""
+def numeric_answer(
+    completion: str, sample: Mapping[str, Any], *, column: str = "answer", tolerance: float = 0.0, in_thought: bool = False
+) -> float | None:
+    """Whether the number in the last box, else the last number of the text, equals ``sample[column]`` to ``tolerance``.
+
+    1,234, 1e5, 1.5\\times10^5, fractions and mixed numbers are read; a number that is a part of something else
+    (``11\\sqrt2``) is none.
+    """
     gold = last_number(gold_text(sample, column))
     if gold is None:
         return None
-    text = judged_text(completion)
-    found = None if text is None else last_number(text)
+    text = judged_text(completion, in_thought=in_thought)
+    found = None if text is None else last_number(", ".join(boxed(text)) or text)
     return 1.0 if found is not None and abs(found - gold) <= Decimal(str(tolerance)) else 0.0
 
 
@@ -55,25 +56,49 @@ def exact_answer(completion: str, sample: Mapping[str, Any], *, column: str = "a
     return 1.0 if text is not None and wanted == found else 0.0
 
 
-def choice_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer") -> float | None:
-    """Whether the last letter named as a choice is the sample's.
+def choice_answer(
+    completion: str, sample: Mapping[str, Any], *, column: str = "answer", in_thought: bool = False
+) -> float | None:
+    """Whether the letter that is chosen is the sample's.
 
-    A choice is named by ``(C)``, ``C)``, ``Answer: C``, ``**C**``, ``\\boxed{C}``, or C alone.
+    Chosen is the letter of the last box; else of the last "answer is C", "Answer: (C)", "option C"; else the text itself
+    (``C``, ``C. Paris``); else the last bold one; else ``(C)`` or ``C)``, where it is the only one. LaTeX text and bold around
+    it do not count. None where the sample's answer is no letter.
     """
-    gold = gold_text(sample, column).strip().strip("()").upper()
-    if not re.fullmatch(r"[A-Z]", gold):
+    gold = re.fullmatch(r"\W*([A-Za-z])\W*", _unset(gold_text(sample, column)))
+    if gold is None:
         return None
-    text = judged_text(completion)
-    if text is None:
-        return 0.0
-    if re.fullmatch(r"\s*\(?([A-Za-z])[).]?\s*", text):
-        return 1.0 if text.strip().strip("().").upper() == gold else 0.0
-    named = re.findall(
-        r"\\boxed\{\(?([A-Z])\)?\}|\(([A-Z])\)|(?i:answer|choice|option)(?: is|:)?\**\s+\(?([A-Z])\b|\b([A-Z])\)"
-        r"|\*\*([A-Z])\*\*",
-        text,
-    )
-    return 1.0 if named and next(g for g in named[-1] if g) == gold else 0.0
+    text = judged_text(completion, in_thought=in_thought)
+    chosen = None if text is None else _chosen(text)
+    return 1.0 if chosen == gold[1].upper() else 0.0
+
+
+_LETTER = r"(?:\((?P<p>[A-Za-z])\)|(?P<l>[A-Z])(?![\w'’]))"
+_CHOICES = (
+    re.compile(rf"(?i:\b(?:answer|choice|option)\b)[^.\n\w(]*(?:(?i:is|was|be|choice|option)\b[^.\n\w(]*)*{_LETTER}"),
+    re.compile(r"\A[\s(*\[]*(?:(?P<p>[A-Za-z])[\s).*:\]]*\Z|(?P<l>[A-Z])[).:]\s(?!.*\([A-Z]\)))", re.DOTALL),
+    re.compile(r"\*\*\(?(?P<p>[A-Z])(?P<l>)\)?(?![\w'’])"),
+    re.compile(r"\((?P<p>[A-Z])\)|(?<!\w)(?P<l>[A-Z])\)"),
+)
+"""Ways to name a choice, the most certain first."""
+
+
+def _chosen(text: str) -> str | None:
+    boxes = boxed(text)
+    if boxes:
+        found = re.match(r"\W*([A-Za-z])(?![A-Za-z])", _unset(boxes[-1]))
+        return found[1].upper() if found else None
+    for number, way in enumerate(_CHOICES):
+        plain = _unset(text) if number == 2 else _unset(text).replace("*", "")
+        named = [m["p"] or m["l"] for m in way.finditer(plain)]
+        if named:
+            return named[-1].upper() if number < 3 or len(set(named)) == 1 else None
+    return None
+
+
+def _unset(text: str) -> str:
+    """Without LaTeX that only sets a text, and dollars."""
+    return re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text).replace("$", "")
 
 
 def gym_answer(completion: str, sample: Mapping[str, Any], *, partial: bool = False) -> float:
@@ -92,29 +117,31 @@ math_answer.imports = ("math_verify",)  # type: ignore[attr-defined]
 gym_answer.imports = ("reasoning_gym",)  # type: ignore[attr-defined]
 
 
-def judged_text(completion: str) -> str | None:
-    """The ``<answer>`` block, or the whole text if it has no tags; None for tags that are not exactly one block."""
-    if "<answer>" not in completion and "</answer>" not in completion:
-        return str(completion)
-    return answer_block(completion)
+def judged_text(completion: str, *, in_thought: bool = False) -> str | None:
+    """What a verifier reads: after the thought, the ``<answer>`` block, or all of it if there are no such tags.
+
+    None for a thought that does not end, and for tags that are not exactly one block. ``in_thought``: the thought counts too.
+    """
+    text = str(completion)
+    if not in_thought:
+        _, closing, reply = text.rpartition("</think>")
+        if not closing and "<think>" in text:
+            return None
+        text = reply
+    return answer_block(text) if "<answer>" in text or "</answer>" in text else text
 
 
 def final_answer(completion: str) -> str:
-    """What a vote counts: the ``<answer>`` block, else the last ``\\boxed{}``, else the last number, else the text."""
-    text = judged_text(completion) or ""
-    boxed = text.rpartition("\\boxed{")
-    number = None if boxed[1] or text != completion else last_number(text)
-    return " ".join((_inside_braces(boxed[2]) if boxed[1] else text if number is None else f"{number.normalize():f}").split())
+    """What a vote counts: the box, the ``<answer>`` block, the last number or the text; numbers by their value. "" for none.
 
-
-def _inside_braces(text: str) -> str:
-    """Up to the brace that closes the one before the text."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:i]
-    return text
+    It is not parsed as mathematics: votes are counted in the training process, which nothing that a model writes may stop.
+    """
+    text = judged_text(completion)
+    boxes = boxed(text or "")
+    if text is None or boxes or "<answer>" in completion:
+        return written(", ".join(boxes) if boxes else text or "")
+    number = last_number(text)
+    return " ".join(text.split()) if number is None else f"{number.normalize():f}"
 
 
 def gold_text(sample: Mapping[str, Any], column: str) -> str:
@@ -122,21 +149,3 @@ def gold_text(sample: Mapping[str, Any], column: str) -> str:
     if sample.get(column) is None:
         raise ValueError(f"the sample has no column {column!r}; it has {', '.join(map(str, sample))}")
     return str(sample[column]).rpartition("####")[2].strip()
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number written in ASCII digits; a fraction a/b is divided. None without one."""
-    for written in reversed(_NUMBER.findall(text)):
-        top, _, bottom = written.replace(",", "").partition("/")
-        try:
-            return Decimal(top.strip()) / Decimal(bottom.strip() or 1)
-        except (InvalidOperation, ZeroDivisionError):
-            continue
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _parsed_gold(text: str) -> tuple[Any, ...]:
-    from math_verify import parse
-
-    return tuple(parse(text, parsing_timeout=None) or parse(f"${text}$", parsing_timeout=None))

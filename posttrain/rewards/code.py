@@ -36,17 +36,18 @@ def code_tests(
 ) -> float | None:
     """1 if the program passes every test of ``sample[column]``, else 0; ``partial``: the share that it passes.
 
-    The program is the last ``` block, else the ``<answer>`` block, else the text. Tests are ``{"stdin": ..., "stdout": ...}``
-    (output compared line by line, trailing white space aside) or Python statements that raise where it is wrong (``assert
-    add(1, 2) == 3``), run after the program. ``timeout_s`` holds for each test, ``memory_mb`` (10^6 bytes) for each of a test's
-    processes and for its files together. All tests share the time of one call (``rewards.timeout_s``), in their order; those
-    that no time is left for are not run and count as failed, so set it to at least tests x ``timeout_s``. None without tests.
-    Only the standard library can be imported. A program that shares a process with assertions could fake their success if it knew
-    the harness (an object that equals everything; a search for the harness in memory); stdin and stdout tests do not have that
-    weakness.
+    The program is the last block fenced as Python, else the last one without a language (``program_of``), else the
+    ``<answer>`` block, else the text. Tests (``tests_of``) are inputs and outputs (stdout compared line by line, trailing white
+    space aside; stderr is not looked at), calls of a function with their results, or Python statements that raise where it is
+    wrong (``assert add(1, 2) == 3``), run after the program.
+
+    ``timeout_s`` holds for each test, ``memory_mb`` (10^6 bytes) for each of a test's processes and for its files together. All
+    tests share the time of one call (``rewards.timeout_s``), in their order; those that no time is left for are not run and
+    count as failed, so set it to at least tests x ``timeout_s``. None without tests. Only the standard library can be imported.
+    A program that shares a process with assertions could fake their success if it knew the harness (an object that equals
+    everything; a search for the harness in memory); stdin and stdout tests do not have that weakness.
     """
-    tests = sample.get(column)
-    tests = json.loads(tests) if isinstance(tests, str) else tests
+    tests = tests_of(sample, column)
     if not tests:
         return None
     program = program_of(completion)
@@ -66,23 +67,105 @@ def code_tests(
 code_tests.on_timeout = 0.0  # type: ignore[attr-defined]
 
 
+Test = str | dict[str, Any]
+"""Python statements, or {"stdin", "stdout"}."""
+
+
+def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
+    """The tests of a row in one layout. Empty where there are none; ValueError for a layout that is not known.
+
+    Read are lists of statements or of ``{stdin|input, stdout|output}`` (TACO, LiveCodeBench, KodCode), ``{inputs, outputs}``
+    (APPS, CodeContests has ``{input, output}`` lists), each with ``fn_name`` for calls, and all of these as JSON text. A list of
+    output lines is joined.
+    """
+    given = sample.get(column)
+    if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
+        given = json.loads(given)
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Mapping):
+        given = _paired(given, column)
+    if not given:
+        return []
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"tests in column {column!r} are a list or {{inputs, outputs}}; got {type(given).__name__}.")
+    return [_test(test, column) for test in given]
+
+
+def _paired(given: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+    for before, after in (("inputs", "outputs"), ("input", "output"), ("stdin", "stdout")):
+        if before in given and after in given:
+            inputs, outputs = given[before], given[after]
+            if isinstance(inputs, str) or isinstance(outputs, str):
+                inputs, outputs = [inputs], [outputs]
+            if len(inputs) != len(outputs):
+                raise ValueError(f"column {column!r} has {len(inputs)} {before} and {len(outputs)} {after}; each needs its own.")
+            more = {"fn_name": given["fn_name"]} if given.get("fn_name") else {}
+            return [{"input": i, "output": o, **more} for i, o in zip(inputs, outputs, strict=True)]
+    raise ValueError(f"tests in column {column!r} have the keys {sorted(given)}; known are inputs and outputs, with fn_name.")
+
+
+def _test(test: Any, column: str) -> Test:
+    if isinstance(test, str):
+        return test
+    if isinstance(test, Mapping):
+        said = {name: test[name] for name in ("stdin", "input", "stdout", "output") if name in test}
+        results = [said[n] for n in ("stdout", "output") if n in said]
+        inputs = [said[n] for n in ("stdin", "input") if n in said]
+        if results and test.get("fn_name"):
+            return _call(str(test["fn_name"]), inputs[0] if inputs else [], results[0])
+        if results:
+            stdin, stdout = (_joined(value) for value in (inputs[0] if inputs else "", results[0]))
+            return {"stdin": stdin, "stdout": stdout}
+    keys = sorted(test) if isinstance(test, Mapping) else type(test).__name__
+    raise ValueError(
+        f"a test in column {column!r} is Python statements, or has stdin and stdout (or input and output, with fn_name for a "
+        f"call); got {keys}."
+    )
+
+
+def _joined(value: Any) -> str:
+    """Lines as one text; None is no text."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _call(name: str, arguments: Any, result: Any) -> str:
+    """Statements that call a function, or the method of a class Solution. APPS writes a result as [result] too."""
+    written = [] if isinstance(arguments, list) else [line for line in str(arguments).splitlines() if line.strip()]
+    values = arguments if isinstance(arguments, list) else list(map(json.loads, written))
+    expected = json.loads(result) if isinstance(arguments, str) and isinstance(result, str) else result
+    return (
+        f"_f = getattr(Solution(), {name!r}) if 'Solution' in globals() and hasattr(Solution, {name!r}) else {name}\n"
+        f"_got = _f(*{values!r})\n_got = list(_got) if isinstance(_got, tuple) else _got\n"
+        f"_wanted = {expected!r}\nassert _got == _wanted or (isinstance(_wanted, list) and [_got] == _wanted)"
+    )
+
+
+_FENCE = re.compile(r"^[ \t]*(```+|~~~+)([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*$", flags=re.DOTALL | re.MULTILINE)
+
+
 def program_of(completion: str) -> str | None:
-    """The last fenced block of Python or of no language, else what ``judged_text`` gives."""
-    blocks = re.findall(r"```([^\n`]*)\n(.*?)```", completion, flags=re.DOTALL)
-    programs = [text for language, text in blocks if language.strip().lower() in ("", "py", "python", "python3")]
-    return programs[-1] if programs else judged_text(completion)
+    """The last block that is fenced (with ``` or ~~~) as Python; without such a one the last of no language, but for a block
+    that shows output; without a block what ``judged_text`` gives."""
+    text = judged_text(completion)
+    if text is None:
+        return None
+    blocks = [(m[2].strip().lower(), m[3]) for m in _FENCE.finditer(text if "```" in text or "~~~" in text else completion)]
+    named = [body for language, body in blocks if language.split()[:1] in (["py"], ["python"], ["python3"])]
+    unnamed = [body for language, body in blocks if not language]
+    return (named or unnamed or [text])[-1]
 
 
-def _passes(program: str, test: Any, limits: Mapping[str, Any]) -> bool:
+def _passes(program: str, test: Test, limits: Mapping[str, Any]) -> bool:
     if isinstance(test, str):
         mark = secrets.token_hex(16)  # printed by what runs after the program and its test: an early exit does not print it
         source = f"{program}\n\n{test}\n\nprint({mark!r})\n"
         result = run_sandboxed(source, stdin="", **limits)
         return result["status"] == "exit" and result["code"] == 0 and result["output"].rstrip().endswith(mark)
-    result = run_sandboxed(program, stdin=str(test.get("stdin") or ""), **limits)
+    result = run_sandboxed(program, stdin=test["stdin"], **limits)
     if result["status"] != "exit" or result["code"] != 0 or result["too_long"]:
         return False
-    return lines(result["output"]) == lines(str(test["stdout"]))
+    return lines(result["output"]) == lines(test["stdout"])
 
 
 def lines(text: str) -> list[str]:

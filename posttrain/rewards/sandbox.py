@@ -108,10 +108,10 @@ def _in_memory(text: str) -> int:
     return fd
 
 
-def _program(job: dict[str, Any], libc: Any, output: int, user: int) -> None:
+def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int) -> None:
     """Becomes the program. Every descriptor but 0, 1, 2 and the program's text closes on exec."""
     source, stdin = _in_memory(job["program"]), _in_memory(job["stdin"])
-    for target, fd in ((0, stdin), (1, output), (2, output)):
+    for target, fd in ((0, stdin), (1, output), (2, errors)):
         os.dup2(fd, target)
     os.set_inheritable(source, True)
     _limit(job)
@@ -125,7 +125,7 @@ def _program(job: dict[str, Any], libc: Any, output: int, user: int) -> None:
     os.execve(interpreter, [interpreter, "-I", "-S", "-c", _START.format(fd=source)], environment)
 
 
-def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, user: int) -> None:
+def _first_process(job: dict[str, Any], libc: Any, output: int, errors: int, report: int, user: int) -> None:
     """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
 
     The report goes through a pipe that the program does not have: a line {"refused": why} or {"code": exit code}, or both
@@ -142,7 +142,7 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, use
         _enter(libc, int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
-            _program(job, libc, output, user)  # comes back only by an exception, told below: no program has run
+            _program(job, libc, output, errors, user)  # comes back only by an exception, told below: no program has run
         ended, status = os.wait()
         while ended != program:
             ended, status = os.wait()
@@ -155,9 +155,10 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, report: int, use
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """{"status": "exit", "code", "output", "too_long"}, or {"status": "timeout"}, or {"status": "refused", "problem"}.
+    """{"status": "exit", "code", "output", "errors", "too_long"}, or {"status": "timeout"}, or {"status": "refused", "problem"}.
 
-    ``too_long``: it wrote more than OUTPUT_BYTES and was killed then. ``job["parent"]``: process whose death ends this one.
+    ``errors``: the beginning of its stderr. ``too_long``: it wrote more than OUTPUT_BYTES to stdout and was killed then.
+    ``job["parent"]``: process whose death ends this one.
     """
     if not sys.platform.startswith("linux"):
         return {"status": "refused", "problem": f"{sys.platform} has no namespaces"}
@@ -165,7 +166,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != job["parent"]:
         os._exit(1)
-    output, report = os.pipe(), os.pipe()
+    output, errors, report = os.pipe(), os.pipe(), os.pipe()
     user = _USERS[os.getpid() % len(_USERS)]
     try:
         _unshare(libc)
@@ -173,43 +174,47 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         return {"status": "refused", "problem": str(error)}
     if child == 0:
-        os.close(output[0])
-        os.close(report[0])
-        _first_process(job, libc, output[1], report[1], user)
-    os.close(output[1])
-    os.close(report[1])
-    return _wait(child, output[0], report[0], float(job["timeout_s"]))
+        for pipe in (output, errors, report):
+            os.close(pipe[0])
+        _first_process(job, libc, output[1], errors[1], report[1], user)
+    for pipe in (output, errors, report):
+        os.close(pipe[1])
+    return _wait(child, output[0], errors[0], report[0], float(job["timeout_s"]))
 
 
-def _wait(child: int, output: int, report: int, timeout_s: float) -> dict[str, Any]:
+def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -> dict[str, Any]:
     """Reads until the first process is gone, the time is up, or too much is written; whatever is left then is killed."""
-    deadline, text, told, is_late = time.monotonic() + timeout_s, b"", b"", False
-    waiting = [output, report]
-    while report in waiting and not is_late and len(text) <= OUTPUT_BYTES:
+    deadline, is_late = time.monotonic() + timeout_s, False
+    texts = {output: b"", errors: b"", report: b""}
+    waiting = [*texts]
+    while report in waiting and not is_late and len(texts[output]) <= OUTPUT_BYTES:
         for fd in select.select(waiting, [], [], max(deadline - time.monotonic(), 0.0))[0]:
-            data = os.read(fd, 1 << 16)
-            if not data:
-                waiting.remove(fd)
-            elif fd == report:
-                told += data
-            else:
-                text += data
+            _read(fd, texts, waiting)
         is_late = report in waiting and time.monotonic() >= deadline
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    messages = [json.loads(line) for line in told.splitlines()]
+    messages = [json.loads(line) for line in texts[report].splitlines()]
     for message in messages:
         if "refused" in message:
             return {"status": "refused", "problem": message["refused"]}
     if is_late:
         return {"status": "timeout"}
-    while output in waiting and len(text) <= OUTPUT_BYTES:  # nobody is left who writes
-        data = os.read(output, 1 << 16)
-        text, waiting = text + data, waiting if data else []
+    for fd in (output, errors):
+        while fd in waiting and len(texts[fd]) <= OUTPUT_BYTES:  # nobody is left who writes
+            _read(fd, texts, waiting)
     code = messages[0]["code"] if messages else -int(signal.SIGKILL)
-    written = text[:OUTPUT_BYTES].decode(errors="replace")
-    return {"status": "exit", "code": code, "output": written, "too_long": len(text) > OUTPUT_BYTES}
+    written, said = (texts[fd][:OUTPUT_BYTES].decode(errors="replace") for fd in (output, errors))
+    return {
+        "status": "exit", "code": code, "output": written, "errors": said, "too_long": len(texts[output]) > OUTPUT_BYTES
+    }  # fmt: skip
+
+
+def _read(fd: int, texts: dict[int, bytes], waiting: list[int]) -> None:
+    data = os.read(fd, 1 << 16)
+    texts[fd] = (texts[fd] + data)[: OUTPUT_BYTES + 1]
+    if not data:
+        waiting.remove(fd)
 
 
 if __name__ == "__main__":

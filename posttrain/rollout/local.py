@@ -97,7 +97,7 @@ class LocalEngine:
             )
         self._policy = policy
         self._config = config or LocalConfig()
-        self._stop_ids, self._decode = tuple(stop_ids), decode
+        self.stop_ids, self._decode = tuple(stop_ids), decode
         self._transform: LogitTransform = replace(logit_transform(policy.config), temperature=1.0)
         self._weights = SamplingWeights(policy, compute=compute)
         self.version = 0
@@ -118,7 +118,7 @@ class LocalEngine:
         """[request][completion]; see ``engine.Engine``."""
         if not requests:
             return []
-        stop = StopRule(sampling, self._stop_ids, self._decode)
+        stop = StopRule(sampling, self.stop_ids, self._decode)
         self._check_lengths(requests, sampling)
         with self._weights.sampling():
             run = _Run(self, requests, sampling, stop, on_finished)

@@ -86,7 +86,7 @@ class VLLMEngine:
         """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands the weights over; ``barrier``
         waits for all ranks."""
         self._is_main, self._barrier = is_main, barrier
-        self._config, self._handover, self._stop_ids, self._decode = config, handover, list(stop_ids), decode
+        self._config, self._handover, self.stop_ids, self._decode = config, handover, list(stop_ids), decode
         self._version = -1
         self._mark: str | None = None
         self._model = ""
@@ -179,7 +179,7 @@ class VLLMEngine:
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
         """One completion, by segments where repetition is looked for. It ends where the local engine would end it."""
         prefix = request.prefixes[k] if request.prefixes else ()
-        rule = StopRule(sampling, self._stop_ids, self._decode)
+        rule = StopRule(sampling, self.stop_ids, self._decode)
         limit = sampling.max_tokens - len(prefix)
         limit = min(limit, sampling.budget_tokens or limit)
         drawn: list[int] = []
@@ -205,8 +205,9 @@ class VLLMEngine:
         noise = request.seeds[k] + 0x9E3779B9 * (len(before) - len(request.prompt_ids))
         body = {
             "model": self._model, "prompt": before, "max_tokens": max_tokens, "seed": noise % 2**31,
-            "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
-            "logprobs": 0, "return_token_ids": True, "stop_token_ids": self._stop_ids, "stop": sampling.stop_strings or None,
+            "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,  # else those of the model's generation_config
+            "logprobs": 0, "return_token_ids": True, "stop_token_ids": self.stop_ids, "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }  # fmt: skip
         choice = self._completion(body)["choices"][0]

@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 
 from posttrain.algorithms import Algorithm, resolve_algorithm
-from posttrain.data import stop_token_ids
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, save_model
+from posttrain.models.load import ModelConfig, check_vocabulary, end_token_ids, load_model, load_tokenizer, save_model
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import torch_dtype
@@ -232,7 +231,7 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
     return LocalEngine(
         unwrapped(loop.policy),
         compute=getattr(torch, loop.precision.compute),
-        stop_ids=stop_token_ids(tokenizer),
+        stop_ids=end_token_ids(unwrapped(loop.policy).base, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         config=config,
     )
@@ -255,7 +254,7 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     return VLLMEngine(
         config.vllm,
         handover=handover,
-        stop_ids=stop_token_ids(tokenizer),
+        stop_ids=end_token_ids(policy.base, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,

@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from posttrain.algorithms import all_equal
+from posttrain.data.chat import stop_token_ids
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import RewardError, Rewards, Scored
@@ -115,8 +117,14 @@ class Collector:
             for i, group in enumerate(groups)
         ]
 
+    @cached_property
+    def _ends(self) -> set[int | None]:
+        return {*stop_token_ids(self.tokenizer), *getattr(self.engine, "stop_ids", ()), self.tokenizer.pad_token_id}
+
     def _text(self, trajectory: Any) -> CompletionText:
-        text = self.tokenizer.decode(trajectory.token_ids, skip_special_tokens=True)
+        """Without the tokens that end it and padding; other special tokens (<think>, say) are part of the text."""
+        kept = [i for i in trajectory.token_ids if i not in self._ends]
+        text = self.tokenizer.decode(kept, skip_special_tokens=False)
         reason = trajectory.finish_reason or "budget"
         return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason)
 

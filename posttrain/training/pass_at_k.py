@@ -55,8 +55,14 @@ class Evaluation:
     """What came of it; ``groups`` in the order of the problems."""
 
     groups: Sequence[ScoredGroup]
-    correct: Sequence[Sequence[bool]]
-    """[problem][answer]"""
+    correct: Sequence[Sequence[bool | None]]
+    """[problem][answer]; None: could not be judged, and is in no figure of right answers."""
+
+    @property
+    def judged(self) -> list[list[bool]]:
+        """The answers of each problem that could be judged; problems without any are left out."""
+        known = [[ok for ok in row if ok is not None] for row in self.correct]
+        return [row for row in known if row]
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each answer: where its problem is from, what was said, and how it was judged."""
@@ -71,21 +77,30 @@ class Evaluation:
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
         """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k = samples > 1, eval_length in
-        tokens, eval_reward, eval_truncated. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too."""
-        n = len(self.correct[0])
-        shares = [statistics.fmean(row) for row in self.correct]
+        tokens, eval_reward, eval_truncated, and where there are such eval_unscored, the share of answers that could not be
+        judged. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too. Raises ValueError where none could be judged."""
+        n, judged = len(self.correct[0]), self.judged
+        if not judged:
+            where = self.groups[0].prompt.sample.get("_where", "the first problem")
+            raise ValueError(
+                f"No answer could be judged: the verifier gave None for all, the first in {where}. Look at its answers."
+            )
+        shares = [statistics.fmean(row) for row in judged]
         texts = [t for g in self.groups for t in g.texts]
         totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
-        metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares)}
+        metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares, samples=n)}
         below = [2**i for i in range(1, (n - 1).bit_length())] if powers else []
         for k in [*below, n] if n > 1 else []:
-            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(n, sum(row), k) for row in self.correct)
+            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(len(r), sum(r), min(k, len(r))) for r in judged)
         if n > 1:
-            metrics[f"eval_cons@{n}"] = statistics.fmean(map(majority_is_right, self.groups, self.correct))
+            votes = [(g, row) for g, row in zip(self.groups, self.correct, strict=True) if set(row) != {None}]
+            metrics[f"eval_cons@{n}"] = statistics.fmean(majority_is_right(g, row) for g, row in votes)
         if totals:
             metrics["eval_reward"] = statistics.fmean(totals)
+        unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
         return {
             **metrics,
+            **({"eval_unscored": unscored} if unscored else {}),
             "eval_length": statistics.fmean(t.num_tokens for t in texts),
             "eval_truncated": statistics.fmean(t.finish_reason == "length" for t in texts),
         }
@@ -103,7 +118,8 @@ def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: Ev
     name = config.correct or collector.rewards.names[0]
     if name not in collector.rewards.names:
         raise ValueError(f"evaluation.correct is one of the rewards {', '.join(collector.rewards.names)}; got {name!r}.")
-    return Evaluation(groups=groups, correct=[[(s.judged_by(name) or 0.0) > 0 for s in g.scores] for g in groups])
+    given = [[s.judged_by(name) for s in g.scores] for g in groups]
+    return Evaluation(groups=groups, correct=[[None if v is None else v > 0 for v in row] for row in given])
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -116,19 +132,31 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority_is_right(group: ScoredGroup, correct: Sequence[bool]) -> bool:
-    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); of equally frequent ones the first.
+def majority_is_right(group: ScoredGroup, correct: Sequence[bool | None]) -> float:
+    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); a tie of m answers with it: 1/m.
 
     Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by ``final_answer``.
     """
-    answers = [None if right else final_answer(text) for text, right in zip(group.texts, correct, strict=True)]
-    return Counter(answers).most_common(1)[0][0] is None
+    wrong = Counter(final_answer(text) for text, right in zip(group.texts, correct, strict=True) if right is False)
+    votes = sum(right is True for right in correct)
+    if not votes or votes < max(wrong.values(), default=0):
+        return 0.0
+    return 1 / (1 + list(wrong.values()).count(votes))
 
 
-def half_width(shares: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean over problems; Wilson's (1927) where every share is 0 or 1."""
-    n, z = len(shares), 1.96
-    mean = statistics.fmean(shares)
+def half_width(shares: Sequence[float], *, samples: int = 1) -> float:
+    """Half the 95 % interval of a mean over problems of shares of right answers, each of ``samples`` answers.
+
+    From the spread over problems, and at least Wilson's (1927) interval for as many independent answers: problems that happen
+    to have equal shares do not make the mean exact. Where every share is 0 or 1, Wilson's for as many problems.
+    """
+    n, mean = len(shares), statistics.fmean(shares)
     if set(shares) <= {0.0, 1.0}:
-        return z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return z * statistics.stdev(shares) / math.sqrt(n) if n > 1 else 1.0
+        return _wilson(mean, n)
+    spread = 1.96 * statistics.stdev(shares) / math.sqrt(n) if n > 1 else 1.0
+    return max(spread, _wilson(mean, n * samples))
+
+
+def _wilson(mean: float, n: int) -> float:
+    z = 1.96
+    return z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)

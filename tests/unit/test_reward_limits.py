@@ -60,7 +60,7 @@ def test_files_of_the_sandbox_are_limited_in_size_and_number():
     written, number = sandboxed(fill, memory_bytes=150 * MB)["output"].split()
     assert 100 <= int(written) <= 150 and number == "28"  # no space left
     many = "import os\nfor i in range(10_000):\n    os.close(os.open(f'f{i}', os.O_CREAT))"
-    assert "No space left" in sandboxed(many)["output"]
+    assert "No space left" in sandboxed(many)["errors"]
 
 
 def test_no_memory_outlives_its_process():

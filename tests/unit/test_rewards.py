@@ -179,6 +179,7 @@ def test_two_functions_of_one_name_are_refused():
 
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+METHOD = "```python\nclass Solution:\n    def add(self, a, b):\n        return a + b\n```"
 ECHO = "```python\nimport sys\nprint(int(sys.stdin.read()) * 2)\n```"
 
 
@@ -193,6 +194,21 @@ ECHO = "```python\nimport sys\nprint(int(sys.stdin.read()) * 2)\n```"
         ("```bash\npip install x\n```\nNow:\n" + ADD, ["assert add(1, 2) == 3"], 1),
         (ADD.replace("python", "Python3") + "\n```text\n3\n```", ["assert add(1, 2) == 3"], 1),
         (ADD, [], None),
+        (ADD + "\nIt prints\n```\n3\n```\n", ["assert add(1, 2) == 3"], 1),  # an output block is not the program
+        (ADD.replace("```", "~~~"), ["assert add(1, 2) == 3"], 1),
+        (ADD.replace("python", ""), ["assert add(1, 2) == 3"], 1),
+        (ECHO.replace("print", "print('debug', file=sys.stderr)\nprint"), [{"stdin": "21\n", "stdout": "42\n"}], 1),
+        (ECHO.replace("print", "import warnings\nwarnings.warn('old')\nprint"), [{"stdin": "21", "stdout": "42"}], 1),
+        (ECHO, [{"input": "21", "output": "42", "type": "stdin_stdout"}], 1),
+        (ECHO, {"inputs": ["21", "1"], "outputs": ["42", "2"]}, 1),
+        (ECHO, json.dumps({"inputs": ["21", "1"], "outputs": ["42", "3"]}), 0),
+        (ECHO, {"input": ["4"], "output": ["8"]}, 1),
+        (ECHO, [{"stdin": ["21"], "stdout": ["42"]}], 1),
+        (ADD, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}, 1),
+        (ADD, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [[3]]}, 1),
+        (ADD, {"fn_name": "add", "inputs": [[1, 2]], "outputs": [4]}, 0),
+        (ADD, [{"input": "1\n2", "output": "3", "fn_name": "add"}], 1),
+        (METHOD, [{"input": [1, 2], "output": 3, "fn_name": "add", "type": "function_call"}], 1),
     ],
 )
 def test_code(completion, tests, wanted):
@@ -264,3 +280,31 @@ def test_an_answer_that_does_not_end_is_wrong(reason, rewards_of):
     assert scored[1].parts == {"exact_answer": 1.0, "overlong_penalty": -1.0, "k15_length": -0.5}
     (lax,) = rewards_of(RewardsConfig(functions={"exact_answer": 1.0})).score([(sample, [short])])
     assert lax[0].total == 1.0
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        {"cases": [1]}, [{"stdin": "1"}], [3], {"inputs": ["1", "2"], "outputs": ["1"]}, 7, [{"question": "1", "answer": "2"}],
+    ],
+)  # fmt: skip
+def test_tests_of_an_unknown_layout_are_named_and_no_zero(tests):
+    with pytest.raises(ValueError, match="column 'tests'"):
+        code_tests(ADD, {"tests": tests})
+
+
+def test_special_tokens_are_part_of_what_a_verifier_reads():
+    """<think> is a special token of many tokenizers; only what ends a completion, and padding, is taken off."""
+    from posttrain.rollout.buffer import Trajectory
+    from posttrain.training.collect import Collector
+    from tests.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
+    collector = Collector(
+        accelerator=None, engine=None, rewards=None, prompts=[], tokenizer=tokenizer, sampling=None, by_completion=False
+    )
+    said = "<think>two and two</think><answer>4</answer>"
+    ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    text = collector._text(Trajectory(seed=0, token_ids=ids, logps=[0.0] * len(ids), finish_reason="stop"))
+    assert text == said and text.num_tokens == len(ids) and think_answer_format(text, {}) == 1.0

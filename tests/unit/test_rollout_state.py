@@ -265,3 +265,14 @@ def test_evaluation_figures():
     assert metrics["eval_pass@1"] == pytest.approx(8 / 15) and metrics["eval_pass@3"] == 1.0
     assert metrics["eval_cons@3"] == pytest.approx(3 / 5)
     assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0961, abs=1e-3)
+    assert half_width([0.5] * 100, samples=4) == pytest.approx(0.0488, abs=1e-3), "equal shares do not make a mean exact"
+
+
+def test_what_cannot_be_judged_is_in_no_figure_of_right_answers():
+    groups = [made_group("4", "5", "6"), made_group("4", "4", "7"), made_group("?", "?", "?")]
+    made = Evaluation(groups=groups, correct=[[True, None, False], [True, True, False], [None, None, None]])
+    metrics = made.metrics()
+    assert metrics["eval_pass@1"] == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics["eval_unscored"] == pytest.approx(4 / 9)
+    assert metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == pytest.approx((1 / 2 + 1) / 2), "a tie counts half"
+    with pytest.raises(ValueError, match="No answer could be judged"):
+        Evaluation(groups=groups[2:], correct=[[None] * 3]).metrics()

@@ -106,6 +106,15 @@ def test_tokens_in_tokens_out(serve):
     assert all(d.finish_reason == "stop" and d.logps == (-0.5, -0.5) for row in drawn for d in row)
     body = next(b for p, b in server.log if p == "/v1/completions" and b["seed"] == 12)
     assert body["prompt"] == [3] and body["stop_token_ids"] == [2] and body["top_p"] == 1.0 and body["temperature"] == 0.7
+    neutral = {
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "min_tokens": 0,
+    }
+    assert body.items() >= neutral.items(), "what is not sent comes from the model's generation_config"
 
 
 def test_partial_rollouts_send_what_there_is(serve):
