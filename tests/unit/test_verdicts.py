@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,13 @@ FORMS = (r"So it is $\boxed{%s}$.", "<think>It is 3, no.</think><answer>%s</answ
 
 def test_the_table_is_wide_enough():
     assert len(table()) >= 200 and len(MATH) >= 60
+
+
+def test_the_documentation_has_the_table():
+    shown = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    for gold, right, wrong in MATH:
+        cells = (", ".join("`" + t.replace("|", "\\|") + "`" for t in texts) for texts in ([gold], right, wrong))
+        assert f"| {' | '.join(cells)} |" in shown, gold
 
 
 @pytest.mark.parametrize("row", MATH, ids=[row[0] for row in MATH])
