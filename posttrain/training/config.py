@@ -205,8 +205,6 @@ def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Calla
     """The loss with keyword options fixed, its declarations kept."""
     if not options:
         return function
-    if float(options.get("beta", 0.0)) < 0:
-        raise UserFacingError(f"beta is the weight of a KL penalty or of a margin and >= 0; got {options['beta']}.")
 
     def loss(logps: Any) -> Any:
         return function(logps, **options)
