@@ -152,6 +152,7 @@ def config_of(family: str) -> Any:
 class NoTokenizer:
     """The models have none; what loop and reward model ask of it."""
 
+    chat_template = eos_token_id = None
     pad_token_id, unk_token_id = 3, None
 
     def convert_tokens_to_ids(self, token: str) -> int:

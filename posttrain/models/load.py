@@ -208,7 +208,7 @@ def save_model(
         # "auto" would ask the hub for the base model's config, to see whether the vocabulary grew
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     else:
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
         model.save_pretrained(str(folder), state_dict=state)
     tokenizer.save_pretrained(str(folder))

@@ -157,7 +157,7 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, errors: int, rep
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """{"status": "exit", "code", "output", "errors", "too_long"}, or {"status": "timeout"}, or {"status": "refused", "problem"}.
 
-    ``errors``: the beginning of its stderr. ``too_long``: it wrote more than OUTPUT_BYTES to stdout and was killed then.
+    ``errors``: its stderr. ``too_long``: it wrote more than OUTPUT_BYTES to one of them and was killed then.
     ``job["parent"]``: process whose death ends this one.
     """
     if not sys.platform.startswith("linux"):
@@ -187,7 +187,7 @@ def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -
     deadline, is_late = time.monotonic() + timeout_s, False
     texts = {output: b"", errors: b"", report: b""}
     waiting = [*texts]
-    while report in waiting and not is_late and len(texts[output]) <= OUTPUT_BYTES:
+    while report in waiting and not is_late and max(map(len, texts.values())) <= OUTPUT_BYTES:
         for fd in select.select(waiting, [], [], max(deadline - time.monotonic(), 0.0))[0]:
             _read(fd, texts, waiting)
         is_late = report in waiting and time.monotonic() >= deadline
@@ -205,9 +205,8 @@ def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -
             _read(fd, texts, waiting)
     code = messages[0]["code"] if messages else -int(signal.SIGKILL)
     written, said = (texts[fd][:OUTPUT_BYTES].decode(errors="replace") for fd in (output, errors))
-    return {
-        "status": "exit", "code": code, "output": written, "errors": said, "too_long": len(texts[output]) > OUTPUT_BYTES
-    }  # fmt: skip
+    too_long = max(map(len, texts.values())) > OUTPUT_BYTES
+    return {"status": "exit", "code": code, "output": written, "errors": said, "too_long": too_long}
 
 
 def _read(fd: int, texts: dict[int, bytes], waiting: list[int]) -> None:

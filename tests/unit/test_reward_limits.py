@@ -44,7 +44,7 @@ def test_the_sandbox_hides_the_host(tmp_path):
         """
     )
     wanted = "False False False ['HOME', 'LANG', 'LD_LIBRARY_PATH', 'PATH']\n/box [] True\n"
-    assert result == {"status": "exit", "code": 0, "output": wanted, "too_long": False}
+    assert result == {"status": "exit", "code": 0, "output": wanted, "errors": "", "too_long": False}
 
 
 def test_files_of_the_sandbox_are_limited_in_size_and_number():

@@ -71,6 +71,8 @@ def other_precisions():
 
 
 class NoTokenizer:
+    chat_template = eos_token_id = None
+
     def save_pretrained(self, folder):
         (Path(folder) / "tokenizer_config.json").write_text("{}")
 
