@@ -268,28 +268,27 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def segment_attention(model: nn.Module) -> Iterator[None]:
     """Inside, a packed model attends segment by segment: nothing is compiled for rows that are computed once."""
-    base = base_model(model)
-    packed = base.config._attn_implementation
-    if packed != attention.FLEX_NAME:
+    with _attention(model, attention.SEGMENT_NAME, instead_of=(attention.FLEX_NAME,)):
         yield
-        return
-    base.set_attn_implementation(attention.SEGMENT_NAME)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(packed)
 
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model runs as transformers ships it (generation, evaluation by others); outside, packed again."""
+    plain = "sdpa" if getattr(base_model(model), "_supports_sdpa", False) else "eager"
+    with _attention(model, plain, instead_of=(attention.SEGMENT_NAME, attention.FLEX_NAME)):
+        yield
+
+
+@contextmanager
+def _attention(model: nn.Module, name: str, *, instead_of: tuple[str, ...]) -> Iterator[None]:
     base = base_model(model)
-    packed = base.config._attn_implementation
-    if packed not in (attention.SEGMENT_NAME, attention.FLEX_NAME):
+    own = base.config._attn_implementation
+    if own not in instead_of:
         yield
         return
-    base.set_attn_implementation("sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+    base.set_attn_implementation(name)
     try:
         yield
     finally:
-        base.set_attn_implementation(packed)
+        base.set_attn_implementation(own)
