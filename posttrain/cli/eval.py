@@ -84,7 +84,7 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     guessed: set[str] = set()
     if arguments.guess_tries:
         quick = argparse.Namespace(**{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32})
-        tried = evaluate(quick, [_suffixed(row, arguments.guess_suffix) for row in rows])
+        tried = evaluate(quick, rows, suffix=arguments.guess_suffix)
         guessed = {str(g.prompt.sample["_where"]) for g, row in zip(tried.groups, tried.correct, strict=True) if any(row)}
     lines = []
     unjudged = 0
@@ -102,8 +102,8 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     )
 
 
-def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evaluation:
-    """Answers and judges the rows."""
+def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffix: str = "") -> Evaluation:
+    """Answers and judges the rows; ``suffix`` goes after each prompt."""
     import torch
     from accelerate import PartialState
 
@@ -138,7 +138,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Evalu
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     room = positions - arguments.max_tokens if positions else 2**31
     template = PromptConfig(template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1))
-    prompts, counts = prompts_from_rows(rows, tokenizer, template)
+    prompts, counts = prompts_from_rows(rows, tokenizer, template, suffix=suffix)
     if counts["too long"]:
         raise ValueError(
             f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; the model knows {positions} "
@@ -170,10 +170,3 @@ def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             rows += [{**row.values, "_where": row.where} for row in read_rows(source)]
     return rows[: arguments.problems or None]
-
-
-def _suffixed(row: dict[str, Any], suffix: str) -> dict[str, Any]:
-    column = next((c for c in ("prompt", "question") if isinstance(row.get(c), str)), None)
-    if column is None:
-        raise ValueError(f"{row['_where']}: guesses need a prompt or question as text.")
-    return {**row, column: f"{row[column]}{suffix}"}

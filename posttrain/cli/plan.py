@@ -70,6 +70,7 @@ def _trace(job: Job, config: Any) -> Any:
         with_reference = "cached" if config.reference.cache else job.is_lora
     return trace_step(
         read_config(config.model), method=job.method, packing=config.packing, precision=job.precision, lora=config.model.lora,
+        dropout=config.model.dropout,
         gradient_checkpointing=config.model.gradient_checkpointing, with_reference=with_reference,
         optimizer=config.optimizer, completions=job.row_completions,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from posttrain.cli import eval as evaluation
 from posttrain.cli import prep_tests
+from posttrain.data.messages import message_text
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def _declare_shared(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("inputs", nargs="+", metavar="RAW", help="JSONL, JSON, CSV (also .gz), Parquet, a folder, a hub id")
     sub.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
-    sub.add_argument("--format", default="auto", help="format of the rows (default: by their columns)")
+    sub.add_argument("--format", default="auto", help="layout of the rows (default: by their columns)")
+    sub.add_argument("--columns", nargs="+", default=[], metavar="OURS=YOURS", help="rename columns, e.g. prompt=question")
+    sub.add_argument("--carry", nargs="+", default=[], metavar="COLUMN",
+                     help="columns that change nothing: written along, not read; '*': all that no layout reads")  # fmt: skip
     sub.add_argument("--test-fraction", type=float, default=0.0, metavar="F", help="share of prompts for test/ (default: 0)")
     sub.add_argument("--seed", type=int, default=0, help="of the split and of strategy random (default: 0)")
     sub.add_argument("--decontaminate", nargs="+", default=[], metavar="EVAL", help="leave out what overlaps with these files")
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from posttrain.data.prep import PrepConfig, prepare
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "kind")}
+    values["columns"] = dict(pair.split("=", 1) for pair in values["columns"]) or None
     config = PrepConfig(**{**values, "out": Path(arguments.out), "layout": values.get("layout", "sft")})
     counter = None if config.tokenizer is None else TokenCounter(config.tokenizer)
     manifest = prepare(config, count_tokens=counter)
@@ -80,6 +85,8 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
     print(f"{counts['read']:,} rows read, {counts['rejected']:,} bad, {counts['prompts']:,} prompts")
     for reason, n in manifest["dropped"].items():
         print(f"  {n:,} dropped: {reason}")
+    for use, names in manifest["columns"].items():
+        print(f"  {use}: {', '.join(f'{name} ({n:,})' for name, n in names.items())}")
     written = [f"{counts.get(f'written_{side}', 0):,} {side}" for side in ("train", "test")]
     print(f"wrote {' and '.join(written)} rows to {out}; look at {out / 'report.html'}")
 
@@ -94,13 +101,13 @@ class TokenCounter:
     def __getstate__(self) -> dict[str, Any]:
         return {"_name": self._name, "_tokenizer": None}
 
-    def __call__(self, conversations: Sequence[list[dict[str, str]]]) -> list[int]:
+    def __call__(self, conversations: Sequence[tuple[list[dict[str, Any]], Any]]) -> list[int]:
         if self._tokenizer is None:
             from posttrain.models.load import ModelConfig, load_tokenizer
 
             self._tokenizer = load_tokenizer(ModelConfig(name=self._name))
         if self._tokenizer.chat_template is None:
-            texts = ["\n".join(m["content"] for m in c) for c in conversations]
+            texts = ["\n".join(message_text(m) for m in c) for c, _ in conversations]
         else:
-            texts = [self._tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+            texts = [self._tokenizer.apply_chat_template(c, tools=tools, tokenize=False) for c, tools in conversations]
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]

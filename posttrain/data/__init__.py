@@ -8,15 +8,17 @@ from posttrain.data.chat import (
 )
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import GroupData, GroupDataset, groups_from_rows, load_groups
+from posttrain.data.layouts import read_prompt, read_sample
 from posttrain.data.mixture import batch_indices
 from posttrain.data.readers import Row, read_rows
 from posttrain.data.report import DataReport, SourceReport
+from posttrain.data.row import Answer, Sample
 from posttrain.data.samples import check_stop_trained, highlight_sample
-from posttrain.data.schema import Conversation, detect_format, normalise
 
 __all__ = [
+    "Answer",
     "ChatEncoder",
-    "Conversation",
+    "Sample",
     "DataConfig",
     "DataReport",
     "GroupDataset",
@@ -25,13 +27,13 @@ __all__ = [
     "SourceReport",
     "batch_indices",
     "check_stop_trained",
-    "detect_format",
     "encode_conversation",
     "groups_from_rows",
     "highlight_sample",
     "load_groups",
-    "normalise",
+    "read_prompt",
     "read_rows",
+    "read_sample",
     "set_chat_template",
     "stop_token_ids",
 ]

@@ -1,7 +1,7 @@
 """Tokenised sources on disk: one folder per key, complete or not there.
 
 The key is the sha256 of what decides the tokens: the content of the files, the tokenizer, the template, and the options
-``format, columns, max_length, overlong`` (and ``split`` for the hub). Nothing of the optimisation is in it, nor seed,
+``format, columns, carry, max_length, overlong`` (and ``split`` for the hub). Nothing of the optimisation is in it, nor seed,
 weights or eval_fraction, which choose among rows. A folder holds ``tokens.arrow`` and ``manifest.json``, is written
 under a temporary name and renamed: of two processes that write the same key, the first to finish wins and both read
 its result.
@@ -20,9 +20,10 @@ from typing import Any
 
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
-from posttrain.data.readers import HubSource, load_hub
+from posttrain.data.readers import load_hub
+from posttrain.data.sources import HubSource
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 4
 """Raise when the same rows would become different tokens or another file layout."""
 
 TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
@@ -65,14 +66,13 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _digest([state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__])
 
 
-def cache_key(
-    digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, format: str, config: DataConfig, purpose: str = "sft"
-) -> str:
+def cache_key(digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, config: DataConfig, purpose: str = "sft") -> str:
     """32 hex digits; equal keys mean equal tokens."""
     options = {
-        "format": format,
+        "format": config.format,
         "purpose": purpose,
         "columns": config.columns,
+        "carry": sorted(config.carry),
         "max_length": config.max_length,
         "overlong": config.overlong,
     }

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from posttrain.data.rendering import check_rendered, check_tools_rendered, refusal
 from posttrain.types import Completion, PromptGroup
 
 _PROBE = "reply7"  # survives every template: no markup, no space at the ends
@@ -65,7 +66,7 @@ class ChatEncoder:
         flags = [m["role"] == "assistant" for m in messages] if trained is None else list(trained)
         self._check_no_stop_inside(messages, meta)
         text, spans = self._spans(messages, tools, flags, meta)
-        _check_all_rendered(messages, text, meta)
+        check_rendered(messages, text, _where(meta))
         pieces, mask = _cut(text, [self._close(text, span) for span, keep in spans if keep])
         lengths, ids = _encode_pieces(pieces, self.tokenizer, where=_where(meta))
         loss_mask = [m for m, n in zip(mask, lengths, strict=True) for _ in range(n)]
@@ -112,11 +113,9 @@ class ChatEncoder:
             else:
                 text, spans = self._marked_spans(messages, tools)
                 spans = self._after_prompt(messages, tools, text, spans)
+            check_tools_rendered(tools, text, lambda: self._render(messages), _where(meta))
         except (TemplateError, TypeError) as error:
-            raise ValueError(
-                f"{_where(meta)}: the chat template refuses the roles {[m['role'] for m in messages]}: {error}. "
-                "Change the row's turns, or set --data.chat_template."
-            ) from error
+            raise ValueError(f"{_where(meta)}: {refusal(messages, error)}") from error
         if len(spans) == len(flags):
             return text, list(zip(spans, flags, strict=True))
         if not spans or not all(flags):
@@ -338,32 +337,6 @@ def leading_special(tokenizer: Any) -> list[int]:
     full = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
     at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return list(full[:at])
-
-
-def _check_all_rendered(messages: Sequence[Mapping[str, Any]], text: str, meta: Any) -> None:
-    """All that the assistant says must stand in the text, message after message, up to white space."""
-    rest = "".join(text.split())
-    for message in messages:
-        if message["role"] != "assistant":
-            continue
-        for part in _said(message):
-            squeezed = "".join(part.split())
-            at = rest.find(squeezed)
-            if at < 0:
-                raise ValueError(
-                    f"{_where(meta)}: the chat template does not render all that the assistant says; would be lost: "
-                    f"{part[:60]!r}. Some templates delete <think> blocks, at least those of earlier turns, or know "
-                    "no tool calls: set --data.chat_template to one that keeps them, or keep one assistant turn per "
-                    "row."
-                )
-        rest = rest[at + len(squeezed) :]
-
-
-def _said(message: Mapping[str, Any]) -> Iterator[str]:
-    """Reasoning, called functions and, last, content of an assistant message."""
-    yield from (str(message[k]) for k in ("reasoning_content", "reasoning", "thinking") if message.get(k))
-    yield from (str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ())
-    yield message["content"]
 
 
 def _where(meta: Mapping[str, Any] | None) -> str:

@@ -1,149 +1,220 @@
-"""Rows of preference data become one record: a prompt, K completions, and which was preferred to which.
-
-* ``pairs``: ``chosen`` and ``rejected``, with ``prompt``, or without where both are conversations (what they share at the
-  start is the prompt); where there, ``margin`` and ``weight`` of the pair.
-* ``ranked``: ``prompt`` and ``completions``, best first; or in any order with ``ranks`` (0 is best, equal ranks are ties and
-  not compared) or ``scores`` (higher is better; their differences are the margins).
-* ``labelled``: ``prompt``, ``completion`` and ``label`` (true: desirable), for losses over single answers (KTO).
-
-A side is a string or a list of messages. What `posttrain prep` writes has one of these formats.
-"""
+"""Rows that compare answers: pairs, two answers and a verdict, lists of answers that are ranked, scored or verified."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posttrain.data.config import Format
-from posttrain.data.readers import Row
-from posttrain.data.schema import Message, message_list, required_values, single_message
-from posttrain.types import Pair
+import posttrain.data.row as names
+from posttrain.data.messages import Message, after_colon, decoded, dialogue, from_json, is_dialogue, short
+from posttrain.data.row import Answer, Row, Sample, is_nothing, number_of, prompt_name, prompt_of, truth_of
 
-PREFERENCE_REQUIRED: dict[Format, tuple[str, ...]] = {
-    "pairs": ("chosen", "rejected"),
-    "ranked": ("prompt", "completions"),
-    "labelled": ("prompt", "completion", "label"),
-}
+_ALTERNATIVES = [(stem + a, stem + b) for stem in names.STEMS for a, b in names.SUFFIXES]
+_WINS, _LOSES, _TIES = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)
 
 
-@dataclass(kw_only=True, frozen=True)
-class Comparison:
-    """One row, normalised."""
-
-    prompt: list[Message]
-    """Messages that all completions continue."""
-
-    completions: list[list[Message]]
-    """K continuations, each with at least one assistant message, whose tokens are trained."""
-
-    pairs: list[Pair] | None
-    """Comparisons; None: all pairs, best first. Empty for labelled rows."""
-
-    labels: list[bool | None]
-    """One per completion; None where the row is a comparison."""
-
-    text: tuple[str, list[str]] | None = None
-    """(prompt, completions) of a row of strings, for a tokenizer without chat template. Default None: has turns."""
+def pair_columns(row: Row) -> tuple[str, str] | None:
+    """The columns of the better and the worse answer; one of them may hold an empty text."""
+    for better, worse in names.PAIRS:
+        if row.all.get(better) is not None and row.all.get(worse) is not None and (better in row.filled or worse in row.filled):
+            return better, worse
+    return None
 
 
-def normalise_comparison(row: Row, format: Format, columns: dict[str, str] | None = None) -> Comparison:
-    """The row as a comparison. ValueError naming file and row if a field is missing or malformed."""
-    advice = "Correct the row, or make training data of raw files with `posttrain prep pairs`."
-    values = required_values(row, columns, f"format {format}", PREFERENCE_REQUIRED[format], advice)
-    if format == "pairs":
-        return _pairs(row, values)
-    if format == "ranked":
-        return _ranked(row, values)
-    if not isinstance(values["label"], bool | int) or values["label"] not in (0, 1):
-        raise ValueError(f"{row.where}: label is true (desirable) or false; got {values['label']!r}. Correct the row.")
-    prompt, sides, text = _sides(row, values["prompt"], [values["completion"]])
-    return Comparison(prompt=prompt, completions=sides, pairs=[], labels=[bool(values["label"])], text=text)
+def alternatives(row: Row) -> tuple[str, str] | None:
+    """The columns of two answers, in the order of their names."""
+    return next((p for p in _ALTERNATIVES if p[0] in row.filled and p[1] in row.filled), None)
 
 
-def _pairs(row: Row, values: dict[str, Any]) -> Comparison:
-    prompt, sides, text = _sides(row, values.get("prompt"), [values["chosen"], values["rejected"]])
-    margin, weight = _number(row, "margin", values.get("margin"), 0.0), _number(row, "weight", values.get("weight"), 1.0)
-    if weight < 0:
-        raise ValueError(f"{row.where}: weight says how often the pair counts and must be >= 0; got {weight}. Correct the row.")
-    pair = Pair(chosen=0, rejected=1, margin=margin, weight=weight)
-    return Comparison(prompt=prompt, completions=sides, pairs=[pair], labels=[None, None], text=text)
+def answer_list(row: Row) -> str | None:
+    """The column with several answers, unless it holds calls, which are one answer."""
+    name = row.name(names.ANSWER_LISTS, (list, tuple))
+    return None if name == "answers" and row.name(names.TOOLS) else name
 
 
-def _ranked(row: Row, values: dict[str, Any]) -> Comparison:
-    completions = values["completions"]
-    if not isinstance(completions, list | tuple) or len(completions) < 2:
-        raise ValueError(f"{row.where}: completions is a list of at least two answers; got {completions!r}. Correct the row.")
-    prompt, sides, text = _sides(row, values["prompt"], list(completions))
-    scores = _numbers(row, "scores", values.get("scores"), len(sides))
-    ranks = _numbers(row, "ranks", values.get("ranks"), len(sides))
-    order = ranks if ranks is not None else [-s for s in scores] if scores is not None else list(range(len(sides)))
-    pairs = [
-        Pair(chosen=i, rejected=j, margin=scores[i] - scores[j] if scores is not None else 0.0)
-        for i in range(len(sides))
-        for j in range(len(sides))
-        if order[i] < order[j]
-    ]
-    return Comparison(prompt=prompt, completions=sides, pairs=pairs, labels=[None] * len(sides), text=text)
+def verified_columns(row: Row) -> list[str]:
+    """Columns that are each a solution with a verdict."""
+    return [n for n, v in row.filled.items() if isinstance(v, Mapping) and "is_correct" in v]
 
 
-def _sides(
-    row: Row, prompt: Any, sides: Sequence[Any]
-) -> tuple[list[Message], list[list[Message]], tuple[str, list[str]] | None]:
-    """(prompt messages, completions as messages, the strings where all are strings)."""
-    if all(isinstance(side, str) for side in sides):
-        if isinstance(prompt, list):
-            return message_list(row, "prompt", prompt), [_answer(row, side) for side in sides], None
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"{row.where}: chosen and rejected are texts, so the prompt must be given apart; got prompt={prompt!r}. "
-                "Dialogues written as one text (Anthropic HH) are split by `posttrain prep pairs FILE --out DIR`."
-            )
-        user = single_message(row, "user", prompt)
-        return [user], [_answer(row, side) for side in sides], (prompt, [str(side) for side in sides])
-    messages = [message_list(row, "completion", side) for side in sides]
-    shared = 0
-    while all(len(m) > shared + 1 for m in messages) and all(m[shared] == messages[0][shared] for m in messages):
-        shared += 1
-    if prompt is None or (isinstance(prompt, str) and shared):
-        head = messages[0][:shared]
-    else:
-        head = [single_message(row, "user", prompt)] if isinstance(prompt, str) else message_list(row, "prompt", prompt)
-        starts_again = all(m[: len(head)] == head and len(m) > len(head) for m in messages)
-        shared = len(head) if starts_again else 0
-    completions = [m[shared:] for m in messages]
-    if not head:
-        raise ValueError(f"{row.where}: no prompt, and the completions share no first message that could be one. Add a prompt.")
-    for completion in completions:
-        if not any(m["role"] == "assistant" for m in completion):
-            raise ValueError(
-                f"{row.where}: a completion has no assistant turn after the shared prompt; its roles are "
-                f"{[m['role'] for m in completion]}. Correct the row."
-            )
-    return head, completions, None
+def read_pairs(row: Row) -> Sample:
+    """A better and a worse answer, with their scores, a margin and a weight; or two answers and who wins."""
+    columns = pair_columns(row)
+    if columns is None:
+        return _compared(row, row.needs(alternatives(row), "chosen and rejected"))
+    prompt, sides, is_text = read_sides(row, [row.use(n) for n in columns])
+    scores = [_side_score(row, n) for n in columns]
+    margin, weight = row.number("margin"), row.number("weight")
+    if weight is not None and weight < 0:
+        raise ValueError(f"weight says how often the pair counts and must be >= 0; got {weight}")
+    if None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
+        raise ValueError(
+            f"{columns[0]} scores {scores[0]:g}, less than {columns[1]} with {scores[1]:g}: which of them is better?"
+        )
+    answers = [Answer(messages=m, rank=k, score=s) for k, (m, s) in enumerate(zip(sides, scores, strict=True))]
+    return Sample(prompt=prompt, answers=answers, margin=margin, weight=1.0 if weight is None else weight, is_text=is_text)
 
 
-def _answer(row: Row, text: str) -> list[Message]:
-    return [single_message(row, "assistant", text)]
+def _side_score(row: Row, side: str) -> float | None:
+    return row.number(f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}_reward")
 
 
-def _number(row: Row, name: str, value: Any, default: float) -> float:
-    if value is None:
-        return default
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{row.where}: {name} must be a finite number; got {value!r}. Correct the row, or remove the column.")
-    return number
+def _compared(row: Row, columns: tuple[str, str]) -> Sample:
+    values = [row.use(n) for n in columns]
+    listed = [_text_list(v) for v in (row.filled.get("prompt"), *values)]
+    if all(listed):  # the texts of both sides' turns, as lists
+        asked, *replies = listed
+        if any(len(r or ()) != len(asked or ()) for r in replies):
+            raise ValueError(f"prompt, {' and '.join(columns)} need one text for each turn; got lists of different lengths")
+        row.use("prompt")
+        row.filled = {k: v for k, v in row.filled.items() if k != "prompt"}
+        values = [[{"input": q, "output": a} for q, a in zip(asked or (), r or (), strict=True)] for r in replies]
+    prompt, sides, is_text = read_sides(row, values)
+    stem = next(s for s in names.STEMS if columns[0].startswith(s))
+    ends = [n.removeprefix(stem).lstrip("_") for n in columns]
+    scores = [row.number(f"score_{end}") for end in ends]
+    ranks = _verdict(row, [end.lower() for end in ends], stem)
+    if ranks is None and None not in scores:
+        ranks = (-scores[0], -scores[1])  # type: ignore[operator]
+    if ranks is None:
+        raise ValueError(
+            f"nothing says which of {' and '.join(columns)} is better: no {', '.join((*names.WINNERS, *names.STRENGTHS))} and no "
+            "scores. Name the column with the verdict so"
+        )
+    answers = [Answer(messages=m, rank=r, score=s) for m, r, s in zip(sides, ranks, scores, strict=True)]
+    return Sample(prompt=prompt, answers=answers, is_text=is_text)
 
 
-def _numbers(row: Row, name: str, value: Any, count: int) -> list[float] | None:
-    """None where the column is missing or holds no number at all (an optional column of a table)."""
-    if value is None or (isinstance(value, list | tuple) and value and all(v is None for v in value)):
+def _text_list(value: Any) -> list[str] | None:
+    if not isinstance(value, str) or not value.lstrip().startswith('["'):
         return None
-    if not isinstance(value, list | tuple) or len(value) != count or any(v is None for v in value):
-        raise ValueError(f"{row.where}: {name} needs one number per completion ({count}); got {value!r}. Correct the row.")
-    return [_number(row, name, v, 0.0) for v in value]
+    try:
+        listed = json.loads(value)
+    except json.JSONDecodeError:
+        return None
+    return listed if all(isinstance(v, str) for v in listed) else None
+
+
+def _verdict(row: Row, ends: list[str], stem: str) -> tuple[float, float] | None:
+    """Ranks of two answers by every column that says something, which must agree; None if none does."""
+    found = {name: _winner(name, row.use(name), ends, stem) for name in names.WINNERS if name in row.filled}
+    for name in names.STRENGTHS:
+        if (strength := row.number(name)) is not None:
+            found[name] = _TIES if strength == 0 else _WINS if strength < 0 else _LOSES
+    wins = [row.number(f"winner_model_{end}") for end in "ab"]
+    row.take("winner_tie")
+    if None not in wins:
+        found["winner_model_a"] = _TIES if wins[0] == wins[1] else _WINS if wins[0] else _LOSES
+    if stem == "human_ref" and "labels" in row.filled:
+        found["labels"] = _WINS if truth_of("labels", row.use("labels")) else _LOSES
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the verdicts {', '.join(found)} disagree. Choose one, and carry the others along by name")
+    return next(iter(found.values()), None)
+
+
+def _winner(name: str, value: Any, ends: list[str], stem: str) -> tuple[float, float]:
+    said = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).lower()
+    said = next((said.removeprefix(p) for p in ("model_", f"{stem}_", stem) if said.startswith(p)), said)
+    if said.startswith("tie") or said in ("both_bad", "bothbad", "both"):
+        return _TIES
+    if said not in ends:
+        raise ValueError(f"{name} is {ends[0]}, {ends[1]} or tie (model_ or {stem}_ may be before it); got {value!r}")
+    return _WINS if said == ends[0] else _LOSES
+
+
+def read_ranked(row: Row) -> Sample:
+    """A list of answers; ranks, scores and verdicts in parallel lists, or in the items."""
+    name = answer_list(row)
+    items = list(row.use(name)) if name else [row.use(n) for n in verified_columns(row)]
+    row.needs(items, f"a list of answers ({', '.join(names.ANSWER_LISTS)})")
+    if "labels" in row.filled:
+        raise ValueError(
+            f"labels beside {name} are of stepwise supervision (PRM): the steps of one solution are no alternatives, and nothing "
+            "here trains on them. If they are verdicts on alternatives, name the column is_correct"
+        )
+    parts = [_item(row, name or "solutions", item) for item in items]
+    ranks = [number_of("rank", v) for v in _parallel(row, names.RANK_LISTS, [p["rank"] for p in parts])]
+    scores = [number_of("score", v) for v in _parallel(row, names.SCORE_LISTS, [p["score"] for p in parts])]
+    labels = [truth_of("is_correct", v) for v in _parallel(row, names.VERDICT_LISTS, [p["label"] for p in parts])]
+    by_score = [None if s is None else -s for s in scores]
+    by_label = [None if v is None else float(not v) for v in labels]
+    order: Sequence[float | None] | None = next((o for o in (ranks, by_score, by_label) if set(o) != {None}), None)
+    if order is None and row.format != "ranked":
+        raise ValueError(
+            f"nothing says which of the {len(items)} {name} is better: no ranks, scores or is_correct. If they are best first, "
+            "say so with --data.format ranked (prep: --format ranked)"
+        )
+    order = range(len(items)) if order is None else order
+    rated = [pair for pair in zip(ranks, by_score, strict=True) if None not in pair]
+    if sorted(rated) != sorted(rated, key=lambda pair: (pair[1], pair[0])):  # type: ignore[type-var]
+        raise ValueError(f"ranks {short(ranks)} (0 is best) and scores {short(scores)} (higher is better) contradict each other")
+    prompt, sides, is_text = read_sides(row, [p["messages"] for p in parts])
+    answers = [Answer(messages=m, rank=r, score=s, label=v) for m, r, s, v in zip(sides, order, scores, labels, strict=True)]
+    return Sample(prompt=prompt, answers=answers, is_text=is_text)
+
+
+def _item(row: Row, column: str, item: Any) -> dict[str, Any]:
+    """One of several answers: a text, messages, or an object that holds them with a rank, a score or a verdict."""
+    if not isinstance(item, Mapping) or item.keys() & {"role", "from"}:
+        return {"messages": item, "rank": None, "score": None, "label": None}
+    kinds = {"messages": (*names.ANSWERS, "text", "content"), "rank": ("rank",), "score": names.SCORES, "label": names.LABELS}
+    taken = {kind: next((n for n in among if item.get(n) is not None), None) for kind, among in kinds.items()}
+    for key, value in item.items():
+        if key not in taken.values() and not is_nothing(value):
+            row.leave(key, inside=column)
+    return {kind: None if key is None else item[key] for kind, key in taken.items()}
+
+
+def _parallel(row: Row, columns: Iterable[str], inside: list[Any]) -> list[Any]:
+    """One value for each answer, of a column or of the answers themselves. None: not rated."""
+    name = row.name(columns)
+    if name is None:
+        return inside
+    values = decoded(row.use(name))
+    values = from_json(values, name) if isinstance(values, str) else values
+    if not isinstance(values, list) or len(values) != len(inside):
+        raise ValueError(f"{name} needs one number per completion ({len(inside)}); got {short(values)}")
+    return values
+
+
+def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[list[Message]], bool]:
+    """(what all answers continue, how each goes on, whether all of it is text)."""
+    values = [decoded(v) for v in values]
+    values = [[v] if isinstance(v, Mapping) and v.keys() & {"role", "from"} else v for v in values]
+    kinds = {type(v) for v in values}
+    if kinds == {str} and not all(map(is_dialogue, values)):
+        prompt, name = prompt_of(row), prompt_name(row)
+        asked = decoded(row.filled[name]) if name else None
+        replies = [after_colon(v) for v in values] if is_dialogue(asked) else values
+        is_text = isinstance(asked, str) and len(prompt) == 1 and not is_dialogue(asked)
+        return prompt, [row.turns(v, "assistant") for v in replies], is_text
+    if kinds not in ({str}, {list}):
+        given = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"the answers must be all texts or all lists of messages; got {given}")
+    sides = [dialogue(v) if isinstance(v, str) else row.turns(v, "assistant") for v in values]
+    prompt = _shared(row, sides)
+    rest = [s[len(prompt) :] if s[: len(prompt)] == prompt else s for s in sides]
+    if not prompt or prompt[0]["role"] == "assistant":
+        raise ValueError("no prompt, and the answers share no first message that could be one. Add a prompt")
+    for side in rest:
+        if not side or side[0]["role"] != "assistant":
+            raise ValueError(
+                "the sides share no prompt: they differ before an assistant turn (one goes on with no assistant turn but "
+                f"{[m['role'] for m in side]})"
+            )
+    return prompt, rest, False
+
+
+def _shared(row: Row, sides: list[list[Message]]) -> list[Message]:
+    """The prompt of conversations: the row's, or what all of them start with."""
+    given = prompt_of(row) if row.name((*names.PROMPTS, *names.CONVERSATIONS)) else None
+    if given and any(s[0]["role"] == "assistant" or s[: len(given)] == given for s in sides):
+        return given
+    shared, longest = 0, min(map(len, sides)) - 1
+    while shared < longest and all(s[shared] == sides[0][shared] for s in sides):
+        shared += 1
+    prompt = sides[0][:shared]
+    if given and (len(given) > 1 or given[0]["content"].strip() not in {m["content"].strip() for m in prompt}):
+        raise ValueError(f"the prompt {short(given[-1]['content'])} is not in the turns that the answers share")
+    return prompt

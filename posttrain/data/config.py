@@ -6,33 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "pairs", "ranked", "labelled"]
+from posttrain.data.row import COLUMNS
+
+Format = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "pairs", "ranked", "labelled", "rated"]
+"""A layout of rows (``posttrain.data.layouts``); sharegpt is messages, alpaca is prompt_completion."""
 Purpose = Literal["sft", "preference", "reward"]
 """What rows are read for: demonstrations; comparisons whose completions are trained; comparisons whose completions are
 scored."""
 Overlong = Literal["truncate", "drop", "error"]
-
-COLUMNS = (
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "tools",
-    "chosen",
-    "rejected",
-    "margin",
-    "weight",
-    "completions",
-    "ranks",
-    "scores",
-    "label",
-)
-"""Every column that a format reads: the keys that ``DataConfig.columns`` accepts."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -55,14 +36,19 @@ class DataConfig:
     by ``seed`` and content. Only without ``eval``. Default 0: no rows held out."""
 
     format: Format = "auto"
-    """Row format. Default auto: detected from the first row of each source."""
+    """How rows are read. Default auto: each row by its columns. Where a row fits several layouts, what is set is read, and what
+    the others would read is carried along."""
 
     columns: dict[str, str] | None = None
     """Renames columns before the format is read, {column of the format: column of the file}, for example
     ``{prompt: question, completion: answer}``. Default None: names as in the file."""
 
+    carry: list[str] = field(default_factory=list)
+    """Columns, and keys of messages and answers, that are not read: they are known to change nothing. "*": all that the layout
+    does not read. Default none: a column that is neither read nor known to be metadata is an error."""
+
     split: str = "train"
-    """Split of hub ids; files have none. Default train."""
+    """Split of hub ids and of folders that hold several; files have none. Default train."""
 
     max_length: int = 1024
     """Limit of prompt + completion, tokens. Default 1024."""

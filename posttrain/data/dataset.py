@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import warnings
 from collections import Counter
@@ -23,15 +24,14 @@ from posttrain.data.cache import (
     tokenizer_digest,
 )
 from posttrain.data.chat import ChatEncoder, set_chat_template
-from posttrain.data.comparisons import PREFERENCE_REQUIRED
-from posttrain.data.config import DataConfig, Format, Purpose
+from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.mixture import mixed64
-from posttrain.data.readers import HubSource, Row, read_rows, resolve
-from posttrain.data.report import DataReport, SourceReport
+from posttrain.data.readers import Row, read_rows
+from posttrain.data.report import DataReport, SourceReport, column_counts
 from posttrain.data.samples import check_stop_trained
-from posttrain.data.schema import REQUIRED, detect_format
+from posttrain.data.sources import HubSource, resolve
 from posttrain.data.table import schema, to_group, to_record
-from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows
+from posttrain.data.tokenise import Encoded, RowEncoder, check_layout, encode_rows
 from posttrain.types import PromptGroup
 
 _BATCH_ROWS = 4096  # rows of a record batch on disk
@@ -50,6 +50,9 @@ class Part:
     rows: np.ndarray[Any, Any]
     """Indices into the table that belong to this part."""
 
+    key: str
+    """Of the table in the cache: equal keys mean equal tokens."""
+
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """Numbers of a column, of this part's rows."""
         return self.table.data.column(name).to_numpy()[self.rows]
@@ -62,9 +65,9 @@ class GroupDataset(Sequence[PromptGroup]):
         self.parts = list(parts)
         self.sizes = [len(p.rows) for p in self.parts]
         """Groups of each source, as `batch_indices` takes them."""
-        self.lengths = np.concatenate([p.column("num_tokens") for p in parts]).astype(np.int64)
+        self.lengths = self.column("num_tokens").astype(np.int64)
         """Tokens of each group, its prompt once."""
-        self.longest = np.concatenate([p.column("longest") for p in parts]).astype(np.int64)
+        self.longest = self.column("longest").astype(np.int64)
         """Tokens of the prompt with the group's longest completion."""
         self._ends = np.cumsum(self.sizes)
 
@@ -79,6 +82,17 @@ class GroupDataset(Sequence[PromptGroup]):
             raise IndexError(f"index {index} of a dataset of {len(self)} groups")
         source = int(np.searchsorted(self._ends, i, side="right"))
         return self.at(source, i - int(self._ends[source]) + self.sizes[source])
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """Numbers of a column of ``table.schema``, one per group."""
+        return np.concatenate([p.column(name) for p in self.parts])
+
+    def digest(self) -> str:
+        """16 hex digits, equal for equal groups in the same order."""
+        content = hashlib.sha256()
+        for part in self.parts:
+            content.update(part.key.encode() + part.rows.astype("<i8").tobytes())
+        return content.hexdigest()[:16]
 
     def at(self, source: int, index: int) -> PromptGroup:
         """Group ``index`` of one source: what a pair of `batch_indices` names."""
@@ -139,9 +153,11 @@ def groups_from_rows(
     """
     config = config or DataConfig()
     numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=dict(r)) for i, r in enumerate(rows, start=1))
-    format, numbered = _format_of(numbered, config, purpose)
-    encode = RowEncoder(encoder=ChatEncoder(tokenizer), format=format, config=config, purpose=purpose)
+    _check_format(config, purpose)
+    encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
     results = list(map(encode, numbered))
+    if not results:
+        raise ValueError("No rows were given: nothing to train on. Pass at least one.")
     groups = [r.group for r in results if r.group is not None]
     dropped = Counter(r.reason for r in results if r.group is None)
     cut = sum(r.num_cut_tokens > 0 for r in results)
@@ -161,35 +177,32 @@ def _load_source(
     """One source from the cache, tokenised first if it is not there."""
     import datasets
 
-    resolved = resolve(source)
+    resolved = resolve(source, split=config.split)
     files = [f"{source}[{config.split}]"] if isinstance(resolved, HubSource) else [str(p) for p in resolved]
-    format, rows = _format_of(read_rows(source, split=config.split), config, purpose)
-    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, format, config, purpose)
+    _check_format(config, purpose)
+    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, config, purpose)
     folder = cache_folder(config) / key
     manifest = read_manifest(folder)
     cached = manifest is not None
     if manifest is None:
-        encode = RowEncoder(encoder=encoder, format=format, config=config, purpose=purpose)
+        encode = RowEncoder(encoder=encoder, config=config, purpose=purpose)
+        rows = read_rows(source, split=config.split)
         results = _with_progress(encode_rows(rows, encode, num_proc=config.num_proc), source, progress)
         manifest = publish(folder, lambda path: {"report": _write(path, results, encode, source=source, files=files)})
     report = SourceReport(**manifest["report"] | {"source": source, "from_cache": cached})
     table = datasets.Dataset.from_file(str(folder / TOKENS))
-    return Part(table=table, files=files, rows=np.arange(len(table))), report
+    return Part(table=table, files=files, rows=np.arange(len(table)), key=key), report
 
 
-def _format_of(rows: Iterator[Row], config: DataConfig, purpose: Purpose) -> tuple[Format, Iterator[Row]]:
-    """The source's format, from the config or its first row, and all rows again."""
-    required = REQUIRED if purpose == "sft" else PREFERENCE_REQUIRED
-    if config.format != "auto" and config.format not in required:
-        raise ValueError(
-            f"data.format={config.format} is not a format of {purpose} data; known are {', '.join(required)}. Leave it at "
-            "auto, or use the trainer that these rows are for."
-        )
-    first = next(rows, None)
-    if first is None:
-        raise ValueError("No rows were given: nothing to train on. Pass at least one.")
-    format = detect_format(first, config.columns, required) if config.format == "auto" else config.format
-    return format, itertools.chain([first], rows)
+def _check_format(config: DataConfig, purpose: Purpose) -> None:
+    """A layout that is set must be one of the purpose."""
+    if config.format != "auto":
+        try:
+            check_layout({"sharegpt": "messages", "alpaca": "prompt_completion"}.get(config.format, config.format), purpose)
+        except ValueError as error:
+            raise ValueError(
+                f"data.format={config.format}: {error}. Leave it at auto, or use the trainer that these rows are for."
+            ) from error
 
 
 def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]) -> dict[str, Any]:
@@ -200,10 +213,14 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
     numbers = {name: i for i, name in enumerate(files)}
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
+    layouts: Counter[str] = Counter()
+    uses: Counter[tuple[tuple[str, str], ...]] = Counter()
 
     def records() -> Iterator[dict[str, Any]]:
         for result in results:
             counts["num_read"] += 1
+            layouts[result.layout] += 1
+            uses[result.columns] += 1
             if result.group is None:
                 dropped[result.reason] += 1
                 continue
@@ -221,7 +238,12 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
     if not counts["num_kept"]:
         raise ValueError(_nothing_left(source, counts["num_read"], dropped, encode.config))
     names = ("num_read", "num_kept", "num_truncated", "num_cut_tokens", "num_tokens", "num_trained_tokens")
-    entries = {"format": encode.format, "mask_from": encode.encoder.mask_from, "dropped": dict(dropped)}
+    entries = {
+        "layouts": dict(layouts),
+        "columns": column_counts(uses),
+        "mask_from": encode.encoder.mask_from,
+        "dropped": dict(dropped),
+    }
     return entries | {name: counts[name] for name in names}
 
 

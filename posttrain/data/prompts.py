@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.chat import leading_special
+from posttrain.data.layouts import ReadPrompt, read_prompt
 from posttrain.data.readers import read_rows
+from posttrain.data.rendering import render_prompt
+from posttrain.data.report import column_counts
+from posttrain.data.row import CONVERSATIONS
 
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
@@ -27,9 +32,9 @@ class PromptConfig:
     """Sources of rows: files, folders or hub ids, as for the other recipes."""
     eval: list[str] = field(default_factory=list)
     """Held-out sources."""
-    prompt_column: str = "prompt"
-    """Column with the prompt, a text or messages; default prompt, else question, else messages (whose last assistant turn is
-    left out). Every other column is there for the rewards."""
+    prompt_column: str | None = None
+    """Column with the prompt, a text or messages. Default: found as in every row (prompt, question, problem, ..., or a
+    conversation, whose last assistant turn is then the answer). Columns that are not read are there for the rewards."""
     template: str = "chat"
     """chat: the tokenizer's chat template; r1-zero: the text of DeepSeek-R1-Zero, for base models; plain: the text as it is;
     or the path of a text file with {prompt} in it."""
@@ -52,23 +57,32 @@ class Prompt:
     """The row; ``_where`` names its file and row."""
 
 
-def load_prompts(config: PromptConfig, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
-    """(prompts, {"read", "kept", "too long"}). Raises ValueError naming the row for one without a prompt."""
+def load_prompts(config: PromptConfig, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, Any]]:
+    """(prompts, {"read", "kept", "too long", "columns"}). Raises ValueError naming the row for one without a prompt."""
     rows = ({**row.values, "_where": row.where} for source in sources for row in read_rows(source, split=config.split))
     return prompts_from_rows(rows, tokenizer, config)
 
 
 def prompts_from_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: PromptConfig
-) -> tuple[list[Prompt], dict[str, int]]:
-    """The same for rows in memory."""
-    counts = {"read": 0, "kept": 0, "too long": 0}
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: PromptConfig, *, suffix: str = ""
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The same for rows in memory; ``suffix`` goes after what the last message says."""
+    counts: dict[str, Any] = {"read": 0, "kept": 0, "too long": 0}
+    columns: Counter[tuple[tuple[str, str], ...]] = Counter()
     prompts: list[Prompt] = []
     encode = _Encoder(tokenizer, config)
     for number, row in enumerate(rows, start=1):
         sample = {"_where": f"row {number}", **row}
-        ids = encode(sample)
+        try:
+            read = read_prompt({k: v for k, v in sample.items() if k != "_where"}, column=config.prompt_column)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{sample['_where']}: {error}.") from error
+        if read.answer is not None and sample.get("answer") is None:
+            sample["answer"] = read.answer
+        read.messages[-1] = {**read.messages[-1], "content": read.messages[-1]["content"] + suffix}
+        ids = encode(read, sample["_where"])
         counts["read"] += 1
+        columns[tuple(read.columns.items())] += 1
         if len(ids) > config.max_prompt_length:
             counts["too long"] += 1
             continue
@@ -79,7 +93,7 @@ def prompts_from_rows(
             f"No prompt is left of {counts['read']} rows ({counts['too long']} longer than data.max_prompt_length="
             f"{config.max_prompt_length}). Give data.train, or raise the limit."
         )
-    return prompts, counts
+    return prompts, {**counts, "columns": column_counts(columns)}
 
 
 class _Encoder:
@@ -95,29 +109,20 @@ class _Encoder:
             raise ValueError("data.system is part of the chat template; with another data.template it would be ignored.")
         self._text = text
 
-    def __call__(self, sample: Mapping[str, Any]) -> list[int]:
-        prompt = self._prompt_of(sample)
+    def __call__(self, read: ReadPrompt, where: str) -> list[int]:
+        messages, tools = read.messages, read.tools
+        is_conversation = any(read.columns.get(name) == "used" for name in CONVERSATIONS)
         if self._text is None:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             if self._config.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self._config.system}, *messages]
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = render_prompt(self._tokenizer, messages, tools, where=where)
+        elif tools or is_conversation or len(messages) > 1:
+            raise ValueError(
+                f"{where}: data.template={self._config.template} writes one text: roles, turns and tools would be lost; got "
+                f"the roles {[m['role'] for m in messages]} and {len(tools or ())} tools. Use the chat template, or name a "
+                "column with a text: --data.prompt_column."
+            )
         else:
-            said = prompt if isinstance(prompt, str) else "\n\n".join(str(m["content"]) for m in prompt)
-            text = self._text.replace("{prompt}", said)
+            text = self._text.replace("{prompt}", messages[0]["content"])
         ids = list(self._tokenizer(text + self._config.opening, add_special_tokens=False)["input_ids"])
         return ids if self._text is None else [*leading_special(self._tokenizer), *ids]
-
-    def _prompt_of(self, sample: Mapping[str, Any]) -> str | Sequence[Mapping[str, Any]]:
-        for column in dict.fromkeys((self._config.prompt_column, "question", "messages")):
-            value = sample.get(column)
-            if isinstance(value, str) and value.strip():
-                return value
-            if isinstance(value, (list, tuple)) and value:
-                messages = list(value)[:-1] if value[-1].get("role") == "assistant" else list(value)
-                if messages:
-                    return messages
-        raise ValueError(
-            f"{sample['_where']}: no prompt in column {self._config.prompt_column!r}, question or messages; the row has "
-            f"{', '.join(k for k in sample if k != '_where')}. Set --data.prompt_column."
-        )

@@ -9,17 +9,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?$")
-_HELD_OUT = re.compile(r"^(test|valid|validation|val|dev|eval)([^a-z]|$)", re.IGNORECASE)
+from posttrain.data.sources import SUFFIXES, HubSource, resolve
+
 _CSV_FIELD_LIMIT_BYTES = 2**31 - 1  # the module's default of 128 KiB rejects long documents
 
 
@@ -42,37 +40,14 @@ class Row:
         return f"{self.file}:{self.row_number}"
 
 
-class HubSource(NamedTuple):
-    """A dataset on the hub: ``owner/name`` and an optional configuration."""
-
-    name: str
-    config: str | None
-
-
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
-    """The rows of a file, a folder (files in sorted order) or a hub id. A bad row is a ValueError, never skipped."""
-    resolved = resolve(source)
+    """The rows of a file, a folder or a hub id (``sources.resolve``). A bad row is a ValueError, never skipped."""
+    resolved = resolve(source, split=split)
     if isinstance(resolved, HubSource):
         yield from _numbered(f"{source}[{split}]", load_hub(resolved, split=split))
         return
     for path in resolved:
         yield from read_file(path)
-
-
-def resolve(source: str) -> list[Path] | HubSource:
-    """The files of a path or folder, or the hub id. Raises ValueError if the source is neither."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder_files(path)
-    if path.exists():
-        return [path]
-    if _HUB_ID.match(source) and not source.lower().endswith(SUFFIXES):
-        name, _, config = source.partition(":")
-        return HubSource(name, config or None)
-    raise ValueError(
-        f"{source}: no such file or folder (looked in {Path.cwd()}), and not a hub id, which is written owner/name or "
-        "owner/name:config. Check the path."
-    )
 
 
 BadRow = Callable[[int, str], None]
@@ -93,8 +68,8 @@ def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
         )
     bad = on_bad_row or partial(_refuse, path)
     stem = name.removesuffix(".gz")
-    if stem.endswith(".parquet"):
-        values: Iterable[tuple[int, Any]] = enumerate(_parquet(path, bad), start=1)
+    if stem.endswith((".parquet", ".arrow")):
+        values: Iterable[tuple[int, Any]] = enumerate(_arrow(path, bad), start=1)
     elif stem.endswith(".csv"):
         values = _csv(path, bad)
     elif stem.endswith(".json"):
@@ -133,22 +108,6 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
         yield Row(file=name, row_number=number, values=dict(values))
     if number == 0:
         raise ValueError(f"{name}: no rows; the split is empty. Choose another with --data.split.")
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    found = [p for p in folder.rglob("*") if p.is_file()]
-    inside = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    files = sorted(p for p in inside if p.name.lower().endswith(SUFFIXES))
-    if not files:
-        names = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
-        raise ValueError(f"{folder}: no data file in this folder; looked for {', '.join(SUFFIXES)}, found {names}.")
-    held_out = [p for p in files if any(_HELD_OUT.match(part) for part in p.relative_to(folder).parts)]
-    if held_out and len(held_out) < len(files):
-        raise ValueError(
-            f"{folder}: holds several splits, among them {held_out[0].relative_to(folder)}; reading all of them would "
-            f"train on held-out rows. Name the files instead, such as {next(p for p in files if p not in held_out)}."
-        )
-    return files
 
 
 def _refuse(path: Path, number: int, message: str) -> None:
@@ -225,19 +184,22 @@ def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(previous_limit)
 
 
-def _parquet(path: Path, bad: BadRow) -> Iterator[dict[str, Any]]:
+def _arrow(path: Path, bad: BadRow) -> Iterator[dict[str, Any]]:
+    """Rows of Parquet, and of the Arrow streams that `datasets` saves."""
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        with pyarrow.OSFile(str(path)) as raw:
+            is_parquet = path.name.lower().endswith(".parquet")
+            whole = pyarrow.parquet.ParquetFile(raw) if is_parquet else pyarrow.ipc.open_stream(raw)
+            for batch in whole.iter_batches(batch_size=1024) if is_parquet else whole:
                 for values in batch.to_pylist():
                     number += 1
                     yield values
     except pyarrow.ArrowException as error:
-        bad(number + 1, f"not a readable Parquet file: {error}. Copy or write it again.")
+        bad(number + 1, f"not a readable {path.suffix[1:].capitalize()} file: {error}. Copy or write it again.")
 
 
 def _kind(value: Any) -> str:

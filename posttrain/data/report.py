@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,15 @@ SAME_SIDES = "chosen and rejected are the same tokens"
 ALL_TIED = "all completions are tied"
 
 
+def column_counts(seen: Mapping[tuple[tuple[str, str], ...], int]) -> dict[str, dict[str, int]]:
+    """{use: {column: rows}} of how often each set of (column, use) was seen."""
+    counts: dict[str, Counter[str]] = {}
+    for columns, rows in seen.items():
+        for name, use in columns:
+            counts.setdefault(use, Counter())[name] += rows
+    return {use: dict(sorted(names.items())) for use, names in sorted(counts.items())}
+
+
 @dataclass(kw_only=True, frozen=True)
 class SourceReport:
     """Counts of one source. num_read = num_kept + the sum of dropped."""
@@ -23,8 +32,8 @@ class SourceReport:
     source: str
     """As written in the config."""
 
-    format: str
-    """The format the rows were read in, detected or set."""
+    layouts: dict[str, int]
+    """Layout to the number of rows that were read so."""
 
     mask_from: str
     """Where the loss mask comes from: markers (of the template), trl (its training template), prefixes, none (raw
@@ -50,6 +59,9 @@ class SourceReport:
 
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason to number of rows left out."""
+
+    columns: dict[str, dict[str, int]] = field(default_factory=dict)
+    """``used`` and ``carried``: {column: rows that have it}; keys of messages and answers as ``messages.key``."""
 
     from_cache: bool = False
     """Whether the tokens were read from the cache. Default False: tokenised now."""
@@ -96,11 +108,15 @@ class DataReport:
             table.add_column(name, justify="right")
         for use, sources in (("", self.train), (" (eval)", self.eval)):
             for s in sources:
-                how = f"{s.format}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
+                how = f"{', '.join(s.layouts)}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
                 numbers = (s.num_read, s.num_kept, s.num_truncated, s.num_dropped)
                 tokens = (s.num_tokens, s.num_trained_tokens)
                 table.add_row(escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens))
         lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
+        carried = sum((Counter(s.columns.get("carried")) for s in (*self.train, *self.eval)), Counter())
+        if carried:
+            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(carried.items()))
+            lost.append(escape(f"not read, carried along: {names}"))
         cut = sum(s.num_cut_tokens for s in self.train)
         if cut:
             lost.insert(0, f"{cut:,} tokens cut from {self.counts()['truncated']:,} completions")

@@ -19,6 +19,7 @@ def schema() -> Any:
         [("prompt_ids", ids), ("completion_ids", pa.list_(ids)), ("loss_mask", pa.list_(pa.list_(pa.uint8())))]
         + [("pairs", pa.list_(pair)), ("label", pa.list_(pa.int8())), ("file", pa.int32()), ("row", pa.int64())]
         + [("prompt_hash", pa.uint64()), ("num_tokens", pa.int32()), ("longest", pa.int32())]
+        + [("num_pairs", pa.int32()), ("num_labels", pa.int32())]
     )
 
 
@@ -35,6 +36,8 @@ def to_record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, 
         "prompt_hash": prompt_hash(group),
         "num_tokens": group.num_tokens_shared,
         "longest": len(group.prompt_ids) + max(len(c.token_ids) for c in group.completions),
+        "num_pairs": len(group.trained_pairs),
+        "num_labels": sum(c.label is not None for c in group.completions),
     }
 
 

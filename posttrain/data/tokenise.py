@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 
 from posttrain.data.chat import ChatEncoder
-from posttrain.data.comparisons import PREFERENCE_REQUIRED, Comparison, normalise_comparison
-from posttrain.data.config import DataConfig, Format, Purpose
+from posttrain.data.config import DataConfig, Purpose
+from posttrain.data.layouts import read_sample
+from posttrain.data.messages import Message
 from posttrain.data.readers import Row
 from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
-from posttrain.data.schema import normalise
-from posttrain.types import SCORE_SLOT, Completion, PromptGroup
+from posttrain.data.row import Sample
+from posttrain.types import SCORE_SLOT, Completion, Pair, PromptGroup
 
 _CHUNK_ROWS = 256  # of one message between processes
 
@@ -33,6 +35,29 @@ class Encoded:
     num_cut_tokens: int = 0
     """Tokens cut from the end of the completion. Default 0: it is whole."""
 
+    layout: str = ""
+    """How the row was read."""
+
+    columns: tuple[tuple[str, str], ...] = ()
+    """(column, ``used`` or ``carried``)."""
+
+
+LAYOUTS_OF: dict[Purpose, tuple[str, ...]] = {
+    "sft": ("messages", "prompt_completion"), "preference": ("pairs", "ranked", "labelled"), "reward": ("pairs", "ranked"),
+}  # fmt: skip
+"""What each purpose trains on."""
+_ADVICE = {
+    "sft": "`posttrain prep sft` keeps the best answer of each prompt; --data.format reads such a row as a demonstration",
+    "preference": "`posttrain prep pairs` makes comparisons of rated or scattered answers",
+    "reward": "a reward model compares answers: `posttrain prep pairs` makes pairs of labelled or rated answers",
+}
+
+
+def check_layout(layout: str, purpose: Purpose) -> None:
+    """ValueError if such rows are not what the purpose trains on."""
+    if layout not in LAYOUTS_OF[purpose]:
+        raise ValueError(f"{layout} rows are no {purpose} data, which is {', '.join(LAYOUTS_OF[purpose])}; {_ADVICE[purpose]}")
+
 
 @dataclass(kw_only=True, frozen=True)
 class RowEncoder:
@@ -41,11 +66,8 @@ class RowEncoder:
     encoder: ChatEncoder
     """Template and tokenizer."""
 
-    format: Format
-    """The source's format, never auto."""
-
     config: DataConfig
-    """Its columns, max_length and overlong are read."""
+    """Its format, columns, carry, max_length and overlong are read."""
 
     purpose: Purpose = "sft"
     """``reward`` adds a score slot to every completion and trains nothing else. Default sft."""
@@ -53,36 +75,71 @@ class RowEncoder:
     def __call__(self, row: Row) -> Encoded:
         """ValueError naming file and row for a row that cannot be trained on, or is too long under overlong=error."""
         meta = {"file": row.file, "row": row.row_number}
-        if self.format in PREFERENCE_REQUIRED:
-            group = self._compare(normalise_comparison(row, self.format, self.config.columns), meta)
-            return fit(group, self.config, scored=self.purpose == "reward")
-        conversation = normalise(row, self.format, self.config.columns)
-        if self.encoder.template is None and conversation.text is not None:
-            group = self.encoder.encode_text(*conversation.text, meta=meta)
-        else:
-            group = self.encoder.encode(conversation.messages, trained=conversation.trained, tools=conversation.tools, meta=meta)
-        return fit(group, self.config)
+        config = self.config
+        try:
+            sample = read_sample(row.values, format=config.format, columns=config.columns, carry=config.carry)
+            check_layout(sample.layout, self.purpose)
+            _check_answers(sample, self.purpose)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}.") from error
+        return self.encode(sample, meta)
 
-    def _compare(self, row: Comparison, meta: dict[str, Any]) -> PromptGroup:
-        """Every completion after the prompt they share; a template that writes the prompt in two ways is a ValueError."""
-        if self.encoder.template is None and row.text is not None:
-            encoded = [self.encoder.encode_text(row.text[0], side, meta=meta) for side in row.text[1]]
+    def encode(self, sample: Sample, meta: dict[str, Any]) -> Encoded:
+        """The same for what was read."""
+        if self.purpose == "sft":
+            encoded = fit(self._group(sample, sample.answers[0].messages, meta), self.config)
         else:
-            untrained = [False] * len(row.prompt)
-            encoded = [
-                self.encoder.encode(
-                    [*row.prompt, *side], trained=[*untrained, *(m["role"] == "assistant" for m in side)], meta=meta
-                )
-                for side in row.completions
-            ]
+            encoded = fit(self._compare(sample, meta), self.config, scored=self.purpose == "reward")
+        return replace(encoded, layout=sample.layout, columns=tuple(sample.columns.items()))
+
+    def _group(self, sample: Sample, answer: list[Message], meta: dict[str, Any], *, trains_prompt: bool = True) -> PromptGroup:
+        """Prompt and answer; an assistant's message is trained unless its weight is 0."""
+        if self.encoder.template is None and sample.is_text:
+            return self.encoder.encode_text(sample.prompt[0]["content"], answer[0]["content"], meta=meta)
+        messages = [*sample.prompt, *answer]
+        first = 0 if trains_prompt else len(sample.prompt)
+        trained = [i >= first and m["role"] == "assistant" and m.get("weight", 1) != 0 for i, m in enumerate(messages)]
+        clean = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+        return self.encoder.encode(clean, trained=trained, tools=sample.tools, meta=meta)
+
+    def _compare(self, sample: Sample, meta: dict[str, Any]) -> PromptGroup:
+        """Every completion after the prompt they share; a template that writes the prompt in two ways is a ValueError."""
+        encoded = [self._group(sample, a.messages, meta, trains_prompt=False) for a in sample.answers]
         prompt = encoded[0].prompt_ids
         if any(group.prompt_ids != prompt for group in encoded):
             raise ValueError(
                 f"{encoded[0].where}: the chat template writes the prompt differently before different completions, so it is not "
                 "one prompt. Put {% generation %} markers into the template and pass it with --data.chat_template."
             )
-        completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, row.labels, strict=True)]
-        return PromptGroup(prompt_ids=prompt, completions=completions, pairs=row.pairs, meta=meta)
+        is_labelled = sample.layout == "labelled"
+        labels = [a.label if is_labelled else None for a in sample.answers]
+        completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, labels, strict=True)]
+        pairs = [] if is_labelled else compared_pairs(sample)
+        return PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta=meta)
+
+
+def compared_pairs(sample: Sample) -> list[Pair]:
+    """Every pair of rated answers of different rank, with the row's margin, else the difference of their scores, else 0."""
+    answers = sample.answers
+    pairs = []
+    for (i, better), (j, worse) in permutations(enumerate(answers), 2):
+        if better.rank is not None and worse.rank is not None and better.rank < worse.rank:
+            by_score = 0.0 if better.score is None or worse.score is None else better.score - worse.score
+            margin = by_score if sample.margin is None else sample.margin
+            pairs.append(Pair(chosen=i, rejected=j, margin=margin, weight=sample.weight))
+    return pairs
+
+
+def _check_answers(sample: Sample, purpose: Purpose) -> None:
+    if purpose != "sft":
+        if sample.layout != "labelled" and len(sample.answers) < 2:
+            raise ValueError(f"a comparison needs at least two answers; got {len(sample.answers)}")
+        return
+    said = [m for m in (*sample.prompt, *sample.answers[0].messages) if m["role"] == "assistant"]
+    if any(not m["content"].strip() and not m.get("tool_calls") for m in said):
+        raise ValueError("an assistant turn is empty; training on it teaches the model to say nothing. Remove the row or fill it")
+    if all(m.get("weight") == 0 for m in said):
+        raise ValueError("every assistant message has weight 0: nothing to train. Remove the row")
 
 
 def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Encoded:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
+from posttrain.losses.preference_metrics import loss_beta
 from posttrain.types import LossOutput
 
 
@@ -42,6 +44,8 @@ def weighted_sum(losses: Sequence[tuple[float, Callable[..., LossOutput]]]) -> C
     loss.__name__ = loss.__qualname__ = " + ".join(f"{w:g}*{n}" for (w, _), n in zip(losses, names, strict=True))
     loss.couples_completions = any(getattr(f, "couples_completions", True) for _, f in losses)  # type: ignore[attr-defined]
     loss.needs_reference = any(getattr(f, "needs_reference", True) for _, f in losses)  # type: ignore[attr-defined]
+    with_beta = [f for _, f in losses if hasattr(f, "beta") or "beta" in signature(f).parameters]
+    loss.beta = loss_beta(with_beta[0]) if with_beta else 0.1  # type: ignore[attr-defined]
     if statistics:
         loss.batch_statistic = next(iter(statistics.values()))  # type: ignore[attr-defined]
     return loss

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from posttrain.losses.divergence import Divergence, divergence_gap, mean_divergence_gap
+from posttrain.losses.preference_metrics import reward_metrics
 from posttrain.losses.unpaired import kto
 from posttrain.types import LossOutput, PairLogps
 
@@ -83,7 +84,8 @@ def ipo(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reve
 def ipo_avg(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
     """(w / |y_w| - l / |y_l| - 1 / (2 beta))^2: IPO on per-token means, TRL's reading of it ("confirmed with the authors")."""
     _check_beta(beta)
-    return _pairs((mean_divergence_gap(logps, f_divergence, alpha=alpha) - 1 / (2 * beta)) ** 2)
+    items = (mean_divergence_gap(logps, f_divergence, alpha=alpha) - 1 / (2 * beta)) ** 2
+    return _pairs(items, rewards=_mean_logratios(logps, beta))
 
 
 def hinge(logps: PairLogps, *, beta: float = 0.1, f_divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> LossOutput:
@@ -98,14 +100,15 @@ def dpo_norm(logps: PairLogps, *, beta: float = 5.0, f_divergence: Divergence = 
     At pi = pi_ref exactly ln 2. One long and one short answer: the same log-ratio counts for less on the long one.
     """
     _check_beta(beta)
-    return _pairs(-logsigmoid(beta * mean_divergence_gap(logps, f_divergence, alpha=alpha)))
+    items = -logsigmoid(beta * mean_divergence_gap(logps, f_divergence, alpha=alpha))
+    return _pairs(items, rewards=_mean_logratios(logps, beta))
 
 
 def simpo(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
     """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma). Meng et al. 2024, arXiv:2405.14734 eq. 6."""
     _check_beta(beta)
     chosen, rejected = _mean_logps(logps)
-    return _pairs(-logsigmoid(beta * (chosen - rejected) - gamma))
+    return _pairs(-logsigmoid(beta * (chosen - rejected) - gamma), rewards=(beta * chosen, beta * rejected))
 
 
 def orpo(logps: PairLogps, *, lambda_: float = 0.1) -> LossOutput:
@@ -114,8 +117,10 @@ def orpo(logps: PairLogps, *, lambda_: float = 0.1) -> LossOutput:
     Hong et al. 2024, arXiv:2403.07691 eq. 6 and 7. p -> 1 (a mean log-prob of 0) is cut at the dtype's resolution.
     """
     chosen, rejected = _mean_logps(logps)
-    odds = -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-    return LossOutput(items=-chosen + lambda_ * odds, unit="pair", metrics={"log_odds_loss": odds.detach()})
+    rewards = _log_odds(chosen), _log_odds(rejected)
+    odds = -logsigmoid(rewards[0] - rewards[1])
+    metrics = {**reward_metrics(*rewards), "log_odds_loss": odds.detach()}
+    return LossOutput(items=-chosen + lambda_ * odds, unit="pair", metrics=metrics)
 
 
 def cpo(logps: PairLogps, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossOutput:
@@ -205,8 +210,10 @@ def r_dpo(logps: PairLogps, *, beta: float = 0.1, length_weight: float = 0.01) -
     chosen answer is explained by its length in part, so the policy learns less from it. length_weight = 0: ``dpo``.
     """
     _check_beta(beta)
-    longer = (logps.chosen_length_B - logps.rejected_length_B).to(logps.logps_T.dtype)
-    return _pairs(-logsigmoid(beta * logps.logratio_gap_B + length_weight * longer))
+    dtype = logps.logps_T.dtype
+    chosen = beta * logps.chosen_logratio_B + length_weight * logps.chosen_length_B.to(dtype)
+    rejected = beta * logps.rejected_logratio_B + length_weight * logps.rejected_length_B.to(dtype)
+    return _pairs(-logsigmoid(chosen - rejected), rewards=(chosen, rejected))
 
 
 def discopop(
@@ -228,8 +235,17 @@ for _loss in (simpo, orpo, cpo, nll_chosen):
     _loss.needs_reference = False  # type: ignore[attr-defined]
 
 
-def _pairs(items_B: Tensor) -> LossOutput:
-    return LossOutput(items=items_B, unit="pair")
+def _pairs(items_B: Tensor, *, rewards: tuple[Tensor, Tensor] | None = None) -> LossOutput:
+    """``rewards``: of chosen and rejected, where the loss compares others than beta times the log-ratios (or log-probs)."""
+    return LossOutput(items=items_B, unit="pair", metrics={} if rewards is None else reward_metrics(*rewards))
+
+
+def _mean_logratios(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """[B] beta w / |y_w| and beta l / |y_l|."""
+    return (
+        beta * logps.chosen_logratio_B / logps.chosen_length_B,
+        beta * logps.rejected_logratio_B / logps.rejected_length_B,
+    )
 
 
 def _mean_logps(logps: PairLogps) -> tuple[Tensor, Tensor]:

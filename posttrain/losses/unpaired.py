@@ -14,7 +14,8 @@ def kto(logps: TokenLogps, *, beta: float = 0.1, desirable_weight: float = 1.0, 
     """lambda_D (1 - sigmoid(beta (r - z0))) for desirable answers, lambda_U (1 - sigmoid(beta (z0 - r))) for undesirable ones.
 
     Ethayarajh et al. 2024, arXiv:2402.01306 eq. 8, with r = log pi(y|x) - log pi_ref(y|x). z0 = max(0, mean of r over answers to
-    *other* prompts of the global batch), a constant without gradient: an estimate of KL(pi || pi_ref). Items of answers without
+    *other* prompts of the global batch; 0 where it has one prompt only), a constant without gradient: an estimate of
+    KL(pi || pi_ref). Items of answers without
     label are 0 (the mean still counts them). Choose lambda_D n_D / (lambda_U n_U) in [1, 3/2] (section 4.2). At pi = pi_ref,
     z0 = 0 and every item is lambda / 2.
     """
@@ -39,20 +40,13 @@ def kto(logps: TokenLogps, *, beta: float = 0.1, desirable_weight: float = 1.0, 
 
 
 def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """Each group's prompt with the answers of the next group (cyclically) that has another prompt.
-
-    Raises ValueError for a batch with one prompt only: no answer in it belongs to another.
-    """
+    """Each group's prompt with the answers of the next group (cyclically) that has another prompt; [] where all have one."""
     every, count, made = list(groups), len(groups), []
     for i, group in enumerate(every):
         others = (every[(i + k) % count] for k in range(1, count))
         other = next((o for o in others if list(o.prompt_ids) != list(group.prompt_ids)), None)
-        if other is None:
-            raise ValueError(
-                f"kto estimates its reference point from answers to other prompts, so a batch needs two different prompts; all "
-                f"{count} groups have that of {group.where}. Raise --train.batch_size."
-            )
-        made.append(replace(group, completions=other.completions, pairs=()))
+        if other is not None:
+            made.append(replace(group, completions=other.completions, pairs=()))
     return made
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.chat import stop_token_ids
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
+from posttrain.models.dropout import own_rates, without_dropout
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class ModelConfig:
     """Embedded model, local folder or hub id of another tokenizer; None: the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: about a third more compute for much less memory."""
+    dropout: bool | None = None
+    """Train with the model's own dropout (and that of adapters). Default None: SFT does; preferences, reward models and
+    reinforcement learning do not, which compare probabilities of the policy with its own or a reference's."""
     train_without_router_loss: bool = False
     """For a mixture of experts whose config asks for a router auxiliary loss: train without it instead of refusing."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -84,6 +88,19 @@ def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def set_dropout(model: Any, config: ModelConfig, *, default: bool) -> None:
+    """Switches the model's dropout off unless ``config.dropout``, or for None the method's ``default``, asks for it. ValueError
+    for adapters whose dropout would thus have no effect."""
+    if config.dropout or (config.dropout is None and default):
+        return
+    if config.lora.dropout > 0:
+        raise ValueError(
+            f"model.lora.dropout={config.lora.dropout} would have no effect: this method trains without dropout, because it "
+            "compares probabilities. Leave it out, or set --model.dropout true."
+        )
+    without_dropout(model)
 
 
 def untrained_model(
@@ -210,7 +227,8 @@ def save_model(
     else:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
-        model.save_pretrained(str(folder), state_dict=state)
+        with own_rates(model):
+            model.save_pretrained(str(folder), state_dict=state)
     tokenizer.save_pretrained(str(folder))
     let_weights_be_read_like_the_rest(Path(folder))
 

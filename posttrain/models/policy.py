@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.dropout import has_dropout
 from posttrain.models.logprobs import logit_transform, token_logps
 from posttrain.packing import attention
 from posttrain.packing.batch import Layout, PackedBatch, PackingMode
@@ -51,17 +52,6 @@ class PlainSequence:
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those of other heads."""
-    for name, value in base_model(model).config.get_text_config().to_dict().items():
-        is_rate = any(word in name for word in ("dropout", "pdrop", "drop_rate")) and not name.startswith(
-            ("classifier", "summary")
-        )
-        if is_rate and isinstance(value, (int, float)) and value > 0:
-            return True
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _is_prompt_learning(model: nn.Module) -> bool:
@@ -105,7 +95,7 @@ def choose_mode(model: nn.Module, packing: PackingConfig, *, device_type: str) -
     config = base_model(model).config.get_text_config()
     limit = _long_rope_limit(config)
     why_single = _needs_single(model)
-    dropout = _has_dropout(model)
+    dropout = has_dropout(model)
     if packing.mode in ("shared", "packed") and why_single:
         raise ValueError(f"packing.mode={packing.mode} is not exact for this model: {why_single}. Use --packing.mode single.")
     if packing.mode == "single" or why_single:

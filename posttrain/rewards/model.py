@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,48 +30,43 @@ def reward_model(
         if text.strip():
             by_prompt.setdefault(id(sample), []).append(i)
 
-    def score(rows: list[dict[str, Any]], places: list[list[int]]) -> list[int]:
-        """Fills in the scores of the rows that fit; places of the others."""
-        groups = _encoded(rows, tokenizer, max_length) if rows else []
+    def score(places: list[list[int]]) -> list[int]:
+        """Fills in the scores of the groups that fit; places of the others."""
+        asked = [(samples[ks[0]], [str(completions[k]) for k in ks]) for ks in places]
+        groups = _encoded(asked, tokenizer, prompt_column, max_length)
         for group, values in zip(groups, _scores(scorer, groups, max_length), strict=True):
-            for place, value in zip(places[group.meta["row"] - 1], values, strict=True):
+            for place, value in zip(places[group.meta["row"]], values, strict=True):
                 scores[place] = value
-        kept = {group.meta["row"] - 1 for group in groups}
+        kept = {group.meta["row"] for group in groups}
         return [place for r, row in enumerate(places) if r not in kept for place in row]
 
-    several = [places for places in by_prompt.values() if len(places) > 1]
-    together = [
-        {"prompt": _prompt_of(samples[ks[0]], prompt_column), "completions": [str(completions[k]) for k in ks]} for ks in several
-    ]
-    alone = [places[0] for places in by_prompt.values() if len(places) == 1] + score(together, several)
-    score(
-        [{"prompt": _prompt_of(samples[k], prompt_column), "completion": str(completions[k]), "label": True} for k in alone],
-        [[k] for k in alone],
-    )
+    score([[place] for place in score(list(by_prompt.values()))])
     return scores
 
 
 reward_model.batched = True  # type: ignore[attr-defined]
 
 
-def _prompt_of(sample: Mapping[str, Any], column: str) -> Any:
-    prompt = sample.get(column) or sample.get("question") or sample.get("messages")
-    is_dialogue = isinstance(prompt, (list, tuple)) and bool(prompt)
-    return list(prompt)[:-1] if is_dialogue and prompt[-1].get("role") == "assistant" else prompt  # type: ignore[index,arg-type]
+def _encoded(
+    asked: Sequence[tuple[Mapping[str, Any], list[str]]], tokenizer: Any, prompt_column: str, max_length: int
+) -> list[PromptGroup]:
+    """Groups of (sample, answers) that fit; ``meta["row"]`` is their index."""
+    from posttrain.data import Answer, ChatEncoder, DataConfig, Sample, read_prompt
+    from posttrain.data.tokenise import RowEncoder
 
-
-def _encoded(rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[PromptGroup]:
-    """Groups of the rows that fit; ``meta["row"]`` is their number, from 1."""
-    from posttrain.data import DataConfig, groups_from_rows
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return groups_from_rows(rows, tokenizer, config=DataConfig(max_length=max_length, overlong="drop"), purpose="reward")
-        except ValueError as error:
-            if "max_length" in str(error):  # none fits
-                return []
-            raise
+    config = DataConfig(max_length=max_length, overlong="drop")
+    encoder = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose="reward")
+    groups = []
+    for number, (row, texts) in enumerate(asked):
+        place = {"file": row.get("_where", "<memory>"), "row": number}
+        values = {k: v for k, v in row.items() if k != "_where"}
+        read = read_prompt(values, column=prompt_column if prompt_column in row else None)
+        answers = [Answer(messages=[{"role": "assistant", "content": text}], label=True) for text in texts]
+        is_text = len(read.messages) == 1 and not read.tools
+        sample = Sample(prompt=read.messages, tools=read.tools, answers=answers, layout="labelled", is_text=is_text)
+        group = encoder.encode(sample, place).group
+        groups += [] if group is None else [group]
+    return groups
 
 
 def _scores(scorer: Any, groups: Sequence[PromptGroup], max_length: int) -> list[list[float]]:

@@ -23,7 +23,7 @@ from posttrain.losses.reward import bradley_terry
 from posttrain.losses.sft import sft
 from posttrain.models.adapters import LoraConfig
 from posttrain.models.heads import Scorer
-from posttrain.models.load import ModelConfig, untrained_model
+from posttrain.models.load import ModelConfig, set_dropout, untrained_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import adapters_off, freeze, has_adapters
 from posttrain.packing.batch import PackedBatch
@@ -58,6 +58,7 @@ def trace_step(
     precision: PrecisionPlan,
     lora: LoraConfig | None = None,
     gradient_checkpointing: bool = False,
+    dropout: bool | None = None,
     groups: Sequence[PromptGroup] | None = None,
     loss: Loss | None = None,
     with_reference: bool | Literal["cached"] | None = None,
@@ -77,7 +78,7 @@ def trace_step(
     wants_reference = method == "dpo" if with_reference is None else with_reference
     live = _FakeStorages(num_vocabulary=config.get_text_config().vocab_size)
     with torch.device("meta"):  # peft cannot build on fake tensors
-        model = build_model(config, method, precision, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        model = build_model(config, method, precision, lora=lora, gradient_checkpointing=gradient_checkpointing, dropout=dropout)
         frozen = build_model(config, method, precision) if wants_reference is True and not has_adapters(model) else None
     with FakeTensorMode(), _Float32Experts():
         policy = (Scorer if method == "reward" else Policy)(_with_storage(model), packing)
@@ -111,12 +112,15 @@ def trace_step(
 
 
 def build_model(
-    config: Any, method: Method, precision: PrecisionPlan, *, lora: LoraConfig | None = None, gradient_checkpointing: bool = False
-) -> nn.Module:
+    config: Any, method: Method, precision: PrecisionPlan, *, lora: LoraConfig | None = None,
+    gradient_checkpointing: bool = False, dropout: bool | None = None,
+) -> nn.Module:  # fmt: skip
     """The model of a config with random weights (none on the meta device), as ``load_model`` would give it."""
-    settings = ModelConfig(lora=lora or LoraConfig(), gradient_checkpointing=gradient_checkpointing)
+    settings = ModelConfig(lora=lora or LoraConfig(), gradient_checkpointing=gradient_checkpointing, dropout=dropout)
     compute = torch_dtype(precision.compute)
-    return untrained_model(config, settings, dtype=precision.load_dtype, compute=compute, scores=method == "reward")
+    model = untrained_model(config, settings, dtype=precision.load_dtype, compute=compute, scores=method == "reward")
+    set_dropout(model, settings, default=method == "sft")
+    return model
 
 
 def _with_storage(model: nn.Module) -> nn.Module:

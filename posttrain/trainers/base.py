@@ -22,7 +22,7 @@ from posttrain.data import (
     stop_token_ids,
 )
 from posttrain.data.config import Purpose
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer
+from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, set_dropout
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan, torch_dtype
@@ -70,6 +70,8 @@ class Trainer:
     config_class: ClassVar[Any]
     loss_home: ClassVar[str]
     """Module of the losses that ``config.loss`` names without a path."""
+    has_dropout: ClassVar[bool] = False
+    """Whether the model's own dropout is on unless ``model.dropout`` says otherwise."""
     wants_reference: bool = False
     """Whether the loss reads a reference model."""
 
@@ -109,6 +111,7 @@ class Trainer:
         with accelerator.main_process_first():
             train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
             model = self._model if self._model is not None else self._load_model(tokenizer, precision)
+        set_dropout(model, config.model, default=self.has_dropout)
         check_vocabulary(model, tokenizer)
         if self._model is not None:
             _check_dtype(model, precision)
@@ -143,7 +146,7 @@ class Trainer:
             settings=to_dict(config),
             data_counts=counts,
             holes_bytes=memory.plan.holes_bytes,
-            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": _digest(train)},
+            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": digest_of(train)},
         )
         self._set_up(loop, train, evaluation)
         result = loop.run()
@@ -211,13 +214,15 @@ def _check_dtype(model: Any, precision: PrecisionPlan) -> None:
         )
 
 
-def _digest(groups: Any) -> str:
-    """Of the number of groups and sixteen of them, to notice other data on resume."""
-    picked = [groups[i * len(groups) // 16] for i in range(16)]
-    content = [
-        (list(g.prompt_ids), [(list(c.token_ids), list(c.loss_mask), c.label) for c in g.completions], g.pairs) for g in picked
-    ]
-    return hashlib.sha256(repr((len(groups), content)).encode()).hexdigest()[:16]
+def digest_of(groups: Any) -> str:
+    """16 hex digits of all groups in their order, to know other data on resume."""
+    if hasattr(groups, "digest"):
+        return groups.digest()
+    content = hashlib.sha256()
+    for g in groups:
+        sides = [(list(map(int, c.token_ids)), list(map(int, c.loss_mask)), c.label) for c in g.completions]
+        content.update(repr((list(map(int, g.prompt_ids)), sides, g.pairs and list(g.pairs))).encode())
+    return content.hexdigest()[:16]
 
 
 def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
+from posttrain.data import batch_indices
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.losses.preference_metrics import preference_metrics
+from posttrain.data.tokenise import prompt_hash
+from posttrain.losses.preference_metrics import loss_beta, preference_metrics
 from posttrain.trainers.base import BaseConfig, Loss, Trainer, run_reference
 from posttrain.training.config import TrainConfig, declared_like
 from posttrain.training.forward import needs_reference
 from posttrain.training.loop import Loop
 from posttrain.training.reference import ReferenceConfig
 from posttrain.types import LossOutput, PairLogps, PromptGroup
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class DPOTrainer(Trainer):
     """``DPOTrainer(model="smollm2-135m", train_dataset=pairs, loss=ipo).train()``.
 
     Rafailov et al. 2023, arXiv:2305.18290. Datasets: prompt groups with ``pairs`` (or labelled completions, for KTO), or rows
-    of the formats in ``posttrain.data.comparisons``. ``loss``: a function ``PairLogps -> LossOutput``. A loss that says
+    of the layouts in ``posttrain.data.layouts``. ``loss``: a function ``PairLogps -> LossOutput``. A loss that says
     ``needs_reference = False`` runs without one. All pairs of a group are trained with one forward of its prompt and of each
     completion.
     """
@@ -51,7 +57,7 @@ class DPOTrainer(Trainer):
     def _settle_loss(self) -> None:
         config, chosen = self.config, self.loss
         self.wants_reference = needs_reference(chosen)
-        self.loss = with_preference_metrics(chosen, beta=float(config.loss_options.get("beta", 0.1)))
+        self.loss = with_preference_metrics(chosen, beta=loss_beta(chosen))
         if getattr(chosen, "batch_statistic", None) is not None and config.reference.cache:
             raise ValueError(
                 f"loss {config.loss} reads the reference on sequences made from each batch (mismatched pairs), which no cache "
@@ -61,7 +67,11 @@ class DPOTrainer(Trainer):
             raise ValueError(f"loss {config.loss} reads no reference; the reference.* settings would be ignored. Leave them out.")
 
     def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
-        _check_feedback(self.loss, train, self.config.loss)
+        wants_labels = getattr(self.loss, "batch_statistic", None) is not None
+        for groups in (train, *([evaluation] if evaluation is not None else [])):
+            check_feedback(groups, wants_labels=wants_labels, what=f"loss {self.config.loss}")
+        if wants_labels:
+            check_mismatched(train, self.config)
         if not needs_reference(self.loss):
             return
         loop.reference = run_reference(
@@ -83,17 +93,53 @@ def with_preference_metrics(loss: Loss, *, beta: float) -> Loss:
     return declared_like(loss, measured)
 
 
-def _check_feedback(loss: Loss, train: Sequence[PromptGroup], name: str) -> None:
-    """The first group must have what the loss compares: pairs, or labels."""
-    group = train[0]
-    labelled = any(c.label is not None for c in group.completions)
-    if getattr(loss, "batch_statistic", None) is not None and not labelled:
-        raise ValueError(
-            f"loss {name} learns from labelled answers, but {group.where} has none. Give rows with prompt, completion and label, "
-            "for instance from `posttrain prep pairs RAW --layout labelled`."
+def check_feedback(train: Any, *, wants_labels: bool, what: str) -> None:
+    """Every group must have what is learned from, pairs or labels; said before the first step, with how many have not."""
+    if hasattr(train, "column"):
+        pairs, labels = train.column("num_pairs"), train.column("num_labels")
+    else:
+        pairs = np.asarray([len(g.trained_pairs) for g in train])
+        labels = np.asarray([sum(c.label is not None for c in g.completions) for g in train])
+    missing = np.flatnonzero((labels if wants_labels else pairs) == 0)
+    if not len(missing):
+        return
+    other = int(((pairs if wants_labels else labels)[missing] > 0).sum())
+    wanted, had, advice = (
+        (
+            "labelled answers",
+            "pairs",
+            "Give rows with prompt, completion and label: `posttrain prep pairs RAW --layout labelled`.",
         )
-    if getattr(loss, "batch_statistic", None) is None and labelled and not group.trained_pairs:
+        if wants_labels
+        else ("compared answers", "labels", "Use --loss kto for labelled answers, or pair them with `posttrain prep pairs`.")
+    )
+    raise ValueError(
+        f"{what} learns from {wanted}, but {len(missing)} of {len(train)} groups have none ({other} of them have {had} instead), "
+        f"the first {train[int(missing[0])].where}: they would be in the batches and train nothing. {advice}"
+    )
+
+
+def check_mismatched(train: Any, config: DPOConfig) -> None:
+    """For losses that estimate their reference point from answers to other prompts: says before the first step in how many
+    steps there are none. ValueError if that is in all."""
+    size, steps = config.train.batch_size, config.train.num_steps(len(train))
+    hashes = train.column("prompt_hash") if hasattr(train, "column") else np.asarray([prompt_hash(g) for g in train])
+    counts = np.unique(hashes, return_counts=True)[1]
+    if 2 * counts.max() < size and config.data.weights is None:
+        return
+    sizes = getattr(train, "sizes", [len(train)])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    lone = 0
+    for step in range(steps):
+        picked = batch_indices(step, seed=config.train.seed, batch_size=size, sizes=sizes, weights=config.data.weights)
+        lone += len({int(hashes[starts[source] + index]) for source, index in picked}) == 1
+    if lone == steps:
         raise ValueError(
-            f"loss {name} compares answers, but {group.where} has one labelled answer. Use --loss kto, or pair the answers with "
-            "`posttrain prep pairs`."
+            f"loss {config.loss} estimates its reference point from answers to other prompts of the batch, and no batch of "
+            f"{size} has two different prompts ({len(counts)} in the data). Raise --train.batch_size, or give more prompts."
         )
+    if lone:
+        log.warning(
+            "in %d of %d steps all %d answers belong to one prompt: loss %s has no answers to others to estimate its reference "
+            "point from and takes its least value, 0. A larger --train.batch_size avoids that.", lone, steps, size, config.loss,
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from posttrain.memory.limits import available_bytes, gigabytes, peak_rss_bytes
 from posttrain.memory.plan import MemoryPlan, memory_plan
 from posttrain.memory.report import one_line, verdict
 from posttrain.memory.states import Parameter, parameters_of
-from posttrain.models.load import ModelConfig, read_config, untrained_model
+from posttrain.models.load import ModelConfig, read_config, set_dropout, untrained_model
 from posttrain.models.policy import choose_mode
 from posttrain.precision import PRECISIONS, PrecisionPlan, default_precision, resolve_precision, torch_dtype
 from posttrain.training.config import UserFacingError
@@ -53,6 +53,7 @@ def job_of(
     ``longest_prompt``: of the data, in tokens, where completions are sampled; None takes the most that it may have.
     ``reference_every``: steps after which the algorithm replaces its reference (R1)."""
     model = model if model is not None else meta_model(config.model, precision, scores=method == "reward")
+    set_dropout(model, config.model, default=method == "sft")
     parameters = parameters_of(model)
     arch = architecture_of(model.config, parameters)
     mode = choose_mode(model, config.packing, device_type=device)

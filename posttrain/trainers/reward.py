@@ -14,6 +14,7 @@ from posttrain.losses.calibration import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.trainers.base import BaseConfig, Trainer
+from posttrain.trainers.dpo import check_feedback
 from posttrain.training.config import TrainConfig
 from posttrain.training.forward import Ref
 from posttrain.training.loop import Loop
@@ -54,6 +55,8 @@ class RewardTrainer(Trainer):
         )  # fmt: skip
 
     def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+        for groups in (train, *([evaluation] if evaluation is not None else [])):
+            check_feedback(groups, wants_labels=False, what="a reward model")
         loop.policy_class = Scorer
         if evaluation is not None:
             loop.eval_report = lambda scores: held_out_report(evaluation, scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,15 @@ import torch
 
 from posttrain.algorithms import Algorithm, resolve_algorithm
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
-from posttrain.models.load import ModelConfig, check_vocabulary, end_token_ids, load_model, load_tokenizer, save_model
+from posttrain.models.load import (
+    ModelConfig,
+    check_vocabulary,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    save_model,
+    set_dropout,
+)
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import torch_dtype
@@ -143,6 +152,7 @@ class RLTrainer:
             model = self._model
             if model is None:
                 model = load_model(config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute))
+        set_dropout(model, config.model, default=False)
         check_vocabulary(model, tokenizer)
         self._check_prompts(model, train, every)
         source = self._source(train, evaluation, tokenizer)
@@ -164,7 +174,7 @@ class RLTrainer:
             settings=to_dict(config),
             data_counts=counts,
             holes_bytes=memory.plan.holes_bytes,
-            identity={"algorithm": self.algorithm.name, "prompts": len(train)},
+            identity={"algorithm": self.algorithm.name, "data": _digest(train)},
         )
         if self.algorithm.needs_reference:
             loop.reference = _reference(config, self.algorithm, loop)
@@ -259,6 +269,15 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
     )
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits of all prompts and their rows, to know other data on resume."""
+    content = hashlib.sha256()
+    for prompt in prompts:
+        row = {k: v for k, v in prompt.sample.items() if k != "_where"}
+        content.update(repr((prompt.ids, sorted(row.items(), key=str))).encode())
+    return content.hexdigest()[:16]
 
 
 def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:

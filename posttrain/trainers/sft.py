@@ -30,6 +30,7 @@ class SFTTrainer(Trainer):
     """
 
     purpose: ClassVar[Purpose] = "sft"
+    has_dropout = True
     config_class = SFTConfig
     loss_home = "posttrain.losses.sft"
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from posttrain.losses.preference_metrics import loss_beta
 from posttrain.rewards.pool import load_function
 
 C = TypeVar("C")
@@ -209,6 +210,7 @@ def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Calla
     def loss(logps: Any) -> Any:
         return function(logps, **options)
 
+    loss.beta = float(options.get("beta", loss_beta(function)))  # type: ignore[attr-defined]
     return declared_like(function, loss)
 
 

@@ -82,7 +82,8 @@ def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, T
 def batch_mean(
     plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
 ) -> Tensor | None:
-    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, or None.
+    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, 0 of no items; or
+    None.
 
     A prompt with another's answer can be longer than any sequence of the data: such a row may exceed the token budget (it is
     only forwarded, which takes a fraction of the memory of a training row).
@@ -94,7 +95,7 @@ def batch_mean(
     total = total.to(plan.accelerator.device)
     dtype = torch.float32
     made = list(statistic.groups(groups))
-    longest = max(len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions)
+    longest = max((len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions), default=0)
     plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
     with in_eval_mode(policy):
         for _, logps in _scored(plan, policy, reference, made):
@@ -102,7 +103,7 @@ def batch_mean(
             total += torch.stack([items.sum().to(total), torch.tensor(items.numel()).to(total)])
             dtype = logps.logps_T.dtype
     summed, count = plan.accelerator.reduce(total, reduction="sum")
-    return (summed / count).to(dtype)
+    return (summed / count.clamp(min=1)).to(dtype)
 
 
 def _scored(

@@ -95,7 +95,8 @@ class RunFolder:
     def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any], extras: Sequence[Extra] = ()) -> int:
         """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one.
 
-        ``run``: what else decides the numbers (data, loss, mode); a warning names what differs from the saved run.
+        ``run``: what else decides the numbers (data, loss, mode). ValueError for other ``data``; a warning names what else
+        differs from the saved run.
         """
         self._fingerprint.update(run)
         found = checkpoint.find_resumable(self.checkpoints) if self._accelerator.is_main_process else None
@@ -103,7 +104,7 @@ class RunFolder:
         if (found := of_main_rank(self._accelerator, found)) is not None:
             folder, state = found
             step = int(state["step"])
-            self._warn_about_differences(state)
+            self._compare_with(state)
             training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)
             for extra in extras:
                 extra.read(folder)
@@ -123,9 +124,16 @@ class RunFolder:
         lines = read_metrics(self.metrics_path) if self.metrics_path.exists() else []
         return {k: v for line in lines[-2:] for k, v in line.items() if k != "data"}
 
-    def _warn_about_differences(self, state: dict[str, Any]) -> None:
+    def _compare_with(self, state: dict[str, Any]) -> None:
+        """Other data are refused: a step of the run means certain rows. What else differs is a warning."""
         now = {**flat_settings(self._settings), **self._fingerprint}
         before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
+        if (was := before.get("data")) != now.get("data") and "data" in self._fingerprint:
+            raise ValueError(
+                f"{self.path} was trained on other data to step {state['step']}: the rows, their order, the tokenizer or the "
+                f"options of data are not what they were (digest {was}, now {now['data']}). To start anew, set another "
+                "--train.name or delete the folder; to go on, give the same data."
+            )
         harmless = ("train.run_dir", "train.name", "train.log_every", "train.save", "train.resume", "train.trackers")
         changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and not k.startswith(harmless)]
         if changed and self._accelerator.is_main_process:

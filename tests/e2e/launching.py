@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -112,8 +113,9 @@ class Run:
     def kill(self) -> None:
         """SIGKILL to all processes and those that they started."""
         for server, pid in [key for key, code in self._codes.items() if code is None]:
-            for victim in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
-                victim.kill()
+            with suppress(psutil.NoSuchProcess):  # it ended by itself meanwhile
+                for victim in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+                    victim.kill()
             while self._codes[server, pid] is None:
                 self._codes[server, pid] = server.ask({"poll": pid})
 

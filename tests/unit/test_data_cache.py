@@ -52,11 +52,12 @@ HITS = {
     "weights": {"weights": [2.0]},
     "eval_fraction": {"eval_fraction": 0.2},
     "num_proc is not used on a hit": {"num_proc": 3},
-    "format as detected": {"format": "prompt_completion"},
 }
 MISSES = {
     "max_length": {"max_length": 512},
     "overlong": {"overlong": "drop"},
+    "format": {"format": "prompt_completion"},
+    "carry": {"carry": ["note"]},
     "columns": {"columns": {"prompt": "completion", "completion": "prompt"}},
 }
 
@@ -115,7 +116,7 @@ def test_a_damaged_cache_is_written_again(config, encoded_rows):
 
 
 def test_a_failed_run_leaves_nothing_behind(config, tmp_path):
-    path = write(tmp_path / "bad.jsonl", [*pairs(3), {"prompt": "a", "completion": ""}])
+    path = write(tmp_path / "bad.jsonl", [*pairs(3), {"prompt": "a", "completion": " "}])
     with pytest.raises(ValueError, match=r"bad\.jsonl:4: an assistant turn is empty"):
         load(config, train=[path])
     assert list(data_cache.cache_folder(config).iterdir()) == []

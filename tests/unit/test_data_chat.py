@@ -168,7 +168,7 @@ BAD = {
     "text is lost": (
         THINK_LOST,
         talk("hello", "<think>secret</think>yes"),
-        "does not render all that the assistant says; would be lost: '<think>secret",
+        "does not render all that the assistant message says; would be lost: '<think>secret",
     ),
     "a repeated answer is lost": (
         CHATML.replace("message['content'] +", "(message['content'] if loop.index < 4 else '') +"),

@@ -19,7 +19,7 @@ from posttrain.data import DataConfig
         ({"overlong": "split"}, "data.overlong is one of truncate, drop, error; got 'split'"),
         ({"max_length": 1}, "data.max_length .* got 1"),
         ({"num_proc": 0}, "data.num_proc .* got 0"),
-        ({"columns": {"question": "prompt"}}, r"\['question'\] belong to no format.*prompt: question"),
+        ({"columns": {"ask": "prompt"}}, r"\['ask'\] belong to no format.*prompt: question"),
     ],
 )
 def test_a_wrong_option_says_what_was_got_and_what_is_wanted(options, message):

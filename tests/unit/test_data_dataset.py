@@ -44,7 +44,7 @@ def test_sources_are_laid_end_to_end_and_found_by_source_and_index(config, tmp_p
     data = load(config, train=[*config.train, write(tmp_path / "alpaca.jsonl", alpaca)])
     assert data.train.sizes == [20, 3]
     assert data.train.at(1, 2).meta == data.train[22].meta == {"file": str(tmp_path / "alpaca.jsonl"), "row": 3}
-    assert [s.format for s in data.report.train] == ["prompt_completion", "alpaca"]
+    assert [list(s.layouts) for s in data.report.train] == [["prompt_completion"], ["prompt_completion"]]
 
 
 def test_a_folder_keeps_the_name_of_each_file(config, tmp_path):
@@ -231,9 +231,23 @@ def test_bad_sources_name_file_and_row(config, tmp_path):
         load(DataConfig())
 
 
-def test_a_later_row_of_another_format_is_an_error(config, tmp_path):
-    path = write(tmp_path / "m.jsonl", [*pairs(2), {"instruction": "a", "output": "b"}])
-    with pytest.raises(ValueError, match=r"m\.jsonl:3: format prompt_completion needs .*All rows of a source have one format"):
+def test_every_row_is_read_by_its_own_columns_and_must_be_of_the_kind_that_is_trained(config, tmp_path):
+    path = write(
+        tmp_path / "m.jsonl",
+        [
+            *pairs(2),
+            {"instruction": "a", "output": "b"},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1},
+        ],
+    )
+    report = load(config, train=[path]).report.train[0]
+    assert report.layouts == {"prompt_completion": 3, "messages": 1}
+    assert report.columns == {
+        "carried": {"id": 1},
+        "used": {"completion": 2, "instruction": 1, "messages": 1, "output": 1, "prompt": 2},
+    }
+    path = write(tmp_path / "m.jsonl", [*pairs(2), {"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(ValueError, match=r"m\.jsonl:3: pairs rows are no sft data, which is messages, prompt_completion"):
         load(config, train=[path])
 
 

@@ -60,12 +60,66 @@ def test_a_folder_is_read_in_sorted_order_and_other_files_are_left_alone(tmp_pat
     assert [r.values["x"] for r in read_rows(str(tmp_path))] == [1, 2]
 
 
-def test_a_folder_with_several_splits_is_refused(tmp_path):
+def values(source, **options):
+    return [row.values for row in read_rows(str(source), **options)]
+
+
+def test_of_a_folder_with_several_splits_the_one_that_is_meant_is_read(tmp_path):
     (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "train-00000.jsonl")
-    write_jsonl(tmp_path / "data" / "test-00000.jsonl")
-    with pytest.raises(ValueError, match=r"several splits, among them data/test-00000.jsonl.*Name the files"):
-        list(read_rows(str(tmp_path)))
+    write_jsonl(tmp_path / "data" / "train-00000.jsonl", [{"x": 1}])
+    write_jsonl(tmp_path / "data" / "test-00000.jsonl", [{"x": 2}])
+    assert values(tmp_path) == [{"x": 1}] and values(tmp_path, split="test") == [{"x": 2}]
+    write_jsonl(tmp_path / "data" / "more.jsonl", [{"x": 3}])
+    with pytest.raises(
+        ValueError, match=r"several splits, among them data/test-00000.jsonl.*'train' cannot be told.*Name the files"
+    ):
+        values(tmp_path)
+
+
+def test_what_datasets_saved_is_read_and_what_describes_rows_is_no_row(tmp_path):
+    import datasets
+
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict(train=saved, test=saved.select([4])).save_to_disk(str(tmp_path / "splits"))
+    assert values(tmp_path / "one") == values(tmp_path / "splits") == rows
+    assert values(tmp_path / "splits", split="test") == rows[4:]
+    with pytest.raises(ValueError, match="no split 'dev'; there are test, train"):
+        values(tmp_path / "splits", split="dev")
+    (tmp_path / "mixed").mkdir()
+    write_jsonl(tmp_path / "mixed" / "rows.jsonl", rows[:1])
+    (tmp_path / "mixed" / "dataset_info.json").write_text('{"features": {"prompt": {"dtype": "string"}}}')
+    assert values(tmp_path / "mixed") == rows[:1]
+    write_jsonl(tmp_path / "mixed" / "rejects.jsonl", rows[1:2])
+    assert values(tmp_path / "mixed") == [rows[1], rows[0]], "a file of one's own, whatever its name"
+
+
+def test_what_prep_wrote_is_read_as_a_folder(tmp_path):
+    from posttrain.data.prep import PrepConfig, prepare
+
+    raw = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(20)] + [{"x": 1}]
+    write_jsonl(tmp_path / "raw.jsonl", raw)
+    config = PrepConfig(inputs=[str(tmp_path / "raw.jsonl")], out=tmp_path / "out", workers=1, test_fraction=0.3)
+    counts = prepare(config, show_progress=False)["counts"]
+    assert len(values(tmp_path / "out")) == counts["written_train"] > 0
+    assert len(values(tmp_path / "out", split="test")) == counts["written_test"] > 0
+
+
+def test_a_data_set_of_the_hub_on_disk_is_read_by_its_card(tmp_path):
+    card = "---\nlicense: mit\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n  - split: test\n    path: main/test-*\n"
+    (tmp_path / "README.md").write_text(card + "---\n# Data\n")
+    for config in ("main", "other"):
+        (tmp_path / config).mkdir()
+        for k, split in enumerate(("train", "test")):
+            write_jsonl(tmp_path / config / f"{split}-00000-of-00001.jsonl", [{"x": f"{config} {k}"}])
+    assert values(tmp_path) == [{"x": "main 0"}] and values(tmp_path, split="test") == [{"x": "main 1"}]
+    (tmp_path / "README.md").write_text(card + "- config_name: other\n  data_files: other/train-*\n---\n")
+    with pytest.raises(ValueError, match="which of its configs. README.md names main, other"):
+        values(tmp_path)
+    assert values(f"{tmp_path}:other") == [{"x": "other 0"}]
+    with pytest.raises(ValueError, match="names no file of split 'test'"):
+        values(f"{tmp_path}:other", split="test")
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path):

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.data.layouts import read_sample as parse
 from posttrain.data.prep.build import index_pairs
-from posttrain.data.prep.formats import Answer, parse
 from posttrain.data.prep.rows import prompt_id
+from posttrain.data.row import Answer
 
 
 def user(text):
@@ -47,7 +48,7 @@ ROWS = {
         {"prompt": "Q", "answers": [{"answer": "good", "rank": 1.0}, {"answer": "bad", "rank": 7.0}, {"answer": "mid", "rank": 3.0}]},
         [user("Q")], ["good", "mid", "bad"],
     ),
-    "ranked texts": ({"prompt": "Q", "responses": ["good", "mid", "bad"]}, [user("Q")], ["good", "mid", "bad"]),
+    "ranked texts": ({"prompt": "Q", "responses": ["good", "mid", "bad"], "ranks": [0, 1, 2]}, [user("Q")], ["good", "mid", "bad"]),
     "shp": (
         {"history": "Q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0, "score_A": 3, "score_B": 9}, [user("Q")], ["good", "bad"],
     ),
@@ -92,13 +93,14 @@ def test_ties_and_scores():
 
 
 BAD = [
-    ({"text": "only"}, r"unknown format: columns \['text'\].*Known: .*hh: .*labelled: prompt, completion, label"),
-    ({"chosen": "\n\nHuman: A\n\nAssistant: x", "rejected": "\n\nHuman: B\n\nAssistant: y"}, "share no prompt"),
+    ({"text": "only"}, r"unknown format: the columns \['text'\].*Known: pairs: .*labelled: a prompt, an answer, label"),
+    ({"chosen": "\n\nHuman: A\n\nAssistant: x", "rejected": "\n\nHuman: B\n\nAssistant: y"}, "share no first message"),
     ({"prompt": "Q", "completion": "a", "label": "maybe"}, "label is true"),
     ({"prompt": "Q", "response": "a", "score": "nan"}, "finite"),
-    ({"prompt": "Q", "chosen": {"a": None}, "rejected": "b"}, "text or a list of messages"),
-    ({"prompt": "Q", "chosen": [None], "rejected": "b"}, "object with role and content"),
-    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+    ({"prompt": "Q", "chosen": {"a": None}, "rejected": "b"}, "all texts or all lists"),
+    ({"prompt": "Q", "chosen": [None], "rejected": ["b"]}, "object with role and content"),
+    ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "no prompt"),
     ({"prompt": "Q", "chosen": "\ud800", "rejected": "b"}, "surrogate"),
     ({"conversation_a": [user("Q"), assistant("a")], "conversation_b": [user("Q"), assistant("b")], "winner": "me"}, "winner is"),
 ]

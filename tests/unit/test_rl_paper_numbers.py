@@ -144,12 +144,11 @@ def test_a_problem_guessed_on_attempt_8_goes_and_on_attempt_9_stays(tmp_path, mo
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in first_right))
     asked = []
 
-    def evaluate(arguments, rows):
-        guessing = [r["question"].endswith("Answer with the result only.") for r in rows]
-        assert len(set(guessing)) == 1
-        asked.append((guessing[0], arguments.samples))
+    def evaluate(arguments, rows, *, suffix=""):
+        guessing = suffix.endswith("Answer with the result only.")
+        asked.append((guessing, arguments.samples))
         groups = [SimpleNamespace(prompt=SimpleNamespace(sample=r)) for r in rows]
-        if not guessing[0]:
+        if not guessing:
             return SimpleNamespace(groups=groups, correct=[[t < 3 for t in range(arguments.samples)] for _ in rows])
         right = [first_right[r["question"][0]] for r in rows]
         return SimpleNamespace(groups=groups, correct=[[t == n for t in range(1, arguments.samples + 1)] for n in right])

@@ -6,8 +6,8 @@ import itertools
 import random
 from collections.abc import Callable
 
-from posttrain.data.prep.formats import Answer
 from posttrain.data.prep.options import Strategy
+from posttrain.data.row import Answer
 
 IndexPair = tuple[int, int]
 """(better, worse); of equal rank only where ties are kept."""

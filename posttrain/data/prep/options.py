@@ -11,8 +11,8 @@ Strategy = Literal["best-worst", "all", "adjacent", "random", "long2short"]
 Layout = Literal["pairs", "groups", "labelled", "sft"]
 NearDuplicates = Literal["off", "split", "drop"]
 
-TokenCounter = Callable[[Sequence[list[dict[str, str]]]], list[int]]
-"""Conversations -> their lengths in tokens; picklable, for worker processes."""
+TokenCounter = Callable[[Sequence[tuple[list[dict[str, Any]], Any]]], list[int]]
+"""(messages, tools) of conversations -> their lengths in tokens; picklable, for worker processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,11 @@ class PrepConfig:
     out: Path
     """Folder to write; must not exist or be empty."""
     format: str = "auto"
-    """A name of ``formats.FORMATS``; auto: from each row's columns."""
+    """A layout of ``posttrain.data.layouts``; auto: from each row's columns."""
+    columns: dict[str, str] | None = None
+    """{column of a layout: column of the files}."""
+    carry: list[str] = field(default_factory=list)
+    """Columns that change nothing: not read, and written beside each row. "*": all that the layout does not read."""
     layout: Layout = "pairs"
     """pairs; groups (one row per prompt, all completions ranked); labelled (one row per answer, for KTO); sft (the best)."""
     strategy: Strategy = "best-worst"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import marshal
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from posttrain.data.messages import message_text
 from posttrain.data.prep.contamination import EvaluationSet
-from posttrain.data.prep.formats import Answer, Sample
 from posttrain.data.prep.options import Layout, PrepConfig, TokenCounter
 from posttrain.data.prep.rows import CONTAMINATED, NEAR_DUPLICATE, Located, Outcome, OutRow, keep_short, outcome_of
+from posttrain.data.row import Answer, Sample
 
 SHOWN = 10
 _TOKENS_AT_ONCE = 512
@@ -45,6 +49,23 @@ class Statistics:
 
 
 @dataclass(kw_only=True)
+class Extra:
+    """Columns of the output beyond those of its layout: the same in all of its files."""
+
+    message_keys: set[str] = field(default_factory=set)
+    """Of messages, beside role and content."""
+    columns: set[str] = field(default_factory=set)
+    """``tools`` and ``weight`` where a row has them, and what is carried along by name."""
+
+    def add(self, sample: Sample, carried: Mapping[str, Any]) -> None:
+        """What a sample has."""
+        for message in chain(sample.prompt, *(a.messages for a in sample.answers)):
+            if len(message) > 2:
+                self.message_keys.update(message.keys() - {"role", "content"})
+        self.columns.update(carried, ["tools"] if sample.tools else [], ["weight"] if sample.weight != 1 else [])
+
+
+@dataclass(kw_only=True)
 class PartitionJob:
     """What a worker process needs."""
 
@@ -55,31 +76,39 @@ class PartitionJob:
     representatives: dict[str, str]
     evaluation: EvaluationSet | None
     count_tokens: TokenCounter | None
+    extra: Extra
 
 
-def spill_record(sample: Sample, identity: str, source: str, row: int) -> str:
-    """A sample as one line of its partition."""
+def spill_record(sample: Sample, identity: str, source: str, row: int, carried: Mapping[str, Any]) -> bytes:
+    """A sample as one record of its partition: its length and marshal, which is several times as fast as JSON."""
     answers = [[a.messages, a.rank, a.score, a.label] for a in sample.answers]
-    return json.dumps([identity, source, row, sample.scattered, sample.prompt, answers], ensure_ascii=False)
+    rest = [sample.layout, sample.prompt, answers, sample.tools, sample.margin, sample.weight, carried]
+    record = marshal.dumps([identity, source, row, *rest])
+    return len(record).to_bytes(8) + record
 
 
 def _read_spill(path: Path) -> dict[str, list[Located]]:
     """{prompt id: its samples}, both in the order of the data."""
     prompts: dict[str, list[Located]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            identity, source, row, scattered, prompt, answers = json.loads(line)
+    with path.open("rb") as file:
+        for record in _records(file):
+            identity, source, row, layout, prompt, answers, tools, margin, weight, carried = record
             made = [Answer(messages=m, rank=rank, score=score, label=label) for m, rank, score, label in answers]
-            sample = Sample(prompt=prompt, answers=made, scattered=scattered)
-            prompts.setdefault(identity, []).append(Located(sample=sample, source=source, row=row))
+            sample = Sample(prompt=prompt, answers=made, layout=layout, tools=tools, margin=margin, weight=weight)
+            prompts.setdefault(identity, []).append(Located(sample=sample, source=source, row=row, carried=carried))
     return prompts
+
+
+def _records(file: BinaryIO) -> Iterator[list[Any]]:
+    while size := int.from_bytes(file.read(8)):
+        yield marshal.loads(file.read(size))
 
 
 def run_partition(job: PartitionJob) -> Statistics:
     """Writes the partition's rows and rejects, and returns its statistics."""
     config, statistics = job.config, Statistics()
     outcomes: dict[str, Outcome] = {}
-    for identity, samples in _read_spill(job.folder / "spill" / f"{job.number:05d}.jsonl").items():
+    for identity, samples in _read_spill(job.folder / "spill" / f"{job.number:05d}").items():
         reason = _reason_against(identity, samples, job)
         if reason is None:
             outcomes[identity] = outcome_of(identity, samples, config)
@@ -100,7 +129,7 @@ def run_partition(job: PartitionJob) -> Statistics:
                 )
     for side, rows in written.items():
         if rows:
-            _write_parquet(job.folder / side / f"{job.number:05d}.parquet", rows, config.layout)
+            _write_parquet(job.folder / side / f"{job.number:05d}.parquet", rows, config.layout, job.extra)
     return statistics
 
 
@@ -108,7 +137,7 @@ def _reason_against(identity: str, samples: list[Located], job: PartitionJob) ->
     if job.config.near_duplicates == "drop" and identity in job.representatives:
         return NEAR_DUPLICATE
     if job.evaluation is not None:
-        texts = {m["content"] for s in samples for m in s.sample.prompt}
+        texts = {message_text(m) for s in samples for m in s.sample.prompt}
         texts |= {a.text for s in samples for a in s.sample.answers}
         if any(job.evaluation.overlaps(text) for text in texts):
             return CONTAMINATED
@@ -119,7 +148,7 @@ def _token_lengths(rows: list[OutRow], count_tokens: TokenCounter | None) -> dic
     """Tokens of every row's longest conversation, by id() of the row."""
     if count_tokens is None:
         return {}
-    conversations = [(id(row), c) for row in rows for c in row.conversations]
+    conversations = [(id(row), (c, row.located.sample.tools)) for row in rows for c in row.conversations]
     lengths: dict[int, int] = {}
     for at in range(0, len(conversations), _TOKENS_AT_ONCE):
         part = conversations[at : at + _TOKENS_AT_ONCE]
@@ -146,7 +175,7 @@ def _count(statistics: Statistics, identity: str, outcome: Outcome, side: str, c
     statistics.dropped.update(outcome.dropped_answers)
     for k, row in enumerate(outcome.rows):
         if config.layout == "pairs":
-            chosen, rejected = (sum(len(m["content"]) for m in row.values[n]) for n in ("chosen", "rejected"))
+            chosen, rejected = (sum(len(message_text(m)) for m in row.values[n]) for n in ("chosen", "rejected"))
             statistics.chosen_lengths[chosen.bit_length() - 1] += 1
             statistics.rejected_lengths[rejected.bit_length() - 1] += 1
             statistics.unequal_lengths += chosen != rejected
@@ -158,11 +187,16 @@ def _count(statistics: Statistics, identity: str, outcome: Outcome, side: str, c
         statistics.shown = sorted(statistics.shown, key=lambda item: item[0])[:SHOWN]
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], layout: Layout) -> None:
+def _write_parquet(path: Path, rows: list[dict[str, Any]], layout: Layout, extra: Extra) -> None:
+    """Arguments of calls, schemas and carried objects are JSON text: Arrow would give each the keys of all others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    conversation = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    calls = pa.list_(pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)]))
+    kinds = {"weight": pa.int8(), "tool_calls": calls}
+    keys = [(key, kinds.get(key, pa.string())) for key in ("role", "content", *sorted(extra.message_keys))]
+    conversation = pa.list_(pa.struct(keys))
     columns: dict[str, list[tuple[str, Any]]] = {
         "pairs": [("prompt", conversation), ("chosen", conversation), ("rejected", conversation), ("margin", pa.float64()),
                   ("chosen_score", pa.float64()), ("rejected_score", pa.float64())],
@@ -171,5 +205,29 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], layout: Layout) -> No
         "labelled": [("prompt", conversation), ("completion", conversation), ("label", pa.bool_())],
         "sft": [("messages", conversation)],
     }  # fmt: skip
-    schema = pa.schema([*columns[layout], ("source", pa.string()), ("row", pa.int64()), ("prompt_id", pa.string())])
+    known = {"weight": pa.float64()}
+    schema = pa.schema(
+        [*columns[layout], ("source", pa.string()), ("row", pa.int64()), ("prompt_id", pa.string())]
+        + [(name, known.get(name, pa.string())) for name in sorted(extra.columns)]
+    )
+    if "tool_calls" in extra.message_keys:
+        rows = [{k: _with_text_arguments(v) for k, v in row.items()} for row in rows]
+    texts = [name for name in extra.columns if name not in known]
+    rows = [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows] if texts else rows
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+
+def _with_text_arguments(value: Any) -> Any:
+    """The value with the arguments of every call in it as JSON text, as they are on the wire."""
+    if isinstance(value, list):
+        return [_with_text_arguments(v) for v in value]
+    if isinstance(value, dict) and "arguments" in value:
+        return value | {"arguments": as_text(value["arguments"])}
+    if isinstance(value, dict):
+        return {k: _with_text_arguments(v) if k in ("tool_calls", "function") else v for k, v in value.items()}
+    return value
+
+
+def as_text(value: Any) -> str | None:
+    """The value as a column of texts holds it: a text as it is, anything else as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -6,26 +6,32 @@ each spill file -> rows -> Parquet             (independent of each other, in wo
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from posttrain.data.config import Format
 from posttrain.data.folders import refuse_filled, whole_folder
+from posttrain.data.layouts import read_sample
+from posttrain.data.messages import message_text
 from posttrain.data.prep.contamination import EvaluationSet
 from posttrain.data.prep.duplicates import PromptIndex
-from posttrain.data.prep.formats import FORMATS, parse
 from posttrain.data.prep.options import PrepConfig, TokenCounter
-from posttrain.data.prep.partition import PartitionJob, Statistics, run_partition, spill_record
+from posttrain.data.prep.partition import Extra, PartitionJob, Statistics, as_text, run_partition, spill_record
 from posttrain.data.prep.report import write_report
 from posttrain.data.prep.rows import prompt_id
-from posttrain.data.readers import HubSource, Row, read_file, read_rows, resolve
+from posttrain.data.readers import Row, read_file, read_rows
+from posttrain.data.report import column_counts
+from posttrain.data.sources import HubSource, resolve
 
-_PARTITION_BYTES = 48 * 2**20
+_PARTITION_BYTES = 16 * 2**20
 _MAX_PARTITIONS = 256
 _GZIP_RATIO = 4
 
@@ -36,8 +42,8 @@ def prepare(config: PrepConfig, *, count_tokens: TokenCounter | None = None, sho
     Raises ValueError for a folder that is not empty, inputs of which no row is usable, and under ``strict`` for the first bad
     row.
     """
-    if config.format != "auto" and config.format not in FORMATS:
-        raise ValueError(f"--format is auto or one of {', '.join(FORMATS)}; got {config.format!r}.")
+    if config.format not in get_args(Format):
+        raise ValueError(f"--format is one of {', '.join(get_args(Format))}; got {config.format!r}.")
     out = config.out.expanduser()
     refuse_filled(out)
     with whole_folder(out) as folder:
@@ -45,11 +51,19 @@ def prepare(config: PrepConfig, *, count_tokens: TokenCounter | None = None, sho
 
 
 def _prepare_in(folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool) -> dict[str, Any]:
-    sources = {source: resolve(source) for source in config.inputs}
+    sources = {source: resolve(source, split=config.split) for source in config.inputs}
     for name in ("spill", "train", "test", "rejects"):
         (folder / name).mkdir()
     num_partitions = _num_partitions(sources)
-    counts, representatives = _spill(folder, config, sources, num_partitions, show_progress)
+    with _pool(config, num_partitions) as pool:
+        return _two_passes(folder, config, count_tokens, show_progress, sources, pool, num_partitions)
+
+
+def _two_passes(
+    folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool, sources: dict[str, Any], pool: Any,
+    num_partitions: int,
+) -> dict[str, Any]:  # fmt: skip
+    counts, representatives, extra, columns = _spill(folder, config, sources, num_partitions, show_progress, pool)
     if not counts["parsed"]:
         raise ValueError(
             f"No row of {', '.join(config.inputs)} could be used ({counts['read']} read). First reason: {_first_reject(folder)}"
@@ -65,18 +79,20 @@ def _prepare_in(folder: Path, config: PrepConfig, count_tokens: TokenCounter | N
             representatives=representatives,
             evaluation=evaluation,
             count_tokens=count_tokens,
+            extra=extra,
         )
         for i in range(num_partitions)
     ]
     statistics = Statistics()
-    for part in _progress(_run_jobs(jobs, config.workers), "building rows", len(jobs), show_progress):
+    for part in _progress(_run_jobs(jobs, pool), "building rows", len(jobs), show_progress):
         statistics.add(part)
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "inputs": [{"name": name, **d} for source in config.inputs for name, d in _digests(source, sources[source])],
         "options": config.recorded(),
         "counts": {**counts, **dict(sorted(statistics.counts.items()))},
         "dropped": dict(sorted(statistics.dropped.items())),
+        "columns": columns,
     }
     _finish(folder, manifest, statistics, config)
     return manifest
@@ -112,38 +128,50 @@ def _num_partitions(sources: dict[str, Any]) -> int:
 
 
 def _spill(
-    folder: Path, config: PrepConfig, sources: dict[str, Any], num_partitions: int, show_progress: bool
-) -> tuple[dict[str, int], dict[str, str]]:
-    """First pass: (rows read, parsed, rejected; near-duplicates of other prompts)."""
+    folder: Path, config: PrepConfig, sources: dict[str, Any], num_partitions: int, show_progress: bool, pool: Any
+) -> tuple[dict[str, int], dict[str, str], Extra, dict[str, dict[str, int]]]:
+    """First pass: (rows read, parsed, rejected; near-duplicates of other prompts; further columns; use of columns)."""
     counts = {"read": 0, "parsed": 0, "rejected": 0}
-    index = PromptIndex() if config.near_duplicates != "off" else None
+    columns: Counter[tuple[tuple[str, str], ...]] = Counter()
+    extra = Extra()
+    index = PromptIndex(pool) if config.near_duplicates != "off" else None
     with ExitStack() as stack:
-        files = [
-            stack.enter_context((folder / "spill" / f"{i:05d}.jsonl").open("w", encoding="utf-8")) for i in range(num_partitions)
-        ]
+        files = [stack.enter_context((folder / "spill" / f"{i:05d}").open("wb")) for i in range(num_partitions)]
         rejects = stack.enter_context((folder / "rejects" / "bad_rows.jsonl").open("w", encoding="utf-8"))
 
-        def reject(file: str, row: int, reason: str) -> None:
+        def reject(file: str, row: int, reason: str, values: Any = None) -> None:
             if config.strict:
                 raise ValueError(f"{file}:{row}: {reason} (--strict)")
             counts["rejected"] += 1
-            rejects.write(json.dumps({"file": file, "row": row, "reason": reason}, ensure_ascii=False) + "\n")
+            whole = {} if values is None else {"values": values}
+            rejects.write(
+                json.dumps({"file": file, "row": row, "reason": reason, **whole}, ensure_ascii=False, default=str) + "\n"
+            )
 
-        rows = _rows(config, sources, reject)
-        for row in _progress(rows, "reading", None, show_progress):
-            source = _short(row.file, sources)
+        short = cache(partial(_short, sources=sources))
+        for row in _progress(_rows(config, sources, reject), "reading", None, show_progress):
+            source = short(row.file)
             try:
-                sample = parse(row.values, config.format)
+                sample = read_sample(row.values, format=config.format, columns=config.columns, carry=config.carry)
+                if sample.weight != 1 and config.layout != "pairs":
+                    raise ValueError(
+                        f"a weight ({sample.weight:g}) belongs to a pair; --layout {config.layout} has no place for it"
+                    )
             except ValueError as error:
-                reject(source, row.row_number, str(error))
+                reject(source, row.row_number, str(error), row.values)
                 continue
-            identity = prompt_id(sample.prompt)
+            identity = prompt_id(sample.prompt, sample.tools)
+            carried = {k: as_text(row.values[k]) for k in config.carry if row.values.get(k) is not None}
             counts["parsed"] += 1
-            files[int(identity[:8], 16) % num_partitions].write(spill_record(sample, identity, source, row.row_number) + "\n")
+            columns[tuple(sample.columns.items())] += 1
+            extra.add(sample, carried)
+            line = spill_record(sample, identity, source, row.row_number, carried)
+            files[int(identity[:8], 16) % num_partitions].write(line)
             if index is not None:
-                index.add(identity, "\n".join(m["content"] for m in sample.prompt))
+                index.add(identity, "\n".join(message_text(m) for m in sample.prompt))
     counts["read"] = counts["parsed"] + counts["rejected"]
-    return counts, {} if index is None else index.representatives(config.threshold)
+    alike = {} if index is None else index.representatives(config.threshold)
+    return counts, alike, extra, column_counts(columns)
 
 
 def _rows(config: PrepConfig, sources: dict[str, Any], reject: Any) -> Iterator[Row]:
@@ -183,15 +211,19 @@ def _first_reject(folder: Path) -> str:
     return f"{first['file']}:{first['row']}: {first['reason']}"
 
 
-def _run_jobs(jobs: list[PartitionJob], workers: int) -> Iterator[Statistics]:
+def _run_jobs(jobs: list[PartitionJob], pool: Any) -> Iterator[Statistics]:
     """In the order of the partitions, whatever the number of processes."""
-    if workers == 1 or len(jobs) == 1:
-        yield from map(run_partition, jobs)
-        return
+    yield from map(run_partition, jobs) if pool is None else pool.imap(run_partition, jobs)
+
+
+def _pool(config: PrepConfig, num_partitions: int) -> Any:
+    """Worker processes, started before the first pass so that they are ready after it; a null context where one is enough."""
+    workers = min(config.workers, num_partitions)
+    if workers == 1:
+        return nullcontext()
     import multiprocessing
 
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        yield from pool.imap(run_partition, jobs)
+    return multiprocessing.get_context("spawn").Pool(workers, initializer=gc.disable)  # what partitions make has no cycles
 
 
 def _progress(items: Iterator[Any], text: str, total: int | None, show: bool) -> Iterator[Any]:

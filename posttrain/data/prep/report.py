@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.messages import message_text
 from posttrain.data.prep.partition import Statistics
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -33,6 +34,7 @@ def write_report(path: Path, manifest: dict[str, Any], statistics: Statistics, *
 
 def _counts(manifest: dict[str, Any]) -> str:
     lines = {**manifest["counts"], **{f"dropped: {reason}": n for reason, n in manifest["dropped"].items()}}
+    lines |= {f"column {name}: {use}": n for use, names in manifest["columns"].items() for name, n in names.items()}
     rows = "".join(f"<tr><td>{escape(str(k))}</td><td class='n'>{v:,}</td></tr>" for k, v in lines.items())
     return f"<table>{rows}</table>"
 
@@ -96,7 +98,7 @@ def _bars(labels: list[str], series: list[tuple[str, list[int]]]) -> str:
 
 
 def _say(messages: list[dict[str, str]]) -> str:
-    return "\n\n".join(f"<b>{escape(m['role'])}</b> {escape(m['content'])}" for m in messages)
+    return "\n\n".join(f"<b>{escape(m['role'])}</b> {escape(message_text(m))}" for m in messages)
 
 
 def _row(values: dict[str, Any]) -> str:

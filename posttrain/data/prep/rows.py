@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from posttrain.data.messages import Message, message_text
 from posttrain.data.prep.build import index_pairs
-from posttrain.data.prep.formats import Answer, Message, Sample
 from posttrain.data.prep.options import PrepConfig
+from posttrain.data.row import Answer, Sample
 
-EMPTY, REPEATED_ANSWER = "empty answer", "repeated answer"
+EMPTY, REPEATED_ANSWER, UNRATED = "empty answer", "repeated answer", "unrated answer"
 NOTHING = "nothing to compare: one answer, or all tied"
 NEAR_DUPLICATE, CONTAMINATED = "near-duplicate prompt", "shares an n-gram with the evaluation set"
 EQUAL, REPEATED, CONTRADICTORY = "equal sides", "repeated pair", "contradictory: both orders are preferred"
@@ -27,6 +28,8 @@ class Located:
     sample: Sample
     source: str
     row: int
+    carried: dict[str, Any] = field(default_factory=dict)
+    """Columns that ``--carry`` names, as they are written."""
 
 
 @dataclass(kw_only=True)
@@ -54,10 +57,15 @@ class Outcome:
     dropped_answers: list[str] = field(default_factory=list)
 
 
-def prompt_id(prompt: list[Message]) -> str:
+def prompt_id(prompt: list[Message], tools: list[Any] | None = None) -> str:
     """16 hex digits, equal for equal prompts."""
-    text = json.dumps([[m["role"], m["content"]] for m in prompt], ensure_ascii=False)
+    said = [[m["role"], m["content"], *([more] if (more := _more(m)) else [])] for m in prompt]
+    text = json.dumps([*said, tools] if tools else said, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _more(message: Message) -> dict[str, Any]:
+    return {k: v for k, v in sorted(message.items()) if k not in ("role", "content")} if len(message) > 2 else {}
 
 
 def outcome_of(identity: str, samples: list[Located], config: PrepConfig) -> Outcome:
@@ -65,14 +73,15 @@ def outcome_of(identity: str, samples: list[Located], config: PrepConfig) -> Out
     outcome = Outcome()
     for located in _joined(samples):
         outcome.num_samples += 1
-        answers = _clean(located.sample.answers, outcome.dropped_answers)
+        answers = _clean(located.sample, outcome.dropped_answers)
         built = list(_LAYOUTS[config.layout](identity, located, answers, config))
         if not built:
             outcome.num_dropped_samples += 1
             outcome.dropped.append((located, NOTHING))
         outcome.num_built += len(built)
         outcome.rows.extend(built)
-    if config.layout == "pairs":
+    only = outcome.rows[0].values if len(outcome.rows) == 1 and config.min_margin is None else None
+    if config.layout == "pairs" and not (only and only["chosen"] != only["rejected"]):  # nothing to compare one row with
         _check_pairs(outcome, config)
     return outcome
 
@@ -81,7 +90,7 @@ def keep_short(outcome: Outcome, config: PrepConfig, lengths: dict[int, int]) ->
     """Rows over a limit leave; ``lengths``: tokens of the longest conversation by id() of the row."""
     kept = []
     for row in outcome.rows:
-        chars = max(sum(len(m["content"]) for m in c) for c in row.conversations)
+        chars = max(sum(len(message_text(m)) for m in c) for c in row.conversations)
         if config.max_chars is not None and chars > config.max_chars:
             outcome.dropped.append((row.located, LONG_CHARS))
         elif config.max_tokens is not None and lengths[id(row)] > config.max_tokens:
@@ -92,31 +101,36 @@ def keep_short(outcome: Outcome, config: PrepConfig, lengths: dict[int, int]) ->
 
 
 def _joined(samples: list[Located]) -> Iterator[Located]:
-    scattered = [s for s in samples if s.sample.scattered]
-    if scattered:
-        answers = [a for s in scattered for a in s.sample.answers]
-        first = scattered[0]
-        yield Located(sample=Sample(prompt=first.sample.prompt, answers=answers), source=first.source, row=first.row)
-    yield from (s for s in samples if not s.sample.scattered)
+    """Single answers to one prompt as one sample, labelled and rated ones apart: their ranks are of different kinds."""
+    for layout in ("labelled", "rated"):
+        scattered = [s for s in samples if s.sample.layout == layout]
+        if scattered:
+            answers = [a for s in scattered for a in s.sample.answers]
+            yield replace(scattered[0], sample=replace(scattered[0].sample, answers=answers))
+    yield from (s for s in samples if not s.sample.is_scattered)
 
 
-def _clean(answers: list[Answer], dropped: list[str]) -> list[Answer]:
-    """Without empty answers and without a second copy of the same answer with the same rank."""
+def _clean(sample: Sample, dropped: list[str]) -> list[Answer]:
+    """Without empty and unrated answers, and without a second copy of the same answer with the same rank."""
     kept, seen = [], set()
-    for answer in answers:
+    for answer in sample.answers:
         said = [m for m in answer.messages if m["role"] == "assistant"]
-        if not said or not all(m["content"].strip() for m in said):
+        key = (answer.text, answer.rank)
+        if not said or not all(m["content"].strip() or m.get("tool_calls") for m in said):
             dropped.append(EMPTY)
-        elif (answer.text, answer.rank) in seen:
+        elif answer.rank is None:
+            dropped.append(UNRATED)
+        elif key in seen:
             dropped.append(REPEATED_ANSWER)
         else:
-            seen.add((answer.text, answer.rank))
+            seen.add(key)
             kept.append(answer)
     return kept
 
 
 def _meta(identity: str, located: Located) -> dict[str, Any]:
-    return {"source": located.source, "row": located.row, "prompt_id": identity}
+    tools = {"tools": located.sample.tools} if located.sample.tools else {}
+    return {"source": located.source, "row": located.row, "prompt_id": identity, **tools, **located.carried}
 
 
 def _pair_rows(identity: str, located: Located, answers: list[Answer], config: PrepConfig) -> Iterator[OutRow]:
@@ -124,10 +138,13 @@ def _pair_rows(identity: str, located: Located, answers: list[Answer], config: P
     seed = f"{config.seed}:{identity}"
     for i, j in index_pairs(answers, config.strategy, seed=seed, keep_ties=config.ties == "keep"):
         better, worse = answers[i], answers[j]
-        margin = None if better.score is None or worse.score is None else better.score - worse.score
+        by_score = None if better.score is None or worse.score is None else better.score - worse.score
+        sample = located.sample
+        margin = by_score if sample.margin is None else sample.margin
         values = {
             "prompt": prompt, "chosen": better.messages, "rejected": worse.messages, "margin": margin,
             "chosen_score": better.score, "rejected_score": worse.score, **_meta(identity, located),
+            **({"weight": sample.weight} if sample.weight != 1 else {}),
         }  # fmt: skip
         yield OutRow(values=values, conversations=[prompt + better.messages, prompt + worse.messages], located=located)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.data.messages import message_text
 from posttrain.data.readers import read_file
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ def difference(chosen: str, rejected: str) -> tuple[Text, Text]:
 
 def _join(messages: list[dict[str, str]]) -> str:
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"[{m['role']}] {m['content']}" for m in messages)
+        return message_text(messages[0])
+    return "\n\n".join(f"[{m['role']}] {message_text(m)}" for m in messages)
 
 
 def _plain(messages: list[dict[str, str]]) -> Text:
     from rich.text import Text
 
-    return Text("\n\n".join(f"[{m['role']}] {m['content']}" for m in messages))
+    return Text("\n\n".join(f"[{m['role']}] {message_text(m)}" for m in messages))

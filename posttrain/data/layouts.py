@@ -1,0 +1,190 @@
+"""One raw row becomes one sample: a prompt, its answers, and what is known of them. Everything that reads rows reads them here.
+
+Layouts, by the first that fits:
+
+* ``pairs``: ``chosen`` and ``rejected``; or two answers (``response_a``, ``response_b``, ...) and a verdict or scores.
+* ``ranked``: a list of answers with ranks, scores or verdicts; ``format="ranked"`` says that a bare list is best first.
+* ``labelled``: one answer and ``label`` (true: desirable). ``rated``: one answer and a score.
+* ``messages``: a conversation. ``prompt_completion``: a prompt and an answer, Alpaca's columns among them.
+
+A prompt has the row's system message and earlier turns before it, and inputs after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.data.comparisons import (
+    alternatives,
+    answer_list,
+    pair_columns,
+    read_pairs,
+    read_ranked,
+    read_sides,
+    verified_columns,
+)
+from posttrain.data.messages import Message
+from posttrain.data.row import (
+    ANSWER_LISTS,
+    ANSWERS,
+    CONVERSATIONS,
+    LABELS,
+    PROMPTS,
+    SCORES,
+    SYSTEM,
+    TOOLS,
+    Answer,
+    Row,
+    Sample,
+    Values,
+    conversation_of,
+    is_nothing,
+    prompt_name,
+    prompt_of,
+    settle,
+    system_and_tools,
+    truth_of,
+)  # fmt: skip
+
+KNOWN = (
+    "pairs: chosen, rejected; or two answers and a verdict; ranked: a prompt and a list of answers "
+    f"({', '.join(ANSWER_LISTS)}) with ranks, scores or verdicts; labelled: a prompt, an answer, label; rated: a prompt, an "
+    f"answer, score; messages: {', '.join(CONVERSATIONS)}; prompt_completion: a prompt ({', '.join(PROMPTS)}) and an answer "
+    f"({', '.join(ANSWERS)})"
+)
+
+
+def read_sample(
+    values: Values, *, format: str = "auto", columns: Mapping[str, str] | None = None, carry: Collection[str] = ()
+) -> Sample:
+    """The row as a sample. ``columns``: {column of a layout: column of the row}; ``carry``: columns that are not read ("*": all
+    that no layout needs). ValueError with the reason where the row fits no layout, or a column is left over."""
+    row = Row(values, columns, carry, format=_SAME.get(format, format))
+    layout = row.format if row.format != "auto" else _layout(row)
+    try:
+        sample = LAYOUTS[layout](row)
+        system_and_tools(row, sample)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"not a row of layout {layout}: {type(error).__name__} {error}") from error
+    sample.layout = layout
+    settle(row, sample)
+    return sample
+
+
+@dataclass(kw_only=True, frozen=True)
+class ReadPrompt:
+    """A row to sample from."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    answer: str | None
+    """What the row itself says is right: the last assistant turn of its conversation, or ``reward_model.ground_truth``."""
+    columns: Mapping[str, str]
+    """Column to ``used`` or ``for the rewards``."""
+
+
+def read_prompt(values: Values, *, column: str | None = None) -> ReadPrompt:
+    """The prompt is ``column``, else the row's prompt as in every layout, else its conversation without the last assistant turn;
+    what is not used is for the rewards. ValueError with the reason."""
+    if column is not None and is_nothing(values.get(column)):
+        raise ValueError(f"no prompt in column {column!r}; the row has {sorted(map(str, values))}. Set --data.prompt_column")
+    if column is not None and column not in (*PROMPTS, *CONVERSATIONS):
+        values = {**{k: v for k, v in values.items() if k != column}, "prompt": values[column]}
+        column = "prompt"
+    row = Row(values, None, ())
+    truth = values.get("reward_model")
+    answer = truth.get("ground_truth") if isinstance(truth, Mapping) else None
+    name = column or row.name(CONVERSATIONS)
+    if column not in CONVERSATIONS and prompt_name(row, column):
+        prompt = prompt_of(row, first=column)
+    elif name:
+        prompt = row.turns(conversation_of(row.use(name)), "user")
+        if prompt[-1]["role"] == "assistant":
+            answer = prompt.pop()["content"]
+        if not prompt or prompt[-1]["role"] == "assistant":
+            raise ValueError(f"{name} has no user turn before its last assistant turn, so there is nothing to answer")
+    else:
+        prompt = LAYOUTS[_layout(row)](row).prompt
+    sample = Sample(prompt=prompt, answers=[])
+    system_and_tools(row, sample)
+    columns = {k: row.seen.get(k, "for the rewards") for k in row.filled}
+    answer = None if answer is None or isinstance(answer, Mapping | list) else str(answer)
+    return ReadPrompt(messages=sample.prompt, tools=sample.tools, answer=answer, columns=columns)
+
+
+def _layout(row: Row) -> str:
+    """The first layout that has what it needs in this row."""
+    is_meant = not row.mapped or row.mapped & {*CONVERSATIONS, *SYSTEM, *TOOLS}
+    conversation = row.name(CONVERSATIONS) if is_meant else None
+    prompt = conversation or prompt_name(row)
+    if pair_columns(row) or alternatives(row):
+        return "pairs"
+    if prompt and (answer_list(row) or verified_columns(row)):
+        return "ranked"
+    if conversation or (prompt and row.name((*ANSWERS, "answers"))):
+        if row.name(LABELS):
+            return "labelled"
+        return "rated" if row.name(SCORES) else "messages" if conversation else "prompt_completion"
+    empty = [k for k in row.all if k not in row.filled and k not in row.seen]
+    columns = f"{sorted(map(str, row.all))}{f' (empty: {empty})' if empty else ''}"
+    raise ValueError(
+        f"unknown format: the columns {columns} fit no layout. Known: {KNOWN}. Name the columns (--data.columns "
+        "'{prompt: <yours>, completion: <yours>}'), or rename them"
+    )
+
+
+def _messages(row: Row) -> Sample:
+    """The answer is what follows the last user or tool turn."""
+    messages = row.turns(conversation_of(row.needs(row.take(*CONVERSATIONS), f"one of {', '.join(CONVERSATIONS)}")), "user")
+    roles = [m["role"] for m in messages]
+    if "assistant" not in roles:
+        raise ValueError(f"no assistant turn, so nothing to train; roles are {roles}. Remove the row or correct its roles")
+    if roles[0] == "assistant":
+        raise ValueError("starts with an assistant turn, which answers nothing. Put a user or system message before it")
+    start = len(roles) - 1 - roles[::-1].index("assistant")
+    while roles[start - 1] == "assistant":
+        start -= 1
+    return Sample(prompt=messages[:start], answers=[Answer(messages=messages[start:], rank=0)])
+
+
+def _single(row: Row) -> Sample:
+    """A prompt and one answer."""
+    if not row.name(ANSWERS) and row.name(CONVERSATIONS):
+        return _messages(row)
+    answer = row.take(*ANSWERS)
+    if answer is None and row.name(TOOLS) and row.name(("answers",)):  # xLAM: its answers are calls, all of one turn
+        answer = [{"role": "assistant", "content": "", "tool_calls": row.use("answers")}]
+    answer = row.needs(answer, f"an answer ({', '.join(ANSWERS)})")
+    prompt, (messages,), is_text = read_sides(row, [answer])
+    return Sample(prompt=prompt, answers=[Answer(messages=messages, rank=0)], is_text=is_text)
+
+
+def _prompt_completion(row: Row) -> Sample:
+    sample = _single(row)
+    if "history" not in row.seen:  # whose answers are trained, as Alpaca's are; else what the prompt says is not
+        sample.prompt = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in sample.prompt]
+    return sample
+
+
+def _labelled(row: Row) -> Sample:
+    label = truth_of("label", row.needs(row.take(*LABELS), "label"))
+    sample = _single(row)
+    sample.answers[0].label, sample.answers[0].rank = label, float(not label)
+    return sample
+
+
+def _rated(row: Row) -> Sample:
+    score = row.needs(row.number(*SCORES), f"a score ({', '.join(SCORES)})")
+    sample = _single(row)
+    sample.answers[0].score, sample.answers[0].rank = score, -score
+    return sample
+
+
+LAYOUTS: dict[str, Callable[[Row], Sample]] = {
+    "messages": _messages, "prompt_completion": _prompt_completion, "pairs": read_pairs, "ranked": read_ranked,
+    "labelled": _labelled, "rated": _rated,
+}  # fmt: skip
+_SAME = {"sharegpt": "messages", "alpaca": "prompt_completion"}
+"""Names that others give to a layout."""
