@@ -196,7 +196,7 @@ def test_mistakes_are_told_in_one_line(inputs, pairs, tmp_path):
         ("--loss", "simpo", "--reference.cache", "true"): "reads no reference",
         ("--loss", "kto", "--reference.cache", "true"): "no cache holds",
         ("--loss", "kto"): "learns from labelled answers",
-        ("--data.train", f"[{inputs[1]}]"): "are split by `posttrain prep pairs FILE --out DIR`",
+        ("--data.train", f"[{inputs[1]}]"): "raw.jsonl:161: not JSON",
     }
     for more, message in cases.items():
         result = run_warm("cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "bad", *more))

@@ -222,8 +222,7 @@ def test_kto_mismatches_every_prompt_with_another_prompts_answer():
 
     made = mismatched_groups([group(1, 10), group(1, 11), group(2, 12)])
     assert [(g.prompt_ids, g.completions[0].token_ids) for g in made] == [([1], [12]), ([1], [12]), ([2], [10])]
-    with pytest.raises(ValueError, match="two different prompts"):
-        mismatched_groups([group(1, 10), group(1, 11)])
+    assert mismatched_groups([group(1, 10), group(1, 11)]) == [], "no answer in it belongs to another prompt"
 
 
 def test_extreme_log_probs_stay_finite_and_exact():
