@@ -115,6 +115,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffi
     from posttrain.rewards.compose import Rewards, RewardsConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig, LocalEngine
+    from posttrain.trainers.rl import report_prompts
     from posttrain.training.collect import Collector
     from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 
@@ -145,6 +146,7 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffi
             f"positions and --max-tokens is {arguments.max_tokens}. Lower it, or take these problems out: a score leaves none "
             "out silently."
         )
+    report_prompts(counts, prompts, rewards)
     collector = Collector(
         accelerator=state, engine=engine, rewards=rewards, prompts=prompts, tokenizer=tokenizer,
         sampling=SamplingConfig(max_tokens=arguments.max_tokens), by_completion=False,

@@ -113,6 +113,9 @@ def gym_answer(completion: str, sample: Mapping[str, Any], *, partial: bool = Fa
 
 for _reward in (math_answer, numeric_answer, exact_answer, choice_answer, gym_answer):
     _reward.on_timeout = 0.0  # type: ignore[attr-defined,union-attr]
+    _reward.verifies = True  # type: ignore[attr-defined,union-attr]
+for _reads in (math_answer, numeric_answer, choice_answer):
+    _reads.reads_answers = True  # type: ignore[attr-defined]  # None for a sample whose own answer cannot be read
 math_answer.imports = ("math_verify",)  # type: ignore[attr-defined]
 gym_answer.imports = ("reasoning_gym",)  # type: ignore[attr-defined]
 
@@ -120,12 +123,13 @@ gym_answer.imports = ("reasoning_gym",)  # type: ignore[attr-defined]
 def judged_text(completion: str, *, in_thought: bool = False) -> str | None:
     """What a verifier reads: after the thought, the ``<answer>`` block, or all of it if there are no such tags.
 
-    None for a thought that does not end, and for tags that are not exactly one block. ``in_thought``: the thought counts too.
+    None for a thought that does not end, also one that the prompt began, and for tags that are not exactly one block.
+    ``in_thought``: the thought counts too.
     """
     text = str(completion)
     if not in_thought:
         _, closing, reply = text.rpartition("</think>")
-        if not closing and "<think>" in text:
+        if not closing and ("<think>" in text or getattr(completion, "in_thought", False)):
             return None
         text = reply
     return answer_block(text) if "<answer>" in text or "</answer>" in text else text
@@ -140,6 +144,8 @@ def final_answer(completion: str) -> str:
     boxes = boxed(text or "")
     if text is None or boxes or "<answer>" in completion:
         return written(", ".join(boxes) if boxes else text or "")
+    if (letter := _chosen(text)) is not None and len(text) > 1:
+        return letter
     number = last_number(text)
     return " ".join(text.split()) if number is None else f"{number.normalize():f}"
 

@@ -65,6 +65,7 @@ def code_tests(
 
 
 code_tests.on_timeout = 0.0  # type: ignore[attr-defined]
+code_tests.verifies = True  # type: ignore[attr-defined]
 
 
 Test = str | dict[str, Any]

@@ -18,12 +18,16 @@ class CompletionText(str):
 
     num_tokens: int
     finish_reason: str
+    in_thought: bool
+    """Whether the prompt ends in ``<think>``: the completion begins inside the thought."""
 
-    def __new__(cls, text: str, *, num_tokens: int | None = None, finish_reason: str = "stop") -> CompletionText:
+    def __new__(
+        cls, text: str, *, num_tokens: int | None = None, finish_reason: str = "stop", in_thought: bool = False
+    ) -> CompletionText:
         """``num_tokens`` None: the number of words, for texts that no model drew."""
         self = super().__new__(cls, text)
         self.num_tokens = len(text.split()) if num_tokens is None else num_tokens
-        self.finish_reason = finish_reason
+        self.finish_reason, self.in_thought = finish_reason, in_thought
         return self
 
 

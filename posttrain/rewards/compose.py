@@ -6,6 +6,7 @@ A reward is a plain function ``(completion, sample) -> float | None``; ``async d
     my_reward.grouped = True     (completions, sample, scores) -> list, for the completions of one prompt; ``scores`` holds
                                  what the functions before it gave, by name
     my_reward.batched = True     (completions, samples) -> list, for all completions at once
+    my_reward.verifies = True    it tells right (> 0) from wrong (0): accuracy, pass@k and the prompts' success rates are its
     my_reward.on_timeout = 0.0   its value where it runs out of time or memory; default None
     my_reward.imports = ("x",)   modules that it imports when called: a worker loads them before its time starts
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from posttrain.rewards.answers import final_answer
 from posttrain.rewards.calls import scored_alone, scored_async, scored_together
 from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.pool import START_SECONDS, Outcome, Task, WorkerPool, load_function
@@ -105,9 +107,8 @@ class Scored:
     problems: tuple[str, ...] = ()
     """'name: what went wrong', for functions that failed."""
 
-    def judged_by(self, name: str) -> float | None:
-        """What the function ``name`` gave; of a sample that it does not score (mixed tasks), the total."""
-        return self.parts[name] if name in self.parts else self.total
+    verdict: float | None = None
+    """What tells right (> 0) from wrong: the value of ``Rewards.verifier``; None: not judged."""
 
 
 @dataclass(kw_only=True)
@@ -122,6 +123,8 @@ class _Seen:
     """Where the first unscored one is from, and why."""
 
 
+_PROBE = CompletionText(r"\boxed{4}")
+
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""
 Parts = Sequence[Sequence[Mapping[str, Any]]]
@@ -131,8 +134,11 @@ Parts = Sequence[Sequence[Mapping[str, Any]]]
 class Rewards:
     """``score(groups, iteration=...)``. ``given``: functions passed in from Python, by name, with their weight."""
 
-    def __init__(self, config: RewardsConfig, *, given: Mapping[str, tuple[Callable[..., Any], float]] | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: RewardsConfig, *, given: Mapping[str, tuple[Callable[..., Any], float]] | None = None,
+        correct: str | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self._correct = config, correct
         twice = sorted(set(given or {}) & set(config.functions))
         if twice:
             raise ValueError(f"Two rewards have the name {twice[0]!r}: one was given as a function, one by rewards.functions.")
@@ -144,6 +150,8 @@ class Rewards:
         if not self._functions:
             raise ValueError("There is no reward. Set --rewards.functions '{math_answer: 1.0}', or rewards.by_task.")
         self._check_options()
+        if correct is not None and correct not in self._functions:
+            raise ValueError(f"evaluation.correct is one of the rewards {', '.join(self._functions)}; got {correct!r}.")
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
         self._seen = _Seen()
 
@@ -166,6 +174,61 @@ class Rewards:
             )
         return {**self._weights, **self.config.by_task.get(str(task), {})}
 
+    def verifier(self, sample: Mapping[str, Any]) -> str | None:
+        """The reward that tells right from wrong for a sample: ``correct``, else the one verifier (``my_reward.verifies``) among
+        its rewards, else the only one it has; None where that leaves a choice."""
+        weights = self.weights_of(sample)
+        verifiers = [name for name in weights if getattr(self._functions[name], "verifies", False)]
+        found = [self._correct] if self._correct is not None else verifiers or list(weights)
+        return found[0] if len(found) == 1 else None
+
+    def needs_verifier(self, sample: Mapping[str, Any], what: str) -> None:
+        """ValueError where ``verifier`` is None."""
+        if self.verifier(sample) is None:
+            names = list(self.weights_of(sample))
+            raise ValueError(
+                f"{what} needs to know which of the rewards {', '.join(names)} tells a right answer from a wrong one. Name it: "
+                f"--evaluation.correct {names[0]}."
+            )
+
+    def unreadable(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+        """{verifier: where the samples are whose own answers it cannot read}. Of them a completion is unscored unless it says the
+        very same."""
+        found: dict[str, list[str]] = {}
+        for name, function in self._functions.items():
+            path = _dotted_path(function) if getattr(function, "reads_answers", False) else None
+            mine = [s for s in samples if name in self.weights_of(s)]
+            if path is not None:
+                tasks = [
+                    Task(function=path, completion=_PROBE, sample=s, options=self.config.options.get(name, {})) for s in mine
+                ]
+                outcomes = self._pool.run(tasks)
+                places = [f"{_where(s)}: {o.problem or ''}" for s, o in zip(mine, outcomes, strict=True) if o.value is None]
+                found |= {name: places} if places else {}
+        return found
+
+    def alike(self, sample: Mapping[str, Any], texts: Sequence[CompletionText]) -> list[str]:
+        """Each text's answer, or the first of the answers before that the sample's verifier takes for the same."""
+        said = [final_answer(text) for text in texts]
+        name = self.verifier(sample)
+        function = self._functions.get(name or "")
+        path = _dotted_path(function) if function is not None and getattr(function, "reads_answers", False) else None
+        if path is None or len(set(said)) < 2:
+            return said
+        options = self.config.options.get(name or "", {})
+        column = options.get("column", "answer")
+        firsts = {answer: text for answer, text in zip(reversed(said), reversed(texts), strict=True)}
+        kinds = list(dict.fromkeys(said))
+        pairs = [(one, other) for i, one in enumerate(kinds) for other in kinds[i + 1 :]]
+        tasks = [
+            Task(function=path, completion=firsts[other], sample={**sample, column: one}, options=options) for one, other in pairs
+        ]
+        same: dict[str, str] = {}
+        for (one, other), outcome in zip(pairs, self._pool.run(tasks), strict=True):
+            if outcome.value is not None and outcome.value > 0:
+                same.setdefault(other, same.get(one, one))
+        return [same.get(answer, answer) for answer in said]
+
     def score(self, groups: Sequence[Group], *, iteration: int = 0) -> list[list[Scored]]:
         """[group][completion]. Raises RewardError when more than ``max_unscored`` of the iteration's have no total."""
         weights = [self.weights_of(sample) for sample, _ in groups]
@@ -182,14 +245,20 @@ class Rewards:
                     problems[g][k].append(f"{name}: {outcome.problem}")
         scored = [
             [
-                Scored(total=self._total(parts[g][k], weights[g], iteration), parts=parts[g][k], problems=tuple(problems[g][k]))
+                self._scored(self._total(parts[g][k], weights[g], iteration), parts[g][k], problems[g][k], verifier)
                 for k in range(len(texts))
             ]
-            for g, (_, texts) in enumerate(groups)
+            for g, (sample, texts) in enumerate(groups)
+            for verifier in [self.verifier(sample)]
         ]
         self._report(groups, scored)
         self._check_unscored(groups, scored, iteration)
         return scored
+
+    @staticmethod
+    def _scored(total: float | None, parts: Mapping[str, float | None], problems: list[str], verifier: str | None) -> Scored:
+        verdict = None if verifier is None else parts.get(verifier, total)  # total: of another task than the verifier's
+        return Scored(total=total, parts=parts, problems=tuple(problems), verdict=verdict)
 
     def _total(self, parts: Mapping[str, float | None], weights: Mapping[str, float], iteration: int) -> float | None:
         total = 0.0

@@ -86,6 +86,8 @@ class RLConfig:
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
 
 
+_LOOKED_AT = 1000
+
 SHOWN = (
     "reward", "accuracy", "length", "kl_reference_nats", "surprise_nats", "rollout_tokens_per_s", "scores_per_s",
     "update_tokens_per_s",
@@ -122,7 +124,7 @@ class RLTrainer:
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
-        self._rewards = Rewards(config.rewards, given=by_name(rewards or {}))
+        self._rewards = Rewards(config.rewards, given=by_name(rewards or {}), correct=config.evaluation.correct)
         self.algorithm = _resolved(config, algorithm)
 
     def train(self) -> TrainResult:
@@ -140,9 +142,7 @@ class RLTrainer:
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
-            train, counts = self._prompts(self._train_dataset, config.data.train, tokenizer)
-            held_out = config.data.eval or self._eval_dataset is not None
-            evaluation = self._prompts(self._eval_dataset, config.data.eval, tokenizer)[0] if held_out else None
+            train, evaluation, counts = self._all_prompts(tokenizer)
         every = (*train, *(evaluation or ()))
         memory = MemoryCheck.start(
             config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
@@ -155,6 +155,8 @@ class RLTrainer:
         set_dropout(model, config.model, default=False)
         check_vocabulary(model, tokenizer)
         self._check_prompts(model, train, every)
+        if accelerator.is_main_process:
+            report_prompts(counts, every, self._rewards)
         source = self._source(train, evaluation, tokenizer)
         loss = with_options(self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)})
         loop = Loop(
@@ -191,8 +193,16 @@ class RLTrainer:
         room = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
         check_positions(model.config, max(len(p.ids) for p in every) + room)
         for prompt in every:
-            self._rewards.weights_of(prompt.sample)
+            self._rewards.verifier(prompt.sample)
+            if config.curriculum.order == "prioritized":
+                self._rewards.needs_verifier(prompt.sample, "curriculum.order=prioritized")
         _check_budget(config, train)
+
+    def _all_prompts(self, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None, dict[str, Any]]:
+        """(prompts, held-out ones or None, counts)."""
+        train, counts = self._prompts(self._train_dataset, self.config.data.train, tokenizer)
+        held_out = self.config.data.eval or self._eval_dataset is not None
+        return train, self._prompts(self._eval_dataset, self.config.data.eval, tokenizer)[0] if held_out else None, counts
 
     def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
         if rows is not None:
@@ -232,7 +242,6 @@ class RLTrainer:
             evaluator=evaluator if evaluation is not None else None,
             pass_at_powers=config.evaluation.pass_at_powers,
             folder=config.train.folder / "rollouts",
-            correct=config.evaluation.correct,
         )
 
 
@@ -269,6 +278,20 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
     )
+
+
+def report_prompts(counts: Mapping[str, Any], prompts: Sequence[Prompt], rewards: Rewards) -> None:
+    """Prints how many prompts there are, which columns were read, and answers that no verifier can read (of 1,000 prompts)."""
+    used, left = (", ".join(counts["columns"].get(use, {})) or "none" for use in ("used", "for the rewards"))
+    print(f"{counts['kept']:,} prompts ({counts['too long']:,} left out as too long); read: {used}; for the rewards: {left}")
+    some = prompts[:: max(1, len(prompts) // _LOOKED_AT)][:_LOOKED_AT]
+    for name, places in rewards.unreadable([p.sample for p in some]).items():
+        if len(places) == len(some):
+            raise ValueError(f"{name} can read the answer of no prompt, the first {places[0]}. Is the answer in another column?")
+        print(
+            f"{name} cannot read the answers of {len(places):,} of {len(some):,} prompts, the first {places[0]}. Their "
+            "completions are unscored unless they say the very same."
+        )
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -22,6 +22,8 @@ from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.rollout.journal import Journal, digest, fingerprint, journalled
 from posttrain.training.ranks import of_all_ranks
 
+_OPENING_TOKENS = 8  # enough for <think> and what follows it
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ class ScoredGroup:
 
     def has_signal(self, name: str = "") -> bool:
         """Whether two completions have different rewards: in all, or of the function ``name``."""
-        values = [s.judged_by(name) if name else s.total for s in self.scores]
+        values = [s.parts.get(name, s.total) for s in self.scores]
         return not all_equal([v for v in values if v is not None])
 
 
@@ -93,7 +95,7 @@ class Collector:
     def score(self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int) -> list[ScoredGroup]:
         """Rewards of finished groups, in their order."""
         began = time.perf_counter()
-        texts = [tuple(map(self._text, group.trajectories)) for group in groups]
+        texts = [tuple(self._text(t, group.prompt) for t in group.trajectories) for group in groups]
         mine = self._share(range(len(groups)))
 
         def score() -> list[tuple[int, list[dict[str, Any]]]]:
@@ -121,12 +123,14 @@ class Collector:
     def _ends(self) -> set[int | None]:
         return {*stop_token_ids(self.tokenizer), *getattr(self.engine, "stop_ids", ()), self.tokenizer.pad_token_id}
 
-    def _text(self, trajectory: Any) -> CompletionText:
+    def _text(self, trajectory: Any, prompt: int) -> CompletionText:
         """Without the tokens that end it and padding; other special tokens (<think>, say) are part of the text."""
         kept = [i for i in trajectory.token_ids if i not in self._ends]
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
         reason = trajectory.finish_reason or "budget"
-        return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason)
+        opening = self.tokenizer.decode(self.prompts[prompt].ids[-_OPENING_TOKENS:], skip_special_tokens=False)
+        in_thought = opening.rstrip().endswith("<think>")
+        return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought)
 
     def identity(self) -> str:
         """Of everything outside of the requests that decides completions and rewards: settings, ranks, the engine's weights."""

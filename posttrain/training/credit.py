@@ -49,7 +49,9 @@ def trained_groups(
         if kl_in_reward:
             assert reference is not None
             forwards.append(reference)
-        logps = _values_of_all(plan, policy, groups, forwards)
+        off_totals = kl_in_reward and algorithm.kl_in == "reward"
+        measured = [_group(s, config, version, measured=True) for s in scored] if off_totals else groups
+        logps = _values_of_all(plan, policy, measured, forwards)
     totals = [s.totals for s in scored]
     if kl_in_reward and algorithm.kl_in == "token_reward":
         by_token = _token_returns(groups, totals, logps, algorithm)
@@ -74,10 +76,12 @@ def trained_groups(
     ]
 
 
-def _group(scored: ScoredGroup, config: CreditConfig, version: int) -> PromptGroup:
+def _group(scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False) -> PromptGroup:
+    """``measured``: completions that are scored but not trained have a loss mask too: their KL is part of their reward."""
     completions = []
     for trajectory, score in zip(scored.group.trajectories, scored.scores, strict=True):
-        is_trained = score.total is not None and not (config.mask_truncated and trajectory.finish_reason == "length")
+        is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
+        is_trained = score.total is not None and not is_masked
         old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
         completions.append(
             Completion(

@@ -80,8 +80,6 @@ class RolloutSource:
     """For the kept rollouts, held-out answers and journals."""
     pass_at_powers: bool = False
     """Held-out pass@k for k = 2, 4, 8, ... below the samples too."""
-    correct: str | None = None
-    """Name of the reward that tells right from wrong (> 0) for success rates; None: the first one."""
 
     def __post_init__(self) -> None:
         self._iteration = self._saved_iteration = 0
@@ -142,7 +140,7 @@ class RolloutSource:
         if self.config.show_every and self._iteration % self.config.show_every == 0:
             self._log.show(scored, iteration=self._iteration)
         drawn = [*scored, *rejected]
-        metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored), correct=self._correct)
+        metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored))
         timing = self._collector.timing
         timed = {
             "rollout_s": timing.rollout_s,
@@ -197,12 +195,8 @@ class RolloutSource:
 
     def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
         for s in scored:
-            known = [v for v in (score.judged_by(self._correct) for score in s.scores) if v is not None]
+            known = [score.verdict for score in s.scores if score.verdict is not None]
             self.sampler.update(s.group.prompt, tries=len(known), successes=sum(v > 0 for v in known))
-
-    @property
-    def _correct(self) -> str:
-        return self.correct or self._collector.rewards.names[0]
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left out where that is exact."""

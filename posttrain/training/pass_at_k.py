@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.answers import final_answer
+from posttrain.rewards.compose import Rewards
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.collect import Collector, ScoredGroup
@@ -31,7 +32,7 @@ class EvaluationConfig:
     prompts: int = 200
     """Problems (the first ones); 0: all."""
     correct: str | None = None
-    """Name of the reward that tells right (> 0) from wrong; None: the first."""
+    """Name of the reward that tells right (> 0) from wrong. None: the one verifier among the rewards, or the only reward."""
     pass_at_powers: bool = False
     """Report pass@k for k = 2, 4, 8, ... below ``samples`` too."""
 
@@ -64,6 +65,9 @@ class Evaluation:
         known = [[ok for ok in row if ok is not None] for row in self.correct]
         return [row for row in known if row]
 
+    said: Sequence[Sequence[str]] | None = None
+    """[problem][answer] what it votes for; None: ``final_answer`` of its text."""
+
     def rows(self) -> list[dict[str, Any]]:
         """One for each answer: where its problem is from, what was said, and how it was judged."""
         return [
@@ -93,8 +97,9 @@ class Evaluation:
         for k in [*below, n] if n > 1 else []:
             metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(len(r), sum(r), min(k, len(r))) for r in judged)
         if n > 1:
-            votes = [(g, row) for g, row in zip(self.groups, self.correct, strict=True) if set(row) != {None}]
-            metrics[f"eval_cons@{n}"] = statistics.fmean(majority_is_right(g, row) for g, row in votes)
+            said = self.said or [[final_answer(text) for text in g.texts] for g in self.groups]
+            votes = [(s, row) for s, row in zip(said, self.correct, strict=True) if set(row) != {None}]
+            metrics[f"eval_cons@{n}"] = statistics.fmean(majority_is_right(s, row) for s, row in votes)
         if totals:
             metrics["eval_reward"] = statistics.fmean(totals)
         unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
@@ -110,16 +115,24 @@ def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: Ev
     """Answers the problems with the collector's engine, over all ranks, and judges them with its rewards."""
     chosen = prompts[: config.prompts or len(prompts)]
     sampling = config.sampling(collector.sampling)
+    for prompt in chosen:
+        collector.rewards.needs_verifier(prompt.sample, "a held-out evaluation")
     mine = replace(collector, prompts=chosen, sampling=sampling)
     buffer = RolloutBuffer()
     buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
-    name = config.correct or collector.rewards.names[0]
-    if name not in collector.rewards.names:
-        raise ValueError(f"evaluation.correct is one of the rewards {', '.join(collector.rewards.names)}; got {name!r}.")
-    given = [[s.judged_by(name) for s in g.scores] for g in groups]
-    return Evaluation(groups=groups, correct=[[None if v is None else v > 0 for v in row] for row in given])
+    correct = [[None if s.verdict is None else s.verdict > 0 for s in g.scores] for g in groups]
+    said = [_said(g, row, collector.rewards) for g, row in zip(groups, correct, strict=True)]
+    return Evaluation(groups=groups, correct=correct, said=said)
+
+
+def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) -> list[str]:
+    """What each answer votes for: by the task's own verifier where that can change who wins, else as it is written."""
+    wrong = sum(right is False for right in correct)
+    if 0 < sum(right is True for right in correct) <= wrong and wrong > 1:
+        return rewards.alike(group.prompt.sample, group.texts)
+    return [final_answer(text) for text in group.texts]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -132,12 +145,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority_is_right(group: ScoredGroup, correct: Sequence[bool | None]) -> float:
+def majority_is_right(said: Sequence[str], correct: Sequence[bool | None]) -> float:
     """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); a tie of m answers with it: 1/m.
 
-    Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by ``final_answer``.
+    Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by what they say.
     """
-    wrong = Counter(final_answer(text) for text, right in zip(group.texts, correct, strict=True) if right is False)
+    wrong = Counter(answer for answer, right in zip(said, correct, strict=True) if right is False)
     votes = sum(right is True for right in correct)
     if not votes or votes < max(wrong.values(), default=0):
         return 0.0

@@ -13,8 +13,8 @@ from posttrain.training.pass_at_k import Evaluation
 from posttrain.types import PromptGroup
 
 
-def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float, correct: str | None) -> dict[str, float]:
-    """Means over completions unless the name says otherwise; ``correct``: the reward that is > 0 for a right answer."""
+def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, float]:
+    """Means over completions unless the name says otherwise."""
     scores = [s for group in scored for s in group.scores]
     totals = [s.total for s in scores if s.total is not None]
     texts = [t for group in scored for t in group.texts]
@@ -36,8 +36,8 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float, correct: str 
     for name in dict.fromkeys(name for s in scores for name in s.parts):
         known = [v for s in scores if (v := s.parts.get(name)) is not None]
         metrics[f"reward/{name}"] = statistics.fmean(known) if known else math.nan
-    judged = [v for s in scores if correct is not None and (v := s.judged_by(correct)) is not None]
-    metrics["accuracy"] = statistics.fmean(v > 0 for v in judged) if judged else math.nan
+    judged = [s.verdict > 0 for s in scores if s.verdict is not None]
+    metrics["accuracy"] = statistics.fmean(judged) if judged else math.nan
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
