@@ -25,6 +25,7 @@ from posttrain.data.rendering import check_rendered, check_tools_rendered, refus
 from posttrain.types import Completion, PromptGroup
 
 _PROBE = "reply7"  # survives every template: no markup, no space at the ends
+_OPENED = re.compile(r"<(?:think|thinking|thought|reasoning)>\s*\Z")
 _GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -143,15 +144,16 @@ class ChatEncoder:
     def _after_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]) -> list[Span]:
         """The spans less what the generation prompt gives to the model: some templates mark the header as generated.
 
-        Where the generation prompt is no prefix (it opens a <think> block that the row has not), the special tokens it
-        shares with the span are taken off.
+        Where the generation prompt is no prefix, what comes before a <think> that it opens is taken off (the row has none, or
+        goes on otherwise, and then trains it); else the special tokens it shares with the span.
         """
         ends = []
         for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
             prompt = self._render(messages[:i], tools, prompt=True)
             shared = os.path.commonprefix([prompt, text])
             special = max((shared.rfind(t) + len(t) for t in self._added if t in shared), default=0)
-            ends.append(len(prompt) if shared == prompt else special)
+            header = _OPENED.sub("", prompt)
+            ends.append(len(prompt) if shared == prompt else len(header) if shared.startswith(header) else special)
         return [Span(min((e for e in ends if s.start < e < s.end), default=s.start), s.end) for s in spans]
 
     def _prefix_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str) -> tuple[str, list[Span]]:

@@ -185,6 +185,15 @@ def test_kl_off_each_tokens_reward(policy, reference, proximal):
     assert len({round(a, 6) for a in at_trained(groups[1].completions[0].token_advantages, groups[1].completions[0])}) > 1
 
 
+def test_a_masked_completions_kl_is_in_the_baseline_of_the_others(policy, reference):
+    """Ahmadian et al. 2024: the mean over the others of r - beta KL, also of one that is scored but not trained."""
+    every, _ = credit(replace(RLOO, beta=0.3), policy, reference)
+    masked, _ = credit(replace(RLOO, beta=0.3), policy, reference, mask_truncated=True)
+    assert masked[2].completions[1].num_trained == 0 < every[2].completions[1].num_trained
+    for k in (0, 2, 3):
+        assert masked[2].completions[k].advantage == pytest.approx(every[2].completions[k].advantage, abs=1e-12)
+
+
 def test_truncated_completions_are_scored_but_not_trained(policy):
     algorithm = replace(GRPO, beta=0.0)
     plain, _ = credit(algorithm, policy, None)

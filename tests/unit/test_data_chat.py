@@ -140,6 +140,59 @@ def test_templates_that_trl_knows_train_no_header(name):
     assert text == f"{before}yes{ends[0]}{before}five{ends[1]}"
 
 
+def test_a_thought_that_does_not_begin_as_the_prompt_gives_it_is_trained_with_its_tag():
+    """DeepSeek's template opens ``<think>\\n``: what follows exactly that is given; another beginning is the row's own."""
+    from pathlib import Path
+
+    import trl
+
+    tokenizer = byte_level((Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja").read_text())
+    tokenizer.add_special_tokens(
+        {"eos_token": "<｜end▁of▁sentence｜>", "additional_special_tokens": ["<｜Assistant｜>", "<think>"]}
+    )
+    for said, wanted in (("<think>x</think>4", "<think>x</think>4"), ("<think>\nx</think>4", "x</think>4"), ("4", "4")):
+        assert trained_text(encode_conversation(talk("hello", said), tokenizer), tokenizer) == f"{wanted}<｜end▁of▁sentence｜>"
+
+
+NO_ROLES = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Human: ' + m['content'] + '\n\n### Assistant: ' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+LIFT = [
+    {
+        "type": "function",
+        "function": {"name": "lift", "description": "goes up", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_role_that_the_template_does_not_write_is_an_error_in_training_and_in_prompts(role):
+    from posttrain.data.prompts import PromptConfig, prompts_from_rows
+
+    tokenizer = byte_level(NO_ROLES)
+    aside = {"role": role, "content": "in capitals"}
+    lost = f"all that the {role} message says; would be lost: 'in capitals'"
+    with pytest.raises(ValueError, match=lost):
+        encode_conversation([*talk("hello", "yes")[:1], aside, {"role": "assistant", "content": "yes"}], tokenizer)
+    with pytest.raises(ValueError, match=f"row 1: .*{lost}"):
+        prompts_from_rows([{"prompt": [aside, {"role": "user", "content": "hello"}]}], tokenizer, PromptConfig())
+    assert encode_conversation(talk("hello", "yes"), tokenizer)
+
+
+def test_tools_that_the_template_does_not_write_are_an_error_and_results_as_json_are_written():
+    from posttrain.data.prompts import PromptConfig, prompts_from_rows
+
+    tokenizer = byte_level(NO_ROLES)
+    with pytest.raises(ValueError, match="writes nothing of the row's 1 tools"):
+        encode_conversation(talk("hello", "yes"), tokenizer, tools=LIFT)
+    with pytest.raises(ValueError, match="row 1: the chat template writes nothing of the row's 1 tools"):
+        prompts_from_rows([{"prompt": "hello", "tools": LIFT}], tokenizer, PromptConfig())
+    as_json = byte_level(CHATML.replace("message['content']", "(message['content'] | tojson)"))
+    result = {"role": "tool", "content": 'floor "3"\nä'}
+    assert encode_conversation([*talk("hello", "yes"), result, {"role": "assistant", "content": "no"}], as_json)
+
+
 def test_reasoning_that_the_template_deletes_from_earlier_turns_is_an_error_and_kept_in_the_last():
     tokenizer = byte_level(FORGETS_THINKING)
     one = talk("hello", "<think>x</think>yes")

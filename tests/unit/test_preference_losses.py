@@ -14,7 +14,7 @@ import torch
 from posttrain.losses import preference
 from posttrain.losses.combine import weighted_sum
 from posttrain.losses.divergence import f_prime
-from posttrain.losses.preference_metrics import preference_metrics
+from posttrain.losses.preference_metrics import loss_beta, preference_metrics
 from posttrain.losses.reduce import reduce_term
 from posttrain.losses.unpaired import mismatched_groups
 from posttrain.packing.plan import count_units
@@ -223,6 +223,58 @@ def test_kto_mismatches_every_prompt_with_another_prompts_answer():
     made = mismatched_groups([group(1, 10), group(1, 11), group(2, 12)])
     assert [(g.prompt_ids, g.completions[0].token_ids) for g in made] == [([1], [12]), ([1], [12]), ([2], [10])]
     assert mismatched_groups([group(1, 10), group(1, 11)]) == [], "no answer in it belongs to another prompt"
+
+
+OWN_REWARDS = {
+    "simpo": lambda b, o: (o["beta"] * b.chosen_logps_B / b.chosen_length_B, o["beta"] * b.rejected_logps_B / b.rejected_length_B),
+    "dpo_norm": lambda b, o: (o["beta"] * b.chosen_logratio_B / b.chosen_length_B, o["beta"] * b.rejected_logratio_B / b.rejected_length_B),
+    "ipo_avg": lambda b, o: (o["beta"] * b.chosen_logratio_B / b.chosen_length_B, o["beta"] * b.rejected_logratio_B / b.rejected_length_B),
+    "r_dpo": lambda b, o: (
+        o["beta"] * b.chosen_logratio_B + o["length_weight"] * b.chosen_length_B.double(), o["beta"] * b.rejected_logratio_B + o["length_weight"] * b.rejected_length_B.double(),
+    ),
+    "orpo": lambda b, o: tuple(
+        torch.log(torch.exp(m) / (1 - torch.exp(m))) for m in (b.chosen_logps_B / b.chosen_length_B, b.rejected_logps_B / b.rejected_length_B)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OWN_REWARDS, "dpo", "hinge", "cpo"])
+def test_the_accuracy_that_is_shown_is_that_of_what_the_loss_compares(name):
+    """A long answer with a good sum and a bad mean: the loss prefers what its own reward prefers."""
+    from posttrain.trainers.dpo import with_preference_metrics
+
+    loss = getattr(preference, name)
+    options = {n: p.default for n, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    sums, lengths = [[-33.0, -3.0], [-4.0, -6.0], [-9.0, -4.0]], [[30, 2], [5, 5], [4, 16]]
+    reference_free = not getattr(loss, "needs_reference", True)
+    reference = None if reference_free else [[-36.0, -3.5], [-4.5, -4.0], [-8.0, -6.0]]
+    batch = batch_of(sums, reference=reference, lengths=lengths)
+    metrics = with_preference_metrics(loss, beta=loss_beta(loss))(batch).metrics
+    summed = (
+        (batch.chosen_logps_B, batch.rejected_logps_B) if reference_free else (batch.chosen_logratio_B, batch.rejected_logratio_B)
+    )
+    wanted = OWN_REWARDS[name](batch, options) if name in OWN_REWARDS else tuple(options["beta"] * v for v in summed)
+    for side, value in zip(("chosen", "rejected"), wanted, strict=True):
+        assert torch.allclose(metrics[f"rewards_train/{side}"], value, rtol=1e-12)
+    assert torch.equal(metrics["rewards_train/accuracies"], (wanted[0] > wanted[1]).to(torch.float64))
+
+
+def test_the_betas_of_losses_are_their_own():
+    from posttrain.training.config import resolve_loss
+
+    home = "posttrain.losses.preference"
+    found = {path: loss_beta(resolve_loss(path, options, home=home)) for path, options in {
+        "dpo": {}, "simpo": {}, "dpo_norm": {}, "orpo": {}, "ipo": {"beta": 0.7}, "0.5*nll_chosen + dpo_norm": {}, "kto": {},
+    }.items()}  # fmt: skip
+    assert found == {
+        "dpo": 0.1,
+        "simpo": 2.0,
+        "dpo_norm": 5.0,
+        "orpo": 0.1,
+        "ipo": 0.7,
+        "0.5*nll_chosen + dpo_norm": 5.0,
+        "kto": 0.1,
+    }
 
 
 def test_extreme_log_probs_stay_finite_and_exact():

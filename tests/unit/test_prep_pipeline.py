@@ -9,7 +9,7 @@ import random
 import pytest
 
 from posttrain.data.prep import PrepConfig, prepare
-from posttrain.data.prep.duplicates import PromptIndex
+from posttrain.data.prep.duplicates import PromptIndex, words
 from posttrain.data.prep.partition import Statistics
 from posttrain.data.prep.report import length_bias
 from posttrain.data.prep.show import difference
@@ -140,6 +140,90 @@ def test_minhash_finds_near_duplicates_and_nothing_else():
         near[f"{i}b"] = f"{i}a"
     assert index.representatives(0.75) == near
     assert index.representatives(1.0).items() < near.items()  # only those whose 64 minima are all equal
+
+
+def test_languages_without_spaces_have_near_duplicates_and_overlaps_too(tmp_path):
+    """Every character is a word: else a whole sentence is one, and only equal sentences are alike."""
+    question = "請用三句話說明為什麼海水是鹹的而河水不是"
+    assert len(words(question)) == len(question) and words("海水 is salty") == ["海", "水", "is", "salty"]
+    assert len(words("ทำไมน้ำทะเลเค็ม")) > 5 and words("naïve café") == ["naïve", "café"]
+    index = PromptIndex()
+    for name, text in (("a", question * 3), ("b", question * 3 + "嗎"), ("c", "猫は窓のそばで眠っている" * 4)):
+        index.add(name, text)
+    assert index.representatives(0.8) == {"b": "a"}
+    evaluation = write(tmp_path / "eval.jsonl", [{"question": question}])
+    rows = [pair(f"{question}？謝謝", "鹽", "糖"), pair("別的問題", "是", "否")]
+    manifest = run(tmp_path, rows, decontaminate=[evaluation])
+    assert manifest["dropped"] == {"shares an n-gram with the evaluation set": 1}
+
+
+def test_calls_thoughts_tools_flags_and_carried_columns_go_through(tmp_path):
+    """What is trained from prep's files is what is trained from the raw rows, and what changes nothing goes along on request."""
+    from posttrain.data import DataConfig, groups_from_rows
+    from tests.tiny import byte_tokenizer
+    from tests.unit.test_layouts import TOOLS_TEMPLATE
+
+    def call(**arguments):
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "lift", "arguments": arguments}}],
+        }
+
+    tool = {
+        "type": "function",
+        "function": {"name": "lift", "parameters": {"type": "object", "properties": {"floor": {"type": "integer"}}}},
+    }
+    user, result = {"role": "user", "content": "to 3"}, {"role": "tool", "content": "there"}
+    good = {"role": "assistant", "content": "  done", "reasoning_content": "three is above"}
+    rows = [
+        {"prompt": [user, call(floor=3, fast=None), result], "chosen": [good], "rejected": [call(speed=1)], "tools": [tool], "weight": 2, "note": {"a": 1}},
+        {"prompt": "plain", "chosen": "yes", "rejected": "no", "note": "n", "id": 7},
+    ]  # fmt: skip
+    manifest = run(tmp_path, rows, carry=["note"])
+    made = read(tmp_path / "out" / "train")
+    assert manifest["columns"]["carried"] == {"id": 1, "note": 2} and manifest["columns"]["used"]["tools"] == 1
+    assert [r["note"] for r in made] == ['{"a": 1}', "n"] and [r["weight"] for r in made] == [2.0, None]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    for raw, prepped in zip(rows, made, strict=True):
+        groups = [
+            groups_from_rows([row], tokenizer, config=DataConfig(carry=["note"]), purpose="preference")[0]
+            for row in (raw, prepped)
+        ]
+        (a, b) = (
+            [list(g.prompt_ids), [(list(c.token_ids), list(c.loss_mask)) for c in g.completions], list(g.pairs)] for g in groups
+        )
+        assert a == b
+    rejected = run(tmp_path, rows, name="groups", layout="groups", carry=["note"])
+    assert rejected["counts"]["rejected"] == 1, "a weight has no place there"
+    lines = [json.loads(line) for line in (tmp_path / "groups" / "rejects.jsonl").read_text().splitlines()]
+    assert lines[0]["values"] == rows[0] and "weight" in lines[0]["reason"], "the whole row"
+
+
+def test_texts_keep_their_indentation(tmp_path):
+    run(tmp_path, [pair("Complete:\ndef f(x):\n", "    y = x\n    return y\n", "    return 0\n")])
+    (row,) = read(tmp_path / "out" / "train")
+    assert [row[n][0]["content"] for n in ("prompt", "chosen", "rejected")] == [
+        "Complete:\ndef f(x):\n", "    y = x\n    return y\n", "    return 0\n",
+    ]  # fmt: skip
+
+
+def test_answers_to_different_inputs_are_not_compared(tmp_path):
+    inputs = (("Guten Tag", "Good day", 5), ("Guten Tag", "Bread", 2), ("Gute Nacht", "Good night", 5), ("Gute Nacht", "Nut", 1))
+    run(tmp_path, [{"instruction": "Translate", "input": s, "output": o, "score": n} for s, o, n in inputs])
+    made = [
+        (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"])
+        for r in read(tmp_path / "out" / "train")
+    ]
+    assert sorted(made) == [("Translate\n\nGute Nacht", "Good night", "Nut"), ("Translate\n\nGuten Tag", "Good day", "Bread")]
+
+
+def test_unrated_answers_are_in_no_pair_and_counted(tmp_path):
+    rows = [{"prompt": "q", "responses": ["a", "b", "c"], "scores": [1.0, None, 3.0]}]
+    manifest = run(tmp_path, rows, strategy="all")
+    assert manifest["dropped"] == {"unrated answer": 1}
+    assert [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in read(tmp_path / "out" / "train")] == [("c", "a")]
 
 
 def test_same_options_same_bytes_whatever_the_workers(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from posttrain.rewards.answers import math_answer, numeric_answer
 from posttrain.rewards.code import code_tests
 from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import BUILT_IN, Rewards, RewardsConfig, by_name
@@ -295,6 +296,7 @@ def test_tests_of_an_unknown_layout_are_named_and_no_zero(tests):
 
 def test_special_tokens_are_part_of_what_a_verifier_reads():
     """<think> is a special token of many tokenizers; only what ends a completion, and padding, is taken off."""
+    from posttrain.data.prompts import Prompt
     from posttrain.rollout.buffer import Trajectory
     from posttrain.training.collect import Collector
     from tests.tiny import byte_tokenizer
@@ -302,9 +304,83 @@ def test_special_tokens_are_part_of_what_a_verifier_reads():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
     collector = Collector(
-        accelerator=None, engine=None, rewards=None, prompts=[], tokenizer=tokenizer, sampling=None, by_completion=False
+        accelerator=None,
+        engine=None,
+        rewards=None,
+        tokenizer=tokenizer,
+        sampling=None,
+        by_completion=False,
+        prompts=[
+            Prompt(ids=tuple(tokenizer(ids)["input_ids"]), sample={}) for ids in ("2+2?", "2+2?<think>\n", "<think> is a tag")
+        ],
     )
     said = "<think>two and two</think><answer>4</answer>"
     ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    text = collector._text(Trajectory(seed=0, token_ids=ids, logps=[0.0] * len(ids), finish_reason="stop"))
+    trajectory = Trajectory(seed=0, token_ids=ids, logps=[0.0] * len(ids), finish_reason="stop")
+    text = collector._text(trajectory, 0)
     assert text == said and text.num_tokens == len(ids) and think_answer_format(text, {}) == 1.0
+    assert [collector._text(trajectory, k).in_thought for k in range(3)] == [False, True, False]
+
+
+def test_a_thought_that_the_prompt_began_and_that_is_cut_off_is_no_answer():
+    import pickle
+
+    sample = {"answer": "4"}
+    cut = CompletionText(r"maybe \boxed{4}, no", in_thought=True, finish_reason="length")
+    assert pickle.loads(pickle.dumps(cut)).in_thought, "as it goes to a worker"
+    for verifier in (math_answer, numeric_answer):
+        assert verifier(cut, sample) == 0.0 and verifier(cut, sample, in_thought=True) == 1.0
+        assert verifier(CompletionText(r"maybe 5</think>\boxed{4}", in_thought=True), sample) == 1.0
+        assert verifier(CompletionText(r"\boxed{4}"), sample) == 1.0
+
+
+def test_answers_that_no_verifier_can_read_are_named(rewards_of):
+    rewards = rewards_of(RewardsConfig(functions={"math_answer": 1.0, "choice_answer": 1.0, "think_answer_format": 1.0}))
+    samples = [{"_where": f"f:{i}", "answer": a} for i, a in enumerate(["4", r"\oint \mapsto \heartsuit", "C", r"11\sqrt2"])]
+    found = rewards.unreadable(samples)
+    assert [place.split(": ")[0] for place in found["math_answer"]] == ["f:1"] and "think_answer_format" not in found
+    assert [place.split(": ")[0] for place in found["choice_answer"]] == ["f:0", "f:1", "f:3"]
+    missing = rewards.unreadable([{"_where": "f:9"}])["math_answer"][0]
+    assert missing.startswith("f:9: ") and "no column 'answer'" in missing
+
+
+def test_right_is_a_named_reward_and_not_the_first_one(rewards_of):
+    def longest(completion, sample):
+        return float(len(completion))
+
+    def shortest(completion, sample):
+        return -float(len(completion))
+
+    config = RewardsConfig(functions={"think_answer_format": 0.5, "exact_answer": 1.0})
+    rewards = rewards_of(config, given={"longest": (longest, 0.1)})
+    ((right, wrong),) = rewards.score([({"answer": "4"}, texts("4", "12345"))])
+    assert rewards.verifier({}) == "exact_answer" and (right.verdict, wrong.verdict) == (1.0, 0.0)
+    named = rewards_of(config, given={"longest": (longest, 0.1)}, correct="longest")
+    assert named.score([({"answer": "4"}, texts("4"))])[0][0].verdict == 1.0 and named.verifier({}) == "longest"
+    several = rewards_of(RewardsConfig(), given={"longest": (longest, 1.0), "shortest": (shortest, 1.0)})
+    assert several.verifier({}) is None and several.score([({}, texts("4"))])[0][0].verdict is None
+    with pytest.raises(
+        ValueError, match="an evaluation needs to know which of the rewards longest, shortest.*--evaluation.correct longest"
+    ):
+        several.needs_verifier({}, "an evaluation")
+    with pytest.raises(ValueError, match="evaluation.correct is one of the rewards longest"):
+        Rewards(RewardsConfig(), given={"longest": (longest, 1.0)}, correct="exact")
+
+
+def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):
+    """Two ways to write a wrong answer are one answer, and win over the right one."""
+    from posttrain.training.pass_at_k import majority_is_right
+
+    rewards = rewards_of(RewardsConfig(functions={"math_answer": 1.0}))
+    said = texts(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", r"\boxed{7}", "")
+    assert [kind == rewards.alike({"answer": "7"}, said)[0] for kind in rewards.alike({"answer": "7"}, said)] == [
+        True,
+        True,
+        *[False] * 4,
+    ]
+    kinds = rewards.alike({"answer": "7"}, said)
+    assert kinds[2] == kinds[3] != kinds[0] and len(set(kinds)) == 4
+    assert majority_is_right(kinds[:2] + kinds[4:5], [False, False, True]) == 0.0
+    choices = rewards_of(RewardsConfig(functions={"choice_answer": 1.0}))
+    letters = choices.alike({"answer": "A"}, texts("The answer is B.", r"\boxed{\text{B}}", "**B**", "(C)"))
+    assert letters[0] == letters[1] == letters[2] != letters[3]
