@@ -101,7 +101,7 @@ CASES = [
     Case(of="UltraInteract SFT", row={"task": "Coding", "dataset": "x", "instruction": "Q", "response": "good", "id": "1", "parent_id": "0"},
          layout="prompt_completion", answers=("good",)),
     Case(of="Nemotron post-training", row={"input": [Q], "output": "good", "category": "math", "license": "l", "generator": "g", "version": "v1",
-         "system_prompt": "S", "reasoning": "on"}, refused="nothing reads version, reasoning"),
+         "system_prompt": "S", "reasoning": "on"}, refused="nothing reads reasoning"),
     Case(of="xLAM, APIGen calls", row={"id": 1, "query": "Q", "answers": json.dumps([{"name": "lift", "arguments": {"floor": 3}}]), "tools": json.dumps([TOOL])},
          layout="prompt_completion", answers=('[{"type": "function", "function": {"name": "lift", "arguments": {"floor": 3}}}] with 1 tool',)),
     Case(of="Hermes function calling, APIGen-MT", row={"id": "i", "tools": json.dumps([TOOL]), "conversations": [{"from": "human", "value": "Q"},

@@ -6,17 +6,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import posttrain.data.row as names
 from posttrain.data.messages import Message, after_colon, decoded, dialogue, from_json, is_dialogue, short
-from posttrain.data.row import Answer, Row, Sample, is_nothing, number_of, prompt_name, prompt_of, truth_of
+from posttrain.data.row import Answer, Row, Sample, is_nothing, names, number_of, prompt_name, prompt_of, truth_of
 
-_ALTERNATIVES = [(stem + a, stem + b) for stem in names.STEMS for a, b in names.SUFFIXES]
+_STEMS = ("response", "answer", "output", "completion", "conversation", "human_ref", "assistant")
+_ALTERNATIVES = [
+    (stem + a, stem + b) for stem in _STEMS for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
+]
 _WINS, _LOSES, _TIES = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)
 
 
 def pair_columns(row: Row) -> tuple[str, str] | None:
     """The columns of the better and the worse answer; one of them may hold an empty text."""
-    for better, worse in names.PAIRS:
+    for better, worse in zip(names.BETTER, names.WORSE, strict=True):
         if row.all.get(better) is not None and row.all.get(worse) is not None and (better in row.filled or worse in row.filled):
             return better, worse
     return None
@@ -71,7 +73,7 @@ def _compared(row: Row, columns: tuple[str, str]) -> Sample:
         row.filled = {k: v for k, v in row.filled.items() if k != "prompt"}
         values = [[{"input": q, "output": a} for q, a in zip(asked or (), r or (), strict=True)] for r in replies]
     prompt, sides, is_text = read_sides(row, values)
-    stem = next(s for s in names.STEMS if columns[0].startswith(s))
+    stem = next(s for s in _STEMS if columns[0].startswith(s))
     ends = [n.removeprefix(stem).lstrip("_") for n in columns]
     scores = [row.number(f"score_{end}") for end in ends]
     ranks = _verdict(row, [end.lower() for end in ends], stem)

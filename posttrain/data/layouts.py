@@ -27,20 +27,13 @@ from posttrain.data.comparisons import (
 )
 from posttrain.data.messages import Message
 from posttrain.data.row import (
-    ANSWER_LISTS,
-    ANSWERS,
-    CONVERSATIONS,
-    LABELS,
-    PROMPTS,
-    SCORES,
-    SYSTEM,
-    TOOLS,
     Answer,
     Row,
     Sample,
     Values,
     conversation_of,
     is_nothing,
+    names,
     prompt_name,
     prompt_of,
     settle,
@@ -48,11 +41,13 @@ from posttrain.data.row import (
     truth_of,
 )  # fmt: skip
 
+_PROMPT, _ANSWER, _LISTS, _TURNS = (
+    ", ".join(listed) for listed in (names.PROMPTS, names.ANSWERS, names.ANSWER_LISTS, names.CONVERSATIONS)
+)
 KNOWN = (
-    "pairs: chosen, rejected; or two answers and a verdict; ranked: a prompt and a list of answers "
-    f"({', '.join(ANSWER_LISTS)}) with ranks, scores or verdicts; labelled: a prompt, an answer, label; rated: a prompt, an "
-    f"answer, score; messages: {', '.join(CONVERSATIONS)}; prompt_completion: a prompt ({', '.join(PROMPTS)}) and an answer "
-    f"({', '.join(ANSWERS)})"
+    f"pairs: chosen, rejected; or two answers and a verdict; ranked: a prompt and a list of answers ({_LISTS}) with ranks, scores "
+    "or verdicts; labelled: a prompt, an answer, label; rated: a prompt, an answer, score; "
+    f"messages: {_TURNS}; prompt_completion: a prompt ({_PROMPT}) and an answer ({_ANSWER})"
 )
 
 
@@ -90,14 +85,14 @@ def read_prompt(values: Values, *, column: str | None = None) -> ReadPrompt:
     what is not used is for the rewards. ValueError with the reason."""
     if column is not None and is_nothing(values.get(column)):
         raise ValueError(f"no prompt in column {column!r}; the row has {sorted(map(str, values))}. Set --data.prompt_column")
-    if column is not None and column not in (*PROMPTS, *CONVERSATIONS):
+    if column is not None and column not in (*names.PROMPTS, *names.CONVERSATIONS):
         values = {**{k: v for k, v in values.items() if k != column}, "prompt": values[column]}
         column = "prompt"
     row = Row(values, None, ())
     truth = values.get("reward_model")
     answer = truth.get("ground_truth") if isinstance(truth, Mapping) else None
-    name = column or row.name(CONVERSATIONS)
-    if column not in CONVERSATIONS and prompt_name(row, column):
+    name = column or row.name(names.CONVERSATIONS)
+    if column not in names.CONVERSATIONS and prompt_name(row, column):
         prompt = prompt_of(row, first=column)
     elif name:
         prompt = row.turns(conversation_of(row.use(name)), "user")
@@ -116,17 +111,17 @@ def read_prompt(values: Values, *, column: str | None = None) -> ReadPrompt:
 
 def _layout(row: Row) -> str:
     """The first layout that has what it needs in this row."""
-    is_meant = not row.mapped or row.mapped & {*CONVERSATIONS, *SYSTEM, *TOOLS}
-    conversation = row.name(CONVERSATIONS) if is_meant else None
+    is_meant = not row.mapped or row.mapped & {*names.CONVERSATIONS, *names.SYSTEM, *names.TOOLS}
+    conversation = row.name(names.CONVERSATIONS) if is_meant else None
     prompt = conversation or prompt_name(row)
     if pair_columns(row) or alternatives(row):
         return "pairs"
     if prompt and (answer_list(row) or verified_columns(row)):
         return "ranked"
-    if conversation or (prompt and row.name((*ANSWERS, "answers"))):
-        if row.name(LABELS):
+    if conversation or (prompt and row.name((*names.ANSWERS, "answers"))):
+        if row.name(names.LABELS):
             return "labelled"
-        return "rated" if row.name(SCORES) else "messages" if conversation else "prompt_completion"
+        return "rated" if row.name(names.SCORES) else "messages" if conversation else "prompt_completion"
     empty = [k for k in row.all if k not in row.filled and k not in row.seen]
     columns = f"{sorted(map(str, row.all))}{f' (empty: {empty})' if empty else ''}"
     raise ValueError(
@@ -137,7 +132,9 @@ def _layout(row: Row) -> str:
 
 def _messages(row: Row) -> Sample:
     """The answer is what follows the last user or tool turn."""
-    messages = row.turns(conversation_of(row.needs(row.take(*CONVERSATIONS), f"one of {', '.join(CONVERSATIONS)}")), "user")
+    messages = row.turns(
+        conversation_of(row.needs(row.take(*names.CONVERSATIONS), f"one of {', '.join(names.CONVERSATIONS)}")), "user"
+    )
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         raise ValueError(f"no assistant turn, so nothing to train; roles are {roles}. Remove the row or correct its roles")
@@ -151,12 +148,12 @@ def _messages(row: Row) -> Sample:
 
 def _single(row: Row) -> Sample:
     """A prompt and one answer."""
-    if not row.name(ANSWERS) and row.name(CONVERSATIONS):
+    if not row.name(names.ANSWERS) and row.name(names.CONVERSATIONS):
         return _messages(row)
-    answer = row.take(*ANSWERS)
-    if answer is None and row.name(TOOLS) and row.name(("answers",)):  # xLAM: its answers are calls, all of one turn
+    answer = row.take(*names.ANSWERS)
+    if answer is None and row.name(names.TOOLS) and row.name(("answers",)):  # xLAM: its answers are calls, all of one turn
         answer = [{"role": "assistant", "content": "", "tool_calls": row.use("answers")}]
-    answer = row.needs(answer, f"an answer ({', '.join(ANSWERS)})")
+    answer = row.needs(answer, f"an answer ({_ANSWER})")
     prompt, (messages,), is_text = read_sides(row, [answer])
     return Sample(prompt=prompt, answers=[Answer(messages=messages, rank=0)], is_text=is_text)
 
@@ -169,14 +166,14 @@ def _prompt_completion(row: Row) -> Sample:
 
 
 def _labelled(row: Row) -> Sample:
-    label = truth_of("label", row.needs(row.take(*LABELS), "label"))
+    label = truth_of("label", row.needs(row.take(*names.LABELS), "label"))
     sample = _single(row)
     sample.answers[0].label, sample.answers[0].rank = label, float(not label)
     return sample
 
 
 def _rated(row: Row) -> Sample:
-    score = row.needs(row.number(*SCORES), f"a score ({', '.join(SCORES)})")
+    score = row.needs(row.number(*names.SCORES), f"a score ({', '.join(names.SCORES)})")
     sample = _single(row)
     sample.answers[0].score, sample.answers[0].rank = score, -score
     return sample

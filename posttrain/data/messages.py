@@ -30,8 +30,9 @@ _ROLES = {
 _NAMES = ("role", "from", "speaker", "content", "value", "text")
 _CALLING = ("function_call", "tool_call")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_FLAGS = {"weight": True, "train": True, "trainable": True, "loss": True, "loss_mask": True, "masked": False}
-"""Key to whether it says that the message is trained, or that it is not."""
+_TRAINED = ("weight", "train", "trainable", "loss", "loss_mask")
+_MASKED = ("masked",)
+"""Keys that say whether a message is trained, and whether it is not."""
 _OF_CALLS = {"id", "type", "index", "function", "name", "arguments", "parameters"}
 _TEXTS = ("text", "input_text", "output_text")
 _PLAIN = ({"role", "content"}, {"from", "value"})
@@ -131,7 +132,7 @@ def _further(raw: Mapping[str, Any], role: str, leave: Leave) -> Message:
         if key in ("tool_calls", "function_call"):
             calls = _calls(value if key == "tool_calls" else [value])
             found |= {"tool_calls": calls} if calls else {}
-        elif key in _FLAGS:
+        elif key in (*_TRAINED, *_MASKED):
             found |= {} if _is_trained(key, value, role) or role != "assistant" else {"weight": 0}
         elif key in _KEPT and isinstance(value, str):
             found[key] = checked(value)
@@ -180,8 +181,8 @@ def _is_text_part(part: Any) -> bool:
 def _is_trained(key: str, value: Any, role: str) -> bool:
     if value not in (0, 1):
         raise ValueError(f"{key} of a message is 0 or 1 (false or true); got {value!r}. Shares of a weight are not supported")
-    trained = bool(value) == _FLAGS[key]
-    if trained and role != "assistant" and _FLAGS[key]:
+    trained = bool(value) == (key in _TRAINED)
+    if trained and role != "assistant" and key in _TRAINED:
         raise ValueError(f"the {role} message says {key}: {value!r}, but only assistant messages are trained. Take it out")
     return trained
 

@@ -13,7 +13,7 @@ from posttrain.data.layouts import ReadPrompt, read_prompt
 from posttrain.data.readers import read_rows
 from posttrain.data.rendering import render_prompt
 from posttrain.data.report import column_counts
-from posttrain.data.row import CONVERSATIONS
+from posttrain.data.row import names
 
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
@@ -111,7 +111,7 @@ class _Encoder:
 
     def __call__(self, read: ReadPrompt, where: str) -> list[int]:
         messages, tools = read.messages, read.tools
-        is_conversation = any(read.columns.get(name) == "used" for name in CONVERSATIONS)
+        is_conversation = any(read.columns.get(name) == "used" for name in names.CONVERSATIONS)
         if self._text is None:
             if self._config.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self._config.system}, *messages]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from posttrain.data.messages import (
@@ -26,27 +27,28 @@ from posttrain.data.messages import (
 
 Values = Mapping[str, Any]
 
-PROMPTS = tuple("prompt question instruction query problem history trajectory context description input".split())
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue")
-ANSWERS = ("completion", "response", "output", "answer", "solution")
-ANSWER_LISTS = tuple("completions responses answers generations outputs candidates solutions".split())
-SYSTEM, TOOLS = ("system", "system_prompt", "system_message"), ("tools", "functions")
-PARTS = ("input", "context", "starter_code", "state", "observation")
-"""Texts that follow the prompt's own."""
-PAIRS = (("chosen", "rejected"), ("response_j", "response_k"), ("corrected_action", "wrong_action"))
-SCORES = tuple("score rating overall_score overall_rating reward helpfulness".split())
-SCORE_LISTS = tuple("scores ratings rewards score rating overall_scores".split())
-RANK_LISTS = ("ranks", "rank", "ranking")
-VERDICT_LISTS = tuple("is_correct correct correctness correctness_math_verify verdicts passed".split())
-LABELS = ("label", "is_correct", "desirable")
-STEMS = tuple("response answer output completion conversation human_ref assistant".split())
-SUFFIXES = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
-WINNERS = tuple("winner preference preferred better_response_id safer_response_id choice".split())
-STRENGTHS = ("preference_strength", "overall_preference")
-COLUMNS = tuple(dict.fromkeys((
-    *PROMPTS, *CONVERSATIONS, *ANSWERS, *ANSWER_LISTS, *SYSTEM, *TOOLS, *PARTS, *sum(PAIRS, ()), *SCORES, *SCORE_LISTS,
-    *RANK_LISTS, *VERDICT_LISTS, *LABELS, *WINNERS, *STRENGTHS, "margin", "weight", "labels",
-)))  # fmt: skip
+_NAMES = """
+PROMPTS prompt question instruction query problem history trajectory context description input
+CONVERSATIONS messages conversations conversation dialogue
+ANSWERS completion response output answer solution
+ANSWER_LISTS completions responses answers generations outputs candidates solutions
+SYSTEM system system_prompt system_message
+TOOLS tools functions
+PARTS input context starter_code state observation
+BETTER chosen response_j corrected_action
+WORSE rejected response_k wrong_action
+SCORES score rating overall_score overall_rating reward helpfulness
+SCORE_LISTS scores ratings rewards score rating overall_scores
+RANK_LISTS ranks rank ranking
+VERDICT_LISTS is_correct correct correctness correctness_math_verify verdicts passed
+LABELS label is_correct desirable
+WINNERS winner preference preferred better_response_id safer_response_id choice
+STRENGTHS preference_strength overall_preference
+OTHERS margin weight labels
+"""
+names = SimpleNamespace(**{kind: tuple(listed) for kind, *listed in map(str.split, _NAMES.strip().splitlines())})
+"""What columns are called, by what they are; the first that is filled is read. PARTS are texts that follow the prompt's own."""
+COLUMNS = tuple(dict.fromkeys(name for listed in vars(names).values() for name in listed))
 """Every column that a layout reads: the keys that ``columns`` accepts."""
 
 CARRIED = frozenset(
@@ -56,10 +58,10 @@ CARRIED = frozenset(
     worker worker_id metadata meta info extra extra_info generator generation_model model models model_name model_a model_b
     model_names chosen_model rejected_model response_model policy response_0_source response_1_source response_0_sha256
     response_1_sha256 date timestamp tstamp created created_at created_at_utc created_at_utc_A created_at_utc_B created_date
-    seconds_difference lang language locale country header hashed_ip state redacted toxic anony turn turns turn_identifier
-    num_turns num_responses category categories subcategory topic tag tags category_tag raw_tags skill_types domain field
-    subject ability task tasks task_type task_category other_task_category problem_type question_type type kind style level
-    grade difficulty difficulty_level gpt_difficulty llama8b_solve_rate pass_rate intent knowledge views is_code
+    version seconds_difference lang language locale country header hashed_ip state redacted toxic anony turn turns
+    turn_identifier num_turns num_responses category categories subcategory topic tag tags category_tag raw_tags skill_types
+    domain field subject ability task tasks task_type task_category other_task_category problem_type question_type type kind
+    style level grade difficulty difficulty_level gpt_difficulty llama8b_solve_rate pass_rate intent knowledge views is_code
     evaluation_order evaluation_session_id conv_metadata upvote_ratio score_ratio c_root_id_A c_root_id_B openai_moderation
     detoxify_moderation toxic_chat_tag moderation llama_guard_2 is_response_0_safe is_response_1_safe response_0_harm_category
     response_1_harm_category response_0_severity_level response_1_severity_level correctness coherence complexity verbosity
@@ -127,9 +129,9 @@ class Row:
         self.seen: dict[str, str] = {k: "carried" for k in self.all if k in self.carry}
         self.filled = {k: v for k, v in self.all.items() if k not in self.carry and not is_nothing(v)}
 
-    def name(self, names: Iterable[str], kind: type | tuple[type, ...] = object) -> str | None:
+    def name(self, among: Iterable[str], kind: type | tuple[type, ...] = object) -> str | None:
         """The first of the names that is filled with such a value."""
-        for name in names:
+        for name in among:
             if name in self.filled and isinstance(self.filled[name], kind):
                 return name
         return None
@@ -139,14 +141,14 @@ class Row:
         self.seen[name] = "used"
         return self.all[name]
 
-    def take(self, *names: str) -> Any:
+    def take(self, *among: str) -> Any:
         """``use`` of the first of the names that is filled; None if none is."""
-        name = self.name(names)
+        name = self.name(among)
         return None if name is None else self.use(name)
 
-    def number(self, *names: str) -> float | None:
+    def number(self, *among: str) -> float | None:
         """The same as a finite number."""
-        name = self.name(names)
+        name = self.name(among)
         return None if name is None else number_of(name, self.use(name))
 
     def needs(self, value: Any, what: str) -> Any:
@@ -197,9 +199,9 @@ def settle(row: Row, sample: Sample) -> None:
     """Columns that are left over are carried along, or the row is refused with their names."""
     lost = [name for name in row.filled if name not in row.seen and not _changes_nothing(row, name, sample)]
     if lost:
-        names = ", ".join(map(str, lost))
+        listed = ", ".join(map(str, lost))
         raise ValueError(
-            f"nothing reads {names} in a row read as {sample.layout}. {_ADVICE.format(names)}; else name what it is with "
+            f"nothing reads {listed} in a row read as {sample.layout}. {_ADVICE.format(listed)}; else name what it is with "
             "--data.columns, or choose what is read with --data.format"
         )
     sample.columns = row.seen | {name: "carried" for name in row.filled if name not in row.seen}
@@ -208,7 +210,9 @@ def settle(row: Row, sample: Sample) -> None:
 def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
     if name in CARRIED or "*" in row.carry:
         return True
-    is_other_layout = row.format != "auto" and name in COLUMNS and name not in (*row.mapped, *SYSTEM, *TOOLS, *PARTS)
+    is_other_layout = (
+        row.format != "auto" and name in COLUMNS and name not in (*row.mapped, *names.SYSTEM, *names.TOOLS, *names.PARTS)
+    )
     return is_other_layout or ((name in COLUMNS or name == "text") and _repeats(row, name, sample))
 
 
@@ -230,10 +234,10 @@ def _repeats(row: Row, name: str, sample: Sample) -> bool:
 
 def truth_of(name: str, value: Any) -> bool | None:
     """The value as true or false; None for None."""
-    truth = {"none": None, "true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-    if str(value).lower() not in truth:
+    text = str(value).lower()
+    if text not in ("none", "true", "false", "1", "0", "1.0", "0.0"):
         raise ValueError(f"{name} is true (desirable) or false; got {short(value)}")
-    return truth[str(value).lower()]
+    return None if text == "none" else text in ("true", "1", "1.0")
 
 
 def number_of(name: str, value: Any) -> float | None:
@@ -259,8 +263,8 @@ def conversation_of(value: Any) -> Any:
 
 def prompt_name(row: Row, first: str | None = None) -> str | None:
     """The column with the prompt; a text called context is none, but follows one."""
-    names = PROMPTS if first is None else (first, *PROMPTS)
-    return row.name(n for n in names if n != "context" or not isinstance(row.filled.get(n), str))
+    listed = names.PROMPTS if first is None else (first, *names.PROMPTS)
+    return row.name(n for n in listed if n != "context" or not isinstance(row.filled.get(n), str))
 
 
 def prompt_of(row: Row, first: str | None = None) -> list[Message]:
@@ -268,10 +272,10 @@ def prompt_of(row: Row, first: str | None = None) -> list[Message]:
     name = prompt_name(row, first)
     if name is not None:
         messages = _asked(row, name)
-    elif row.name(CONVERSATIONS):
-        messages = row.turns(conversation_of(row.take(*CONVERSATIONS)), "user")
+    elif row.name(names.CONVERSATIONS):
+        messages = row.turns(conversation_of(row.take(*names.CONVERSATIONS)), "user")
     else:
-        known = ", ".join((*PROMPTS, *CONVERSATIONS))
+        known = ", ".join((*names.PROMPTS, *names.CONVERSATIONS))
         raise ValueError(f"no prompt: none of the columns {known} holds one; the row has {sorted(map(str, row.filled))}")
     earlier = row.filled.get("history")
     if name != "history" and isinstance(earlier, list):
@@ -294,7 +298,7 @@ def _asked(row: Row, name: str) -> list[Message]:
         return dialogue(value)
     if value.rstrip().endswith("\n\nAssistant:"):
         raise ValueError("the prompt ends in 'Assistant:' but does not start with 'Human:'. Give its turns as messages")
-    parts = {n: row.use(n) for n in PARTS if n != name and n in row.filled}
+    parts = {n: row.use(n) for n in names.PARTS if n != name and n in row.filled}
     for part, said in parts.items():
         if not isinstance(said, str):
             raise ValueError(f"{part} follows the prompt, so it must be a text; got {short(said)}")
@@ -312,8 +316,8 @@ def _history(row: Row, value: list[Any]) -> list[Message]:
 
 def system_and_tools(row: Row, sample: Sample) -> None:
     """The row's tools, and its system message before the prompt."""
-    sample.tools = tool_schemas(row.take(*TOOLS))
-    system = row.take(*SYSTEM)
+    sample.tools = tool_schemas(row.take(*names.TOOLS))
+    system = row.take(*names.SYSTEM)
     if system is None:
         return
     if not isinstance(system, str):

@@ -123,12 +123,13 @@ class Collector:
     def _ends(self) -> set[int | None]:
         return {*stop_token_ids(self.tokenizer), *getattr(self.engine, "stop_ids", ()), self.tokenizer.pad_token_id}
 
-    def _text(self, trajectory: Any, prompt: int) -> CompletionText:
+    def _text(self, trajectory: Any, prompt: int | None = None) -> CompletionText:
         """Without the tokens that end it and padding; other special tokens (<think>, say) are part of the text."""
         kept = [i for i in trajectory.token_ids if i not in self._ends]
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
         reason = trajectory.finish_reason or "budget"
-        opening = self.tokenizer.decode(self.prompts[prompt].ids[-_OPENING_TOKENS:], skip_special_tokens=False)
+        asked = () if prompt is None else self.prompts[prompt].ids[-_OPENING_TOKENS:]
+        opening = self.tokenizer.decode(asked, skip_special_tokens=False)
         in_thought = opening.rstrip().endswith("<think>")
         return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought)
 
