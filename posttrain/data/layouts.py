@@ -45,8 +45,8 @@ _PROMPT, _ANSWER, _LISTS, _TURNS = (
     ", ".join(listed) for listed in (names.PROMPTS, names.ANSWERS, names.ANSWER_LISTS, names.CONVERSATIONS)
 )
 KNOWN = (
-    f"pairs: chosen, rejected; or two answers and a verdict; ranked: a prompt and a list of answers ({_LISTS}) with ranks, scores "
-    "or verdicts; labelled: a prompt, an answer, label; rated: a prompt, an answer, score; "
+    f"pairs: chosen, rejected; or two answers and a verdict; ranked: a prompt and a list of answers ({_LISTS}) with ranks, "
+    "scores or verdicts; labelled: a prompt, an answer, label; rated: a prompt, an answer, score; "
     f"messages: {_TURNS}; prompt_completion: a prompt ({_PROMPT}) and an answer ({_ANSWER})"
 )
 
@@ -132,9 +132,8 @@ def _layout(row: Row) -> str:
 
 def _messages(row: Row) -> Sample:
     """The answer is what follows the last user or tool turn."""
-    messages = row.turns(
-        conversation_of(row.needs(row.take(*names.CONVERSATIONS), f"one of {', '.join(names.CONVERSATIONS)}")), "user"
-    )
+    value = row.needs(row.take(*names.CONVERSATIONS), f"one of {_TURNS}")
+    messages = row.turns(conversation_of(value), "user")
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         raise ValueError(f"no assistant turn, so nothing to train; roles are {roles}. Remove the row or correct its roles")
