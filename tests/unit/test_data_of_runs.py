@@ -146,11 +146,11 @@ def rl(rows, folder, tmp_path, steps):
 
 @pytest.mark.parametrize("train", [sft, from_files, rl])
 def test_a_run_is_not_continued_on_other_data(folder, tmp_path, train):
-    """One of forty rows was edited, the last; the same data go on."""
+    """One of forty rows was edited, or their order; the same data go on."""
     rows = [{"prompt": f"count {i}", "completion": f"it is {i}"} for i in range(40)]
     train(rows, folder, tmp_path, 1)
-    edited = [*rows[:-1], {**rows[-1], "completion": "it is wrong"}]
-    for other in (edited, rows[::-1]):
+    edited = [[*rows[:at], {**rows[at], "completion": "it is wrong"}, *rows[at + 1 :]] for at in (0, 37, 38, 39)]
+    for other in (*edited, rows[::-1]):
         with pytest.raises(
             ValueError, match=r"was trained on other data to step 1.*set another --train.name or delete the folder"
         ):

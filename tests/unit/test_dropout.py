@@ -148,7 +148,7 @@ PAIRS = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i 
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_dpo_starts_at_ln_2_with_a_model_that_has_dropout(folder, tmp_path, adapters):
-    model = peft_model(folder) if adapters else load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
+    model = peft_model(folder) if adapters else None
     train = TrainConfig(run_dir=str(tmp_path), name="run", batch_size=8, max_steps=1, precision="fp32")
     config = DPOConfig(model=ModelConfig(name=str(folder)), train=train)
     tokenizer = load_tokenizer(config.model)
@@ -232,15 +232,23 @@ def values(forward):
     return found
 
 
+@pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("adapters", [False, True])
-def test_a_reference_has_no_dropout(adapters):
-    """Adapters off is the same model with its dropout."""
+def test_a_reference_has_no_dropout(adapters, cache, tmp_path):
+    """Adapters off is the same model with its dropout; a cache is filled by the policy itself."""
     policy = policy_with_dropout(adapters)
-    reference = RunReference(ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS])
+    config = ReferenceConfig(cache=cache, cache_dir=str(tmp_path))
+    reference = RunReference(config, precision=resolve_precision("fp32", "cpu"), groups=[GROUPS])
     reference.build(policy, plan().accelerator)
     reference.start(policy, plan())
     once, again = values(reference), values(reference)
     assert policy.training and all(torch.equal(once[ref], again[ref]) for ref in once)
+    plain = RunReference(ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS])
+    plain.build(policy.eval(), plan().accelerator)
+    plain.start(policy, plan())
+    wanted = values(plain)
+    policy.train()
+    assert all(torch.equal(once[ref], wanted[ref]) for ref in once), "as in evaluation mode"
     noisy = values(lambda _, batch: policy(batch)), values(lambda _, batch: policy(batch))
     assert any(not torch.equal(noisy[0][ref], noisy[1][ref]) for ref in once), "the policy's is on"
 

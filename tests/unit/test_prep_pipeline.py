@@ -203,7 +203,11 @@ def test_calls_thoughts_tools_flags_and_carried_columns_go_through(tmp_path):
 
 def test_texts_keep_their_indentation(tmp_path):
     run(tmp_path, [pair("Complete:\ndef f(x):\n", "    y = x\n    return y\n", "    return 0\n")])
+    sides = [[{"role": "assistant", "content": c}] for c in ("    y = x\n    return y\n", "    return 0\n")]
+    user = [{"role": "user", "content": "Complete:\ndef f(x):\n"}]
+    run(tmp_path, [{"prompt": user, "chosen": sides[0], "rejected": sides[1]}], name="messages")
     (row,) = read(tmp_path / "out" / "train")
+    assert {**row, "source": ""} == {**read(tmp_path / "messages" / "train")[0], "source": ""}
     assert [row[n][0]["content"] for n in ("prompt", "chosen", "rejected")] == [
         "Complete:\ndef f(x):\n", "    y = x\n    return y\n", "    return 0\n",
     ]  # fmt: skip
