@@ -13,14 +13,14 @@ _STEMS = ("response", "answer", "output", "completion", "conversation", "human_r
 _ALTERNATIVES = [
     (stem + a, stem + b) for stem in _STEMS for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
 ]
-_WINS, _LOSES, _TIES = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)
+_WINS, _LOSES, _TIES, _BOTH_BAD = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)
 
 
 def pair_columns(row: Row) -> tuple[str, str] | None:
     """The columns of the better and the worse answer; one of them may hold an empty text."""
-    for better, worse in zip(names.BETTER, names.WORSE, strict=True):
-        if row.all.get(better) is not None and row.all.get(worse) is not None and (better in row.filled or worse in row.filled):
-            return better, worse
+    for pair in zip(names.BETTER, names.WORSE, strict=True):
+        if all(row.all.get(n) is not None and n not in row.carry for n in pair) and any(n in row.filled for n in pair):
+            return pair
     return None
 
 
@@ -50,6 +50,8 @@ def read_pairs(row: Row) -> Sample:
     margin, weight = row.number("margin"), row.number("weight")
     if weight is not None and weight < 0:
         raise ValueError(f"weight says how often the pair counts and must be >= 0; got {weight}")
+    if margin is not None and margin < 0:
+        raise ValueError(f"margin says how much better {columns[0]} is and must be >= 0; got {margin}")
     if None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
         raise ValueError(
             f"{columns[0]} scores {scores[0]:g}, less than {columns[1]} with {scores[1]:g}: which of them is better?"
@@ -84,8 +86,20 @@ def _compared(row: Row, columns: tuple[str, str]) -> Sample:
             f"nothing says which of {' and '.join(columns)} is better: no {', '.join((*names.WINNERS, *names.STRENGTHS))} and no "
             "scores. Name the column with the verdict so"
         )
-    answers = [Answer(messages=m, rank=r, score=s) for m, r, s in zip(sides, ranks, scores, strict=True)]
+    if ranks[0] != ranks[1]:
+        _check_order(ranks, scores, "the verdict", "scores")
+    label = False if ranks == _BOTH_BAD else None
+    answers = [Answer(messages=m, rank=r, score=s, label=label) for m, r, s in zip(sides, ranks, scores, strict=True)]
     return Sample(prompt=prompt, answers=answers, is_text=is_text)
+
+
+def _check_order(ranks: Sequence[float | None], values: Sequence[float | None], what: str, other: str) -> None:
+    """ValueError where an answer of better rank (lower) has a worse value (lower)."""
+    rated = [pair for pair in zip(ranks, values, strict=True) if None not in pair]
+    if any(a[0] < b[0] and a[1] < b[1] for a in rated for b in rated):  # type: ignore[operator]
+        raise ValueError(
+            f"{what} and {other} contradict each other: {short(list(ranks))} (lower is better) and {short(list(values))}"
+        )
 
 
 def _text_list(value: Any) -> list[str] | None:
@@ -104,10 +118,11 @@ def _verdict(row: Row, ends: list[str], stem: str) -> tuple[float, float] | None
     for name in names.STRENGTHS:
         if (strength := row.number(name)) is not None:
             found[name] = _TIES if strength == 0 else _WINS if strength < 0 else _LOSES
-    wins = [row.number(f"winner_model_{end}") for end in "ab"]
-    row.take("winner_tie")
-    if None not in wins:
-        found["winner_model_a"] = _TIES if wins[0] == wins[1] else _WINS if wins[0] else _LOSES
+    wins = [row.number(name) for name in ("winner_model_a", "winner_model_b", "winner_tie")]
+    if any(w is not None for w in wins):
+        if sorted(w or 0 for w in wins) != [0, 0, 1]:
+            raise ValueError(f"one of winner_model_a, winner_model_b, winner_tie is 1 and the others are 0; got {wins}")
+        found["winner_model_a"] = _WINS if wins[0] else _LOSES if wins[1] else _TIES
     if stem == "human_ref" and "labels" in row.filled:
         found["labels"] = _WINS if truth_of("labels", row.use("labels")) else _LOSES
     if len(set(found.values())) > 1:
@@ -118,7 +133,9 @@ def _verdict(row: Row, ends: list[str], stem: str) -> tuple[float, float] | None
 def _winner(name: str, value: Any, ends: list[str], stem: str) -> tuple[float, float]:
     said = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).lower()
     said = next((said.removeprefix(p) for p in ("model_", f"{stem}_", stem) if said.startswith(p)), said)
-    if said.startswith("tie") or said in ("both_bad", "bothbad", "both"):
+    if "bad" in said and said.startswith(("tie", "both")):
+        return _BOTH_BAD
+    if said.startswith("tie") or said == "both":
         return _TIES
     if said not in ends:
         raise ValueError(f"{name} is {ends[0]}, {ends[1]} or tie (model_ or {stem}_ may be before it); got {value!r}")
@@ -148,9 +165,8 @@ def read_ranked(row: Row) -> Sample:
             "say so with --data.format ranked (prep: --format ranked)"
         )
     order = range(len(items)) if order is None else order
-    rated = [pair for pair in zip(ranks, by_score, strict=True) if None not in pair]
-    if sorted(rated) != sorted(rated, key=lambda pair: (pair[1], pair[0])):  # type: ignore[type-var]
-        raise ValueError(f"ranks {short(ranks)} (0 is best) and scores {short(scores)} (higher is better) contradict each other")
+    _check_order(ranks, scores, "ranks", "scores")
+    _check_order(order, [None if v is None else float(v) for v in labels], "the order", "is_correct")
     prompt, sides, is_text = read_sides(row, [p["messages"] for p in parts])
     answers = [Answer(messages=m, rank=r, score=s, label=v) for m, r, s, v in zip(sides, order, scores, labels, strict=True)]
     return Sample(prompt=prompt, answers=answers, is_text=is_text)
@@ -177,6 +193,8 @@ def _parallel(row: Row, columns: Iterable[str], inside: list[Any]) -> list[Any]:
     values = from_json(values, name) if isinstance(values, str) else values
     if not isinstance(values, list) or len(values) != len(inside):
         raise ValueError(f"{name} needs one number per completion ({len(inside)}); got {short(values)}")
+    if any(own is not None and own != value for own, value in zip(inside, values, strict=True)):
+        raise ValueError(f"{name} {short(values)} differs from what the answers say themselves, {short(inside)}. Leave one out")
     return values
 
 
@@ -185,7 +203,12 @@ def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[lis
     values = [decoded(v) for v in values]
     values = [[v] if isinstance(v, Mapping) and v.keys() & {"role", "from"} else v for v in values]
     kinds = {type(v) for v in values}
-    if kinds == {str} and not all(map(is_dialogue, values)):
+    dialogues = {is_dialogue(v) for v in values}
+    if kinds == {str} and dialogues == {True, False}:
+        raise ValueError(
+            "one answer is a whole dialogue (Human: ..., Assistant: ...) and another is not. Write both the same way"
+        )
+    if kinds == {str} and dialogues == {False}:
         prompt, name = prompt_of(row), prompt_name(row)
         asked = decoded(row.filled[name]) if name else None
         replies = [after_colon(v) for v in values] if is_dialogue(asked) else values
@@ -196,7 +219,8 @@ def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[lis
         raise ValueError(f"the answers must be all texts or all lists of messages; got {given}")
     sides = [dialogue(v) if isinstance(v, str) else row.turns(v, "assistant") for v in values]
     prompt = _shared(row, sides)
-    rest = [s[len(prompt) :] if s[: len(prompt)] == prompt else s for s in sides]
+    plainer = [m for m in prompt if m["role"] != "system"]
+    rest = [next((s[len(p) :] for p in (prompt, plainer) if p and s[: len(p)] == p), s) for s in sides]
     if not prompt or prompt[0]["role"] == "assistant":
         raise ValueError("no prompt, and the answers share no first message that could be one. Add a prompt")
     for side in rest:
@@ -211,7 +235,8 @@ def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[lis
 def _shared(row: Row, sides: list[list[Message]]) -> list[Message]:
     """The prompt of conversations: the row's, or what all of them start with."""
     given = prompt_of(row) if row.name((*names.PROMPTS, *names.CONVERSATIONS)) else None
-    if given and any(s[0]["role"] == "assistant" or s[: len(given)] == given for s in sides):
+    plainer = [m for m in given or () if m["role"] != "system"]
+    if given and any(s[0]["role"] == "assistant" or plainer == s[: len(plainer)] or given == s[: len(given)] for s in sides):
         return given
     shared, longest = 0, min(map(len, sides)) - 1
     while shared < longest and all(s[shared] == sides[0][shared] for s in sides):

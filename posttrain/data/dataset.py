@@ -152,7 +152,9 @@ def groups_from_rows(
     Cut and dropped rows are counted in one warning. Raises ValueError as `load_groups` does.
     """
     config = config or DataConfig()
-    numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=dict(r)) for i, r in enumerate(rows, start=1))
+    if isinstance(rows, Mapping):
+        raise ValueError("rows are a list of objects, one per row; got one object. Write [{...}, ...].")
+    numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=r) for i, r in enumerate(rows, start=1))  # type: ignore[arg-type]
     _check_format(config, purpose)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
     results = list(map(encode, numbered))

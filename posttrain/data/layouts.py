@@ -25,12 +25,14 @@ from posttrain.data.comparisons import (
     read_sides,
     verified_columns,
 )
-from posttrain.data.messages import Message
+from posttrain.data.messages import Message, decoded, from_json, message_text, short
 from posttrain.data.row import (
+    MEDIA,
     Answer,
     Row,
     Sample,
     Values,
+    conversation_name,
     conversation_of,
     is_nothing,
     names,
@@ -56,15 +58,20 @@ def read_sample(
 ) -> Sample:
     """The row as a sample. ``columns``: {column of a layout: column of the row}; ``carry``: columns that are not read ("*": all
     that no layout needs). ValueError with the reason where the row fits no layout, or a column is left over."""
-    row = Row(values, columns, carry, format=_SAME.get(format, format))
-    layout = row.format if row.format != "auto" else _layout(row)
+    layout = _SAME.get(format, format)
+    if layout not in ("auto", *LAYOUTS):
+        raise ValueError(f"format is auto, {', '.join((*LAYOUTS, *_SAME))}; got {format!r}")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a row is an object with columns; got {short(values)}")
     try:
+        row = Row(values, columns, carry, format=layout)
+        layout = _layout(row) if layout == "auto" else layout
         sample = LAYOUTS[layout](row)
         system_and_tools(row, sample)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        sample.layout = layout
+        settle(row, sample)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"not a row of layout {layout}: {type(error).__name__} {error}") from error
-    sample.layout = layout
-    settle(row, sample)
     return sample
 
 
@@ -80,39 +87,79 @@ class ReadPrompt:
     """Column to ``used`` or ``for the rewards``."""
 
 
-def read_prompt(values: Values, *, column: str | None = None) -> ReadPrompt:
+def read_prompt(values: Values, *, column: str | None = None, carry: Collection[str] = ()) -> ReadPrompt:
     """The prompt is ``column``, else the row's prompt as in every layout, else its conversation without the last assistant turn;
-    what is not used is for the rewards. ValueError with the reason."""
+    what is not used is for the rewards, unless it would belong to the prompt. ValueError with the reason."""
+    try:
+        return _read_prompt(values, column, carry)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"not a row with a prompt: {type(error).__name__} {error}") from error
+
+
+def _read_prompt(values: Values, column: str | None, carry: Collection[str]) -> ReadPrompt:
     if column is not None and is_nothing(values.get(column)):
         raise ValueError(f"no prompt in column {column!r}; the row has {sorted(map(str, values))}. Set --data.prompt_column")
     if column is not None and column not in (*names.PROMPTS, *names.CONVERSATIONS):
         values = {**{k: v for k, v in values.items() if k != column}, "prompt": values[column]}
         column = "prompt"
-    row = Row(values, None, ())
-    truth = values.get("reward_model")
-    answer = truth.get("ground_truth") if isinstance(truth, Mapping) else None
-    name = column or row.name(names.CONVERSATIONS)
-    if column not in names.CONVERSATIONS and prompt_name(row, column):
+    row = Row(values, None, carry)
+    answer = None
+    name = column if column in names.CONVERSATIONS else None if column or prompt_name(row) else conversation_name(row)
+    if name is not None:
+        prompt, answer = _asked_and_answered(row, name)
+    elif column or prompt_name(row):
         prompt = prompt_of(row, first=column)
-    elif name:
-        prompt = row.turns(conversation_of(row.use(name)), "user")
-        if prompt[-1]["role"] == "assistant":
-            answer = prompt.pop()["content"]
-        if not prompt or prompt[-1]["role"] == "assistant":
-            raise ValueError(f"{name} has no user turn before its last assistant turn, so there is nothing to answer")
+        other = None if column else conversation_name(row)
+        if other is not None:  # says the same, or more
+            whole, answer = _asked_and_answered(row, other)
+            if prompt[-1] not in whole:
+                raise ValueError(
+                    f"{short(prompt[-1]['content'])} is not in {other}. Which is the prompt? Set --data.prompt_column"
+                )
+            prompt = whole if len(whole) > len(prompt) else prompt
     else:
         prompt = LAYOUTS[_layout(row)](row).prompt
     sample = Sample(prompt=prompt, answers=[])
     system_and_tools(row, sample)
-    columns = {k: row.seen.get(k, "for the rewards") for k in row.filled}
-    answer = None if answer is None or isinstance(answer, Mapping | list) else str(answer)
-    return ReadPrompt(messages=sample.prompt, tools=sample.tools, answer=answer, columns=columns)
+    _check_left(row)
+    answer = _ground_truth(values.get("reward_model")) or answer
+    return ReadPrompt(
+        messages=sample.prompt, tools=sample.tools, answer=answer,
+        columns={k: row.seen.get(k, "for the rewards") for k in row.filled},
+    )  # fmt: skip
+
+
+def _asked_and_answered(row: Row, name: str) -> tuple[list[Message], str | None]:
+    prompt = row.turns(conversation_of(row.use(name)), "user")
+    answer = message_text(prompt.pop()) if prompt[-1]["role"] == "assistant" else None
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{name} has no user turn before its last assistant turn, so there is nothing to answer")
+    return prompt, answer
+
+
+def _check_left(row: Row) -> None:
+    """What belongs to a prompt is not left to the rewards."""
+    belongs = {*names.PARTS, *names.SYSTEM, *names.TOOLS, "history", *MEDIA}
+    lost = [n for n in row.filled if n not in row.seen and str(n).lower() in belongs]
+    if lost:
+        raise ValueError(
+            f"nothing reads {', '.join(lost)}, which would belong to the prompt (inputs follow a prompt of one text; names are "
+            f"in lower case; pictures are not trained on). What is for the rewards alone: --data.carry '[{', '.join(lost)}]'"
+        )
+
+
+def _ground_truth(value: Any) -> str | None:
+    """verl's ``reward_model``: {ground_truth}, also as JSON text."""
+    value = from_json(value, "reward_model") if isinstance(value, str) and value.lstrip().startswith("{") else value
+    truth = decoded(value.get("ground_truth")) if isinstance(value, Mapping) else None
+    truth = truth[0] if isinstance(truth, list) and len(truth) == 1 else truth
+    return str(truth) if isinstance(truth, str | int | float) else None
 
 
 def _layout(row: Row) -> str:
     """The first layout that has what it needs in this row."""
     is_meant = not row.mapped or row.mapped & {*names.CONVERSATIONS, *names.SYSTEM, *names.TOOLS}
-    conversation = row.name(names.CONVERSATIONS) if is_meant else None
+    conversation = conversation_name(row) if is_meant else None
     prompt = conversation or prompt_name(row)
     if pair_columns(row) or alternatives(row):
         return "pairs"

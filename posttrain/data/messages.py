@@ -7,6 +7,7 @@ templates read (``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content`
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ _TEXTS = ("text", "input_text", "output_text")
 _PLAIN = ({"role", "content"}, {"from", "value"})
 _FIRST_SPEAKER = re.compile(r"\s*Human:")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-_TURNS_AS_TEXT = re.compile(r"\s*(?:\[\s*\{\s*['\"](?:role|from|content|value)|\{\s*['\"](?:role|from))['\"]\s*:")
+_TURNS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 _PARTS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"]type['\"]\s*:\s*['\"](?:\w*text|image\w*)['\"]")
 
 
@@ -51,23 +52,44 @@ def turns(value: Any, role: str, leave: Leave) -> list[Message]:
         return [_message(value, leave)]
     if not isinstance(value, list) or not value:
         raise ValueError(f"a text or a non-empty list of messages is wanted; got {short(value)}")
-    if all(isinstance(m, Mapping) and "input" in m and "output" in m for m in value):
-        sides = (("user", "input"), ("assistant", "output"))
-        value = [
-            {**{k: v for k, v in m.items() if k not in ("input", "output")}, "role": r, "content": m[k]}
-            for m in value
-            for r, k in sides
-        ]
-    return [_message(m, leave) for m in value]
+    messages = []
+    for raw in value:
+        if isinstance(raw, Mapping) and "input" in raw and "output" in raw:
+            for key in raw.keys() - {"input", "output"}:
+                leave(key)
+            raw = {"role": "user", "content": raw["input"]}, {"role": "assistant", "content": raw["output"]}
+        messages += [_message(m, leave) for m in (raw if isinstance(raw, tuple) else (raw,))]
+    return messages
 
 
 def decoded(value: Any) -> Any:
-    """The value; messages written as JSON text, at any indentation, and arrays as lists."""
+    """The value; a list of messages written as JSON text, at any indentation, and arrays as lists."""
     if isinstance(value, tuple) or hasattr(value, "tolist"):
         return list(value) if isinstance(value, tuple) else value.tolist()
-    if isinstance(value, str) and _TURNS_AS_TEXT.match(value):
-        return from_json(value, "messages")
-    return value
+    if not isinstance(value, str) or not _TURNS_AS_TEXT.match(value):
+        return value
+    try:
+        found = json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        if value.rstrip().endswith("]") and _is_conversation(_literal(value)):
+            from_json(value, "messages")
+        return value  # a text about such things
+    return found if _is_conversation(found) else value
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether every element has a known role and says something."""
+    return isinstance(value, list) and all(
+        isinstance(m, Mapping) and str(m.get("role", m.get("from"))).lower() in _ROLES
+        and m.keys() & {"content", "value", "tool_calls"} for m in value
+    )  # fmt: skip
 
 
 def from_json(text: str, what: str) -> Any:
@@ -103,15 +125,17 @@ def checked(text: str) -> str:
 def _message(raw: Any, leave: Leave) -> Message:
     if not isinstance(raw, Mapping):
         raise ValueError(f"a message is an object with role and content; got {short(raw)}")
-    said = _either(raw, "role", "from", "speaker")
-    lowered = str(said).lower()
-    role = _ROLES.get(lowered)
-    if role is None:
-        raise ValueError(f"unknown role {said!r}; known are {', '.join(_ROLES)}. Rename it in the data")
+    given = [str(raw[n]).lower() for n in ("role", "from", "speaker") if raw.get(n) is not None]
+    roles = {_ROLES.get(name) for name in given}
+    if len(roles) != 1 or None in roles:
+        raise ValueError(f"unknown role {' and '.join(given) or None!r}; known are {', '.join(_ROLES)}. Rename it in the data")
+    lowered, (role,) = given[0], roles
     content = _either(raw, "content", "value", "text")
     if type(content) is str and raw.keys() in _PLAIN and lowered not in _CALLING:
         return {"role": role, "content": _text(role, content)}
     message: Message = {"role": role, "content": content, **_further(raw, role, leave)}
+    if lowered in _CALLING and "tool_calls" in message:
+        raise ValueError(f"a {lowered} turn says its call in its content and in tool_calls; leave one of them out")
     if lowered in _CALLING:
         message |= {"tool_calls": _calls(content), "content": ""}
     elif content is None and message.get("tool_calls"):
@@ -126,21 +150,28 @@ def _message(raw: Any, leave: Leave) -> Message:
 def _further(raw: Mapping[str, Any], role: str, leave: Leave) -> Message:
     """What a message has beside role and content."""
     found: Message = {}
+    flags = set()
     for key, value in raw.items():
         if value is None or key in _NAMES:
             continue
         if key in ("tool_calls", "function_call"):
             calls = _calls(value if key == "tool_calls" else [value])
+            if calls and "tool_calls" in found:
+                raise ValueError("a message has both tool_calls and function_call; leave one of them out")
             found |= {"tool_calls": calls} if calls else {}
         elif key in (*_TRAINED, *_MASKED):
-            found |= {} if _is_trained(key, value, role) or role != "assistant" else {"weight": 0}
+            flags.add(_is_trained(key, value, role))
         elif key in _KEPT and isinstance(value, str):
             found[key] = checked(value)
         elif key in _KEPT:
             raise ValueError(f"{key} of the {role} message must be a text; got {short(value)}")
         elif not is_empty(value):
             leave(key)
-    return found
+    if len(flags) > 1:
+        raise ValueError(
+            f"the {role} message's flags contradict each other: {short({k: raw[k] for k in raw if k in (*_TRAINED, *_MASKED)})}"
+        )
+    return found | ({"weight": 0} if flags == {False} and role == "assistant" else {})
 
 
 def is_empty(value: Any) -> bool:
@@ -161,8 +192,9 @@ def _either(raw: Mapping[str, Any], *names: str) -> Any:
 
 
 def _text(role: str, content: Any) -> str:
-    if isinstance(content, str) and _PARTS_AS_TEXT.match(content):
-        content = from_json(content, "parts of a message")
+    if isinstance(content, str) and role in ("user", "system", "developer") and _PARTS_AS_TEXT.match(content):
+        parts = _literal(content) if "'" in content[:12] else None
+        content = from_json(content, "parts of a message") if parts is not None or content.rstrip().endswith("]") else content
     if isinstance(content, list) and content and all(map(_is_text_part, content)):
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
@@ -187,23 +219,37 @@ def _is_trained(key: str, value: Any, role: str) -> bool:
     return trained
 
 
+def _objects(value: Any, what: str) -> list[Any]:
+    """A list of objects, each of which may be JSON text, as all of it may be; [] for nothing."""
+    if isinstance(value, str) and not value.strip():
+        return []
+    value = from_json(value, what) if isinstance(value, str) else decoded(value)
+    listed = [value] if isinstance(value, Mapping) else [] if value is None else value
+    if not isinstance(listed, list):
+        raise ValueError(f"{what} must be a list of objects; got {short(value)}")
+    made = [(from_json(raw, what), True) if isinstance(raw, str) else (raw, False) for raw in listed]
+    if any(not isinstance(m, Mapping) for m, _ in made):
+        raise ValueError(f"{what} must be a list of objects; got {short(value)}")
+    return [plain(m, keep_nulls=is_text) for m, is_text in made]
+
+
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Tool calls as {type, function: {name, arguments}} with arguments as an object; [] for none."""
-    value = from_json(value, "tool_calls") if isinstance(value, str) else decoded(value)
     calls = []
-    for raw in [value] if isinstance(value, Mapping) else value or []:
-        call = from_json(raw, "a tool call") if isinstance(raw, str) else raw
-        function = call.get("function") or call if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"a tool call has a function with a name; got {short(raw)}")
+    for call in _objects(value, "tool_calls"):
+        function = call.get("function", call)
+        function = function if isinstance(function, Mapping) else {}
+        outside = call.keys() & {"name", "arguments", "parameters"} if "function" in call else set()
         unknown = (call.keys() | function.keys()) - _OF_CALLS
-        if unknown or not isinstance(call.get("id", ""), str | None):
-            raise ValueError(f"a tool call has an id (a text), a type, and a function with name and arguments; got {short(raw)}")
-        arguments = function.get("arguments", function.get("parameters"))
+        given = [function[n] for n in ("arguments", "parameters") if function.get(n) is not None]
+        texts = isinstance(function.get("name"), str) and isinstance(call.get("id", ""), str)
+        if not texts or unknown or outside or len(given) > 1:
+            raise ValueError(
+                f"a tool call has an id (a text), a type, and a function with a name and one arguments; got {short(call)}"
+            )
+        arguments = given[0] if given else {}
         if isinstance(arguments, str):
-            arguments = from_json(arguments or "{}", "arguments of a tool call")
-        else:
-            arguments = without_nulls(arguments or {})
+            arguments = plain(from_json(arguments or "{}", "arguments of a tool call"), keep_nulls=True)
         if not isinstance(arguments, Mapping):
             raise ValueError(f"arguments of a tool call are an object (or its JSON text); got {short(arguments)}")
         identity = {"id": call["id"]} if call.get("id") else {}
@@ -213,24 +259,28 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 def tool_schemas(value: Any) -> list[Any] | None:
     """Schemas for the chat template, each as {type, function}; JSON text is read, of the list or of each. None for none."""
-    value = from_json(value, "tools") if isinstance(value, str) and value.strip() else decoded(value)
     tools = []
-    for raw in [value] if isinstance(value, Mapping) else value or []:
-        tool = from_json(raw, "a tool") if isinstance(raw, str) else raw
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        is_builtin = isinstance(tool, Mapping) and tool.get("type") not in (None, "function")
-        if not is_builtin and not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
-            raise ValueError(f"tools are a list of JSON schemas with a name; got {short(raw)}")
-        tool = tool if isinstance(raw, str) else without_nulls(tool)
-        tools.append({"type": "function", "function": tool} if "name" in tool and "type" not in tool else tool)
+    for tool in _objects(value, "tools"):
+        function = tool.get("function", tool)
+        is_builtin = tool.get("type") not in (None, "function")
+        is_function = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        if not is_builtin and (not is_function or (function is not tool and "name" in tool)):
+            raise ValueError(f"tools are a list of JSON schemas with a name; got {short(tool)}")
+        tools.append(tool if is_builtin or function is not tool else {"type": "function", "function": tool})
     return tools or None
 
 
-def without_nulls(value: Any) -> Any:
-    """Objects without the keys that are null, at every depth: Arrow gives each object of a table the keys of all others."""
+def plain(value: Any, *, keep_nulls: bool = False) -> Any:
+    """The value in JSON's types. Objects lose the keys that are null, at every depth, unless ``keep_nulls``: Arrow gives each
+    object of a table the keys of all others."""
     if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {checked(str(k)): plain(v, keep_nulls=keep_nulls) for k, v in value.items() if v is not None or keep_nulls}
+    value = decoded(value) if not isinstance(value, str) else checked(value)
+    if isinstance(value, list):
+        return [plain(v, keep_nulls=keep_nulls) for v in value]
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"{short(value)} is no value of JSON, so no template can write it")
+    return value
 
 
 def is_dialogue(value: Any) -> bool:

@@ -35,6 +35,8 @@ class PromptConfig:
     prompt_column: str | None = None
     """Column with the prompt, a text or messages. Default: found as in every row (prompt, question, problem, ..., or a
     conversation, whose last assistant turn is then the answer). Columns that are not read are there for the rewards."""
+    carry: list[str] = field(default_factory=list)
+    """Columns that look as if they belonged to the prompt (``input``, ``context``, ...), but are for the rewards alone."""
     template: str = "chat"
     """chat: the tokenizer's chat template; r1-zero: the text of DeepSeek-R1-Zero, for base models; plain: the text as it is;
     or the path of a text file with {prompt} in it."""
@@ -74,8 +76,9 @@ def prompts_from_rows(
     for number, row in enumerate(rows, start=1):
         sample = {"_where": f"row {number}", **row}
         try:
-            read = read_prompt({k: v for k, v in sample.items() if k != "_where"}, column=config.prompt_column)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            values = {k: v for k, v in sample.items() if k != "_where"}
+            read = read_prompt(values, column=config.prompt_column, carry=config.carry)
+        except ValueError as error:
             raise ValueError(f"{sample['_where']}: {error}.") from error
         if read.answer is not None and sample.get("answer") is None:
             sample["answer"] = read.answer

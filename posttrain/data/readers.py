@@ -141,9 +141,10 @@ def _json_lines(lines: Iterable[str], bad: BadRow) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            value = json.loads(line, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
+            where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            what = "nested too deeply" if isinstance(error, RecursionError) else where
             bad(number, f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or remove this line.")
             continue
         yield number, value
@@ -156,12 +157,22 @@ def _json(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
         yield from _json_lines(text.split("\n"), bad)
         return
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        what = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        bad(error.lineno, f"{what}. Correct the file; JSON lines belong in a .jsonl file.")
+        values = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        where = f"{error.msg} at line {line}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        bad(line, f"not JSON: {where}. Correct the file; JSON lines belong in a .jsonl file.")
         return
     yield from enumerate(values, start=1)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each key of which stands once: json keeps the last and drops the others."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object")
+    return made
 
 
 def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,6 +180,9 @@ def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         reader = csv.DictReader(_lines(path, bad), strict=True)
+        header = reader.fieldnames or ()
+        if len(set(header)) != len(header):
+            raise ValueError(f"{path}: two columns have the same name: {list(header)}. Rename one; only the last would be read.")
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
                 bad(

@@ -34,7 +34,8 @@ ANSWERS completion response output answer solution
 ANSWER_LISTS completions responses answers generations outputs candidates solutions
 SYSTEM system system_prompt system_message
 TOOLS tools functions
-PARTS input context starter_code state observation
+PARTS input context starter_code
+SEEN state observation
 BETTER chosen response_j corrected_action
 WORSE rejected response_k wrong_action
 SCORES score rating overall_score overall_rating reward helpfulness
@@ -47,32 +48,37 @@ STRENGTHS preference_strength overall_preference
 OTHERS margin weight labels
 """
 names = SimpleNamespace(**{kind: tuple(listed) for kind, *listed in map(str.split, _NAMES.strip().splitlines())})
-"""What columns are called, by what they are; the first that is filled is read. PARTS are texts that follow the prompt's own."""
+"""What columns are called, by what they are; the first that is filled is read. PARTS are texts that follow the
+prompt's own, SEEN too where an action is corrected."""
 COLUMNS = tuple(dict.fromkeys(name for listed in vars(names).values() for name in listed))
 """Every column that a layout reads: the keys that ``columns`` accepts."""
 
 CARRIED = frozenset(
     """id _id idx index uuid hash row row_id row_number prompt_id question_id problem_id conversation_id conversation_hash
-    message_id parent_id post_id task_id sample_id qid title name url link source sources data_source prompt_source
-    source_dataset dataset dataset_name origin file split subset subreddit license author user user_id labeler annotator judge
-    worker worker_id metadata meta info extra extra_info generator generation_model model models model_name model_a model_b
+    message_id parent_id post_id task_id sample_id qid name url link source sources data_source prompt_source source_dataset
+    dataset dataset_name origin file split subset subreddit license author user user_id labeler annotator judge worker
+    worker_id metadata meta info extra extra_info generator generation_model model models model_name model_a model_b
     model_names chosen_model rejected_model response_model policy response_0_source response_1_source response_0_sha256
     response_1_sha256 date timestamp tstamp created created_at created_at_utc created_at_utc_A created_at_utc_B created_date
     version seconds_difference lang language locale country header hashed_ip state redacted toxic anony turn turns
     turn_identifier num_turns num_responses category categories subcategory topic tag tags category_tag raw_tags skill_types
-    domain field subject ability task tasks task_type task_category other_task_category problem_type question_type type kind
-    style level grade difficulty difficulty_level gpt_difficulty llama8b_solve_rate pass_rate intent knowledge views is_code
-    evaluation_order evaluation_session_id conv_metadata upvote_ratio score_ratio c_root_id_A c_root_id_B openai_moderation
-    detoxify_moderation toxic_chat_tag moderation llama_guard_2 is_response_0_safe is_response_1_safe response_0_harm_category
-    response_1_harm_category response_0_severity_level response_1_severity_level correctness coherence complexity verbosity
-    honesty truthfulness instruction_following annotations critique principle custom_system_prompt fine-grained_score
-    finish_reason finish_reasons token_count num_tokens tokens length instruction_length response_length gen_input_configs
-    gen_tulu3 input_quality quality_explanation instruct_reward reward_model min_neighbor_distance min_similar_uuid
-    repeat_count preference_statement preference_elaboration three_most_similar_preferences all_preferences_unprocessed
-    individual_preference raw_preference rationale good_natured hash_id avatarUrl skip_prompt_formatting
-    is_quality_control_question time_limit memory_limit picture_num""".split()
+    domain field subject ability task_type task_category other_task_category problem_type question_type type kind style level
+    grade difficulty difficulty_level gpt_difficulty llama8b_solve_rate pass_rate intent views is_code evaluation_order
+    evaluation_session_id conv_metadata upvote_ratio score_ratio c_root_id_A c_root_id_B openai_moderation detoxify_moderation
+    toxic_chat_tag moderation llama_guard_2 is_response_0_safe is_response_1_safe response_0_harm_category
+    response_1_harm_category response_0_severity_level response_1_severity_level coherence complexity verbosity honesty
+    truthfulness instruction_following finish_reason finish_reasons token_count num_tokens tokens length instruction_length
+    response_length gen_input_configs gen_tulu3 input_quality quality_explanation instruct_reward min_neighbor_distance
+    min_similar_uuid repeat_count preference_statement preference_elaboration three_most_similar_preferences
+    all_preferences_unprocessed individual_preference raw_preference good_natured hash_id avatarUrl skip_prompt_formatting
+    is_quality_control_question time_limit memory_limit picture_num chosen-model rejected-model""".split()
 )
 """Columns and keys of messages that say where a row is from or describe it. Listed in the data report, with counts."""
+CARRIED_INSIDE = frozenset("annotations critique custom_system_prompt fine-grained_score principle rationale".split())
+"""Keys of an answer in a list, besides."""
+CARRIED_BESIDE = {"rated": ("correctness",), "messages": ("reward_model", "knowledge"), "ranked": ("principle",)}
+"""Columns of one layout, besides."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(kw_only=True)
@@ -125,7 +131,8 @@ class Row:
         self, values: Values, columns: Mapping[str, str] | None, carry: Collection[str], *, format: str = "auto"
     ) -> None:
         self.carry, self.mapped, self.format = frozenset(carry), frozenset(columns or ()), format
-        self.all = _renamed(values, columns, self.carry) if columns else values
+        held = {k: decoded(v) if hasattr(v, "tolist") else v for k, v in values.items()}
+        self.all = _renamed(held, columns, self.carry) if columns else held
         self.seen: dict[str, str] = {k: "carried" for k in self.all if k in self.carry}
         self.filled = {k: v for k, v in self.all.items() if k not in self.carry and not is_nothing(v)}
 
@@ -161,7 +168,8 @@ class Row:
 
     def leave(self, key: str, inside: str = "messages") -> None:
         """A key of a message or an answer that is not read: carried along, or refused."""
-        if key not in CARRIED and key not in self.carry and "*" not in self.carry:
+        allowed = key in CARRIED or (inside != "messages" and key in CARRIED_INSIDE)
+        if not allowed and key not in self.carry and "*" not in self.carry:
             raise ValueError(
                 f"nothing reads the key {key!r} in {inside}. {_ADVICE.format(key)}, or rename it to one that is read"
             )
@@ -208,7 +216,10 @@ def settle(row: Row, sample: Sample) -> None:
 
 
 def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
-    if name in CARRIED or "*" in row.carry:
+    value = row.filled[name]
+    if name in CARRIED or "*" in row.carry or name in CARRIED_BESIDE.get(sample.layout, ()):
+        return True
+    if name == "task" and isinstance(value, str) and len(value.split()) == 1:  # a kind, no instruction
         return True
     is_other_layout = (
         row.format != "auto" and name in COLUMNS and name not in (*row.mapped, *names.SYSTEM, *names.TOOLS, *names.PARTS)
@@ -219,24 +230,31 @@ def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
 def _repeats(row: Row, name: str, sample: Sample) -> bool:
     """Whether a column says again what was used: the text of a message, all texts as one, or messages."""
     value = row.filled[name]
+    whole = sample.layout == "messages"
+
+    def said_by(messages: Iterable[Message]) -> list[Any]:
+        return [sorted((k, str(v)) for k, v in m.items() if whole or k != "weight") for m in messages]
+
     sides = [[*sample.prompt, *a.messages] for a in sample.answers]
     if isinstance(value, str) and not value.lstrip().startswith("["):
         said = {m["content"].strip() for side in sides for m in side}
         texts = [row.filled[n] for n in row.seen if isinstance(row.filled.get(n), str)]
-        return value.strip() in said or (name == "text" and all(t.strip() in value for t in texts))
+        is_whole = name == "text" and sample.layout == "prompt_completion" and len(texts) > 1
+        return value.strip() in said or (is_whole and all(t.strip() in value for t in texts))
     try:
-        found = [(m["role"], m["content"]) for m in turns(conversation_of(value), "user", lambda _: None)]
+        found = turns(conversation_of(value), "user", lambda _: None)
     except (ValueError, TypeError, AttributeError):
         return False
-    known = [[(m["role"], m["content"]) for m in part] for part in (sample.prompt, *sides, *(a.messages for a in sample.answers))]
-    return found in known or found in [[m for m in part if m[0] != "system"] for part in known]
+    known = [sample.prompt, *sides, *(a.messages for a in sample.answers)]
+    plainer = [[m for m in part if m["role"] != "system"] for part in known]
+    return said_by(found) in [said_by(part) for part in (*known, *plainer)]
 
 
 def truth_of(name: str, value: Any) -> bool | None:
     """The value as true or false; None for None."""
     text = str(value).lower()
     if text not in ("none", "true", "false", "1", "0", "1.0", "0.0"):
-        raise ValueError(f"{name} is true (desirable) or false; got {short(value)}")
+        raise ValueError(f"{name} is true (desirable) or false; got {short(value)}. If it is no verdict: {_ADVICE.format(name)}")
     return None if text == "none" else text in ("true", "1", "1.0")
 
 
@@ -246,7 +264,7 @@ def number_of(name: str, value: Any) -> float | None:
         return None
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number; got {short(value)}")
@@ -261,9 +279,17 @@ def conversation_of(value: Any) -> Any:
     return value
 
 
+def conversation_name(row: Row) -> str | None:
+    """The column with a conversation: a list, also as JSON text."""
+    among = (n for n in names.CONVERSATIONS if n in row.filled)
+    return next((n for n in among if not isinstance(row.filled[n], str) or row.filled[n].lstrip().startswith("[")), None)
+
+
 def prompt_name(row: Row, first: str | None = None) -> str | None:
     """The column with the prompt; a text called context is none, but follows one."""
-    listed = names.PROMPTS if first is None else (first, *names.PROMPTS)
+    if first is not None and first in row.filled:
+        return first
+    listed = names.PROMPTS
     return row.name(n for n in listed if n != "context" or not isinstance(row.filled.get(n), str))
 
 
@@ -298,7 +324,8 @@ def _asked(row: Row, name: str) -> list[Message]:
         return dialogue(value)
     if value.rstrip().endswith("\n\nAssistant:"):
         raise ValueError("the prompt ends in 'Assistant:' but does not start with 'Human:'. Give its turns as messages")
-    parts = {n: row.use(n) for n in names.PARTS if n != name and n in row.filled}
+    among = (*names.PARTS, *names.SEEN) if "corrected_action" in row.filled else names.PARTS
+    parts = {n: row.use(n) for n in among if n != name and n in row.filled}
     for part, said in parts.items():
         if not isinstance(said, str):
             raise ValueError(f"{part} follows the prompt, so it must be a text; got {short(said)}")

@@ -134,6 +134,9 @@ def _check_answers(sample: Sample, purpose: Purpose) -> None:
     if purpose != "sft":
         if sample.layout != "labelled" and len(sample.answers) < 2:
             raise ValueError(f"a comparison needs at least two answers; got {len(sample.answers)}")
+        for answer in sample.answers:
+            if all(m["role"] != "assistant" or m.get("weight") == 0 for m in answer.messages):
+                raise ValueError("every assistant message of an answer has weight 0: nothing to train. Remove the row")
         return
     said = [m for m in (*sample.prompt, *sample.answers[0].messages) if m["role"] == "assistant"]
     if any(not m["content"].strip() and not m.get("tool_calls") for m in said):

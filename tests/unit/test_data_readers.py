@@ -203,3 +203,16 @@ def test_a_hub_id_gives_its_split_and_a_missing_one_says_both_readings(monkeypat
     assert asked == [("openai/gsm8k", "main", "test")]
     with pytest.raises(ValueError, match="no/where: no such file or folder here.*hub id.*Couldn't reach"):
         list(read_rows("no/where"))
+
+
+def test_a_name_that_stands_twice_is_an_error(tmp_path):
+    """Only the last of them would be read."""
+    (tmp_path / "a.csv").write_text("prompt,completion,completion\nQ,a,b\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "completion": "a", "completion": "b"}\n')
+    (tmp_path / "a.json").write_text('[{"prompt": "Q", "prompt": "R"}]')
+    with pytest.raises(ValueError, match="two columns have the same name"):
+        values(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="a.jsonl:1: not JSON: the key 'completion' stands twice"):
+        values(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="the key 'prompt' stands twice"):
+        values(tmp_path / "a.json")

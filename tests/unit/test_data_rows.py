@@ -246,7 +246,7 @@ BAD_ROWS = {
         {"prompt": [USER, ANSWER], "completion": "x"},
         "the prompt ends with an assistant turn",
     ),
-    "two roles": ("messages", {"messages": [{**USER, "from": "gpt"}, ANSWER]}, "role and from of a message differ"),
+    "two roles": ("messages", {"messages": [{**USER, "from": "gpt"}, ANSWER]}, "unknown role .user and gpt"),
     "system that is no text": ("messages", {"messages": [USER, ANSWER], "system": ["S"]}, "a system column holds a text"),
     "two systems": (
         "messages",
@@ -263,7 +263,7 @@ BAD_ROWS = {
     "a call without a name": (
         "messages",
         {"messages": [USER, {**ANSWER, "tool_calls": [{"arguments": {}}]}]},
-        "has a function with a name",
+        "a function with a name",
     ),
     "arguments that are no object": (
         "messages",
@@ -306,3 +306,108 @@ def test_a_bad_row_is_named_with_what_is_wrong(case):
 def test_rows_in_memory_name_their_row():
     with pytest.raises(ValueError, match="<memory>:2: unknown format"):
         groups_from_rows([{"messages": [USER, ANSWER]}, {"x": 1}], byte_tokenizer())
+
+
+def chat(*turns):
+    return {"messages": list(turns)}
+
+
+def calls(*given, **more):
+    return chat(USER, {"role": "assistant", "content": "", "tool_calls": list(given), **more})
+
+
+# Rows that say two things, or something that no one reads: what was silently taken before
+REFUSED = [
+    ({**chat(USER, ANSWER), "text": "a document that matters"}, "nothing reads text"),
+    ({"prompt": "Q", "response": "A", "observation": "too easy"}, "nothing reads observation"),
+    ({"task": "Translate to French", "input": "hello", "output": "bonjour"}, "nothing reads task"),
+    ({"knowledge": "The moon is far", "question": "Q", "answer": "A"}, "nothing reads knowledge"),
+    ({"custom_system_prompt": "S", "prompt": "Q", "completion": "A"}, "nothing reads custom_system_prompt"),
+    ({"title": "Fix my code", "question": "see title", "answer": "ok"}, "nothing reads title"),
+    ({"prompt": "Q", "completion": "g", "correctness": False}, "nothing reads correctness"),
+    ({"prompt": "Q", "response_a": "x", "response_b": "y", "winner": "a", "score_a": 1, "score_b": 9}, "the verdict and scores contradict"),
+    ({"prompt": "Q", "response_a": "x", "response_b": "y", "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 1}, "one of winner_model_a"),
+    ({"prompt": "Q", "chosen": "a", "rejected": "b", "margin": -2}, "margin says how much better chosen is"),
+    ({"prompt": "Q", "completions": [{"text": "a", "score": 1}, {"text": "b", "score": 9}], "scores": [9, 1]}, "differs from what the answers say"),
+    ({"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1], "is_correct": [False, True]}, "the order and is_correct contradict"),
+    ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, 0], "is_correct": [False, True]}, "the order and is_correct contradict"),
+    ({"messages": [USER, ANSWER], "conversations": [USER, {**ANSWER, "weight": 0}]}, "nothing reads conversations"),
+    ({"prompt": "Q", "chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "bad"}, "one answer is a whole dialogue"),
+    (chat(USER, {**ANSWER, "train": False, "weight": 1}), "assistant message.s flags contradict"),
+    ({"conversation": [{"input": "Q", "output": "A", "mood": "x"}]}, "the key 'mood'"),
+    (calls({"type": "function", "function": {"name": "f"}, "arguments": {"x": 1}}), "one arguments"),
+    (calls({"name": "f", "arguments": {"y": 2}, "parameters": {"x": 1}}), "one arguments"),
+    (calls({"name": "g", "function": {"name": "f", "arguments": {}}}), "one arguments"),
+    (calls({"name": "f", "arguments": 0}), "are an object"),
+    (calls({"name": "f", "arguments": {}}, function_call={"name": "g", "arguments": "{}"}), "both tool_calls and function_call"),
+    (chat(USER, {"from": "function_call", "value": "{}", "tool_calls": [{"name": "g", "arguments": {}}]}), "leave one of them out"),
+    ({**chat(USER, ANSWER), "tools": [{"function": {"name": "f"}, "name": "g"}]}, "JSON schemas with a name"),
+    ({**chat(USER, ANSWER), "tools": 5}, "tools must be a list of objects; got 5"),
+    ({**chat(USER, ANSWER), "tools": [{"name": "f", "description": "cut \ud83d"}]}, "half of a surrogate pair"),
+    ({"prompt": "Q", "completion": "c", "label": "positive"}, r"If it is no verdict: .*--data.carry '\[label\]'"),
+    ({"prompt": "Q", "response": "c", "score": 10**400}, "score must be a finite number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED)
+def test_a_row_that_says_two_things_or_something_that_no_one_reads_is_refused(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_sample(row)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"role": "assistant", "content": "hi"}', '{"from": "Boston", "to": "NYC"}', '[{"value": 1, "label": "x"}]', "[{'role': 'user'}] it is"]
+)  # fmt: skip
+def test_texts_about_json_stay_texts(text):
+    for row in (
+        {"prompt": text, "completion": text},
+        {"prompt": text, "chosen": text, "rejected": "no"},
+        chat(USER, {**ANSWER, "content": text}),
+    ):
+        assert text in [m["content"] for a in read_sample(row).answers for m in a.messages]
+    result = '[{"type": "text", "text": "42"}]'
+    assert read_sample(chat(USER, ANSWER, {"role": "tool", "content": result}, ANSWER)).prompt[-1]["content"] == result
+
+
+def test_what_pandas_gives_is_read():
+    import numpy as np
+    import pandas as pd
+
+    row = {"messages": np.array([USER, ANSWER], dtype=object), "tags": np.array(["a", "b"]), "idx": np.int64(3), "source": pd.NA}
+    with pytest.raises(ValueError, match="not a row"):
+        read_sample(row)
+    sample = read_sample({**row, "source": None})
+    assert messages_of(sample) == [USER, ANSWER] and sample.columns["tags"] == "carried"
+    assert read_sample({"prompt": "q", "completion": "a", "label": np.True_}).answers[0].label is True
+    arguments = {"name": "f", "arguments": {"x": np.array([1, 2]), "n": None}}
+    call = read_sample(calls(arguments)).answers[0].messages[0]["tool_calls"][0]
+    assert call["function"]["arguments"] == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize("value", [None, "x", 5, [1]])
+def test_what_is_no_row_is_named(value):
+    with pytest.raises(ValueError, match="<memory>:1: a row is an object with columns"):
+        groups_from_rows([value], byte_tokenizer())
+
+
+def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
+    from posttrain.data import read_prompt
+
+    system = {"role": "system", "content": "S"}
+    assert read_prompt({"prompt": "2+2?", "messages": [system, USER, ANSWER]}).messages == [system, USER]
+    assert read_prompt(
+        chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]})
+    ).answer.startswith('[{"type"')
+    truth = {"ground_truth": "4"}
+    for given in (truth, json.dumps(truth), {"ground_truth": ["4"]}):
+        assert read_prompt({**chat(USER, {**ANSWER, "content": "long 4"}), "reward_model": given}).answer == "4"
+    assert read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
+    for row, lost in (
+        ({"prompt": [USER], "context": "C"}, "context"), ({"prompt": "Q", "image": {"path": "a"}}, "image"), ({"prompt": "Q", "System": "S"}, "System"),
+        ({"prompt": "Q", "history": "before"}, "history"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"nothing reads {lost}, which would belong to the prompt"):
+            read_prompt(row)
+        assert read_prompt(row, carry=[lost])
+    with pytest.raises(ValueError, match="is not in messages. Which is the prompt"):
+        read_prompt({"prompt": "another", "messages": [USER, ANSWER]})

@@ -59,7 +59,7 @@ def test_a_public_layout(case):
 
 
 def test_lists_of_names_have_no_name_twice_and_what_is_carried_is_read_by_no_layout():
-    assert CARRIED & set(COLUMNS) == {"correctness", "state"}, "read in lists of answers, and as what a prompt is about"
+    assert CARRIED & set(COLUMNS) == {"state"}, "read only where an action is corrected"
 
 
 def tokens(row, case):

@@ -324,3 +324,21 @@ def test_difference_marks_what_the_other_side_has_not():
     left, right = difference("the cat sat", "the dog sat")
     assert [left.plain[s.start : s.end] for s in left.spans] == ["cat"]
     assert [right.plain[s.start : s.end] for s in right.spans] == ["dog"]
+
+
+def test_odd_rows_do_not_end_the_run_and_columns_of_the_output_are_carried_under_another_name(tmp_path):
+    rows = [pair("q", "cut \ud83d", "b"), pair("q", "good", "bad", source="web", row="7"), {**pair("r"), "note": "\ud83d"}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    manifest = run(tmp_path, str(tmp_path / "odd.jsonl"), carry=["source", "row", "note"])
+    assert manifest["counts"]["rejected"] == 2
+    (made,) = read(tmp_path / "out" / "train")
+    assert (made["raw_source"], made["raw_row"], made["source"], made["row"]) == ("web", "7", "odd.jsonl", 2)
+    assert len([json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]) == 2
+
+
+def test_two_bad_answers_are_no_demonstration_and_a_kept_tie_has_margin_0(tmp_path):
+    row = {"prompt": "q", "response_a": "x", "response_b": "y", "winner": "tie (bothbad)"}
+    with pytest.raises(ValueError, match="No training row is left"):
+        run(tmp_path, [row], name="sft", layout="sft")
+    run(tmp_path, [row], name="ties", ties="keep")
+    assert [r["margin"] for r in read(tmp_path / "ties" / "train")] == [0.0]

@@ -20,6 +20,11 @@ from posttrain.data.row import Answer, Sample
 
 SHOWN = 10
 _TOKENS_AT_ONCE = 512
+OUTPUT_COLUMNS = frozenset(
+    "prompt chosen rejected margin chosen_score rejected_score weight completions ranks scores completion label messages tools "
+    "source row prompt_id".split()
+)
+"""Columns of any layout: one that is carried along under such a name is written as raw_<name>."""
 
 
 @dataclass(kw_only=True)

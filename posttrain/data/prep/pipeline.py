@@ -20,11 +20,11 @@ from typing import Any, get_args
 from posttrain.data.config import Format
 from posttrain.data.folders import refuse_filled, whole_folder
 from posttrain.data.layouts import read_sample
-from posttrain.data.messages import message_text
+from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.contamination import EvaluationSet
 from posttrain.data.prep.duplicates import PromptIndex
 from posttrain.data.prep.options import PrepConfig, TokenCounter
-from posttrain.data.prep.partition import Extra, PartitionJob, Statistics, as_text, run_partition, spill_record
+from posttrain.data.prep.partition import OUTPUT_COLUMNS, Extra, PartitionJob, Statistics, as_text, run_partition, spill_record
 from posttrain.data.prep.report import write_report
 from posttrain.data.prep.rows import prompt_id
 from posttrain.data.readers import Row, read_file, read_rows
@@ -137,7 +137,8 @@ def _spill(
     index = PromptIndex(pool) if config.near_duplicates != "off" else None
     with ExitStack() as stack:
         files = [stack.enter_context((folder / "spill" / f"{i:05d}").open("wb")) for i in range(num_partitions)]
-        rejects = stack.enter_context((folder / "rejects" / "bad_rows.jsonl").open("w", encoding="utf-8"))
+        bad_rows = folder / "rejects" / "bad_rows.jsonl"
+        rejects = stack.enter_context(bad_rows.open("w", encoding="utf-8", errors="backslashreplace"))
 
         def reject(file: str, row: int, reason: str, values: Any = None) -> None:
             if config.strict:
@@ -157,11 +158,15 @@ def _spill(
                     raise ValueError(
                         f"a weight ({sample.weight:g}) belongs to a pair; --layout {config.layout} has no place for it"
                     )
+                carried = {
+                    f"raw_{k}" if k in OUTPUT_COLUMNS else k: checked(as_text(row.values[k]) or "")
+                    for k in config.carry
+                    if row.values.get(k) is not None
+                }
             except ValueError as error:
                 reject(source, row.row_number, str(error), row.values)
                 continue
             identity = prompt_id(sample.prompt, sample.tools)
-            carried = {k: as_text(row.values[k]) for k in config.carry if row.values.get(k) is not None}
             counts["parsed"] += 1
             columns[tuple(sample.columns.items())] += 1
             extra.add(sample, carried)

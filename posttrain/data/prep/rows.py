@@ -141,6 +141,7 @@ def _pair_rows(identity: str, located: Located, answers: list[Answer], config: P
         by_score = None if better.score is None or worse.score is None else better.score - worse.score
         sample = located.sample
         margin = by_score if sample.margin is None else sample.margin
+        margin = 0.0 if better.rank == worse.rank else margin
         values = {
             "prompt": prompt, "chosen": better.messages, "rejected": worse.messages, "margin": margin,
             "chosen_score": better.score, "rejected_score": worse.score, **_meta(identity, located),
@@ -155,6 +156,8 @@ def _group_rows(identity: str, located: Located, answers: list[Answer], _: PrepC
         return
     ordered = sorted(answers, key=lambda a: a.rank)
     scores = [a.score for a in ordered]
+    if located.sample.margin is not None and len(ordered) == 2 and None in scores:
+        scores = [located.sample.margin, 0.0]
     values = {
         "prompt": located.sample.prompt, "completions": [a.messages for a in ordered],
         "ranks": [levels.index(a.rank) for a in ordered], "scores": None if None in scores else scores,
