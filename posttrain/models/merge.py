@@ -83,6 +83,7 @@ def _load_with_adapter(adapter: Path, config: ModelConfig, *, task_type: str | N
             base: Any = load_reward_model(config, tokenizer, dtype=torch.float32)
         else:
             base = load_model(config, dtype=torch.float32)
+        _grow(base, adapter)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The base model of {adapter} cannot be read. {error} Or give --base.") from error
     try:
@@ -91,6 +92,17 @@ def _load_with_adapter(adapter: Path, config: ModelConfig, *, task_type: str | N
         raise ValueError(f"Adapter {adapter} does not fit the base {config.name!r}: {error}") from error
     _check_every_weight_found_its_place(model, adapter, config.name)
     return model.eval(), tokenizer
+
+
+def _grow(base: Any, adapter: Path) -> None:
+    """Gives the base as many rows of embedding as the adapter was trained with, where tokens were added for it."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = [n for n in file.keys() if n.endswith(("embed_tokens.weight", "lm_head.weight"))]  # noqa: SIM118
+        rows = max((file.get_slice(n).get_shape()[0] for n in names), default=0)
+    if rows > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:
@@ -102,7 +114,8 @@ def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_na
         in_file = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     lacking = sorted(wanted - in_file)
-    homeless = sorted(in_file - wanted - set(model.state_dict()))
+    places = {name.replace(".default", "") for name in model.state_dict()}  # a file does not name the adapter
+    homeless = sorted(in_file - wanted - places)
     if lacking or homeless:
         raise ValueError(
             f"Adapter {adapter} does not fit the base {base_name!r}: {len(lacking)} weights are missing from the "

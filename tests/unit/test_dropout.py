@@ -30,11 +30,12 @@ from posttrain import (
     SFTTrainer,
     TrainConfig,
 )
-from posttrain.losses.preference import dpo, kto
+from posttrain.losses.preference import kto
 from posttrain.losses.sft import sft
 from posttrain.models.dropout import has_dropout
 from posttrain.models.load import load_model, load_tokenizer, save_model, set_dropout
 from posttrain.models.policy import Policy, choose_mode
+from posttrain.packing.batch import GroupPart, pack
 from posttrain.precision import resolve_precision
 from posttrain.training.forward import ForwardPlan, batch_mean, evaluate, forward_values
 from posttrain.training.metrics import read_metrics
@@ -280,24 +281,13 @@ def test_another_model_around_the_same_forward_has_its_temperature():
     assert all(torch.equal(mine[ref], theirs[ref]) for ref in mine)
 
 
-def test_the_parts_of_a_cut_group_know_its_whole_size():
-    """``group_size_S`` is of the group, not of the part that is in the micro-batch: group means divide by it."""
+@pytest.mark.parametrize("mode", ["shared", "packed"])
+def test_the_parts_of_a_cut_group_know_its_whole_size(mode):
+    """``group_size_S`` counts the group's completions with a trained token, not those in the micro-batch: group means divide by
+    it."""
     (group,) = random_groups(1, sizes=(5,), seed=3)
-    sizes = []
-
-    def watched(logps):
-        sizes.append((logps.group_S.shape[0], logps.group_size_S.tolist()))
-        return dpo(logps, reference_free=True)
-
-    policy = Policy(tiny_llama(), PackingConfig())
-    longest = max(len(group.prompt_ids) + len(c.token_ids) for c in group.completions)
-    watched.needs_reference = watched.couples_completions = False
-
-    def by_completion(logps):
-        sizes.append((logps.group_S.shape[0], logps.group_size_S.tolist()))
-        return sft(logps)
-
-    counts = Counts(tokens=group.num_trained, completions=5, groups=1)
-    evaluate(plan(longest), policy, [group], by_completion, counts=counts)
-    evaluate(plan(10_000), policy, [group], by_completion, counts=counts)
-    assert all(size == 5 for _, each in sizes for size in each), sizes
+    untrained = replace(group.completions[4], loss_mask=[0] * len(group.completions[4].token_ids))
+    group = replace(group, completions=[*group.completions[:4], untrained])
+    for completions in ((0, 1), (2, 3, 4), (1,), (0, 1, 2, 3, 4)):
+        batch = pack([group], [GroupPart(group=0, completions=completions)], mode=mode)
+        assert batch.group_size_S.tolist() == [4] * len(completions)

@@ -88,6 +88,29 @@ def test_merged_logits_are_those_of_the_adapter_model(tmp_path: Path, tied: bool
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_were_added_for_an_adapter_are_in_the_merged_model(tmp_path: Path, tied: bool) -> None:
+    """Embedding and head are in the adapter whole, with more rows than the base has."""
+    import peft
+
+    write_base(tmp_path / "base", tied=tied)
+    config = ModelConfig(name=str(tmp_path / "base"))
+    tokenizer = load_tokenizer(config)
+    tokenizer.add_tokens(["<step>", "<verdict>"])
+    model = load_model(config, dtype=torch.float32)
+    rows = model.get_input_embeddings().weight.shape[0] + 2
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, rows - 2, 2, rows - 1]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")).eval()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_merged_weight_is_w_plus_scaled_b_a(base: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
