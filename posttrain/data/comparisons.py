@@ -18,9 +18,10 @@ _WINS, _LOSES, _TIES, _BOTH_BAD = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)
 
 def pair_columns(row: Row) -> tuple[str, str] | None:
     """The columns of the better and the worse answer; one of them may hold an empty text."""
-    for pair in zip(names.BETTER, names.WORSE, strict=True):
-        if all(row.all.get(n) is not None and n not in row.carry for n in pair) and any(n in row.filled for n in pair):
-            return pair
+    for better, worse in zip(names.BETTER, names.WORSE, strict=True):
+        if better in row.filled or worse in row.filled:
+            if row.all.get(better) is not None and row.all.get(worse) is not None and not row.carry & {better, worse}:
+                return better, worse
     return None
 
 

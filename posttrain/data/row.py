@@ -131,17 +131,15 @@ class Row:
         self, values: Values, columns: Mapping[str, str] | None, carry: Collection[str], *, format: str = "auto"
     ) -> None:
         self.carry, self.mapped, self.format = frozenset(carry), frozenset(columns or ()), format
-        held = {k: decoded(v) if hasattr(v, "tolist") else v for k, v in values.items()}
+        held = {k: v if isinstance(v, str) or not hasattr(v, "tolist") else v.tolist() for k, v in values.items()}
         self.all = _renamed(held, columns, self.carry) if columns else held
         self.seen: dict[str, str] = {k: "carried" for k in self.all if k in self.carry}
         self.filled = {k: v for k, v in self.all.items() if k not in self.carry and not is_nothing(v)}
 
     def name(self, among: Iterable[str], kind: type | tuple[type, ...] = object) -> str | None:
         """The first of the names that is filled with such a value."""
-        for name in among:
-            if name in self.filled and isinstance(self.filled[name], kind):
-                return name
-        return None
+        there = filter(self.filled.__contains__, among)
+        return next(there if kind is object else (n for n in there if isinstance(self.filled[n], kind)), None)
 
     def use(self, name: str) -> Any:
         """The value of a column, which is used thereby."""
@@ -343,7 +341,7 @@ def _history(row: Row, value: list[Any]) -> list[Message]:
 
 def system_and_tools(row: Row, sample: Sample) -> None:
     """The row's tools, and its system message before the prompt."""
-    sample.tools = tool_schemas(row.take(*names.TOOLS))
+    sample.tools = tool_schemas(row.take(*names.TOOLS)) if row.name(names.TOOLS) else None
     system = row.take(*names.SYSTEM)
     if system is None:
         return
