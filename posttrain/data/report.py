@@ -113,10 +113,10 @@ class DataReport:
                 tokens = (s.num_tokens, s.num_trained_tokens)
                 table.add_row(escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens))
         lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
-        carried = sum((Counter(s.columns.get("carried")) for s in (*self.train, *self.eval)), Counter())
-        if carried:
-            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(carried.items()))
-            lost.append(escape(f"not read, carried along: {names}"))
+        for use, said in (("used", "read"), ("carried", "not read, carried along")):
+            columns = sum((Counter(s.columns.get(use)) for s in (*self.train, *self.eval)), Counter())
+            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(columns.items()))
+            lost += [escape(f"{said}: {names}")] if columns else []
         cut = sum(s.num_cut_tokens for s in self.train)
         if cut:
             lost.insert(0, f"{cut:,} tokens cut from {self.counts()['truncated']:,} completions")
