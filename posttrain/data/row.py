@@ -226,7 +226,8 @@ def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
 
 
 def _repeats(row: Row, name: str, sample: Sample) -> bool:
-    """Whether a column says again what was used: the text of a message, all texts as one, or messages."""
+    """Whether a column says again what was used: the text of a message, all texts as one, messages, or the result that a
+    conversation's answer ends with."""
     value = row.filled[name]
     whole = sample.layout == "messages"
 
@@ -238,7 +239,8 @@ def _repeats(row: Row, name: str, sample: Sample) -> bool:
         said = {m["content"].strip() for side in sides for m in side}
         texts = [row.filled[n] for n in row.seen if isinstance(row.filled.get(n), str)]
         is_whole = name == "text" and sample.layout == "prompt_completion" and len(texts) > 1
-        return value.strip() in said or (is_whole and all(t.strip() in value for t in texts))
+        is_gold = name in names.ANSWERS and whole and any(value.strip() in a.text for a in sample.answers)
+        return is_gold or value.strip() in said or (is_whole and all(t.strip() in value for t in texts))
     try:
         found = turns(conversation_of(value), "user", lambda _: None)
     except (ValueError, TypeError, AttributeError):

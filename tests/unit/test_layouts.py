@@ -55,7 +55,7 @@ def test_a_public_layout(case):
         assert filled <= sample.columns.keys(), "every filled column is used or carried"
     if case.rl:
         found = read_prompt(case.row)
-        assert ["\n".join(map(shown, found.messages)), found.answer or case.row.get("answer")] == list(case.rl)
+        assert ["\n".join(map(shown, found.messages)), case.row.get("answer") or found.answer] == list(case.rl)
 
 
 def test_lists_of_names_have_no_name_twice_and_what_is_carried_is_read_by_no_layout():
