@@ -91,3 +91,15 @@ def test_a_command_is_shown_as_it_can_be_typed(demo, capsys):
     shown = capsys.readouterr().out.split("$ ")[1].split("\n  0:")[0]
     assert shown.replace("\\\n", "").split() == list(command) and max(map(len, shown.splitlines())) <= 80
     assert all(line.count("--") == line.count("value") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("task", "reasoning"), [("word_count", False), ("word_sequence_reversal", False), ("word_sequence_reversal", True)]
+)
+def test_rows_of_the_demo_are_demonstrations_and_problems(task, reasoning):
+    """The same rows train the cold start and are sampled from afterwards."""
+    from posttrain.data import read_prompt, read_sample
+
+    for row in load("demo_task").make_rows(task=task, num_train=20, num_heldout=1, seed=1, reasoning=reasoning)[0]:
+        sample, prompt = read_sample(row), read_prompt(row, column="messages")
+        assert sample.layout == "messages" and prompt.messages == sample.prompt == row["messages"][:-1]
