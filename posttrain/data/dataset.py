@@ -25,6 +25,7 @@ from posttrain.data.cache import (
 )
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.config import DataConfig, Purpose
+from posttrain.data.layouts import SAME
 from posttrain.data.mixture import mixed64
 from posttrain.data.readers import Row, read_rows
 from posttrain.data.report import DataReport, SourceReport, column_counts
@@ -200,7 +201,7 @@ def _check_format(config: DataConfig, purpose: Purpose) -> None:
     """A layout that is set must be one of the purpose."""
     if config.format != "auto":
         try:
-            check_layout({"sharegpt": "messages", "alpaca": "prompt_completion"}.get(config.format, config.format), purpose)
+            check_layout(SAME.get(config.format, config.format), purpose)
         except ValueError as error:
             raise ValueError(
                 f"data.format={config.format}: {error}. Leave it at auto, or use the trainer that these rows are for."

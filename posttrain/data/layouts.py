@@ -58,9 +58,9 @@ def read_sample(
 ) -> Sample:
     """The row as a sample. ``columns``: {column of a layout: column of the row}; ``carry``: columns that are not read ("*": all
     that no layout needs). ValueError with the reason where the row fits no layout, or a column is left over."""
-    layout = _SAME.get(format, format)
+    layout = SAME.get(format, format)
     if layout not in ("auto", *LAYOUTS):
-        raise ValueError(f"format is auto, {', '.join((*LAYOUTS, *_SAME))}; got {format!r}")
+        raise ValueError(f"format is auto, {', '.join((*LAYOUTS, *SAME))}; got {format!r}")
     if not isinstance(values, Mapping):
         raise ValueError(f"a row is an object with columns; got {short(values)}")
     try:
@@ -229,5 +229,5 @@ LAYOUTS: dict[str, Callable[[Row], Sample]] = {
     "messages": _messages, "prompt_completion": _prompt_completion, "pairs": read_pairs, "ranked": read_ranked,
     "labelled": _labelled, "rated": _rated,
 }  # fmt: skip
-_SAME = {"sharegpt": "messages", "alpaca": "prompt_completion"}
+SAME = {"sharegpt": "messages", "alpaca": "prompt_completion"}
 """Names that others give to a layout."""

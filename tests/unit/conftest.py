@@ -18,3 +18,9 @@ def rewards_of():
     yield make
     for rewards in made:
         rewards.close()
+
+
+@pytest.fixture
+def no_measurement(monkeypatch):
+    """Runs do not measure the machine's matmul peak."""
+    monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)

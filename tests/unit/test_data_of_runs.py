@@ -29,10 +29,7 @@ from posttrain.training.metrics import read_metrics
 from posttrain.types import Completion, PromptGroup
 from tests.tiny import byte_tokenizer, model_folder
 
-
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch):
-    monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)
+pytestmark = pytest.mark.usefixtures("no_measurement")
 
 
 @pytest.fixture(scope="module")

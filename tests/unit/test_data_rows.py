@@ -388,26 +388,3 @@ def test_what_pandas_gives_is_read():
 def test_what_is_no_row_is_named(value):
     with pytest.raises(ValueError, match="<memory>:1: a row is an object with columns"):
         groups_from_rows([value], byte_tokenizer())
-
-
-def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
-    from posttrain.data import read_prompt
-
-    system = {"role": "system", "content": "S"}
-    assert read_prompt({"prompt": "2+2?", "messages": [system, USER, ANSWER]}).messages == [system, USER]
-    assert read_prompt(
-        chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]})
-    ).answer.startswith('[{"type"')
-    truth = {"ground_truth": "4"}
-    for given in (truth, json.dumps(truth), {"ground_truth": ["4"]}):
-        assert read_prompt({**chat(USER, {**ANSWER, "content": "long 4"}), "reward_model": given}).answer == "4"
-    assert read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
-    for row, lost in (
-        ({"prompt": [USER], "context": "C"}, "context"), ({"prompt": "Q", "image": {"path": "a"}}, "image"), ({"prompt": "Q", "System": "S"}, "System"),
-        ({"prompt": "Q", "history": "before"}, "history"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"nothing reads {lost}, which would belong to the prompt"):
-            read_prompt(row)
-        assert read_prompt(row, carry=[lost])
-    with pytest.raises(ValueError, match="is not in messages. Which is the prompt"):
-        read_prompt({"prompt": "another", "messages": [USER, ANSWER]})

@@ -44,13 +44,10 @@ from posttrain.types import Counts
 from tests.helpers import random_groups, tiny_gpt2, tiny_llama
 from tests.tiny import byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("no_measurement")
+
 RATE = 0.3
 GROUPS = random_groups(4, sizes=(2, 3), seed=5)
-
-
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch):
-    monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)
 
 
 def opt():

@@ -33,6 +33,8 @@ from posttrain.training.metrics import read_metrics
 from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer, model_folder
 
+pytestmark = pytest.mark.usefixtures("no_measurement")
+
 ROWS = [{"prompt": f"{a}?"} for a in range(40)]
 
 
@@ -45,11 +47,6 @@ def folder(tmp_path_factory):
         model.model.embed_tokens.weight.mul_(10)
     model.save_pretrained(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch):
-    monkeypatch.setattr("posttrain.training.loop.measure_matmul_peak", lambda device, dtype: 1e12)
 
 
 def digit(completion, sample):

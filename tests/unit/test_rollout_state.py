@@ -277,3 +277,27 @@ def test_what_cannot_be_judged_is_in_no_figure_of_right_answers():
     assert metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == pytest.approx((1 / 2 + 1) / 2), "a tie counts half"
     with pytest.raises(ValueError, match="No answer could be judged"):
         Evaluation(groups=groups[2:], correct=[[None] * 3]).metrics()
+
+
+def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
+    from posttrain.data import read_prompt
+
+    user, four = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+    system = {"role": "system", "content": "S"}
+    assert read_prompt({"prompt": "2+2?", "messages": [system, user, four]}).messages == [system, user]
+    assert read_prompt(
+        {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]}
+    ).answer.startswith('[{"type"')
+    truth = {"ground_truth": "4"}
+    for given in (truth, json.dumps(truth), {"ground_truth": ["4"]}):
+        assert read_prompt({**{"messages": [user, {**four, "content": "long 4"}]}, "reward_model": given}).answer == "4"
+    assert read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
+    for row, lost in (
+        ({"prompt": [user], "context": "C"}, "context"), ({"prompt": "Q", "image": {"path": "a"}}, "image"), ({"prompt": "Q", "System": "S"}, "System"),
+        ({"prompt": "Q", "history": "before"}, "history"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"nothing reads {lost}, which would belong to the prompt"):
+            read_prompt(row)
+        assert read_prompt(row, carry=[lost])
+    with pytest.raises(ValueError, match="is not in messages. Which is the prompt"):
+        read_prompt({"prompt": "another", "messages": [user, four]})
