@@ -38,7 +38,7 @@ def _declare_shared(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", default="auto", help="layout of the rows (default: by their columns)")
     sub.add_argument("--columns", nargs="+", default=[], metavar="OURS=YOURS", help="rename columns, e.g. prompt=question")
     sub.add_argument("--carry", nargs="+", default=[], metavar="COLUMN",
-                     help="columns that change nothing: written along, not read; '*': all that no layout reads")  # fmt: skip
+                     help="columns that change nothing: not read, written along; '*': all others, not written")  # fmt: skip
     sub.add_argument("--test-fraction", type=float, default=0.0, metavar="F", help="share of prompts for test/ (default: 0)")
     sub.add_argument("--seed", type=int, default=0, help="of the split and of strategy random (default: 0)")
     sub.add_argument("--decontaminate", nargs="+", default=[], metavar="EVAL", help="leave out what overlaps with these files")

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 
-def _base(model: nn.Module) -> Any:
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -17,7 +18,7 @@ def _config_rates(model: nn.Module) -> dict[str, float]:
     """The rates > 0 in the config, but those of other heads."""
     return {
         name: value
-        for name, value in _base(model).config.get_text_config().to_dict().items()
+        for name, value in base_model(model).config.get_text_config().to_dict().items()
         if any(word in name for word in ("drop", "pdrop")) and not name.startswith(("classifier", "summary"))
         and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     }  # fmt: skip
@@ -35,7 +36,7 @@ def without_dropout(model: nn.Module) -> None:
     dropout, DPO at its start is not ln 2, and the ratios of a first update are not 1. The modules stay in training mode, which
     gradient checkpointing asks for. ``own_rates`` gives the config its rates back while it is saved.
     """
-    base = _base(model)
+    base = base_model(model)
     base.own_dropout_rates = {**getattr(base, "own_dropout_rates", {}), **_config_rates(model)}
     config = base.config.get_text_config()
     for name in base.own_dropout_rates:
@@ -49,7 +50,7 @@ def without_dropout(model: nn.Module) -> None:
 @contextmanager
 def own_rates(model: nn.Module) -> Iterator[None]:
     """Inside, the config says the rates that the model came with."""
-    base = _base(model)
+    base = base_model(model)
     rates, config = getattr(base, "own_dropout_rates", {}), base.config.get_text_config()
     for name, rate in rates.items():
         setattr(config, name, rate)

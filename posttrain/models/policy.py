@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.dropout import has_dropout
+from posttrain.models.dropout import base_model, has_dropout
 from posttrain.models.logprobs import logit_transform, token_logps
 from posttrain.packing import attention
 from posttrain.packing.batch import Layout, PackedBatch, PackingMode
@@ -47,11 +47,6 @@ class PlainSequence:
 
     group: PromptGroup
     completion: int
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _is_prompt_learning(model: nn.Module) -> bool:
