@@ -225,7 +225,7 @@ def test_recipe_learns_with_the_server(server, tmp_path):
 
 def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp_path):
     """Some completions of the iteration are in the journal, the others are still with the server."""
-    more = ["--sampling.max_tokens", "30", "--train.max_steps", "6", "--train.save_every", "2", "--vllm.concurrency", "4"]
+    more = ["--sampling.max_tokens", "30", "--train.max_steps", "6", "--train.save_every", "2", "--vllm.concurrency", "1"]
     check(run("cpu.yaml", "recipes/rl.py", *settings(server, tmp_path, "whole", "slow_digit"), *more))
     arguments = [*settings(server, tmp_path, "cut", "slow_digit"), *more]
     kept = 0
@@ -235,13 +235,13 @@ def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp
             command("cpu.yaml", "recipes/rl.py", *arguments), cwd=REPO, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        while not (journal.exists() and journal.read_text().count("\n") > 20):
+        while not (journal.exists() and journal.read_text().count("\n") > 4):
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.002)
         for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
             victim.kill()
         process.wait()
-        kept += 20 < journal.read_text().count("\n") < 64
+        kept += 4 < journal.read_text().count("\n") < 64
     assert kept == 2, "no kill fell into a rollout"
     check(run("cpu.yaml", "recipes/rl.py", *arguments))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
