@@ -24,7 +24,8 @@ class Memory:
     """Peak of resident memory since `start`, above what was resident then (Linux)."""
 
     def start(self, *models: Any) -> None:
-        """``models`` count as loaded: a safetensors file is mapped, its pages come when they are first read."""
+        """``models`` count as loaded: a safetensors file is mapped, its pages come when they are
+        first read."""
         for model in models:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
@@ -43,7 +44,9 @@ def spread(values: Sequence[float]) -> str:
 def spawn(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The JSON object that the script prints last."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

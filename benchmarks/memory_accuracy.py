@@ -1,15 +1,22 @@
-"""Memory known before the run: traced and closed form against live storages and resident memory of a real run.
+"""Memory known before the run: traced and closed form against live storages and resident memory of
+a real run.
 
-    python benchmarks/memory_accuracy.py                      # the grid, about 15 minutes on one core; resumes where it stopped
+    python benchmarks/memory_accuracy.py   # the grid, about 15 minutes on one core; resumes where
+                                           it stopped
     python benchmarks/memory_accuracy.py --only gemma2 --table
 
-A case is one process: a model with random weights is loaded as a run loads it and trained for three steps of two full rows
-through the real loop, checkpoint and final model included. `live` is the most bytes of tensor storages alive at once in its
-steps (every operator is watched), `resident` the peak resident set of the whole process (VmHWM). Predicted: `traced`, the same
-step on fake tensors; `closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and allocator.
+A case is one process: a model with random weights is loaded as a run loads it and trained for three
+steps of two full rows through the real loop, checkpoint and final model included. `live` is the
+most bytes of tensor storages alive at once in its steps (every operator is watched), `resident` the
+peak resident set of the whole process (VmHWM). Predicted: `traced`, the same step on fake tensors;
+`closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and
+allocator.
 
-    python benchmarks/memory_accuracy.py --further --results runs/further.jsonl   # adapters, experts and others
-    python benchmarks/memory_accuracy.py --unseen --results runs/unseen.jsonl     # cases that no constant was fitted to
+    python benchmarks/memory_accuracy.py --further --results runs/further.jsonl   # adapters,
+                                                                                  experts and others
+    python benchmarks/memory_accuracy.py --unseen --results runs/unseen.jsonl   # cases that no
+                                                                                constant was fitted
+                                                                                to
 """
 
 from __future__ import annotations
@@ -60,7 +67,8 @@ class Case:
 
 
 def grid() -> list[Case]:
-    """Every family with every method; precision, checkpointing and length alternate. Then SmolLM2-135M as it is."""
+    """Every family with every method; precision, checkpointing and length alternate. Then
+    SmolLM2-135M as it is."""
     cases = []
     for i, family in enumerate(FAMILIES):
         for j, method in enumerate(METHODS):
@@ -71,10 +79,16 @@ def grid() -> list[Case]:
                     tokens=(512, 1024, 2048)[(i + 2 * j) % 3],
                     checkpointing=(i + j // 2) % 2 == 1,
                     precision=("fp32", "bf16")[(i + j) % 2],
-                )  # fmt: skip
+                )
             )
-    small = [Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16")]
-    return [*cases, *small, Case(family="smollm2-135m", method="dpo", tokens=512, checkpointing=True, precision="fp32")]
+    small = [
+        Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16")
+    ]
+    return [
+        *cases,
+        *small,
+        Case(family="smollm2-135m", method="dpo", tokens=512, checkpointing=True, precision="fp32"),
+    ]
 
 
 def further() -> list[Case]:
@@ -94,7 +108,8 @@ def further() -> list[Case]:
 
 
 def unseen() -> list[Case]:
-    """What the constants were not fitted to: the same models under other methods, lengths and precisions."""
+    """What the constants were not fitted to: the same models under other methods, lengths and
+    precisions."""
     return _cases(
         ("gemma2", "sft", 2048, True, "fp32", 16),
         ("gpt2", "dpo", 1024, False, "bf16", 16),
@@ -111,7 +126,8 @@ def unseen() -> list[Case]:
 
 def _cases(*rows: tuple[str, str, int, bool, str, int]) -> list[Case]:
     return [
-        Case(family=f, method=m, tokens=t, checkpointing=c, precision=p, lora=r, optimizer="adamw") for f, m, t, c, p, r in rows
+        Case(family=f, method=m, tokens=t, checkpointing=c, precision=p, lora=r, optimizer="adamw")
+        for f, m, t, c, p, r in rows
     ]
 
 
@@ -122,30 +138,70 @@ def config_of(family: str) -> Any:
     common: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     if family == "smollm2-135m":
         return LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, **common,
-        )  # fmt: skip
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            **common,
+        )
     if family == "smollm2-360m":
         return LlamaConfig(
-            vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
-            num_key_value_heads=5, max_position_embeddings=8192, tie_word_embeddings=True, **common,
-        )  # fmt: skip
+            vocab_size=49152,
+            hidden_size=960,
+            intermediate_size=2560,
+            num_hidden_layers=32,
+            num_attention_heads=15,
+            num_key_value_heads=5,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            **common,
+        )
     if family.startswith("gpt2"):
         dropout = 0.1 if family == "gpt2-dropout" else 0.0
         return GPT2Config(
-            vocab_size=50257, n_positions=4096, n_embd=384, n_layer=6, n_head=6, resid_pdrop=dropout, embd_pdrop=dropout,
-            attn_pdrop=dropout, **common,
-        )  # fmt: skip
+            vocab_size=50257,
+            n_positions=4096,
+            n_embd=384,
+            n_layer=6,
+            n_head=6,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            **common,
+        )
     sizes: dict[str, Any] = dict(
-        vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=8192, **common,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=8192,
+        **common,
+    )
     if family == "qwen3":
-        return Qwen3Config(**{**sizes, "vocab_size": 50000, "head_dim": 128}, tie_word_embeddings=True)
+        return Qwen3Config(
+            **{**sizes, "vocab_size": 50000, "head_dim": 128}, tie_word_embeddings=True
+        )
     if family == "qwen3_moe":
-        return Qwen3MoeConfig(**sizes, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=352, tie_word_embeddings=True)
+        return Qwen3MoeConfig(
+            **sizes,
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=352,
+            tie_word_embeddings=True,
+        )
     if family == "gemma2":
-        return Gemma2Config(**{**sizes, "vocab_size": 64000, "hidden_size": 384}, sliding_window=256, query_pre_attn_scalar=64)
+        return Gemma2Config(
+            **{**sizes, "vocab_size": 64000, "hidden_size": 384},
+            sliding_window=256,
+            query_pre_attn_scalar=64,
+        )
     return LlamaConfig(**sizes, tie_word_embeddings=False)
 
 
@@ -192,35 +248,57 @@ def run_case(case: Case) -> dict[str, Any]:
             peaks.append((live.peak.total_bytes, status_bytes("VmHWM")))
             return values
 
-    losses = {"sft": sft.sft, "dpo": preference.dpo, "reward": reward.bradley_terry, "rl": policy.clipped}
+    losses = {
+        "sft": sft.sft,
+        "dpo": preference.dpo,
+        "reward": reward.bradley_terry,
+        "rl": policy.clipped,
+    }
     with tempfile.TemporaryDirectory() as folder:
         model_folder = Path(folder) / "model"
         command = [sys.executable, "-c", WRITE_MODEL, case.family, str(model_folder)]
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent)
         accelerator, plan = make_accelerator(precision=case.precision, project_dir=Path(folder))
-        assert all((datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification))  # what every run imports
+        assert all(
+            (datasets, peft, AutoModelForCausalLM, AutoModelForSequenceClassification)
+        )  # what every run imports
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
         with live if case.watched else nullcontext():
             model, held = load(case, model_folder, plan.load_dtype), memory_plan(job_of(case))
-            groups, is_reward = worst_case(case.method, case.tokens, group_size=held.job.row_completions), case.method == "reward"
+            groups, is_reward = (
+                worst_case(case.method, case.tokens, group_size=held.job.row_completions),
+                case.method == "reward",
+            )
             loop = WatchedLoop(
-                accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=losses[case.method],
-                batches=lambda _: groups, num_steps=3, packing=PackingConfig(max_tokens=case.tokens),
+                accelerator=accelerator,
+                precision=plan,
+                model=model,
+                tokenizer=NoTokenizer(),
+                loss=losses[case.method],
+                batches=lambda _: groups,
+                num_steps=3,
+                packing=PackingConfig(max_tokens=case.tokens),
                 train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward),
                 optimizer_config=OptimizerConfig(name=case.optimizer),
                 holes_bytes=held.holes_bytes if case.guarded else float("inf"),
-            )  # fmt: skip
+            )
             if is_reward:
                 loop.policy_class = Scorer
             if case.method == "dpo":
                 loop.reference = RunReference(ReferenceConfig(), precision=plan)
             loop.run()
-    moments = sum(v.untyped_storage().nbytes() for v in tensors(base_optimizer(loop.optimizer).state))
+    moments = sum(
+        v.untyped_storage().nbytes() for v in tensors(base_optimizer(loop.optimizer).state)
+    )
     return {
         "moments": moments,
-        "live": max(p for p, _ in peaks), "resident": status_bytes("VmHWM"), "resident_steps": peaks[-1][1],
-        "libraries": libraries, "seconds": time.perf_counter() - began, "step_s": statistics.median(seconds[1:]),
-    }  # fmt: skip
+        "live": max(p for p, _ in peaks),
+        "resident": status_bytes("VmHWM"),
+        "resident_steps": peaks[-1][1],
+        "libraries": libraries,
+        "seconds": time.perf_counter() - began,
+        "step_s": statistics.median(seconds[1:]),
+    }
 
 
 def load(case: Case, folder: Path, dtype: Any) -> Any:
@@ -229,7 +307,10 @@ def load(case: Case, folder: Path, dtype: Any) -> Any:
     from posttrain.models.load import load_model
     from posttrain.precision import PRECISIONS, torch_dtype
 
-    config, compute = settings_of(case, str(folder)).model, torch_dtype(PRECISIONS[case.precision].compute)
+    config, compute = (
+        settings_of(case, str(folder)).model,
+        torch_dtype(PRECISIONS[case.precision].compute),
+    )
     if case.method == "reward":
         return load_reward_model(config, NoTokenizer(), dtype=dtype, compute=compute)
     return load_model(config, dtype=dtype, compute=compute)
@@ -237,7 +318,12 @@ def load(case: Case, folder: Path, dtype: Any) -> Any:
 
 def tensors(state: Any) -> list[Any]:
     """Of an optimizer, each storage once."""
-    found = {v.untyped_storage().data_ptr(): v for one in state.values() for v in one.values() if hasattr(v, "untyped_storage")}
+    found = {
+        v.untyped_storage().data_ptr(): v
+        for one in state.values()
+        for v in one.values()
+        if hasattr(v, "untyped_storage")
+    }
     return list(found.values())
 
 
@@ -254,7 +340,8 @@ def write_model(family: str, folder: str) -> None:
 
 
 def settings_of(case: Case, folder: str) -> Any:
-    """The settings of a run like it; a server samples for RL, so that the rows are those of the update alone."""
+    """The settings of a run like it; a server samples for RL, so that the rows are those of the
+    update alone."""
     from posttrain import LoraConfig, ModelConfig, OptimizerConfig, PackingConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig
@@ -265,10 +352,13 @@ def settings_of(case: Case, folder: str) -> Any:
     lora = LoraConfig(rank=abs(case.lora), quantize_4bit=case.lora < 0)
     common: dict[str, Any] = dict(
         model=ModelConfig(name=folder, gradient_checkpointing=case.checkpointing, lora=lora),
-        packing=PackingConfig(max_tokens=case.tokens), optimizer=OptimizerConfig(name=case.optimizer),
-    )  # fmt: skip
+        packing=PackingConfig(max_tokens=case.tokens),
+        optimizer=OptimizerConfig(name=case.optimizer),
+    )
     if case.method == "rl":
-        return RLConfig(**common, engine="vllm", sampling=SamplingConfig(max_tokens=case.completion_tokens))
+        return RLConfig(
+            **common, engine="vllm", sampling=SamplingConfig(max_tokens=case.completion_tokens)
+        )
     return {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}[case.method](**common)
 
 
@@ -280,9 +370,12 @@ def job_of(case: Case) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         config_of(case.family).save_pretrained(folder)
         job = job_of(
-            settings_of(case, folder), case.method, precision=PRECISIONS[case.precision], device="cpu",
+            settings_of(case, folder),
+            case.method,
+            precision=PRECISIONS[case.precision],
+            device="cpu",
             wants_reference=case.method == "dpo",
-        )  # fmt: skip
+        )
     return replace(job, merges_adapters=False)
 
 
@@ -303,9 +396,13 @@ def predict(case: Case) -> dict[str, Any]:
     lora = settings_of(case, ".").model.lora
     began = time.perf_counter()
     traced = trace_step(
-        config_of(case.family), method=case.method, packing=PackingConfig(max_tokens=case.tokens),
-        precision=PRECISIONS[case.precision], gradient_checkpointing=case.checkpointing, lora=lora,
-    )  # fmt: skip
+        config_of(case.family),
+        method=case.method,
+        packing=PackingConfig(max_tokens=case.tokens),
+        precision=PRECISIONS[case.precision],
+        gradient_checkpointing=case.checkpointing,
+        lora=lora,
+    )
     return planned(case) | {"traced": traced.peak_bytes, "trace_s": time.perf_counter() - began}
 
 
@@ -323,14 +420,16 @@ def adapters(row: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; MB are 1e6 bytes, errors in percent."""
     lines = [
-        "| family | method | tokens | checkpointing | precision | live MB | traced % | closed form % | resident MB | planned % |",
+        "| family | method | tokens | checkpointing | precision | live MB | traced % | closed "
+        "form % | resident MB | planned % |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
-            f"| {r['family']}{adapters(r)} | {r['method']} | {r['tokens']} | {'yes' if r['checkpointing'] else 'no'} "
-            f"| {r['precision']} | {r['live'] / 1e6:.0f} | {error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} "
-            f"| {r['resident'] / 1e6:.0f} | {error(r['planned'], r['resident'])} |"
+            f"| {r['family']}{adapters(r)} | {r['method']} | {r['tokens']} | "
+            f"{'yes' if r['checkpointing'] else 'no'} | {r['precision']} | {r['live'] / 1e6:.0f} | "
+            f"{error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} | "
+            f"{r['resident'] / 1e6:.0f} | {error(r['planned'], r['resident'])} |"
         )
     return "\n".join(lines)
 
@@ -341,14 +440,26 @@ def case_of(row: dict[str, Any]) -> Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--results", default="runs/memory_accuracy.jsonl", help="one line per finished case; these are not run again"
+        "--results",
+        default="runs/memory_accuracy.jsonl",
+        help="one line per finished case; these are not run again",
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
-    parser.add_argument("--further", action="store_true", help="ten cases with adapters, experts, dropout and others")
-    parser.add_argument("--unseen", action="store_true", help="ten cases that the constants were not fitted to")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of what is there, run nothing"
+    )
+    parser.add_argument(
+        "--further",
+        action="store_true",
+        help="ten cases with adapters, experts, dropout and others",
+    )
+    parser.add_argument(
+        "--unseen", action="store_true", help="ten cases that the constants were not fitted to"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -356,9 +467,13 @@ def main() -> None:
         return
     results = Path(args.results)
     results.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    rows = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
     done = {json.dumps(asdict(case_of(r))) for r in rows}
-    for case in [] if args.table else further() if args.further else unseen() if args.unseen else grid():
+    for case in (
+        [] if args.table else further() if args.further else unseen() if args.unseen else grid()
+    ):
         key = json.dumps(asdict(case))
         if key in done or args.only not in key:
             continue

@@ -1,8 +1,10 @@
-"""Runs that the planner decides, for real: its token budgets, the optimizers, and freed memory that goes back.
+"""Runs that the planner decides, for real: its token budgets, the optimizers, and freed memory that
+goes back.
 
-    python benchmarks/memory_runs.py --solve        # the token budget for a limit, and 1.25 times it
+    python benchmarks/memory_runs.py --solve   # the token budget for a limit, and 1.25 times it
     python benchmarks/memory_runs.py --optimizers   # SmolLM2-135M with each optimizer
-    python benchmarks/memory_runs.py --guard        # what giving freed memory back saves, and costs in time
+    python benchmarks/memory_runs.py --guard   # what giving freed memory back saves, and costs in
+                                               time
 
 Each run is a fresh process of memory_accuracy.py.
 """
@@ -27,64 +29,116 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def solve() -> None:
-    """The planner's answer for a limit against a fresh process with that budget, and with 1.25 times it."""
+    """The planner's answer for a limit against a fresh process with that budget, and with 1.25
+    times it."""
     from posttrain.memory.solve import SOLVER_MARGIN, max_tokens
 
-    print("| method | precision | checkpointing | limit MB | token budget | peak resident MB | with 1.25 x the budget |")
+    print(
+        "| method | precision | checkpointing | limit MB | token budget | peak resident MB | "
+        "with 1.25 x the budget |"
+    )
     print("|---|---|---|---|---|---|---|")
     checkpointing = False
-    kinds = (("sft", "fp32", 6e9), ("sft", "bf16", 8e9), ("rl", "fp32", 6e9), ("rl", "bf16", 8e9), ("dpo", "bf16", 8e9))
+    kinds = (
+        ("sft", "fp32", 6e9),
+        ("sft", "bf16", 8e9),
+        ("rl", "fp32", 6e9),
+        ("rl", "bf16", 8e9),
+        ("dpo", "bf16", 8e9),
+    )
     for method, precision, limit in kinds:
         case = Case(
-            family="smollm2-135m", method=method, tokens=512, checkpointing=checkpointing, precision=precision, watched=False,
+            family="smollm2-135m",
+            method=method,
+            tokens=512,
+            checkpointing=checkpointing,
+            precision=precision,
+            watched=False,
             completion=256,
-        )  # fmt: skip
+        )
         tokens = max_tokens(job_of(case), limit * (1 - SOLVER_MARGIN))
         budgets = [replace(case, tokens=n) for n in (tokens, tokens * 5 // 4)]
         peaks = [run(budget)["resident"] for budget in budgets]
         verdicts = [f"{p / 1e6:.0f} ({'under' if p <= limit else 'over'})" for p in peaks]
         print(
-            f"| {method} | {precision} | {'yes' if checkpointing else 'no'} | {limit / 1e6:.0f} | {tokens} | {verdicts[0]} "
-            f"| {verdicts[1]} |", flush=True,
-        )  # fmt: skip
+            f"| {method} | {precision} | {'yes' if checkpointing else 'no'} | {limit / 1e6:.0f} | "
+            f"{tokens} | {verdicts[0]} | {verdicts[1]} |",
+            flush=True,
+        )
 
 
 def optimizers() -> None:
     """What each keeps and what the whole run holds, predicted and measured."""
     from posttrain.memory.plan import memory_plan
 
-    print("| optimizer | moments MB, predicted | measured | live MB | closed form % | resident MB | planned % |")
+    print(
+        "| optimizer | moments MB, predicted | measured | live MB | closed form % | resident MB "
+        "| planned % |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in ("adamw", "adamw_8bit", "sgd", "adafactor"):
-        case = Case(family="smollm2-135m", method="sft", tokens=512, checkpointing=False, precision="bf16", optimizer=name)
+        case = Case(
+            family="smollm2-135m",
+            method="sft",
+            tokens=512,
+            checkpointing=False,
+            precision="bf16",
+            optimizer=name,
+        )
         plan, row = memory_plan(job_of(case)), run(case)
         moments = sum(plan.phases["update"].get(item, 0) for item in ("moments", "counters"))
-        figures = [f"{moments / 1e6:.3f}", f"{row['moments'] / 1e6:.3f}", f"{row['live'] / 1e6:.0f}"]
-        figures += [error(plan.live_bytes, row["live"]), f"{row['resident'] / 1e6:.0f}", error(plan.peak_bytes, row["resident"])]
+        figures = [
+            f"{moments / 1e6:.3f}",
+            f"{row['moments'] / 1e6:.3f}",
+            f"{row['live'] / 1e6:.0f}",
+        ]
+        figures += [
+            error(plan.live_bytes, row["live"]),
+            f"{row['resident'] / 1e6:.0f}",
+            error(plan.peak_bytes, row["resident"]),
+        ]
         print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 
 def guard(rounds: int = 3) -> None:
-    """With and without, in turn: seconds per step and peak of fresh processes in which no operator is watched."""
-    print("| tokens | precision | | seconds per step | peak resident GB | time, with / without | memory |")
+    """With and without, in turn: seconds per step and peak of fresh processes in which no operator
+    is watched."""
+    print(
+        "| tokens | precision | | seconds per step | peak resident GB | time, with / without | "
+        "memory |"
+    )
     print("|---|---|---|---|---|---|---|")
     for tokens, precision in ((1056, "fp32"), (2560, "bf16")):
         case = Case(
-            family="smollm2-135m", method="sft", tokens=tokens, checkpointing=False, precision=precision, watched=False
-        )  # fmt: skip
+            family="smollm2-135m",
+            method="sft",
+            tokens=tokens,
+            checkpointing=False,
+            precision=precision,
+            watched=False,
+        )
         rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         for _ in range(rounds):
             for guarded, found in rows.items():
                 found.append(run(replace(case, guarded=guarded)))
         for guarded, found in rows.items():
             pairs = list(zip(found, rows[False], strict=True))
-            cells = [spread([r["step_s"] for r in found]), spread([r["resident"] / 1e9 for r in found])]
+            cells = [
+                spread([r["step_s"] for r in found]),
+                spread([r["resident"] / 1e9 for r in found]),
+            ]
             cells += [spread([a[key] / b[key] for a, b in pairs]) for key in ("step_s", "resident")]
-            print(f"| {tokens} | {precision} | {'with' if guarded else 'without'} | {' | '.join(cells)} |", flush=True)
+            print(
+                f"| {tokens} | {precision} | {'with' if guarded else 'without'} | "
+                f"{' | '.join(cells)} |",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     tables: tuple[Callable[[], None], ...] = (solve, optimizers, guard)
     for table in tables:
         parser.add_argument(f"--{table.__name__}", action="store_true", help=table.__doc__)

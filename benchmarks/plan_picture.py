@@ -1,4 +1,5 @@
-"""docs/plan.svg: what `posttrain plan` shows for DPO of a Llama of 6.7 billion parameters on 64 GPUs.
+"""docs/plan.svg: what `posttrain plan` shows for DPO of a Llama of 6.7 billion parameters on 64
+GPUs.
 
 python benchmarks/plan_picture.py
 """
@@ -25,13 +26,22 @@ ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(
-            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-            tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-        ).save_pretrained(folder)  # fmt: skip
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+        ).save_pretrained(folder)
         config = DPOConfig(
-            model=ModelConfig(name=folder), packing=PackingConfig(max_tokens=8192), reference=ReferenceConfig(cache=True)
+            model=ModelConfig(name=folder),
+            packing=PackingConfig(max_tokens=8192),
+            reference=ReferenceConfig(cache=True),
         )
-        job = job_of(config, "dpo", precision=PRECISIONS["bf16"], device="cuda", wants_reference=True)
+        job = job_of(
+            config, "dpo", precision=PRECISIONS["bf16"], device="cuda", wants_reference=True
+        )
     console = Console(record=True, width=100)
     show([memory_plan(job.sharded(stage, 64)) for stage in range(4)], 80e9, console=console)
     title = "posttrain plan dpo.yaml --devices 64 --device-memory 80GB"

@@ -1,10 +1,12 @@
-"""GRPO learns what TRL's GRPOTrainer learns, and how long each takes: reward against wall time, three seeds, plotted.
+"""GRPO learns what TRL's GRPOTrainer learns, and how long each takes: reward against wall time,
+three seeds, plotted.
 
     python benchmarks/rl_learning.py --seeds 0 1 2 --out benchmarks/rl_learning.svg
 
-Sums of two numbers up to 50 after three examples, SmolLM2-135M; the reward is 1 if the completion's first line is the number.
-Both sides: the same problems in a step, 8 completions of each, the same rate, AdamW, group-normalised advantages (sample standard
-deviation), no KL, one update for each batch. Wall time: the steps alone, without loading. Each run is a process, interleaved.
+Sums of two numbers up to 50 after three examples, SmolLM2-135M; the reward is 1 if the completion's
+first line is the number. Both sides: the same problems in a step, 8 completions of each, the same
+rate, AdamW, group-normalised advantages (sample standard deviation), no KL, one update for each
+batch. Wall time: the steps alone, without loading. Each run is a process, interleaved.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def right(completion: str, sample: dict[str, Any]) -> float:
     return float(completion.partition("\n")[0].strip() == sample["answer"])
 
 
-def run_ours(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+def run_ours(
+    rows: list[dict[str, Any]], source: str, args: argparse.Namespace
+) -> list[tuple[float, float]]:
     from posttrain import ModelConfig, OptimizerConfig, PackingConfig, TrainConfig
     from posttrain.data.prompts import PromptConfig
     from posttrain.rollout.engine import SamplingConfig
@@ -47,20 +51,30 @@ def run_ours(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) 
 
     with tempfile.TemporaryDirectory() as folder:
         config = RLConfig(
-            model=ModelConfig(name=source), data=PromptConfig(template="plain"), sampling=SamplingConfig(max_tokens=MAX_TOKENS),
-            algorithm_options={"beta": 0.0, "std": "sample"}, rollout=RolloutConfig(group_size=GROUP, show_every=0),
+            model=ModelConfig(name=source),
+            data=PromptConfig(template="plain"),
+            sampling=SamplingConfig(max_tokens=MAX_TOKENS),
+            algorithm_options={"beta": 0.0, "std": "sample"},
+            rollout=RolloutConfig(group_size=GROUP, show_every=0),
             packing=PackingConfig(max_tokens=1024),
             optimizer=OptimizerConfig(lr=args.lr, schedule="constant"),
             train=TrainConfig(
-                run_dir=folder, name="run", batch_size=args.prompts, max_steps=args.steps, precision=args.dtype, seed=args.seed
+                run_dir=folder,
+                name="run",
+                batch_size=args.prompts,
+                max_steps=args.steps,
+                precision=args.dtype,
+                seed=args.seed,
             ),
-        )  # fmt: skip
+        )
         RLTrainer(train_dataset=rows, rewards={right: 1.0}, config=config).train()
         steps = [m for m in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "step_s" in m]
     return [(m["step_s"], m["reward"]) for m in steps]
 
 
-def run_trl(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+def run_trl(
+    rows: list[dict[str, Any]], source: str, args: argparse.Namespace
+) -> list[tuple[float, float]]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -84,16 +98,32 @@ def run_trl(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), reward_funcs=reward,
-            train_dataset=Dataset.from_list(rows), callbacks=[Clock()], processing_class=AutoTokenizer.from_pretrained(source),
+            model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
+            reward_funcs=reward,
+            train_dataset=Dataset.from_list(rows),
+            callbacks=[Clock()],
+            processing_class=AutoTokenizer.from_pretrained(source),
             args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=args.per_device, num_generations=GROUP, beta=0.0, loss_type="grpo",
-                gradient_accumulation_steps=args.prompts * GROUP // args.per_device, max_completion_length=MAX_TOKENS,
-                max_steps=args.steps, learning_rate=args.lr, lr_scheduler_type="constant", bf16=args.dtype == "bf16",
-                use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=args.seed,
+                output_dir=folder,
+                per_device_train_batch_size=args.per_device,
+                num_generations=GROUP,
+                beta=0.0,
+                loss_type="grpo",
+                gradient_accumulation_steps=args.prompts * GROUP // args.per_device,
+                max_completion_length=MAX_TOKENS,
+                max_steps=args.steps,
+                learning_rate=args.lr,
+                lr_scheduler_type="constant",
+                bf16=args.dtype == "bf16",
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                gradient_checkpointing=False,
+                seed=args.seed,
                 weight_decay=0.0,
             ),
-        )  # fmt: skip
+        )
         trainer.train()
     seconds = [b - a for a, b in zip(marks[::2], marks[1::2], strict=True)]
     return [(s, statistics.fmean(r)) for s, r in zip(seconds, rewards, strict=False)]
@@ -110,7 +140,14 @@ def plot(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None
     for (name, runs), colour in zip(curves.items(), ("#1b6ca8", "#b0413e"), strict=True):
         for number, run in enumerate(runs):
             seconds = [sum(s for s, _ in run[: i + 1]) for i in range(len(run))]
-            axes.plot(seconds, [r for _, r in run], color=colour, lw=1.2, alpha=0.8, label=name if number == 0 else None)
+            axes.plot(
+                seconds,
+                [r for _, r in run],
+                color=colour,
+                lw=1.2,
+                alpha=0.8,
+                label=name if number == 0 else None,
+            )
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("mean reward of a step's completions")
     axes.legend(frameon=False)
@@ -119,7 +156,9 @@ def plot(curves: dict[str, list[list[tuple[float, float]]]], path: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=8, help="problems in a step")
@@ -138,18 +177,28 @@ def main() -> None:
         print(json.dumps({"steps": run(rows, resolve_source("smollm2-135m"), args)}))
         return
     curves: dict[str, list[list[tuple[float, float]]]] = {"posttrain": [], "TRL": []}
-    passed = [f"--{name}={getattr(args, name)}" for name in ("steps", "prompts", "lr", "dtype", "per_device")]
+    passed = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("steps", "prompts", "lr", "dtype", "per_device")
+    ]
     for number, seed in enumerate(args.seeds):
         for name in list(curves)[:: 1 if number % 2 == 0 else -1]:
             contestant = "ours" if name == "posttrain" else "trl"
-            curves[name].append(spawn(__file__, ["--contestant", contestant, "--seed", str(seed), *passed])["steps"])
+            curves[name].append(
+                spawn(__file__, ["--contestant", contestant, "--seed", str(seed), *passed])["steps"]
+            )
             print(f"seed {seed} {name}: {json.dumps(curves[name][-1])}", file=sys.stderr)
     plot(curves, Path(args.out))
     print("| | reward, first 3 steps | reward, last 5 steps | seconds |\n|---|---|---|---|")
     for name, runs in curves.items():
-        first, last = ([statistics.fmean(r for _, r in part) for part in parts]
-                       for parts in ([run[:3] for run in runs], [run[-5:] for run in runs]))  # fmt: skip
-        print(f"| {name} | {spread(first)} | {spread(last)} | {spread([sum(s for s, _ in run) for run in runs])} |")
+        first, last = (
+            [statistics.fmean(r for _, r in part) for part in parts]
+            for parts in ([run[:3] for run in runs], [run[-5:] for run in runs])
+        )
+        print(
+            f"| {name} | {spread(first)} | {spread(last)} | "
+            f"{spread([sum(s for s, _ in run) for run in runs])} |"
+        )
 
 
 if __name__ == "__main__":

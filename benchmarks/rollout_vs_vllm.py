@@ -1,10 +1,12 @@
-"""Sampling in the training process against a vLLM server on the CPU: the same prompts, seeds and lengths, bfloat16, interleaved.
+"""Sampling in the training process against a vLLM server on the CPU: the same prompts, seeds and
+lengths, bfloat16, interleaved.
 
     make test-vllm      # installs the server's environment
     python benchmarks/rollout_vs_vllm.py --rows gsm8k_train_2000.jsonl.gz --rounds 3
 
-8 GSM8K questions, 8 completions of each, up to 128 tokens, temperature 1. `vllm`: the server has all cores, and its defaults;
-`vllm-default`: it keeps one core for HTTP, as vLLM does by itself. A short call warms each up.
+8 GSM8K questions, 8 completions of each, up to 128 tokens, temperature 1. `vllm`: the server has
+all cores, and its defaults; `vllm-default`: it keeps one core for HTTP, as vLLM does by itself. A
+short call warms each up.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def timed(engine: Any, prompts: list[tuple[int, ...]], max_tokens: int) -> dict[
     from posttrain.rollout.engine import Request, SamplingConfig
 
     engine.generate([Request(prompt_ids=prompts[0], seeds=(1, 2))], SamplingConfig(max_tokens=4))
-    requests = [Request(prompt_ids=p, seeds=tuple(range(8 * i, 8 * i + 8))) for i, p in enumerate(prompts)]
+    requests = [
+        Request(prompt_ids=p, seeds=tuple(range(8 * i, 8 * i + 8))) for i, p in enumerate(prompts)
+    ]
     began = time.perf_counter()
     drawn = engine.generate(requests, SamplingConfig(max_tokens=max_tokens))
     seconds = time.perf_counter() - began
@@ -63,11 +67,21 @@ def run_vllm(args: argparse.Namespace) -> dict[str, float]:
     from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 
     tokenizer = load_tokenizer(ModelConfig())
-    all_cores = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 2) - 1}", "OMP_NUM_THREADS": str(os.cpu_count())}
+    all_cores = {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 2) - 1}",
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+    }
     environment = {**os.environ, **(all_cores if args.contestant == "vllm" else {})}
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
-        command = ["bash", str(REPO / "launch" / "vllm.sh"), resolve_source("smollm2-135m"), str(PORT)]
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=REPO, start_new_session=True)
+        command = [
+            "bash",
+            str(REPO / "launch" / "vllm.sh"),
+            resolve_source("smollm2-135m"),
+            str(PORT),
+        ]
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=REPO, start_new_session=True
+        )
         try:
             for _ in range(300):
                 try:
@@ -86,7 +100,9 @@ def run_vllm(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", required=True, help="GSM8K rows (question, answer)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max_tokens", type=int, default=128)
@@ -99,12 +115,18 @@ def main() -> None:
     results: dict[str, list[float]] = {name: [] for name in args.contestants}
     for number in range(args.rounds):
         for name in args.contestants if number % 2 == 0 else args.contestants[::-1]:
-            run = spawn(__file__, ["--contestant", name, "--rows", args.rows, "--max_tokens", str(args.max_tokens)])
+            run = spawn(
+                __file__,
+                ["--contestant", name, "--rows", args.rows, "--max_tokens", str(args.max_tokens)],
+            )
             results[name].append(run["tokens_per_s"])
             print(f"round {number} {name}: {json.dumps(run)}", file=sys.stderr)
     print("| | tokens/s | ours / it |\n|---|---|---|")
     for name, values in results.items():
-        print(f"| {name} | {spread(values)} | {spread([a / b for a, b in zip(results['ours'], values, strict=True)])} |")
+        print(
+            f"| {name} | {spread(values)} | "
+            f"{spread([a / b for a, b in zip(results['ours'], values, strict=True)])} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Verifiers against labels: solutions of GSM8K by four models, each labelled right or wrong by its authors.
+"""Verifiers against labels: solutions of GSM8K by four models, each labelled right or wrong by its
+authors.
 
     python benchmarks/verdicts.py gsm8k_model_solutions_400.jsonl.gz
 
@@ -17,13 +18,19 @@ from posttrain.rewards.answers import math_answer, numeric_answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows")
     path = parser.parse_args().rows
     with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
         rows = [json.loads(line) for line in file]
     said = [
-        (solution["solution"], row["ground_truth"].rpartition("A:")[2].strip(), solution["is_correct"])
+        (
+            solution["solution"],
+            row["ground_truth"].rpartition("A:")[2].strip(),
+            solution["is_correct"],
+        )
         for row in rows
         for solution in row.values()
         if isinstance(solution, dict)

@@ -1,7 +1,9 @@
-"""Runs inside the vLLM server (launch/vllm.sh): reloads the policy's weights, with all that was made of them at the first load.
+"""Runs inside the vLLM server (launch/vllm.sh): reloads the policy's weights, with all that was
+made of them at the first load.
 
-On a CPU, vLLM 0.32 packs the LM head's weight for its matrix product. Where the head is tied to the embedding, its own
-``reload_weights`` renews the embedding and leaves the packed copy as it was: samples then come from a mixture of two policies.
+On a CPU, vLLM 0.32 packs the LM head's weight for its matrix product. Where the head is tied to the
+embedding, its own ``reload_weights`` renews the embedding and leaves the packed copy as it was:
+samples then come from a mixture of two policies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Post-training of language models: exact, packed, readable. The public names, loaded when first used."""
+"""Post-training of language models: exact, packed, readable. The public names, loaded when first
+used."""
 
 # ruff: noqa: F401 - editors and type checkers find the names here, __getattr__ at run time
 from __future__ import annotations
@@ -7,7 +8,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-if "torch" not in sys.modules:  # torch reads it once; large CPU tensors in huge pages cost a tenth less time per step
+if (
+    "torch" not in sys.modules
+):  # torch reads it once; large CPU tensors in huge pages cost a tenth less time per step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
@@ -26,7 +29,16 @@ if TYPE_CHECKING:
     from posttrain.training.experience import RolloutConfig
     from posttrain.training.optimizer import OptimizerConfig
     from posttrain.training.reference import ReferenceConfig
-    from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PairLogps, PromptGroup, TokenLogps
+    from posttrain.types import (
+        BatchStatistic,
+        Completion,
+        LossOutput,
+        LossTerm,
+        Pair,
+        PairLogps,
+        PromptGroup,
+        TokenLogps,
+    )
 
 _NAMES = {
     "algorithms": ("Algorithm",),
@@ -45,9 +57,16 @@ _NAMES = {
     "training.optimizer": ("OptimizerConfig",),
     "training.reference": ("ReferenceConfig",),
     "types": (
-        "BatchStatistic", "Completion", "LossOutput", "LossTerm", "Pair", "PairLogps", "PromptGroup", "TokenLogps",
+        "BatchStatistic",
+        "Completion",
+        "LossOutput",
+        "LossTerm",
+        "Pair",
+        "PairLogps",
+        "PromptGroup",
+        "TokenLogps",
     ),
-}  # fmt: skip
+}
 _HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)
 

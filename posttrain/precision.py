@@ -1,8 +1,10 @@
-"""Which dtype every number of a training run has: one record, read by training and by the memory accounting.
+"""Which dtype every number of a training run has: one record, read by training and by the memory
+accounting.
 
-Micikevicius et al. 2018, arXiv:1710.03740: 16-bit compute needs fp32 master weights (an update below half a unit in the
-last place of the weight is rounded away: ratio 2^11 in fp16, 2^8 in bf16), fp32 reductions, and in fp16 a scaled loss
-(gradients below 2^-25 become 0). torch is imported only inside the functions that return torch objects.
+Micikevicius et al. 2018, arXiv:1710.03740: 16-bit compute needs fp32 master weights (an update
+below half a unit in the last place of the weight is rounded away: ratio 2^11 in fp16, 2^8 in bf16),
+fp32 reductions, and in fp16 a scaled loss (gradients below 2^-25 become 0). torch is imported only
+inside the functions that return torch objects.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ _FAST_BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 def bytes_per_element(dtype: str) -> int:
     """Bytes of one element of a floating dtype named as torch names it (``"bfloat16"``: 2)."""
     if dtype not in _BYTES:
-        raise ValueError(f"bytes_per_element knows {', '.join(_BYTES)}; got {dtype!r}. Use the torch name without 'torch.'.")
+        raise ValueError(
+            f"bytes_per_element knows {', '.join(_BYTES)}; got {dtype!r}. Use the "
+            "torch name without 'torch.'."
+        )
     return _BYTES[dtype]
 
 
@@ -41,18 +46,20 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionPlan:
-    """Dtypes of one training run. All fields but ``name`` and ``uses_loss_scaling`` are torch dtype names."""
+    """Dtypes of one training run. All fields but ``name`` and ``uses_loss_scaling`` are torch dtype
+    names."""
 
     name: str
     """What the user writes: ``fp32``, ``bf16``, ``bf16-pure``, ``fp16``."""
     weight: DType
     """Dtype the parameters are loaded and stored in."""
     gradient: DType
-    """Dtype of ``parameter.grad`` and of its reduction over ranks (torch keeps both in the weight's dtype)."""
+    """Dtype of ``parameter.grad`` and of its reduction over ranks (torch keeps both in the weight's
+    dtype)."""
     master: DType | None
-    """Dtype of a *separate* copy of the weights that the optimizer updates; None when it updates the weights themselves
-    (then float32 weights are their own master: see ``update``). Additive: counting ``weight`` and ``master`` counts no
-    byte twice."""
+    """Dtype of a *separate* copy of the weights that the optimizer updates; None when it updates
+    the weights themselves (then float32 weights are their own master: see ``update``). Additive:
+    counting ``weight`` and ``master`` counts no byte twice."""
     moment: DType
     """Dtype of AdamW's two moments (other optimizers: ``memory/states.py``)."""
     compute: DType
@@ -67,16 +74,20 @@ class PrecisionPlan:
         for field in ("weight", "gradient", "master", "moment", "compute", "reduce"):
             value = getattr(self, field)
             if value not in wanted and not (field == "master" and value is None):
-                raise ValueError(f"PrecisionPlan {self.name!r}: {field} must be one of {', '.join(wanted)}; got {value!r}.")
+                raise ValueError(
+                    f"PrecisionPlan {self.name!r}: {field} must be one of "
+                    f"{', '.join(wanted)}; got {value!r}."
+                )
         if self.compute != self.weight and self.compute not in _AUTOCAST:
             raise ValueError(
-                f"PrecisionPlan {self.name!r}: compute={self.compute} with weight={self.weight} is not possible, "
-                f"autocast only lowers to {', '.join(_AUTOCAST)}. Set compute to the weight's dtype."
+                f"PrecisionPlan {self.name!r}: compute={self.compute} with weight={self.weight} is "
+                f"not possible, autocast only lowers to {', '.join(_AUTOCAST)}. Set compute to the "
+                "weight's dtype."
             )
         if bytes_per_element(self.reduce) < 4:
             raise ValueError(
-                f"PrecisionPlan {self.name!r}: reduce={self.reduce} would lose sums (4096 ones add up to 256 in "
-                "bfloat16, 2048 in float16). Set reduce='float32'."
+                f"PrecisionPlan {self.name!r}: reduce={self.reduce} would lose sums (4096 ones add "
+                "up to 256 in bfloat16, 2048 in float16). Set reduce='float32'."
             )
 
     @property
@@ -98,11 +109,16 @@ class PrecisionPlan:
     def state_bytes_per_param(self) -> int:
         """Bytes per trained parameter: weight + gradient + separate master + two moments.
 
-        Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1 (2 + 2 + 12 = 16 for a 16-bit weight with an fp32
-        master).
+        Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1 (2 + 2 + 12 = 16 for a 16-bit weight
+        with an fp32 master).
         """
         master = bytes_per_element(self.master) if self.master else 0
-        return bytes_per_element(self.weight) + bytes_per_element(self.gradient) + master + 2 * bytes_per_element(self.moment)
+        return (
+            bytes_per_element(self.weight)
+            + bytes_per_element(self.gradient)
+            + master
+            + 2 * bytes_per_element(self.moment)
+        )
 
 
 _FP32 = PrecisionPlan(
@@ -117,34 +133,50 @@ _FP32 = PrecisionPlan(
 )
 PRECISIONS: dict[str, PrecisionPlan] = {
     "fp32": _FP32,
-    # accelerate keeps the weights in fp32 and casts inside autocast: they are the master, gradients come back in fp32.
+    # accelerate keeps the weights in fp32 and casts inside autocast: they are the master, gradients
+    # come back in fp32.
     "bf16": replace(_FP32, name="bf16", compute="bfloat16"),
     # Half the memory of the others; loses every update smaller than 2^-8 of the weight.
-    "bf16-pure": replace(_FP32, name="bf16-pure", weight="bfloat16", gradient="bfloat16", moment="bfloat16", compute="bfloat16"),
+    "bf16-pure": replace(
+        _FP32,
+        name="bf16-pure",
+        weight="bfloat16",
+        gradient="bfloat16",
+        moment="bfloat16",
+        compute="bfloat16",
+    ),
     "fp16": replace(_FP32, name="fp16", compute="float16", uses_loss_scaling=True),
 }
 
-# DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and accumulated in fp32.
+# DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and
+# accumulated in fp32.
 DEEPSPEED_BF16 = replace(PRECISIONS["bf16"], weight="bfloat16", master="float32")
 # It updates an fp32 copy even of fp32 weights.
 DEEPSPEED_FP32 = replace(_FP32, master="float32")
 
 
-def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = False) -> PrecisionPlan:
-    """The plan of a name on a device type (``"cpu"``, ``"cuda"``, ...); None takes ``default_precision``.
+def resolve_precision(
+    name: str | None, device_type: str, *, deepspeed: bool = False
+) -> PrecisionPlan:
+    """The plan of a name on a device type (``"cpu"``, ``"cuda"``, ...); None takes
+    ``default_precision``.
 
-    Raises ValueError for an unknown name, for fp16 anywhere but on CUDA, and under DeepSpeed for fp16 and bf16-pure.
+    Raises ValueError for an unknown name, for fp16 anywhere but on CUDA, and under DeepSpeed for
+    fp16 and bf16-pure.
     """
     name = default_precision(device_type).name if name is None else name
     if name not in PRECISIONS:
         near = difflib.get_close_matches(name, PRECISIONS, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown precision {name!r}; it must be one of {', '.join(PRECISIONS)}.{hint}")
+        raise ValueError(
+            f"Unknown precision {name!r}; it must be one of {', '.join(PRECISIONS)}.{hint}"
+        )
     if deepspeed:
         if name not in ("fp32", "bf16"):
             raise ValueError(
-                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 copy of the weights, and its fp16 "
-                "loss scale is its own. Use --train.precision bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
+                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 "
+                "copy of the weights, and its fp16 loss scale is its own. Use --train.precision "
+                "bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
             )
         return DEEPSPEED_FP32 if name == "fp32" else DEEPSPEED_BF16
     plan = PRECISIONS[name]
@@ -155,27 +187,34 @@ def resolve_precision(name: str | None, device_type: str, *, deepspeed: bool = F
             else "its dynamic loss scaling is only exercised there"
         )
         raise ValueError(
-            f"Precision {name!r} needs a CUDA device; got device type {device_type!r}, and {reason}. "
-            f"Use {default_precision(device_type).name!r} here."
+            f"Precision {name!r} needs a CUDA device; got device type {device_type!r}, and "
+            f"{reason}. Use {default_precision(device_type).name!r} here."
         )
     return plan
 
 
-def default_precision(device_type: str, *, cpuinfo: Path = Path("/proc/cpuinfo"), kernels: str | None = None) -> PrecisionPlan:
+def default_precision(
+    device_type: str, *, cpuinfo: Path = Path("/proc/cpuinfo"), kernels: str | None = None
+) -> PrecisionPlan:
     """``bf16`` where the device is good at it, else ``fp32``.
 
-    Good at it: CUDA with native bf16 (compute capability 8.0), a CPU with avx512_bf16 or amx_bf16 among its flags for which
-    torch runs its AVX-512 kernels (``kernels``, by default what torch says; ATEN_CPU_CAPABILITY can hold it to less).
+    Good at it: CUDA with native bf16 (compute capability 8.0), a CPU with avx512_bf16 or amx_bf16
+    among its flags for which torch runs its AVX-512 kernels (``kernels``, by default what torch
+    says; ATEN_CPU_CAPABILITY can hold it to less).
     """
     if device_type == "cuda":
         import torch
 
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return PRECISIONS["bf16" if native else "fp32"]
     if device_type == "cpu" and _cpu_flags(cpuinfo) & _FAST_BF16_CPU_FLAGS:
         import torch
 
-        return PRECISIONS["bf16" if "512" in (kernels or torch.backends.cpu.get_cpu_capability()) else "fp32"]
+        return PRECISIONS[
+            "bf16" if "512" in (kernels or torch.backends.cpu.get_cpu_capability()) else "fp32"
+        ]
     return PRECISIONS["fp32"]
 
 

@@ -3,8 +3,9 @@
     T  trained tokens (positions whose log-prob enters a loss)      S  completions (sequences)
     P  prompts (groups)    B  pairs    V  vocabulary    L  tokens of a packed row    H  hidden size
 
-A tensor ``logps_T`` has one entry per trained token, ``advantage_S`` one per completion. Nothing is padded: what belongs
-together is said by an index beside it (``sequence_T``: which completion a token belongs to).
+A tensor ``logps_T`` has one entry per trained token, ``advantage_S`` one per completion. Nothing is
+padded: what belongs together is said by an index beside it (``sequence_T``: which completion a
+token belongs to).
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Unit = Literal["token", "completion", "pair", "group"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "pair_mean", "group_mean", "constant"]
+Aggregation = Literal[
+    "token_mean", "sequence_mean", "sequence_sum", "pair_mean", "group_mean", "constant"
+]
 
 SCORE_SLOT = 0
-"""Token id that follows every completion a reward model scores: a target without meaning, never an input. What is 'predicted'
-there is read from the hidden state of the last real token."""
+"""Token id that follows every completion a reward model scores: a target without meaning, never an
+input. What is 'predicted' there is read from the hidden state of the last real token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One answer to a prompt: token ids, and which of them are trained.
 
-    ``loss_mask[i]`` says whether ``token_ids[i]`` is predicted by the loss. In a multi-turn conversation the user turns
-    after the first trained token lie inside the completion with mask 0.
+    ``loss_mask[i]`` says whether ``token_ids[i]`` is predicted by the loss. In a multi-turn
+    conversation the user turns after the first trained token lie inside the completion with mask 0.
     """
 
     token_ids: Sequence[int]
@@ -40,30 +43,39 @@ class Completion:
     label: bool | None = None
     """Unpaired feedback (KTO): True desirable, False undesirable, None not rated."""
     advantage: float | None = None
-    """Reinforcement learning: how much better than its baseline this completion was; None elsewhere."""
+    """Reinforcement learning: how much better than its baseline this completion was; None
+    elsewhere."""
     token_advantages: Sequence[float] | None = None
-    """One per token, where they differ along the completion (a KL penalty inside the reward); None: ``advantage`` everywhere."""
+    """One per token, where they differ along the completion (a KL penalty inside the reward); None:
+    ``advantage`` everywhere."""
     sampler_logps: Sequence[float] | None = None
-    """One per token: log-prob under the distribution it was drawn from, temperature and truncation included."""
+    """One per token: log-prob under the distribution it was drawn from, temperature and truncation
+    included."""
     proximal_logps: Sequence[float] | None = None
-    """One per token: log-prob under the policy as it was before the first update on these completions (PPO's pi_old, k1.5's
-    pi_theta_i); None: that policy is the present one."""
+    """One per token: log-prob under the policy as it was before the first update on these
+    completions (PPO's pi_old, k1.5's pi_theta_i); None: that policy is the present one."""
     kept_ids: Sequence[Sequence[int]] | None = None
-    """One per token: the token ids that top-k, top-p or min-p left to draw from, over which its log-probs are renormalised;
-    None: the whole vocabulary."""
+    """One per token: the token ids that top-k, top-p or min-p left to draw from, over which its
+    log-probs are renormalised; None: the whole vocabulary."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.loss_mask):
             raise ValueError(
-                f"Completion needs one loss_mask entry per token; got {len(self.token_ids)} token_ids and "
-                f"{len(self.loss_mask)} loss_mask entries. Pad or cut the mask where the tokens are made."
+                f"Completion needs one loss_mask entry per token; got {len(self.token_ids)} "
+                f"token_ids and {len(self.loss_mask)} loss_mask entries. Pad or cut the mask where "
+                "the tokens are made."
             )
         if len(self.token_ids) == 0:
-            raise ValueError("Completion needs at least one token; got none. Drop the sample and count it.")
+            raise ValueError(
+                "Completion needs at least one token; got none. Drop the sample and count it."
+            )
         for name in ("token_advantages", "sampler_logps", "proximal_logps", "kept_ids"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.token_ids):
-                raise ValueError(f"Completion.{name} needs one entry per token; got {len(values)} for {len(self.token_ids)}.")
+                raise ValueError(
+                    f"Completion.{name} needs one entry per token; got {len(values)} "
+                    f"for {len(self.token_ids)}."
+                )
 
     @property
     def num_trained(self) -> int:
@@ -73,40 +85,56 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One comparison inside a group: completion ``chosen`` was preferred to completion ``rejected`` (indices in the group)."""
+    """One comparison inside a group: completion ``chosen`` was preferred to completion ``rejected``
+    (indices in the group)."""
 
     chosen: int
     rejected: int
     margin: float = 0.0
-    """How much better, in the data's own units; read by losses that want it (Llama 2, arXiv:2307.09288 eq. 2)."""
+    """How much better, in the data's own units; read by losses that want it (Llama 2,
+    arXiv:2307.09288 eq. 2)."""
     weight: float = 1.0
     """How often the pair counts: weight 2 trains as the same pair twice, 0 as leaving it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptGroup:
-    """One prompt and its K completions: the unit of every method (SFT: K = 1; DPO: K = 2; GRPO: K = G)."""
+    """One prompt and its K completions: the unit of every method (SFT: K = 1; DPO: K = 2; GRPO: K =
+    G)."""
 
     prompt_ids: Sequence[int]
     completions: Sequence[Completion]
     pairs: Sequence[Pair] | None = None
-    """Comparisons to train on. None: the completions are ranked, best first, and all C(K, 2) pairs count."""
+    """Comparisons to train on. None: the completions are ranked, best first, and all C(K, 2) pairs
+    count."""
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Where it comes from: ``file``, ``row``; read by error messages and reward functions, never by the forward."""
+    """Where it comes from: ``file``, ``row``; read by error messages and reward functions, never by
+    the forward."""
 
     def __post_init__(self) -> None:
         if len(self.prompt_ids) == 0:
             raise ValueError(
-                "PromptGroup needs at least one prompt token: the first completion token is predicted from the last prompt "
-                f"token; got an empty prompt in {self.where}. Start the prompt with the BOS token."
+                "PromptGroup needs at least one prompt token: the first completion token is "
+                f"predicted from the last prompt token; got an empty prompt in {self.where}. Start "
+                "the prompt with the BOS token."
             )
         if len(self.completions) == 0:
-            raise ValueError(f"PromptGroup needs at least one completion; got none in {self.where}.")
+            raise ValueError(
+                f"PromptGroup needs at least one completion; got none in {self.where}."
+            )
         for pair in self.pairs or ():
-            if not (0 <= min(pair.chosen, pair.rejected) and max(pair.chosen, pair.rejected) < len(self.completions)):
-                raise ValueError(f"{self.where}: {pair} names a completion that is not among the {len(self.completions)}.")
+            if not (
+                0 <= min(pair.chosen, pair.rejected)
+                and max(pair.chosen, pair.rejected) < len(self.completions)
+            ):
+                raise ValueError(
+                    f"{self.where}: {pair} names a completion that is not among the "
+                    f"{len(self.completions)}."
+                )
             if pair.chosen == pair.rejected or not 0 <= pair.weight < float("inf"):
-                raise ValueError(f"{self.where}: {pair} must compare two completions with a finite weight >= 0.")
+                raise ValueError(
+                    f"{self.where}: {pair} must compare two completions with a finite weight >= 0."
+                )
 
     @property
     def where(self) -> str:
@@ -136,7 +164,8 @@ class PromptGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many units one *optimizer step* trains, over all ranks and micro-batches: the only denominators there are.
+    """How many units one *optimizer step* trains, over all ranks and micro-batches: the only
+    denominators there are.
 
     Known before the first forward, because every rank knows the whole global batch.
     """
@@ -152,14 +181,16 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The trained tokens of a micro-batch, flat: where they belong, and what is known of them besides their log-probs.
+    """The trained tokens of a micro-batch, flat: where they belong, and what is known of them
+    besides their log-probs.
 
-    ``targets_T`` [T] token ids; ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S] group index in 0..P-1;
-    ``num_tokens_S`` [S] trained tokens of each completion (0 possible); ``group_size_S`` [S] completions of the *whole* group
-    that have a trained token, also when only a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and
-    the rejected completion of each pair that is in it (indices into S), ``margin_B`` and ``weight_B`` [B] its margin and
-    weight; ``label_S`` [S] 1 desirable, -1 undesirable, 0 not rated. Floating ones: float64 in a ``PackedBatch``, in the
-    log-probs' dtype for a loss.
+    ``targets_T`` [T] token ids; ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S]
+    group index in 0..P-1; ``num_tokens_S`` [S] trained tokens of each completion (0 possible);
+    ``group_size_S`` [S] completions of the *whole* group that have a trained token, also when only
+    a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and the rejected
+    completion of each pair that is in it (indices into S), ``margin_B`` and ``weight_B`` [B] its
+    margin and weight; ``label_S`` [S] 1 desirable, -1 undesirable, 0 not rated. Floating ones:
+    float64 in a ``PackedBatch``, in the log-probs' dtype for a loss.
     """
 
     targets_T: Tensor
@@ -174,7 +205,8 @@ class Targets:
     advantage_S: Tensor | None = None
     """[S] ``Completion.advantage`` (0 where it is None); None outside of reinforcement learning."""
     advantage_T: Tensor | None = None
-    """[T] ``Completion.token_advantages``, or the completion's ``advantage`` at each of its tokens."""
+    """[T] ``Completion.token_advantages``, or the completion's ``advantage`` at each of its
+    tokens."""
     sampler_T: Tensor | None = None
     """[T] ``Completion.sampler_logps``; None if a completion has none."""
     given_proximal_T: Tensor | None = None
@@ -183,23 +215,27 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogps(Targets):
-    """What a forward gives a loss: log-probs of the trained tokens, and all that ``Targets`` says of them."""
+    """What a forward gives a loss: log-probs of the trained tokens, and all that ``Targets`` says
+    of them."""
 
     logps_T: Tensor
     """[T] natural-log probabilities, at least float32, with gradient."""
     reference_T: Tensor | None = None
-    """[T] log-probs of the same tokens under the reference model, without gradient; None where the loss needs none."""
+    """[T] log-probs of the same tokens under the reference model, without gradient; None where the
+    loss needs none."""
     batch_mean: Tensor | None = None
     """[] the loss's own statistic of the global batch (``BatchStatistic``), a constant."""
 
     def sum_by_sequence(self, values_T: Tensor) -> Tensor:
-        """values_S[s] = sum of values_T over the trained tokens of completion s; 0 for a completion without any."""
+        """values_S[s] = sum of values_T over the trained tokens of completion s; 0 for a completion
+        without any."""
         zeros_S = values_T.new_zeros(self.group_S.shape[0])
         return zeros_S.index_add(0, self.sequence_T, values_T)
 
     @cached_property
     def proximal_T(self) -> Tensor:
-        """[T] log-probs of the policy before the first update on this batch, a constant: the denominator of PPO's ratio.
+        """[T] log-probs of the policy before the first update on this batch, a constant: the
+        denominator of PPO's ratio.
 
         Where none were computed the present policy is that policy, and the ratio is exactly 1.
         """
@@ -215,7 +251,8 @@ class TokenLogps(Targets):
         """[S] log pi_ref(y | x). Raises ValueError without a reference."""
         if self.reference_T is None:
             raise ValueError(
-                "This loss reads reference log-probs, but the run has no reference. Remove needs_reference = False from the loss."
+                "This loss reads reference log-probs, but the run has no reference. Remove "
+                "needs_reference = False from the loss."
             )
         return self.sum_by_sequence(self.reference_T)
 
@@ -226,7 +263,8 @@ class TokenLogps(Targets):
 
 
 class PairLogps(TokenLogps):
-    """The view of preference losses: [B] tensors over the pairs; w is the chosen, l the rejected completion."""
+    """The view of preference losses: [B] tensors over the pairs; w is the chosen, l the rejected
+    completion."""
 
     def of_chosen(self, values_S: Tensor) -> Tensor:
         """[B] a value of the chosen completion of each pair."""
@@ -258,7 +296,8 @@ class PairLogps(TokenLogps):
 
     @property
     def logratio_gap_B(self) -> Tensor:
-        """[B] h = w - l, the argument of every DPO loss (Rafailov et al. 2023, arXiv:2305.18290 eq. 7, before beta)."""
+        """[B] h = w - l, the argument of every DPO loss (Rafailov et al. 2023, arXiv:2305.18290 eq.
+        7, before beta)."""
         return self.chosen_logratio_B - self.rejected_logratio_B
 
     @property
@@ -274,10 +313,12 @@ class PairLogps(TokenLogps):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStatistic:
-    """A mean over the whole global batch under the present policy that a loss needs before its first item (KTO's z0).
+    """A mean over the whole global batch under the present policy that a loss needs before its
+    first item (KTO's z0).
 
-    A loss declares it as ``my_loss.batch_statistic = BatchStatistic(...)``. The step computes it in a forward without
-    gradient, reduces it over ranks and hands it in as the constant ``logps.batch_mean``.
+    A loss declares it as ``my_loss.batch_statistic = BatchStatistic(...)``. The step computes it in
+    a forward without gradient, reduces it over ranks and hands it in as the constant
+    ``logps.batch_mean``.
     """
 
     groups: Callable[[Sequence[PromptGroup]], Sequence[PromptGroup]]
@@ -288,11 +329,13 @@ class BatchStatistic:
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
-    """Unreduced items and how the step aggregates them: ``weight * sum(items) / denominator``. A loss never reduces."""
+    """Unreduced items and how the step aggregates them: ``weight * sum(items) / denominator``. A
+    loss never reduces."""
 
     items: Tensor
     unit: Unit = "token"
-    """What an item belongs to. Pairs: the rows of ``pairs_B2``; the step multiplies each by its weight."""
+    """What an item belongs to. Pairs: the rows of ``pairs_B2``; the step multiplies each by its
+    weight."""
     aggregation: Aggregation | None = None
     """How items become one number (``losses/reduce.py``); None: the mean over the unit itself."""
     weight: float = 1.0
@@ -301,9 +344,11 @@ class LossTerm:
 
 
 class LossOutput:
-    """Result of a loss: ``LossOutput(items=..., metrics=...)`` for one term, ``LossOutput(terms=[...])`` for several.
+    """Result of a loss: ``LossOutput(items=..., metrics=...)`` for one term,
+    ``LossOutput(terms=[...])`` for several.
 
-    ``metrics`` maps a name to an unreduced detached tensor with the unit's length (averaged over the step) or a scalar.
+    ``metrics`` maps a name to an unreduced detached tensor with the unit's length (averaged over
+    the step) or a scalar.
     """
 
     def __init__(
@@ -320,5 +365,7 @@ class LossOutput:
                 "LossOutput needs either items=... (one term) or terms=[LossTerm(...), ...]; got "
                 + ("neither." if items is None else "both.")
             )
-        self.terms = tuple(terms) if terms else (LossTerm(items=items, unit=unit, aggregation=aggregation),)  # type: ignore[arg-type]
+        self.terms = (
+            tuple(terms) if terms else (LossTerm(items=items, unit=unit, aggregation=aggregation),)
+        )  # type: ignore[arg-type]
         self.metrics = dict(metrics or {})

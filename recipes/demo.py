@@ -1,11 +1,13 @@
 """`make demo`: DeepSeek-R1 in miniature, with the recipes that users run.
 
-    python recipes/demo.py [--seed N] [--sft-steps N] [--rl-steps N] [--precision auto|fp32|bf16|bf16-pure]
+    python recipes/demo.py [--seed N] [--sft-steps N] [--rl-steps N] [--precision
+    auto|fp32|bf16|bf16-pure]
 
-SmolLM2-135M-Instruct says how many words are in a list. A few demonstrations teach it a format: most of them guess, one in
-four counts in its thought (cold start). Then a verifier of the number alone (GRPO) finds out that counting pays: answers
-become longer and right. Held-out problems are in no training data. Writes runs/demo_cold_start, runs/demo_grpo (with
-rewards.svg) and what the commands printed, data/word_count/*.log.
+SmolLM2-135M-Instruct says how many words are in a list. A few demonstrations teach it a format:
+most of them guess, one in four counts in its thought (cold start). Then a verifier of the number
+alone (GRPO) finds out that counting pays: answers become longer and right. Held-out problems are in
+no training data. Writes runs/demo_cold_start, runs/demo_grpo (with rewards.svg) and what the
+commands printed, data/word_count/*.log.
 """
 
 from __future__ import annotations
@@ -36,16 +38,24 @@ NUM_SHOWN = 3
 WIDTH = 80
 LAUNCH = ("accelerate", "launch", "--config_file", "launch/cpu.yaml")
 PROGRAMS = {
-    "python": [sys.executable], "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    "python": [sys.executable],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
     "posttrain": [sys.executable, "-m", "posttrain.cli.main"],
-}  # fmt: skip
+}
 Answers = list[dict[str, Any]]
 
 
-def run(console: Console, what: str, command: tuple[str, ...], *, log: str, metrics: Path | None = None) -> None:
-    """A command as a user would type it, shown first; then one live line. What it prints goes to ``log``."""
-    joined = re.sub(r"(--\S+) (?!--)", "\\1\N{NO-BREAK SPACE}", " ".join(command))  # an option stays with its value
-    shown = textwrap.wrap(joined, WIDTH - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def run(
+    console: Console, what: str, command: tuple[str, ...], *, log: str, metrics: Path | None = None
+) -> None:
+    """A command as a user would type it, shown first; then one live line. What it prints goes to
+    ``log``."""
+    joined = re.sub(
+        r"(--\S+) (?!--)", "\\1\N{NO-BREAK SPACE}", " ".join(command)
+    )  # an option stays with its value
+    shown = textwrap.wrap(
+        joined, WIDTH - 4, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
     console.print(f"\n[bold]{what}[/bold]")
     console.print(Text("$ " + " \\\n".join(shown).replace("\N{NO-BREAK SPACE}", " "), style="dim"))
     DATA.mkdir(parents=True, exist_ok=True)
@@ -53,17 +63,24 @@ def run(console: Console, what: str, command: tuple[str, ...], *, log: str, metr
     arguments = [*PROGRAMS[command[0]], *command[1:]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": str(WIDTH)}
     with path.open("w") as file:
-        process = subprocess.Popen(arguments, cwd=REPO, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            arguments, cwd=REPO, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
         try:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while process.poll() is None:
-                    live.update(Text(f"  {_clock(began)}  {_now(metrics)}"[: WIDTH - 1]), refresh=True)
+                    live.update(
+                        Text(f"  {_clock(began)}  {_now(metrics)}"[: WIDTH - 1]), refresh=True
+                    )
                     time.sleep(0.5)
         finally:
             process.kill()
     if process.returncode != 0:
         tail = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
-        console.print(f"{escape(tail)}\n\nThe command failed; all it printed is in {path.relative_to(REPO)}.", highlight=False)
+        console.print(
+            f"{escape(tail)}\n\nThe command failed; all it printed is in {path.relative_to(REPO)}.",
+            highlight=False,
+        )
         sys.exit(1)
     console.print(f"  {_clock(began)}  {_now(metrics) or 'done'}", highlight=False)
 
@@ -80,7 +97,8 @@ def _now(path: Path | None) -> str:
         return "starting" if path else ""
     last = steps[-1]
     what = (
-        f"reward {last['reward']:.2f}  length {last['length']:.1f} tokens  {last['step_s']:.0f} s a step"
+        f"reward {last['reward']:.2f}  length {last['length']:.1f} tokens  {last['step_s']:.0f} s "
+        "a step"
         if "reward" in last
         else f"loss {last['loss']:.2f}  {last['step_s']:.0f} s a step"
     )
@@ -106,24 +124,39 @@ def show(console: Console, rows: list[dict[str, Any]], answers: dict[str, Answer
     for name in answers:
         table.add_column(name, justify="right")
     right = {name: [float(a["correct"]) for a in given] for name, given in answers.items()}
-    ended = {name: statistics.fmean(a["finish_reason"] == "stop" for a in given) for name, given in answers.items()}
-    table.add_row("right (95 % interval)", *(f"{statistics.fmean(r):.0%} ± {half_width(r):.0%}" for r in right.values()))
+    ended = {
+        name: statistics.fmean(a["finish_reason"] == "stop" for a in given)
+        for name, given in answers.items()
+    }
+    table.add_row(
+        "right (95 % interval)",
+        *((f"{statistics.fmean(r):.0%} ± {half_width(r):.0%}") for r in right.values()),
+    )
     table.add_row("ended by themselves", *(f"{share:.0%}" for share in ended.values()))
-    table.add_row("mean length, tokens", *(f"{statistics.fmean(a['tokens'] for a in given):.0f}" for given in answers.values()))
+    table.add_row(
+        "mean length, tokens",
+        *(f"{statistics.fmean(a['tokens'] for a in given):.0f}" for given in answers.values()),
+    )
     console.print()
     console.print(table)
     for i in range(NUM_SHOWN):
-        console.print(f"\n[bold]{escape(rows[i]['messages'][-2]['content'])}[/bold]  ({rows[i]['answer']})", highlight=False)
+        console.print(
+            f"\n[bold]{escape(rows[i]['messages'][-2]['content'])}[/bold]  ({rows[i]['answer']})",
+            highlight=False,
+        )
         for name, given in answers.items():
             said = " ".join(given[i]["text"].split())
-            lines = textwrap.wrap(f"{said[:200]}{' ...' if len(said) > 200 else ''}", WIDTH - 23) or ["(nothing)"]
+            lines = textwrap.wrap(
+                f"{said[:200]}{' ...' if len(said) > 200 else ''}", WIDTH - 23
+            ) or ["(nothing)"]
             style = "green" if given[i]["correct"] else "red"
             for number, line in enumerate(lines):
                 console.print(Text.assemble(f"  {name if number == 0 else '':18} ", (line, style)))
 
 
 def draw(steps: list[dict[str, Any]], answers: dict[str, Answers], path: Path) -> None:
-    """Reward and length over the steps of the reinforcement learning, with the held-out problems at both ends."""
+    """Reward and length over the steps of the reinforcement learning, with the held-out problems at
+    both ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,14 +164,32 @@ def draw(steps: list[dict[str, Any]], answers: dict[str, Answers], path: Path) -
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
     x = [s["step"] for s in steps]
-    above.plot(x, [s["reward"] for s in steps], marker="o", color="tab:blue", label="sampled answers, trained on")
+    above.plot(
+        x,
+        [s["reward"] for s in steps],
+        marker="o",
+        color="tab:blue",
+        label="sampled answers, trained on",
+    )
     ends = [answers["after cold start"], answers["after GRPO"]]
-    above.plot([0, x[-1]], [statistics.fmean(a["correct"] for a in e) for e in ends], "D", color="tab:orange",
-               label="held-out problems")  # fmt: skip
-    above.set(ylabel="share that is right", ylim=(0, 1.02), title="GRPO from a verifier: counting pays")
+    above.plot(
+        [0, x[-1]],
+        [statistics.fmean(a["correct"] for a in e) for e in ends],
+        "D",
+        color="tab:orange",
+        label="held-out problems",
+    )
+    above.set(
+        ylabel="share that is right", ylim=(0, 1.02), title="GRPO from a verifier: counting pays"
+    )
     above.legend(loc="lower right")
     below.plot(x, [s["length"] for s in steps], marker="o", color="tab:blue")
-    below.plot([0, x[-1]], [statistics.fmean(a["tokens"] for a in e) for e in ends], "D", color="tab:orange")
+    below.plot(
+        [0, x[-1]],
+        [statistics.fmean(a["tokens"] for a in e) for e in ends],
+        "D",
+        color="tab:orange",
+    )
     below.set(ylabel="mean length, tokens", xlabel="optimizer step", ylim=(0, None))
     for axis in (above, below):
         axis.grid(alpha=0.3)
@@ -146,29 +197,94 @@ def draw(steps: list[dict[str, Any]], answers: dict[str, Answers], path: Path) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="other problems and other samples (default: 0)")
-    parser.add_argument("--sft-steps", type=int, default=8, help="optimizer steps of the cold start")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other problems and other samples (default: 0)"
+    )
+    parser.add_argument(
+        "--sft-steps", type=int, default=8, help="optimizer steps of the cold start"
+    )
     parser.add_argument("--rl-steps", type=int, default=7, help="optimizer steps of GRPO")
-    parser.add_argument("--precision", default="auto", help="of both trainings: auto, fp32, bf16, bf16-pure")
+    parser.add_argument(
+        "--precision", default="auto", help="of both trainings: auto, fp32, bf16, bf16-pure"
+    )
     args = parser.parse_args()
     console, began = Console(width=WIDTH), time.monotonic()
     for name in ("demo_cold_start", "demo_grpo"):
         shutil.rmtree(RUNS / name, ignore_errors=True)
     shared = ("--train.seed", str(args.seed), "--train.precision", args.precision)
-    run(console, "Problems: how many words are in a list?",
-        ("python", "recipes/demo_task.py", "--out", "data/word_count", "--task", "word_count", "--train", "640", "--eval", "100",
-         "--seed", str(args.seed)), log="problems.log")  # fmt: skip
-    run(console, "Before: SmolLM2-135M-Instruct answers the held-out problems",
-        ("posttrain", "eval", "smollm2-135m", "--task", "data/word_count/heldout.jsonl", "--reward", "numeric_answer",
-         "--max-tokens", "48", "--must-end", "--temperature", "1",
-         "--out", "data/word_count/before.jsonl"), log="before.log")  # fmt: skip
-    run(console, "Cold start: demonstrations, of which one in four counts in its thought",
-        (*LAUNCH, "recipes/sft.py", "--config", "recipes/configs/demo_cold_start.yaml", "--train.max_steps", str(args.sft_steps),
-         *shared), log="cold_start.log", metrics=RUNS / "demo_cold_start" / "metrics.jsonl")  # fmt: skip
-    run(console, "GRPO: eight answers to each problem, a verifier of the number, nothing else",
-        (*LAUNCH, "recipes/rl.py", "--config", "recipes/configs/demo_grpo.yaml", "--train.max_steps", str(args.rl_steps),
-         *shared), log="grpo.log", metrics=RUNS / "demo_grpo" / "metrics.jsonl")  # fmt: skip
+    run(
+        console,
+        "Problems: how many words are in a list?",
+        (
+            "python",
+            "recipes/demo_task.py",
+            "--out",
+            "data/word_count",
+            "--task",
+            "word_count",
+            "--train",
+            "640",
+            "--eval",
+            "100",
+            "--seed",
+            str(args.seed),
+        ),
+        log="problems.log",
+    )
+    run(
+        console,
+        "Before: SmolLM2-135M-Instruct answers the held-out problems",
+        (
+            "posttrain",
+            "eval",
+            "smollm2-135m",
+            "--task",
+            "data/word_count/heldout.jsonl",
+            "--reward",
+            "numeric_answer",
+            "--max-tokens",
+            "48",
+            "--must-end",
+            "--temperature",
+            "1",
+            "--out",
+            "data/word_count/before.jsonl",
+        ),
+        log="before.log",
+    )
+    run(
+        console,
+        "Cold start: demonstrations, of which one in four counts in its thought",
+        (
+            *LAUNCH,
+            "recipes/sft.py",
+            "--config",
+            "recipes/configs/demo_cold_start.yaml",
+            "--train.max_steps",
+            str(args.sft_steps),
+            *shared,
+        ),
+        log="cold_start.log",
+        metrics=RUNS / "demo_cold_start" / "metrics.jsonl",
+    )
+    run(
+        console,
+        "GRPO: eight answers to each problem, a verifier of the number, nothing else",
+        (
+            *LAUNCH,
+            "recipes/rl.py",
+            "--config",
+            "recipes/configs/demo_grpo.yaml",
+            "--train.max_steps",
+            str(args.rl_steps),
+            *shared,
+        ),
+        log="grpo.log",
+        metrics=RUNS / "demo_grpo" / "metrics.jsonl",
+    )
     kept = RUNS / "demo_grpo" / "rollouts"
     answers = {
         "before": read_answers(DATA / "before.jsonl"),
@@ -180,9 +296,10 @@ def main() -> None:
     picture = RUNS / "demo_grpo" / "rewards.svg"
     draw(read_steps(RUNS / "demo_grpo" / "metrics.jsonl"), answers, picture)
     console.print(
-        f"\n{_clock(began)} minutes. The reward curve is in {picture.relative_to(REPO)},\n"
-        "the trained model in runs/demo_grpo/final, answers in runs/demo_grpo/rollouts.", highlight=False
-    )  # fmt: skip
+        f"\n{_clock(began)} minutes. The reward curve is in {picture.relative_to(REPO)},\nthe "
+        "trained model in runs/demo_grpo/final, answers in runs/demo_grpo/rollouts.",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
     python recipes/demo_task.py --out data/demo --train 1500 --eval 200 --seed 0
 
-writes ``train.jsonl`` and ``heldout.jsonl``; no question is in both files. A row: ``messages`` (system, user, assistant;
-chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``. The tasks:
+writes ``train.jsonl`` and ``heldout.jsonl``; no question is in both files. A row: ``messages``
+(system, user, assistant; chain_sum: ``question`` alone), ``task``, ``answer``, ``metadata``. The
+tasks:
 
-    word_sequence_reversal  put a list of words into reverse order. Problems and verifier (gym_answer) are reasoning-gym's.
+    word_sequence_reversal  put a list of words into reverse order. Problems and verifier
+                            (gym_answer) are reasoning-gym's.
     chain_sum               sums and differences of two numbers, reasoning-gym's
-    word_count              how many words are in a list (numeric_answer), for `make demo`. One demonstration in four counts
-                            in its thought, the others have an empty thought and a number that happens to be right
+    word_count   how many words are in a list (numeric_answer), for `make demo`. One demonstration
+                 in four counts
+                            in its thought, the others have an empty thought and a number that
+                            happens to be right
 """
 
 from __future__ import annotations
@@ -26,14 +30,17 @@ TASKS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
 }
 SYSTEM = "Answer with the result only."
-REASONING_SYSTEM = "Think between <think> and </think>, then give the result between <answer> and </answer>."
-# reasoning-gym draws problem i of seed s from Random(s + i): seeds 0 and 1 would share all problems but one
+REASONING_SYSTEM = (
+    "Think between <think> and </think>, then give the result between <answer> and </answer>."
+)
+# reasoning-gym draws problem i of seed s from Random(s + i): seeds 0 and 1 would share all problems
+# but one
 SEED_STRIDE = 10_000_019
 WORDS = """
-apple bell bird book bread bridge cake chair clock cloud coat corn cup door drum egg fire fish fork garden glass glove hat
-hill horse house key knife lake lamp letter light map milk moon music paper pen plate rain rice ring river road salt sand ship
-shoe snow soup spoon star stone sugar table tea train tree water wind window
-""".split()
+apple bell bird book bread bridge cake chair clock cloud coat corn cup door drum egg
+fire fish fork garden glass glove hat hill horse house key knife lake lamp letter
+light map milk moon music paper pen plate rain rice ring river road salt sand ship
+shoe snow soup spoon star stone sugar table tea train tree water wind window""".split()
 NUM_WORDS = (3, 8)
 COUNTED_SHARE = 1 / 4
 COUNT_SYSTEM = "Think, then answer."
@@ -42,14 +49,22 @@ COUNT_SYSTEM = "Think, then answer."
 def make_rows(
     *, task: str, num_train: int, num_heldout: int, seed: int, reasoning: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out rows, all questions different. Different seeds (0 to 200) draw different problems.
+    """Training and held-out rows, all questions different. Different seeds (0 to 200) draw
+    different problems.
 
-    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought goes through the words backwards and counts them.
+    ``reasoning``: demonstrations in DeepSeek-R1's format; the thought goes through the words
+    backwards and counts them.
     """
     if num_train < 1 or num_heldout < 1:
-        raise ValueError(f"At least one row is needed in each file; got --train {num_train} --eval {num_heldout}.")
+        raise ValueError(
+            f"At least one row is needed in each file; got --train {num_train} --eval "
+            f"{num_heldout}."
+        )
     if reasoning and task != "word_sequence_reversal":
-        raise ValueError(f"There are demonstrations with a thought for word_sequence_reversal only; got --task {task}.")
+        raise ValueError(
+            "There are demonstrations with a thought for word_sequence_reversal "
+            f"only; got --task {task}."
+        )
     if task == "word_count":
         rows = _counting(num_train + num_heldout, seed)
         return rows[:num_train], rows[num_train:]
@@ -64,7 +79,11 @@ def _counting(count: int, seed: int) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
         words = rng.choices(WORDS, k=rng.randint(*NUM_WORDS))
-        counted = " ".join(f"{i} {word}" for i, word in enumerate(words, start=1)) if rng.random() < COUNTED_SHARE else ""
+        counted = (
+            " ".join(f"{i} {word}" for i, word in enumerate(words, start=1))
+            if rng.random() < COUNTED_SHARE
+            else ""
+        )
         question, answer = f"How many words are in this list? {', '.join(words)}", str(len(words))
         messages = [
             {"role": "system", "content": COUNT_SYSTEM},
@@ -79,8 +98,12 @@ def _different_problems(task: str, seed: int) -> Iterator[Mapping[str, Any]]:
     try:
         import reasoning_gym
     except ModuleNotFoundError as error:
-        raise ValueError("The demo task needs reasoning-gym. Run: pip install 'posttrain[demo]'") from error
-    problems = reasoning_gym.create_dataset(task, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **TASKS[task])
+        raise ValueError(
+            "The demo task needs reasoning-gym. Run: pip install 'posttrain[demo]'"
+        ) from error
+    problems = reasoning_gym.create_dataset(
+        task, size=SEED_STRIDE, seed=seed * SEED_STRIDE, **TASKS[task]
+    )
     seen: set[str] = set()
     for problem in problems:
         question = problem["question"]
@@ -109,24 +132,44 @@ def _row(task: str, problem: Mapping[str, Any], reasoning: bool) -> dict[str, An
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     print(f"{path}: {len(rows)} rows")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be")
-    parser.add_argument("--task", choices=[*TASKS, "word_count"], default="word_sequence_reversal", help="which problems")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder to write to; made if need be"
+    )
+    parser.add_argument(
+        "--task",
+        choices=[*TASKS, "word_count"],
+        default="word_sequence_reversal",
+        help="which problems",
+    )
     parser.add_argument("--train", type=int, default=1500, help="training rows (default: 1500)")
     parser.add_argument("--eval", type=int, default=200, help="held-out rows (default: 200)")
-    parser.add_argument("--reasoning", action="store_true", help="demonstrations with a thought, in DeepSeek-R1's format")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other problems (default: 0)")
+    parser.add_argument(
+        "--reasoning",
+        action="store_true",
+        help="demonstrations with a thought, in DeepSeek-R1's format",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other problems (default: 0)"
+    )
     arguments = parser.parse_args()
     try:
         train, heldout = make_rows(
-            task=arguments.task, num_train=arguments.train, num_heldout=arguments.eval, seed=arguments.seed,
+            task=arguments.task,
+            num_train=arguments.train,
+            num_heldout=arguments.eval,
+            seed=arguments.seed,
             reasoning=arguments.reasoning,
-        )  # fmt: skip
+        )
         arguments.out.mkdir(parents=True, exist_ok=True)
         _write(arguments.out / "train.jsonl", train)
         _write(arguments.out / "heldout.jsonl", heldout)

@@ -1,10 +1,12 @@
 """Preference optimisation: DPO and its relatives (IPO, SimPO, ORPO, KTO, ...).
 
-    accelerate launch --config_file launch/cpu.yaml recipes/dpo.py --config recipes/configs/dpo_smollm2.yaml
+    accelerate launch --config_file launch/cpu.yaml recipes/dpo.py --config
+    recipes/configs/dpo_smollm2.yaml
 
-Rows are comparisons (prompt, chosen, rejected), ranked or labelled answers; `posttrain prep pairs` makes them of raw data.
-Ends with a table of held-out figures before and after. Writes runs/<name>/: config.yaml, metrics.jsonl, checkpoints/, final/.
-A second start with the same name continues from the newest checkpoint.
+Rows are comparisons (prompt, chosen, rejected), ranked or labelled answers; `posttrain prep pairs`
+makes them of raw data. Ends with a table of held-out figures before and after. Writes runs/<name>/:
+config.yaml, metrics.jsonl, checkpoints/, final/. A second start with the same name continues from
+the newest checkpoint.
 """
 
 from posttrain.trainers.dpo import DPOConfig, DPOTrainer

@@ -1,9 +1,11 @@
 """Reward modelling: a score per answer, learned from comparisons (Bradley-Terry).
 
-    accelerate launch --config_file launch/cpu.yaml recipes/reward.py --config recipes/configs/reward_smollm2.yaml
+    accelerate launch --config_file launch/cpu.yaml recipes/reward.py --config
+    recipes/configs/reward_smollm2.yaml
 
-Rows are comparisons (prompt, chosen, rejected) or ranked answers; `posttrain prep pairs` makes them of raw data. Ends with a
-table of held-out figures before and after. runs/<name>/final/ loads with AutoModelForSequenceClassification alone.
+Rows are comparisons (prompt, chosen, rejected) or ranked answers; `posttrain prep pairs` makes them
+of raw data. Ends with a table of held-out figures before and after. runs/<name>/final/ loads with
+AutoModelForSequenceClassification alone.
 """
 
 from posttrain.trainers.reward import RewardConfig, RewardTrainer

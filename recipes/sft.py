@@ -1,9 +1,10 @@
 """Supervised fine-tuning.
 
-    accelerate launch --config_file launch/cpu.yaml recipes/sft.py --config recipes/configs/sft_smollm2.yaml
+    accelerate launch --config_file launch/cpu.yaml recipes/sft.py --config
+    recipes/configs/sft_smollm2.yaml
 
-The loss is on assistant tokens only. Writes runs/<name>/: config.yaml, metrics.jsonl, checkpoints/, final/. A second
-start with the same name continues from the newest checkpoint.
+The loss is on assistant tokens only. Writes runs/<name>/: config.yaml, metrics.jsonl, checkpoints/,
+final/. A second start with the same name continues from the newest checkpoint.
 """
 
 from posttrain.trainers.sft import SFTConfig, SFTTrainer

@@ -2,7 +2,8 @@
 
     python -m tests.code_size [FOLDER]
 
-Lines after formatting at 100 columns, without blank lines, comments and docstrings; by folder, and in all.
+Lines after formatting at 100 columns, without blank lines, comments and docstrings; by folder, and
+in all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def by_folder(folder: Path) -> Counter[str]:
             target = Path(copy) / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(re.sub("# fmt: (skip|off|on)", "", path.read_text()))
-        subprocess.run([ruff, "format", "-q", "--isolated", "--line-length", "100", copy], check=True)
+        subprocess.run(
+            [ruff, "format", "-q", "--isolated", "--line-length", "100", copy], check=True
+        )
         for path in Path(copy).rglob("*.py"):
             sizes[path.relative_to(copy).parts[0]] += _lines_of_code(path.read_text())
     return sizes
@@ -47,7 +50,11 @@ def _lines_of_code(text: str) -> int:
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
         for child in body if isinstance(body, list) else ():
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant) and isinstance(child.value.value, str):
+            if (
+                isinstance(child, ast.Expr)
+                and isinstance(child.value, ast.Constant)
+                and isinstance(child.value.value, str)
+            ):
                 documented.update(range(child.lineno, (child.end_lineno or child.lineno) + 1))
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

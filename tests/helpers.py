@@ -1,4 +1,5 @@
-"""Tiny random models, random groups, and the slow obvious computation that the packed step is compared with."""
+"""Tiny random models, random groups, and the slow obvious computation that the packed step is
+compared with."""
 
 from __future__ import annotations
 
@@ -19,10 +20,19 @@ def tiny_gpt2(*, dropout: float = 0.0, seed: int = 0, tied: bool = True) -> nn.M
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=256, n_embd=32, n_layer=2, n_head=4,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=tied,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -31,16 +41,30 @@ def tiny_llama(*, seed: int = 0, **overrides: Any) -> nn.Module:
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
 
 
 def random_groups(
-    count: int, *, sizes: Sequence[int] = (1, 2, 4), seed: int = 0, max_prompt: int = 12, max_completion: int = 10
+    count: int,
+    *,
+    sizes: Sequence[int] = (1, 2, 4),
+    seed: int = 0,
+    max_prompt: int = 12,
+    max_completion: int = 10,
 ) -> list[PromptGroup]:
-    """Groups of 1, 2, 4, ... completions with holes in their loss masks; every completion trains at least one token."""
+    """Groups of 1, 2, 4, ... completions with holes in their loss masks; every completion trains at
+    least one token."""
     rng = random.Random(seed)
     groups = []
     for row in range(count):
@@ -49,14 +73,21 @@ def random_groups(
             length = rng.randint(1, max_completion)
             mask = [rng.random() < 0.7 for _ in range(length)]
             mask[rng.randrange(length)] = True
-            completions.append(Completion(token_ids=[rng.randrange(VOCAB) for _ in range(length)], loss_mask=mask))
+            completions.append(
+                Completion(token_ids=[rng.randrange(VOCAB) for _ in range(length)], loss_mask=mask)
+            )
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, max_prompt))]
-        groups.append(PromptGroup(prompt_ids=prompt, completions=completions, meta={"file": "random", "row": row}))
+        groups.append(
+            PromptGroup(
+                prompt_ids=prompt, completions=completions, meta={"file": "random", "row": row}
+            )
+        )
     return groups
 
 
 def plain_logps(model: nn.Module, group: PromptGroup, k: int) -> Tensor:
-    """Log-probs of the trained tokens of one completion through the model's own forward: one sequence, no packing."""
+    """Log-probs of the trained tokens of one completion through the model's own forward: one
+    sequence, no packing."""
     completion = group.completions[k]
     ids = torch.tensor([[*group.prompt_ids, *completion.token_ids]])
     logits = model(input_ids=ids, use_cache=False).logits[0]
@@ -69,12 +100,15 @@ def plain_logps(model: nn.Module, group: PromptGroup, k: int) -> Tensor:
 def reference_gradient(
     model: nn.Module, groups: Sequence[PromptGroup], value: Callable[[list[list[Tensor]]], Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient by the obvious way: every sequence alone, ``value(logps[group][completion])``, one backward."""
+    """Loss and gradient by the obvious way: every sequence alone,
+    ``value(logps[group][completion])``, one backward."""
     model.zero_grad()
     logps = [[plain_logps(model, g, k) for k in range(len(g.completions))] for g in groups]
     loss = value(logps)
     loss.backward()
-    gradient = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradient = {
+        n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
     model.zero_grad()
     return float(loss.detach()), gradient
 

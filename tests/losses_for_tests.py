@@ -1,4 +1,5 @@
-"""Losses that the invariance tests use beside SFT, each with its reference over plain per-sequence log-probs."""
+"""Losses that the invariance tests use beside SFT, each with its reference over plain per-sequence
+log-probs."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from posttrain.types import Completion, LossOutput, LossTerm, PromptGroup, Token
 
 
 def all_pairs(logps: TokenLogps) -> LossOutput:
-    """-log sigmoid(l_i - l_j) over all i < j of a group, mean over pairs then groups; plus 0.1 * token-mean NLL.
+    """-log sigmoid(l_i - l_j) over all i < j of a group, mean over pairs then groups; plus 0.1 *
+    token-mean NLL.
 
-    Couples the completions of a group: it needs the gradient cache when a group is over the token budget.
+    Couples the completions of a group: it needs the gradient cache when a group is over the token
+    budget.
     """
     sum_S = logps.sum_by_sequence(logps.logps_T)
     items = []
@@ -40,7 +43,11 @@ def all_pairs_reference(logps: list[list[Tensor]]) -> Tensor:
     total = torch.zeros((), dtype=logps[0][0].dtype)
     for group in logps:
         sums = [lp.sum() for lp in group]
-        pairs = [-torch.log(torch.sigmoid(sums[i] - sums[j])) for i in range(len(sums)) for j in range(i + 1, len(sums))]
+        pairs = [
+            -torch.log(torch.sigmoid(sums[i] - sums[j]))
+            for i in range(len(sums))
+            for j in range(i + 1, len(sums))
+        ]
         if pairs:
             total = total + sum(pairs) / len(pairs)
     tokens = torch.cat([lp for group in logps for lp in group])
@@ -48,12 +55,18 @@ def all_pairs_reference(logps: list[list[Tensor]]) -> Tensor:
 
 
 def as_rollouts(groups: Sequence[PromptGroup], *, seed: int) -> list[PromptGroup]:
-    """The same tokens with advantages, the sampler's log-probs and those from before the first update."""
+    """The same tokens with advantages, the sampler's log-probs and those from before the first
+    update."""
     rng = random.Random(seed)
 
     def rolled(c: Completion) -> Completion:
         old = [rng.uniform(-6, -3) for _ in c.token_ids]
-        return replace(c, advantage=rng.gauss(0, 1), proximal_logps=old, sampler_logps=[p - rng.gauss(0, 0.5) for p in old])
+        return replace(
+            c,
+            advantage=rng.gauss(0, 1),
+            proximal_logps=old,
+            sampler_logps=[p - rng.gauss(0, 0.5) for p in old],
+        )
 
     return [replace(g, completions=[rolled(c) for c in g.completions], pairs=()) for g in groups]
 
@@ -78,7 +91,11 @@ def policy_reference(groups: Sequence[PromptGroup]) -> Callable[[list[list[Tenso
         items = []
         for lp, old, sampler, advantage in _by_completion(groups, logps):
             ratio, weight = torch.exp(lp - old), torch.exp(old - sampler).clamp(max=1.5)
-            items.append(-(weight * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)).mean())
+            items.append(
+                -(
+                    weight * torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.4) * advantage)
+                ).mean()
+            )
         return torch.stack(items).mean()
 
     return value
@@ -88,16 +105,22 @@ def k15_reference(groups: Sequence[PromptGroup]) -> Callable[[list[list[Tensor]]
     """(A - tau log-ratio)^2 / (2 tau), mean over completions."""
 
     def value(logps: list[list[Tensor]]) -> Tensor:
-        return torch.stack([(a - 0.5 * (lp - old).sum()) ** 2 for lp, old, _, a in _by_completion(groups, logps)]).mean()
+        return torch.stack(
+            [(a - 0.5 * (lp - old).sum()) ** 2 for lp, old, _, a in _by_completion(groups, logps)]
+        ).mean()
 
     return value
 
 
-def _by_completion(groups: Sequence[PromptGroup], logps: list[list[Tensor]]) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+def _by_completion(
+    groups: Sequence[PromptGroup], logps: list[list[Tensor]]
+) -> list[tuple[Tensor, Tensor, Tensor, float]]:
     found = []
     for group, row in zip(groups, logps, strict=True):
         for c, lp in zip(group.completions, row, strict=True):
             kept = [i for i, m in enumerate(c.loss_mask) if m]
-            old, sampler = (lp.new_tensor([v[i] for i in kept]) for v in (c.proximal_logps, c.sampler_logps))
+            old, sampler = (
+                lp.new_tensor([v[i] for i in kept]) for v in (c.proximal_logps, c.sampler_logps)
+            )
             found.append((lp, old, sampler, c.advantage))
     return found

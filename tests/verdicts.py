@@ -1,4 +1,5 @@
-"""Right and wrong answers over the forms that answer columns have, for ``math_answer``: (gold, other ways to say it, wrong ones).
+"""Right and wrong answers over the forms that answer columns have, for ``math_answer``: (gold,
+other ways to say it, wrong ones).
 
 The wrong ones are fragments of the gold and what differs from it in one sign, digit or bracket.
 """
@@ -16,13 +17,25 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     (r"0.\overline{3}", [r"\frac{1}{3}", r"0.\overline{3}"], ["0.3", "3", "0"]),
     ("1000000", ["1,000,000", "10^6", r"1\times10^{6}", "1e6"], ["1", "10", "6"]),
     # fractions and mixed numbers
-    (r"\frac{3}{4}", [r"\dfrac{3}{4}", r"\frac34", "0.75", "3/4", r"\frac{6}{8}"], ["3", "4", r"\frac{4}{3}"]),
+    (
+        r"\frac{3}{4}",
+        [r"\dfrac{3}{4}", r"\frac34", "0.75", "3/4", r"\frac{6}{8}"],
+        ["3", "4", r"\frac{4}{3}"],
+    ),
     (r"-\frac{2}{3}", [r"\frac{-2}{3}", "-2/3"], [r"\frac{2}{3}", "2", "-2"]),
     (r"2\frac{1}{4}", [r"\frac{9}{4}", "2.25"], ["2", r"\frac{1}{4}", r"\frac{1}{2}"]),
     (r"\frac{\pi}{6}", [r"\frac{1}{6}\pi", r"\pi/6"], [r"\pi", "6", r"\frac{6}{\pi}"]),
-    (r"\frac{\sqrt{3}}{2}", [r"\frac12\sqrt{3}", r"\sqrt{\frac{3}{4}}"], ["3", "2", r"\sqrt{3}", r"\frac{3}{2}"]),
+    (
+        r"\frac{\sqrt{3}}{2}",
+        [r"\frac12\sqrt{3}", r"\sqrt{\frac{3}{4}}"],
+        ["3", "2", r"\sqrt{3}", r"\frac{3}{2}"],
+    ),
     # roots, powers, factorials, constants
-    (r"11\sqrt2", [r"11\sqrt{2}", r"\sqrt{242}", r"\sqrt{2}\cdot 11"], ["11", "2", r"\sqrt{2}", "22"]),
+    (
+        r"11\sqrt2",
+        [r"11\sqrt{2}", r"\sqrt{242}", r"\sqrt{2}\cdot 11"],
+        ["11", "2", r"\sqrt{2}", "22"],
+    ),
     (r"5\sqrt{3}", [r"\sqrt{75}"], ["5", "3", r"5\sqrt{7}"]),
     (r"\sqrt[3]{2}", [r"2^{1/3}"], ["2", "3", r"\sqrt{2}"]),
     ("2^{10}", ["1024", r"2^{10}"], ["2", "10", "20", "210"]),
@@ -55,7 +68,11 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     # complex numbers, pairs, sets, intervals, matrices
     ("2+3i", ["3i+2"], ["2", "3", "3i", "2-3i"]),
     (r"8 - 3\sqrt{2}", [r"-3\sqrt{2}+8"], ["8", "2", r"8+3\sqrt{2}"]),
-    (r"(3, \frac{\pi}{2})", [r"\left( 3, \frac{\pi}{2} \right)", r"\left(3,\frac{\pi}{2}\right)"], ["3", r"\frac{\pi}{2}", r"(\frac{\pi}{2},3)"]),
+    (
+        r"(3, \frac{\pi}{2})",
+        [r"\left( 3, \frac{\pi}{2} \right)", r"\left(3,\frac{\pi}{2}\right)"],
+        ["3", r"\frac{\pi}{2}", r"(\frac{\pi}{2},3)"],
+    ),
     ("(1,2)", ["(1, 2)"], ["(2,1)", "1", "2"]),
     ("(1,2,3)", ["(1, 2, 3)"], ["(1,2)", "3", "(3,2,1)"]),
     (r"\{1,2,3\}", [r"\{3,1,2\}", "1, 2, 3"], [r"\{1,2\}", "3"]),
@@ -65,7 +82,11 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     (r"(-\infty, 6)", [r"(-\infty,6)"], ["6", r"(-\infty, 6]", r"(6,\infty)"]),
     ("[0,1)", ["[0, 1)"], ["[0,1]", "(0,1)", "0", "1"]),
     (r"[1,2]\cup[3,4]", [r"[1,2] \cup [3,4]", r"[3,4]\cup[1,2]"], ["[1,2]", "4", "[1,4]"]),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"], [r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", "1", "4"]),
+    (
+        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"],
+        [r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", "1", "4"],
+    ),
     ("5:6", [r"\frac{5}{6}"], ["5", "6", "6:5"]),
     # words, letters, bases
     (r"\text{Thursday}", ["Thursday", r"\text{thursday}"], [r"\text{Friday}", "Tuesday"]),
@@ -75,11 +96,14 @@ MATH: list[tuple[str, list[str], list[str]]] = [
     (r"\text{(C)}", ["C", r"\text{C}", "(C)"], ["D", "(B)"]),
     (r"\text{even}", ["even"], ["odd"]),
     ("12_8", ["12_8", "12_{8}"], ["12", "12_9", "8"]),
-]  # fmt: skip
+]
 
 
 def table() -> list[tuple[str, str, float]]:
     """(gold, said, verdict)."""
     return [
-        (gold, said, verdict) for gold, *both in MATH for verdict, texts in zip((1.0, 0.0), both, strict=True) for said in texts
+        (gold, said, verdict)
+        for gold, *both in MATH
+        for verdict, texts in zip((1.0, 0.0), both, strict=True)
+        for said in texts
     ]

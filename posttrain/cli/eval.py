@@ -1,4 +1,5 @@
-"""`posttrain eval`: held-out problems answered and verified; `posttrain prep difficulty`: the same, written beside each row."""
+"""`posttrain eval`: held-out problems answered and verified; `posttrain prep difficulty`: the same,
+written beside each row."""
 
 from __future__ import annotations
 
@@ -14,43 +15,87 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `eval`; imports nothing heavy."""
     _declare_shared(parser)
-    parser.add_argument("--out", metavar="FILE", help="write every answer with its rewards here, JSON lines")
-    parser.add_argument("--pass-at-powers", action="store_true", help="pass@k for k = 2, 4, 8, ... below the samples too")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write every answer with its rewards here, JSON lines"
+    )
+    parser.add_argument(
+        "--pass-at-powers",
+        action="store_true",
+        help="pass@k for k = 2, 4, 8, ... below the samples too",
+    )
     parser.set_defaults(samples=1, temperature=0.0)
 
 
 def declare_difficulty(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prep difficulty`."""
     _declare_shared(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the rows with pass_rate and difficulty (1 - pass_rate)")
-    parser.add_argument("--guess-tries", type=int, default=0, metavar="N",
-                        help="leave out problems that are right within N tries without reasoning (k1.5: 8); 0: none")  # fmt: skip
-    parser.add_argument("--guess-suffix", default="\n\nAnswer with the result only.", help="put after the prompt for a guess")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the rows with pass_rate and difficulty (1 - pass_rate)",
+    )
+    parser.add_argument(
+        "--guess-tries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out problems that are right within N tries without reasoning "
+        "(k1.5: 8); 0: none",
+    )
+    parser.add_argument(
+        "--guess-suffix",
+        default="\n\nAnswer with the result only.",
+        help="put after the prompt for a guess",
+    )
     parser.set_defaults(samples=10, temperature=1.0)
 
 
 def _declare_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="embedded model, folder or hub id")
     parser.add_argument(
-        "--task", required=True, nargs="+", metavar="ROWS", help="files of rows, or gym:NAME for reasoning-gym's NAME"
+        "--task",
+        required=True,
+        nargs="+",
+        metavar="ROWS",
+        help="files of rows, or gym:NAME for reasoning-gym's NAME",
     )
     parser.add_argument(
-        "--reward", default="math_answer", help="what tells right from wrong (default: math_answer; gym: gym_answer)"
+        "--reward",
+        default="math_answer",
+        help="what tells right from wrong (default: math_answer; gym: gym_answer)",
     )
-    parser.add_argument("--samples", type=int, help="answers of each problem (default: eval 1, difficulty 10)")
-    parser.add_argument("--temperature", type=float, help="0: greedy (default: eval 0, difficulty 1)")
+    parser.add_argument(
+        "--samples", type=int, help="answers of each problem (default: eval 1, difficulty 10)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="0: greedy (default: eval 0, difficulty 1)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
     parser.add_argument(
-        "--must-end", action="store_true", help="an answer that is cut off at --max-tokens is wrong, whatever it says"
+        "--must-end",
+        action="store_true",
+        help="an answer that is cut off at --max-tokens is wrong, whatever it says",
     )
     parser.add_argument(
-        "--problems", type=int, default=0, metavar="N", help="only the first N; gym: how many (default: all; gym 200)"
+        "--problems",
+        type=int,
+        default=0,
+        metavar="N",
+        help="only the first N; gym: how many (default: all; gym 200)",
     )
-    parser.add_argument("--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}")
+    parser.add_argument(
+        "--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}"
+    )
     parser.add_argument("--system", help="system message")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-rows", type=int, default=64, help="completions that run at the same time (default: 64)")
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=64,
+        help="completions that run at the same time (default: 64)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -67,12 +112,21 @@ def run(arguments: argparse.Namespace) -> None:
     table.add_column("", justify="right")
     interval = metrics.pop("eval_pass@1_ci95")
     for name, value in metrics.items():
-        text = f"{value:.1%}" if "@" in name or name in ("eval_truncated", "eval_unscored") else f"{value:.3f}"
-        table.add_row(name.removeprefix("eval_"), f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text)
+        text = (
+            f"{value:.1%}"
+            if "@" in name or name in ("eval_truncated", "eval_unscored")
+            else f"{value:.3f}"
+        )
+        table.add_row(
+            name.removeprefix("eval_"),
+            f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text,
+        )
     Console().print(table)
     if arguments.out:
         lines = evaluation.rows()
-        Path(arguments.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        Path(arguments.out).write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
 
 
 def run_difficulty(arguments: argparse.Namespace) -> None:
@@ -83,9 +137,15 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     evaluation = evaluate(arguments, rows)
     guessed: set[str] = set()
     if arguments.guess_tries:
-        quick = argparse.Namespace(**{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32})
+        quick = argparse.Namespace(
+            **{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32}
+        )
         tried = evaluate(quick, rows, suffix=arguments.guess_suffix)
-        guessed = {str(g.prompt.sample["_where"]) for g, row in zip(tried.groups, tried.correct, strict=True) if any(row)}
+        guessed = {
+            str(g.prompt.sample["_where"])
+            for g, row in zip(tried.groups, tried.correct, strict=True)
+            if any(row)
+        }
     lines = []
     unjudged = 0
     for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
@@ -95,14 +155,18 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
         if rate is not None and str(group.prompt.sample["_where"]) not in guessed:
             kept = {k: v for k, v in group.prompt.sample.items() if k != "_where"}
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
-    Path(arguments.out).write_text("".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8")
+    Path(arguments.out).write_text(
+        "".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8"
+    )
     print(
-        f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), {unjudged} left out (no "
-        f"answer could be judged); wrote {len(lines)} to {arguments.out}"
+        f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), "
+        f"{unjudged} left out (no answer could be judged); wrote {len(lines)} to {arguments.out}"
     )
 
 
-def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffix: str = "") -> Evaluation:
+def evaluate(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffix: str = ""
+) -> Evaluation:
     """Answers and judges the rows; ``suffix`` goes after each prompt."""
     import torch
     from accelerate import PartialState
@@ -123,34 +187,52 @@ def evaluate(arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffi
     is_gym = arguments.task[0].startswith("gym:")
     reward = "gym_answer" if is_gym and arguments.reward == "math_answer" else arguments.reward
     settings = EvaluationConfig(
-        samples=arguments.samples, temperature=arguments.temperature, top_p=arguments.top_p, prompts=0, correct=reward
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        prompts=0,
+        correct=reward,
     )
-    rewards = Rewards(RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0))
+    rewards = Rewards(
+        RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0)
+    )
     source = ModelConfig(name=arguments.model)
     tokenizer = load_tokenizer(source)
     dtype = torch_dtype(default_precision(state.device.type).compute)
     policy = Policy(
-        load_model(source, dtype=dtype).to(state.device), PackingConfig(max_tokens=8192), device_type=state.device.type
+        load_model(source, dtype=dtype).to(state.device),
+        PackingConfig(max_tokens=8192),
+        device_type=state.device.type,
     )
     engine = LocalEngine(
-        policy, compute=dtype, stop_ids=end_token_ids(policy.base, tokenizer), config=LocalConfig(max_rows=arguments.max_rows),
+        policy,
+        compute=dtype,
+        stop_ids=end_token_ids(policy.base, tokenizer),
+        config=LocalConfig(max_rows=arguments.max_rows),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-    )  # fmt: skip
+    )
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     room = positions - arguments.max_tokens if positions else 2**31
-    template = PromptConfig(template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1))
+    template = PromptConfig(
+        template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1)
+    )
     prompts, counts = prompts_from_rows(rows, tokenizer, template, suffix=suffix)
     if counts["too long"]:
         raise ValueError(
-            f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; the model knows {positions} "
-            f"positions and --max-tokens is {arguments.max_tokens}. Lower it, or take these problems out: a score leaves none "
-            "out silently."
+            f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; the "
+            f"model knows {positions} positions and --max-tokens is {arguments.max_tokens}. Lower "
+            "it, or take these problems out: a score leaves none out silently."
         )
     report_prompts(counts, prompts, rewards)
     collector = Collector(
-        accelerator=state, engine=engine, rewards=rewards, prompts=prompts, tokenizer=tokenizer,
-        sampling=SamplingConfig(max_tokens=arguments.max_tokens), by_completion=False,
-    )  # fmt: skip
+        accelerator=state,
+        engine=engine,
+        rewards=rewards,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        sampling=SamplingConfig(max_tokens=arguments.max_tokens),
+        by_completion=False,
+    )
     try:
         with torch.no_grad():
             return evaluate_prompts(collector, prompts, settings, seed=arguments.seed)
@@ -167,8 +249,13 @@ def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             import reasoning_gym
 
             name = source.removeprefix("gym:")
-            made = reasoning_gym.create_dataset(name, size=arguments.problems or 200, seed=arguments.seed)
-            rows += [{**entry, "task": name, "_where": f"{source}:{i}"} for i, entry in enumerate(made, start=1)]
+            made = reasoning_gym.create_dataset(
+                name, size=arguments.problems or 200, seed=arguments.seed
+            )
+            rows += [
+                {**entry, "task": name, "_where": f"{source}:{i}"}
+                for i, entry in enumerate(made, start=1)
+            ]
         else:
             rows += [{**row.values, "_where": row.where} for row in read_rows(source)]
     return rows[: arguments.problems or None]

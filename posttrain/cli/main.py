@@ -1,6 +1,8 @@
-"""``posttrain COMMAND ...``. Each command imports what it needs when it runs, so that ``posttrain --help`` is instant.
+"""``posttrain COMMAND ...``. Each command imports what it needs when it runs, so that ``posttrain
+--help`` is instant.
 
-A new command is a function that declares its arguments, a function that runs it, and a line in ``COMMANDS``.
+A new command is a function that declares its arguments, a function that runs it, and a line in
+``COMMANDS``.
 """
 
 from __future__ import annotations
@@ -26,29 +28,36 @@ class Command:
     run: Callable[[argparse.Namespace], None]
     """Does the work. Raises ValueError or OSError for what the user can mend."""
     takes_settings: bool = False
-    """Options that it does not declare are settings of a run: they come as ``arguments.settings``."""
+    """Options that it does not declare are settings of a run: they come as
+    ``arguments.settings``."""
 
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER_DIR", help="folder with adapter_config.json")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty"
+    )
     parser.add_argument(
         "--base",
         metavar="NAME_OR_DIR",
-        help="embedded model, folder or hub id of the base model (default: the one the adapter recorded)",
+        help="embedded model, folder or hub id of the base model (default: the one the adapter "
+        "recorded)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the merged weights; the sum is computed in float32 (default: auto, that of the base's checkpoint)",
+        help="of the merged weights; the sum is computed in float32 (default: auto, that of the "
+        "base's checkpoint)",
     )
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
     from posttrain.models.merge import merge_adapter
 
-    folder = merge_adapter(arguments.adapter, out=arguments.out, base=arguments.base, dtype=arguments.dtype)
+    folder = merge_adapter(
+        arguments.adapter, out=arguments.out, base=arguments.base, dtype=arguments.dtype
+    )
     print(f"Merged model: {folder}")
 
 
@@ -63,17 +72,31 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "prep": Command(help="make training rows of raw preference data", declare=prep.declare, run=prep.run),
-    "plan": Command(help="what a run's memory will be", declare=plan.declare, run=plan.run, takes_settings=True),
-    "eval": Command(help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run),
-    "merge": Command(help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge),
-    "version": Command(help="print the versions of posttrain and what it builds on", declare=lambda _: None, run=_run_version),
+    "prep": Command(
+        help="make training rows of raw preference data", declare=prep.declare, run=prep.run
+    ),
+    "plan": Command(
+        help="what a run's memory will be", declare=plan.declare, run=plan.run, takes_settings=True
+    ),
+    "eval": Command(
+        help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run
+    ),
+    "merge": Command(
+        help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge
+    ),
+    "version": Command(
+        help="print the versions of posttrain and what it builds on",
+        declare=lambda _: None,
+        run=_run_version,
+    ),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="posttrain", description="Post-training of language models.")
+    parser = argparse.ArgumentParser(
+        prog="posttrain", description="Post-training of language models."
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         command.declare(subparsers.add_parser(name, help=command.help, description=command.help))
@@ -81,7 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 for what the user can mend, told in one line without a traceback.
+    """Run one command. Returns the exit code: 0, or 2 for what the user can mend, told in one line
+    without a traceback.
 
     ``POSTTRAIN_TRACEBACK=1`` shows the traceback.
     """

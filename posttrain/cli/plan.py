@@ -1,4 +1,5 @@
-"""`posttrain plan`: the memory of a run before it starts, phase by phase, without loading its weights."""
+"""`posttrain plan`: the memory of a run before it starts, phase by phase, without loading its
+weights."""
 
 from __future__ import annotations
 
@@ -18,17 +19,46 @@ METHODS = ("sft", "reward", "dpo", "rl")
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments; imports nothing heavy."""
-    parser.epilog = "Any other option is a setting of the run, e.g. --model.name DIR or --packing.max_tokens 4096."
-    parser.add_argument("config", metavar="CONFIG", help="settings of a run, e.g. recipes/configs/dpo_smollm2.yaml")
-    parser.add_argument("--method", choices=METHODS, help="kind of run (default: found from the settings)")
-    parser.add_argument("--devices", type=int, metavar="N", help="data-parallel processes (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if it is here or --device-memory is given")
-    parser.add_argument("--device-memory", metavar="SIZE", help="of one device, e.g. 80GB (default: this machine's)")
-    parser.add_argument("--zero", metavar="STAGES", help="ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1")
-    parser.add_argument("--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2")
+    parser.epilog = (
+        "Any other option is a setting of the run, e.g. --model.name DIR or "
+        "--packing.max_tokens 4096."
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", help="settings of a run, e.g. recipes/configs/dpo_smollm2.yaml"
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, help="kind of run (default: found from the settings)"
+    )
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="data-parallel processes (default: 1)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: cuda if it is here or --device-memory is given",
+    )
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="of one device, e.g. 80GB (default: this machine's)"
+    )
+    parser.add_argument(
+        "--zero",
+        metavar="STAGES",
+        help="ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1",
+    )
+    parser.add_argument(
+        "--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2"
+    )
     parser.add_argument("--offload", choices=("optimizer",), help="optimizer state in host memory")
-    parser.add_argument("--solve", choices=("max-tokens", "min-devices", "cheapest-zero"), help="ask the other way round")
-    parser.add_argument("--traced", action="store_true", help="also run the real update step on fake tensors (one device)")
+    parser.add_argument(
+        "--solve",
+        choices=("max-tokens", "min-devices", "cheapest-zero"),
+        help="ask the other way round",
+    )
+    parser.add_argument(
+        "--traced",
+        action="store_true",
+        help="also run the real update step on fake tensors (one device)",
+    )
     parser.add_argument("--json", action="store_true", help="print bytes of everything")
 
 
@@ -50,9 +80,16 @@ def run(arguments: argparse.Namespace) -> None:
         print(_solve(arguments, job, limit, devices, stages))
         return
     engine: Any = "deepspeed" if arguments.deepspeed else None
-    plans = [memory_plan(job.sharded(stage, devices, engine=engine if stage == 3 else None)) for stage in stages]
+    plans = [
+        memory_plan(job.sharded(stage, devices, engine=engine if stage == 3 else None))
+        for stage in stages
+    ]
     if arguments.json:
-        beside = {} if traced is None else {"traced_bytes": traced.peak_bytes, "traced_bytes_by_category": traced.by_category}
+        beside = (
+            {}
+            if traced is None
+            else {"traced_bytes": traced.peak_bytes, "traced_bytes_by_category": traced.by_category}
+        )
         print(json.dumps([to_json(plan, limit) | beside for plan in plans], indent=1))
         return
     show(plans, limit, shortest=shortest)
@@ -69,25 +106,41 @@ def _trace(job: Job, config: Any) -> Any:
     if job.method == "dpo" and not job.reference:
         with_reference = "cached" if config.reference.cache else job.is_lora
     return trace_step(
-        read_config(config.model), method=job.method, packing=config.packing, precision=job.precision, lora=config.model.lora,
+        read_config(config.model),
+        method=job.method,
+        packing=config.packing,
+        precision=job.precision,
+        lora=config.model.lora,
         dropout=config.model.dropout,
-        gradient_checkpointing=config.model.gradient_checkpointing, with_reference=with_reference,
-        optimizer=config.optimizer, completions=job.row_completions,
-    )  # fmt: skip
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        with_reference=with_reference,
+        optimizer=config.optimizer,
+        completions=job.row_completions,
+    )
 
 
 def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
     devices = arguments.devices or 1
     try:
-        stages = [int(s) for s in arguments.zero.split(",")] if arguments.zero else ([0, 1, 2, 3] if devices > 1 else [0])
+        stages = (
+            [int(s) for s in arguments.zero.split(",")]
+            if arguments.zero
+            else ([0, 1, 2, 3] if devices > 1 else [0])
+        )
     except ValueError as error:
-        raise ValueError(f"--zero is a list of ZeRO stages such as 0,1,2,3; got {arguments.zero!r}.") from error
+        raise ValueError(
+            f"--zero is a list of ZeRO stages such as 0,1,2,3; got {arguments.zero!r}."
+        ) from error
     if devices < 1 or not set(stages) <= {0, 1, 2, 3}:
-        raise ValueError(f"--devices must be >= 1 and --zero among 0,1,2,3; got {devices} and {stages}.")
+        raise ValueError(
+            f"--devices must be >= 1 and --zero among 0,1,2,3; got {devices} and {stages}."
+        )
     return devices, stages
 
 
-def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]) -> str:
+def _solve(
+    arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]
+) -> str:
     from posttrain.memory import solve as planner
     from posttrain.memory.limits import gigabytes
 
@@ -95,19 +148,39 @@ def _solve(arguments: argparse.Namespace, job: Job, limit: float | None, devices
         raise ValueError("--solve needs the memory of a device: --device-memory 80GB.")
     answers: dict[str, Any]
     if arguments.solve == "max-tokens":
-        answers = {str(s): planner.max_tokens(job.sharded(s, devices), limit * (1 - planner.SOLVER_MARGIN)) for s in stages}
-        lines = [f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits" for s, n in answers.items()]
+        answers = {
+            str(s): planner.max_tokens(job.sharded(s, devices), limit * (1 - planner.SOLVER_MARGIN))
+            for s in stages
+        }
+        lines = [
+            f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits"
+            for s, n in answers.items()
+        ]
     elif arguments.solve == "min-devices":
         wanted = stages if arguments.zero else [0, 1, 2, 3]
         answers = {str(s): planner.min_devices(job, limit, zero_stage=s) for s in wanted}
-        lines = [f"ZeRO-{s}: {n} devices" if n else f"ZeRO-{s}: no number of devices is enough" for s, n in answers.items()]
+        lines = [
+            f"ZeRO-{s}: {n} devices" if n else (f"ZeRO-{s}: no number of devices is enough")
+            for s, n in answers.items()
+        ]
     else:
         stage = planner.cheapest_zero(job, limit, num_devices=devices)
         answers = {"stage": stage}
-        lines = [f"ZeRO-{stage} is enough" if stage is not None else f"nothing fits: {planner.advice(job, limit)}"]
+        lines = [
+            f"ZeRO-{stage} is enough"
+            if stage is not None
+            else (f"nothing fits: {planner.advice(job, limit)}")
+        ]
     if arguments.json:
-        return json.dumps({"solve": arguments.solve, "limit_bytes": limit, "devices": devices, "answers": answers})
-    return "\n".join([f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:", *lines])
+        return json.dumps(
+            {"solve": arguments.solve, "limit_bytes": limit, "devices": devices, "answers": answers}
+        )
+    return "\n".join(
+        [
+            f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:",
+            *lines,
+        ]
+    )
 
 
 def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int, Any]:
@@ -125,10 +198,20 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     precision = plan_precision(config.train.precision, device, is_here=device == "cpu" or has_cuda)
     wants = trainer.algorithm.needs_reference if method == "rl" else trainer.wants_reference
     prompt = _longest_prompt(config) if method == "rl" else None
-    job = job_of(config, method, precision=precision, device=device, wants_reference=wants, longest_prompt=prompt,
-                 reference_every=trainer.algorithm.reference_every if method == "rl" else 0)  # fmt: skip
+    job = job_of(
+        config,
+        method,
+        precision=precision,
+        device=device,
+        wants_reference=wants,
+        longest_prompt=prompt,
+        reference_every=trainer.algorithm.reference_every if method == "rl" else 0,
+    )
     if arguments.offload and device == "cpu":
-        raise ValueError("--offload optimizer moves its state from a GPU to the host; on a CPU there is nothing to move.")
+        raise ValueError(
+            "--offload optimizer moves its state from a GPU to the host; on a CPU "
+            "there is nothing to move."
+        )
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
     longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
@@ -136,7 +219,8 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
 
 
 def _longest_prompt(config: Any) -> int | None:
-    """Tokens; None where the data is not on this machine, or the model has no tokenizer: its config.json is enough for a plan."""
+    """Tokens; None where the data is not on this machine, or the model has no tokenizer: its
+    config.json is enough for a plan."""
     from posttrain.data.prompts import load_prompts
     from posttrain.models.load import load_tokenizer
 
@@ -150,7 +234,8 @@ def _longest_prompt(config: Any) -> int | None:
 
 
 def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
-    """The settings as the recipe reads them, and its trainer, which checks them against each other."""
+    """The settings as the recipe reads them, and its trainer, which checks them against each
+    other."""
     from importlib import import_module
 
     from posttrain.training.config import parse_config
@@ -158,24 +243,43 @@ def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
     name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "rl": "RL"}[method]
     module = import_module(f"posttrain.trainers.{method}")
     config = parse_config(
-        getattr(module, f"{name}Config"), ["--config", path, *settings], description=f"settings of a {method} run"
+        getattr(module, f"{name}Config"),
+        ["--config", path, *settings],
+        description=f"settings of a {method} run",
     )
     return config, getattr(module, f"{name}Trainer")(config=config)
 
 
 def find_method(path: str, settings: list[str]) -> str:
-    """The kind of run that settings are for: by keys that only one kind has, then by the loss, then by its options.
+    """The kind of run that settings are for: by keys that only one kind has, then by the loss, then
+    by its options.
 
-    Raises ValueError for a loss of one's own without another sign of its kind (then give ``--method``).
+    Raises ValueError for a loss of one's own without another sign of its kind (then give
+    ``--method``).
     """
     import yaml
 
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"There is no settings file {path!r}. Give one such as recipes/configs/sft_smollm2.yaml.")
+        raise ValueError(
+            f"There is no settings file {path!r}. Give one such as "
+            "recipes/configs/sft_smollm2.yaml."
+        )
     keys: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    given = {*keys, *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--"))}
-    if given & {"algorithm", "algorithm_options", "sampling", "rollout", "rewards", "engine", "local", "curriculum"}:
+    given = {
+        *keys,
+        *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--")),
+    }
+    if given & {
+        "algorithm",
+        "algorithm_options",
+        "sampling",
+        "rollout",
+        "rewards",
+        "engine",
+        "local",
+        "curriculum",
+    }:
         return "rl"
     said = [settings[i + 1] for i, s in enumerate(settings[:-1]) if s == "--loss"]
     said += [s.partition("=")[2] for s in settings if s.startswith("--loss=")]
@@ -183,7 +287,10 @@ def find_method(path: str, settings: list[str]) -> str:
     if "reference" in given:
         return "dpo"
     if re.search(r"[A-Za-z_]\w*\.[A-Za-z_]", written):
-        raise ValueError(f"The loss {written!r} does not say which kind of run this is. Add --method sft, reward or dpo.")
+        raise ValueError(
+            f"The loss {written!r} does not say which kind of run this is. Add "
+            "--method sft, reward or dpo."
+        )
     loss = written.split("*")[-1].split("+")[0].strip()
     options = set(keys.get("loss_options") or {})
     if loss == "bradley_terry" or options & {"centering", "margin_scale"}:

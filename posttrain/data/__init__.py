@@ -1,4 +1,5 @@
-"""Files of rows to prompt groups: read, normalise, apply the chat template with an exact loss mask, cache, mix."""
+"""Files of rows to prompt groups: read, normalise, apply the chat template with an exact loss mask,
+cache, mix."""
 
 from posttrain.data.chat import (
     ChatEncoder,

@@ -1,10 +1,11 @@
 """Tokenised sources on disk: one folder per key, complete or not there.
 
-The key is the sha256 of what decides the tokens: the content of the files, the tokenizer, the template, and the options
-``format, columns, carry, max_length, overlong`` (and ``split`` for the hub). Nothing of the optimisation is in it, nor seed,
-weights or eval_fraction, which choose among rows. A folder holds ``tokens.arrow`` and ``manifest.json``, is written
-under a temporary name and renamed: of two processes that write the same key, the first to finish wins and both read
-its result.
+The key is the sha256 of what decides the tokens: the content of the files, the tokenizer, the
+template, and the options ``format, columns, carry, max_length, overlong`` (and ``split`` for the
+hub). Nothing of the optimisation is in it, nor seed, weights or eval_fraction, which choose among
+rows. A folder holds ``tokens.arrow`` and ``manifest.json``, is written under a temporary name and
+renamed: of two processes that write the same key, the first to finish wins and both read its
+result.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
 
 
 def cache_root(configured: str | None) -> Path:
-    """What is configured, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or ~/.cache."""
+    """What is configured, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or
+    ~/.cache."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain").expanduser()
+    return Path(
+        configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
+    ).expanduser()
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -41,32 +45,53 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def source_digests(source: Sequence[Path] | HubSource, *, split: str) -> list[str]:
-    """sha256 of every file's bytes; for the hub the fingerprint that `datasets` gives the loaded split."""
+    """sha256 of every file's bytes; for the hub the fingerprint that `datasets` gives the loaded
+    split."""
     if isinstance(source, HubSource):
-        return [f"{source.name}:{source.config}[{split}] {load_hub(source, split=split)._fingerprint}"]
+        return [
+            f"{source.name}:{source.config}[{split}] {load_hub(source, split=split)._fingerprint}"
+        ]
     digests = []
     for path in source:
         with path.open("rb") as file:
-            suffixes = "".join(path.suffixes[-2:]).lower()  # the same bytes read as CSV are other rows
+            suffixes = "".join(
+                path.suffixes[-2:]
+            ).lower()  # the same bytes read as CSV are other rows
             digests.append(f"{suffixes} {hashlib.file_digest(file, 'sha256').hexdigest()}")
     return digests
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of vocabulary, merges and special tokens. Padding and truncation, which calls leave behind, are left
-    out."""
+    """sha256 of vocabulary, merges and special tokens. Padding and truncation, which calls leave
+    behind, are left out."""
     import tokenizers
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        state: Any = {"vocab": tokenizer.get_vocab(), "name": type(tokenizer).__name__, "init": repr(tokenizer)}
+        state: Any = {
+            "vocab": tokenizer.get_vocab(),
+            "name": type(tokenizer).__name__,
+            "init": repr(tokenizer),
+        }
     else:
-        state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    return _digest([state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__])
+        state = {
+            k: v
+            for k, v in json.loads(backend.to_str()).items()
+            if k not in ("padding", "truncation")
+        }
+    return _digest(
+        [state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__]
+    )
 
 
-def cache_key(digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, config: DataConfig, purpose: str = "sft") -> str:
+def cache_key(
+    digests: Sequence[str],
+    tokenizer: str,
+    encoder: ChatEncoder,
+    config: DataConfig,
+    purpose: str = "sft",
+) -> str:
     """32 hex digits; equal keys mean equal tokens."""
     options = {
         "format": config.format,
@@ -76,11 +101,14 @@ def cache_key(digests: Sequence[str], tokenizer: str, encoder: ChatEncoder, conf
         "max_length": config.max_length,
         "overlong": config.overlong,
     }
-    return _digest([ENCODING_VERSION, list(digests), tokenizer, encoder.template, encoder.mask_from, options])[:32]
+    return _digest(
+        [ENCODING_VERSION, list(digests), tokenizer, encoder.template, encoder.mask_from, options]
+    )[:32]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete folder; None if there is none, or its tokens have not the size it states."""
+    """The manifest of a complete folder; None if there is none, or its tokens have not the size it
+    states."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         size_bytes = (folder / TOKENS).stat().st_size
@@ -90,9 +118,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Fills ``folder`` atomically. ``write(tokens_path)`` writes the tokens and returns the manifest's entries.
+    """Fills ``folder`` atomically. ``write(tokens_path)`` writes the tokens and returns the
+    manifest's entries.
 
-    Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there first.
+    Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there
+    first.
     """
     temporary = _temporary_beside(folder)
     try:
@@ -102,7 +132,9 @@ def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, 
         return _move(temporary, folder) or manifest
     except OSError as error:
         raise OSError(
-            error.errno, f"{folder.parent}: cannot write tokenised data: {error}. Free space, or set --data.cache_dir."
+            error.errno,
+            f"{folder.parent}: cannot write tokenised data: {error}. Free space, or "
+            "set --data.cache_dir.",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,12 +147,14 @@ def _temporary_beside(folder: Path) -> Path:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{folder.parent}: cannot write tokenised data here: {error}. Set --data.cache_dir or POSTTRAIN_CACHE.",
+            f"{folder.parent}: cannot write tokenised data here: {error}. Set --data.cache_dir or "
+            "POSTTRAIN_CACHE.",
         ) from error
 
 
 def _move(temporary: Path, folder: Path) -> dict[str, Any] | None:
-    """Renames; returns the manifest of a valid folder that was there first. A damaged one is moved out of the way."""
+    """Renames; returns the manifest of a valid folder that was there first. A damaged one is moved
+    out of the way."""
     for _ in range(2):
         try:
             temporary.rename(folder)

@@ -1,16 +1,20 @@
-"""Conversations become token ids and an exact loss mask: assistant content and the end of its turn, nothing else.
+"""Conversations become token ids and an exact loss mask: assistant content and the end of its turn,
+nothing else.
 
 The text is rendered by the tokenizer's own template. Which characters are trained comes from
 
 1. the template's ``{% generation %}`` markers, if it has them;
-2. else the training variant of the template that TRL ships, if it knows the template (it has markers, and keeps what
+2. else the training variant of the template that TRL ships, if it knows the template (it has
+   markers, and keeps what
    some templates delete from earlier turns, such as reasoning);
-3. else from prefixes: the conversation before an assistant turn with the generation prompt, and the one up to the
+3. else from prefixes: the conversation before an assistant turn with the generation prompt, and the
+   one up to the
    turn's end, must both be prefixes of the whole text.
 
-The text is cut at these characters and tokenised so that no token lies on both sides of a cut. Where one of these steps
-cannot be exact, it is a ValueError, never a guess. Transformers' ``return_assistant_tokens_mask`` is not used: it loses
-the last bytes of a span that ends in a character of several tokens (an emoji), and needs a fast tokenizer.
+The text is cut at these characters and tokenised so that no token lies on both sides of a cut.
+Where one of these steps cannot be exact, it is a ValueError, never a guess. Transformers'
+``return_assistant_tokens_mask`` is not used: it loses the last bytes of a span that ends in a
+character of several tokens (an emoji), and needs a fast tokenizer.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ class Span(NamedTuple):
 
 
 class ChatEncoder:
-    """What is fixed for a tokenizer (template, stop tokens, where masks come from), found once and used for every row.
+    """What is fixed for a tokenizer (template, stop tokens, where masks come from), found once and
+    used for every row.
 
     Without a chat template only ``encode_text`` works.
     """
@@ -45,7 +50,9 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template, self.mask_from = _training_template(tokenizer)
-        self.stop_ids = stop_token_ids(tokenizer) if self.template is None else _stops(self._render, tokenizer)
+        self.stop_ids = (
+            stop_token_ids(tokenizer) if self.template is None else _stops(self._render, tokenizer)
+        )
         self.stops = [tokenizer.decode([i], skip_special_tokens=False) for i in self.stop_ids]
         self._added = list(tokenizer.get_added_vocab())
         self._header_in_turn = self.mask_from == "prefixes" and self._ignores_generation_prompt()
@@ -61,8 +68,9 @@ class ChatEncoder:
         """The conversation as a group of one completion; see ``encode_conversation``."""
         if self.template is None:
             raise ValueError(
-                f"{_where(meta)}: a conversation needs a chat template, and this tokenizer has none. Set "
-                "--data.chat_template to a jinja file, or use the tokenizer of an instruct model."
+                f"{_where(meta)}: a conversation needs a chat template, and this tokenizer has "
+                "none. Set --data.chat_template to a jinja file, or use the tokenizer of an "
+                "instruct model."
             )
         flags = [m["role"] == "assistant" for m in messages] if trained is None else list(trained)
         self._check_no_stop_inside(messages, meta)
@@ -72,33 +80,47 @@ class ChatEncoder:
         lengths, ids = _encode_pieces(pieces, self.tokenizer, where=_where(meta))
         loss_mask = [m for m, n in zip(mask, lengths, strict=True) for _ in range(n)]
         if 1 not in loss_mask or loss_mask[0] == 1:
-            raise ValueError(f"{_where(meta)}: no prompt before the first trained token, or none trained. Check the template.")
+            raise ValueError(
+                f"{_where(meta)}: no prompt before the first trained token, or none "
+                "trained. Check the template."
+            )
         first = loss_mask.index(1)
         completion = Completion(token_ids=ids[first:], loss_mask=loss_mask[first:])
         return PromptGroup(prompt_ids=ids[:first], completions=[completion], meta=dict(meta or {}))
 
-    def encode_text(self, prompt: str, completion: str, *, meta: Mapping[str, Any] | None = None) -> PromptGroup:
-        """Raw text without turns, (BOS) prompt | completion EOS: trained is what follows the bar. BOS as the tokenizer
-        does by itself."""
+    def encode_text(
+        self, prompt: str, completion: str, *, meta: Mapping[str, Any] | None = None
+    ) -> PromptGroup:
+        """Raw text without turns, (BOS) prompt | completion EOS: trained is what follows the bar.
+        BOS as the tokenizer does by itself."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError(
-                f"{_where(meta)}: the tokenizer has no EOS token, so no end can be trained. Set tokenizer.eos_token."
+                f"{_where(meta)}: the tokenizer has no EOS token, so no end can be trained. Set "
+                "tokenizer.eos_token."
             )
-        (prompt_length, _), ids = _encode_pieces([prompt, completion], self.tokenizer, where=_where(meta))
+        (prompt_length, _), ids = _encode_pieces(
+            [prompt, completion], self.tokenizer, where=_where(meta)
+        )
         prompt_ids = leading_special(self.tokenizer) + ids[:prompt_length]
         if not prompt_ids:
             raise ValueError(
-                f"{_where(meta)}: the prompt is empty and the tokenizer adds no BOS token, so the first token of the "
-                "completion is predicted from nothing. Give the row a prompt."
+                f"{_where(meta)}: the prompt is empty and the tokenizer adds no BOS token, so the "
+                "first token of the completion is predicted from nothing. Give the row a prompt."
             )
         token_ids = [*ids[prompt_length:], eos]
         group = Completion(token_ids=token_ids, loss_mask=[1] * len(token_ids))
         return PromptGroup(prompt_ids=prompt_ids, completions=[group], meta=dict(meta or {}))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False
+    ) -> str:
         return self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=self.template
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            chat_template=self.template,
         )
 
     def _spans(
@@ -121,17 +143,21 @@ class ChatEncoder:
             return text, list(zip(spans, flags, strict=True))
         if not spans or not all(flags):
             raise ValueError(
-                f"{_where(meta)}: the template marks {len(spans)} generated spans for {len(flags)} assistant turns, "
-                "so which of them to train cannot be told. Put {% generation %} around each assistant turn of the "
-                "template."
+                f"{_where(meta)}: the template marks {len(spans)} generated spans for {len(flags)} "
+                "assistant turns, so which of them to train cannot be told. Put {% generation "
+                "%} around each assistant turn of the template."
             )
         return text, [(span, True) for span in spans]
 
-    def _marked_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+    def _marked_spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any
+    ) -> tuple[str, list[Span]]:
         """The template's marked spans; `_after_prompt` takes off what is given to the model."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        render: Any = render_jinja_template  # annotated as returning one string, returns texts and spans
+        render: Any = (
+            render_jinja_template  # annotated as returning one string, returns texts and spans
+        )
         rendered, marked = render(
             conversations=[list(messages)],
             tools=tools,
@@ -141,11 +167,15 @@ class ChatEncoder:
         )
         return rendered[0], [Span(a, b) for a, b in sorted(marked[0]) if a < b]
 
-    def _after_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]) -> list[Span]:
-        """The spans less what the generation prompt gives to the model: some templates mark the header as generated.
+    def _after_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, text: str, spans: list[Span]
+    ) -> list[Span]:
+        """The spans less what the generation prompt gives to the model: some templates mark the
+        header as generated.
 
-        Where the generation prompt is no prefix, what comes before a <think> that it opens is taken off (the row has none, or
-        goes on otherwise, and then trains it); else the special tokens it shares with the span.
+        Where the generation prompt is no prefix, what comes before a <think> that it opens is taken
+        off (the row has none, or goes on otherwise, and then trains it); else the special tokens it
+        shares with the span.
         """
         ends = []
         for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
@@ -153,10 +183,21 @@ class ChatEncoder:
             shared = os.path.commonprefix([prompt, text])
             special = max((shared.rfind(t) + len(t) for t in self._added if t in shared), default=0)
             header = _OPENED.sub("", prompt)
-            ends.append(len(prompt) if shared == prompt else len(header) if shared.startswith(header) else special)
-        return [Span(min((e for e in ends if s.start < e < s.end), default=s.start), s.end) for s in spans]
+            ends.append(
+                len(prompt)
+                if shared == prompt
+                else len(header)
+                if shared.startswith(header)
+                else special
+            )
+        return [
+            Span(min((e for e in ends if s.start < e < s.end), default=s.start), s.end)
+            for s in spans
+        ]
 
-    def _prefix_spans(self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str) -> tuple[str, list[Span]]:
+    def _prefix_spans(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, where: str
+    ) -> tuple[str, list[Span]]:
         text = self._render(messages, tools)
         spans = []
         for i, message in enumerate(messages):
@@ -166,31 +207,34 @@ class ChatEncoder:
             through = text if i + 1 == len(messages) else self._render(messages[: i + 1], tools)
             if not through.startswith(before):
                 raise ValueError(
-                    f"{where}: the loss mask cannot be derived exactly: the generation prompt of the chat template is not how "
-                    f"it begins message {i + 1} (it may open a <think> block that the row lacks). Put {{% generation "
-                    "%} markers into the template and pass it with --data.chat_template, or give the rows that "
+                    f"{where}: the loss mask cannot be derived exactly: the generation prompt of "
+                    f"the chat template is not how it begins message {i + 1} (it may open a "
+                    "<think> block that the row lacks). Put {% generation %} markers into the "
+                    "template and pass it with --data.chat_template, or give the rows that "
                     "beginning."
                 )
             if not text.startswith(through):
                 raise ValueError(
-                    f"{where}: the loss mask cannot be derived exactly: the chat template renders what comes before the end of "
-                    f"message {i + 1} differently when more messages follow (some delete the reasoning of earlier "
-                    "turns). Put {% generation %} markers into the template and pass it with --data.chat_template, or "
-                    "keep one assistant turn per row."
+                    f"{where}: the loss mask cannot be derived exactly: the chat template renders "
+                    f"what comes before the end of message {i + 1} differently when more messages "
+                    "follow (some delete the reasoning of earlier turns). Put {% generation %} "
+                    "markers into the template and pass it with --data.chat_template, or keep one "
+                    "assistant turn per row."
                 )
             turn, content = through[len(before) :], message["content"].strip()
             lead = turn[: turn.find(content)] if content and content in turn else turn
             if self._header_in_turn and lead.strip():
                 raise ValueError(
-                    f"{where}: the chat template ignores add_generation_prompt, so the header {lead!r} of the assistant turn "
-                    "would be trained. Put {% generation %} markers into the template and pass it with "
-                    "--data.chat_template."
+                    f"{where}: the chat template ignores add_generation_prompt, so the header "
+                    f"{lead!r} of the assistant turn would be trained. Put {{% generation %}} "
+                    "markers into the template and pass it with --data.chat_template."
                 )
             spans.append(Span(len(before), len(through)))
         return text, spans
 
     def _close(self, text: str, span: Span) -> Span:
-        """The span up to and with the token that ends the turn: without what the template writes after it."""
+        """The span up to and with the token that ends the turn: without what the template writes
+        after it."""
         body = text[span.start : span.end].rstrip()
         if any(body.endswith(stop) for stop in self.stops):
             return Span(span.start, span.start + len(body))
@@ -211,12 +255,14 @@ class ChatEncoder:
 
     def _check_no_stop_inside(self, messages: Sequence[Mapping[str, Any]], meta: Any) -> None:
         for message in messages:
-            found = [s for s in self.stops if message["role"] == "assistant" and s in message["content"]]
+            found = [
+                s for s in self.stops if message["role"] == "assistant" and s in message["content"]
+            ]
             if found:
                 raise ValueError(
-                    f"{_where(meta)}: an assistant message contains {found[0]!r}, the token that ends a turn; the "
-                    "chat template adds it. Remove it from the text: trained inside, it teaches the model to stop "
-                    "early."
+                    f"{_where(meta)}: an assistant message contains {found[0]!r}, the token that "
+                    "ends a turn; the chat template adds it. Remove it from the text: trained "
+                    "inside, it teaches the model to stop early."
                 )
 
 
@@ -228,28 +274,37 @@ def encode_conversation(
     tools: list[Any] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> PromptGroup:
-    """One conversation as a group with K = 1: prompt up to the first trained token, completion from there on.
+    """One conversation as a group with K = 1: prompt up to the first trained token, completion from
+    there on.
 
-    ``loss_mask`` is 1 on assistant content and on the token that ends the turn, 0 elsewhere. ``trained``: one flag per
-    message, default every assistant message. ``meta``: ``file`` and ``row`` for messages. Raises ValueError where the
-    mask cannot be exact. For many rows make one ``ChatEncoder``.
+    ``loss_mask`` is 1 on assistant content and on the token that ends the turn, 0 elsewhere.
+    ``trained``: one flag per message, default every assistant message. ``meta``: ``file`` and
+    ``row`` for messages. Raises ValueError where the mask cannot be exact. For many rows make one
+    ``ChatEncoder``.
     """
     return ChatEncoder(tokenizer).encode(messages, trained=trained, tools=tools, meta=meta)
 
 
 def set_chat_template(tokenizer: Any, path: str | Path) -> None:
-    """Puts the jinja file's text into the tokenizer, so that it is saved and served with what it was trained with."""
+    """Puts the jinja file's text into the tokenizer, so that it is saved and served with what it
+    was trained with."""
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file.") from error
+        raise ValueError(
+            f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file."
+        ) from error
     if "messages" not in template:
-        raise ValueError(f"data.chat_template={path}: no chat template, it never reads `messages`. Give a jinja template.")
+        raise ValueError(
+            f"data.chat_template={path}: no chat template, it never reads `messages`. "
+            "Give a jinja template."
+        )
     tokenizer.chat_template = template
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
-    """Ids that end a turn: EOS, and the special token that the chat template writes after an assistant message."""
+    """Ids that end a turn: EOS, and the special token that the chat template writes after an
+    assistant message."""
     if tokenizer.chat_template is None:
         return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
@@ -264,7 +319,9 @@ def _stops(render: Any, tokenizer: Any) -> list[int]:
 
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     try:
-        text = render([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}])
+        text = render(
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+        )
     except (TemplateError, TypeError):
         return ids
     _, found, tail = text.rpartition(_PROBE)
@@ -288,7 +345,11 @@ def _training_template(tokenizer: Any) -> tuple[str | None, str]:
 
     try:
         known = get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, TemplateError):  # TRL does not know this template, or its probes do not render
+    except (
+        ValueError,
+        TypeError,
+        TemplateError,
+    ):  # TRL does not know this template, or its probes do not render
         known = None
     return (template, "prefixes") if known is None else (known, "trl")
 
@@ -304,16 +365,20 @@ def _cut(text: str, spans: Sequence[Span]) -> tuple[list[str], list[int]]:
 
 
 def _encode_pieces(pieces: list[str], tokenizer: Any, *, where: str) -> tuple[list[int], list[int]]:
-    """Tokens per piece, and the ids of all. The first piece always gets the ids it has alone, as when it is a prompt.
+    """Tokens per piece, and the ids of all. The first piece always gets the ids it has alone, as
+    when it is a prompt.
 
-    Tried in this order: the pieces' ids, laid end to end, are the ids of the whole text; the ids of each beginning are
-    a beginning of the whole's (tokenizers that add a space to every text); the whole has a token across a cut (an
-    answer that starts with a line break), but the pieces' ids still decode to the same text: these are what a model
-    produces after the prompt. Else ValueError.
+    Tried in this order: the pieces' ids, laid end to end, are the ids of the whole text; the ids of
+    each beginning are a beginning of the whole's (tokenizers that add a space to every text); the
+    whole has a token across a cut (an answer that starts with a line break), but the pieces' ids
+    still decode to the same text: these are what a model produces after the prompt. Else
+    ValueError.
     """
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
 
     whole, *parts = encode(["".join(pieces), *pieces])
     joined = [i for part in parts for i in part]
@@ -324,12 +389,14 @@ def _encode_pieces(pieces: list[str], tokenizer: Any, *, where: str) -> tuple[li
         ends = [0, *(len(b) for b in beginnings)]
         return [b - a for a, b in zip(ends, ends[1:], strict=False)], whole
     decode = tokenizer.decode
-    if decode(joined, clean_up_tokenization_spaces=False) == decode(whole, clean_up_tokenization_spaces=False):
+    if decode(joined, clean_up_tokenization_spaces=False) == decode(
+        whole, clean_up_tokenization_spaces=False
+    ):
         return [len(part) for part in parts], joined
     raise ValueError(
-        f"{where}: the loss mask cannot be exact: a token lies across the border of an assistant turn, and the "
-        "tokenizer does not encode the parts alone. Remove white space from the start and end of the message, or "
-        "change the template."
+        f"{where}: the loss mask cannot be exact: a token lies across the border of an assistant "
+        "turn, and the tokenizer does not encode the parts alone. Remove white space from the "
+        "start and end of the message, or change the template."
     )
 
 

@@ -1,4 +1,5 @@
-"""Rows that compare answers: pairs, two answers and a verdict, lists of answers that are ranked, scored or verified."""
+"""Rows that compare answers: pairs, two answers and a verdict, lists of answers that are ranked,
+scored or verified."""
 
 from __future__ import annotations
 
@@ -6,12 +7,32 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posttrain.data.messages import Message, after_colon, decoded, dialogue, from_json, is_dialogue, short
-from posttrain.data.row import Answer, Row, Sample, is_nothing, names, number_of, prompt_name, prompt_of, truth_of
+from posttrain.data.messages import (
+    Message,
+    after_colon,
+    decoded,
+    dialogue,
+    from_json,
+    is_dialogue,
+    short,
+)
+from posttrain.data.row import (
+    Answer,
+    Row,
+    Sample,
+    is_nothing,
+    names,
+    number_of,
+    prompt_name,
+    prompt_of,
+    truth_of,
+)
 
 _STEMS = ("response", "answer", "output", "completion", "conversation", "human_ref", "assistant")
 _ALTERNATIVES = [
-    (stem + a, stem + b) for stem in _STEMS for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
+    (stem + a, stem + b)
+    for stem in _STEMS
+    for a, b in (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
 ]
 _WINS, _LOSES, _TIES, _BOTH_BAD = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)
 
@@ -20,7 +41,11 @@ def pair_columns(row: Row) -> tuple[str, str] | None:
     """The columns of the better and the worse answer; one of them may hold an empty text."""
     for better, worse in zip(names.BETTER, names.WORSE, strict=True):
         if better in row.filled or worse in row.filled:
-            if row.all.get(better) is not None and row.all.get(worse) is not None and not row.carry & {better, worse}:
+            if (
+                row.all.get(better) is not None
+                and row.all.get(worse) is not None
+                and not row.carry & {better, worse}
+            ):
                 return better, worse
     return None
 
@@ -42,7 +67,8 @@ def verified_columns(row: Row) -> list[str]:
 
 
 def read_pairs(row: Row) -> Sample:
-    """A better and a worse answer, with their scores, a margin and a weight; or two answers and who wins."""
+    """A better and a worse answer, with their scores, a margin and a weight; or two answers and who
+    wins."""
     columns = pair_columns(row)
     if columns is None:
         return _compared(row, row.needs(alternatives(row), "chosen and rejected"))
@@ -52,17 +78,36 @@ def read_pairs(row: Row) -> Sample:
     if weight is not None and weight < 0:
         raise ValueError(f"weight says how often the pair counts and must be >= 0; got {weight}")
     if margin is not None and margin < 0:
-        raise ValueError(f"margin says how much better {columns[0]} is and must be >= 0; got {margin}")
+        raise ValueError(
+            f"margin says how much better {columns[0]} is and must be >= 0; got {margin}"
+        )
     if None not in scores and scores[0] < scores[1]:  # type: ignore[operator]
         raise ValueError(
-            f"{columns[0]} scores {scores[0]:g}, less than {columns[1]} with {scores[1]:g}: which of them is better?"
+            f"{columns[0]} scores {scores[0]:g}, less than {columns[1]} with {scores[1]:g}: which "
+            "of them is better?"
         )
-    answers = [Answer(messages=m, rank=k, score=s) for k, (m, s) in enumerate(zip(sides, scores, strict=True))]
-    return Sample(prompt=prompt, answers=answers, margin=margin, weight=1.0 if weight is None else weight, is_text=is_text)
+    answers = [
+        Answer(messages=m, rank=k, score=s)
+        for k, (m, s) in enumerate(zip(sides, scores, strict=True))
+    ]
+    return Sample(
+        prompt=prompt,
+        answers=answers,
+        margin=margin,
+        weight=1.0 if weight is None else weight,
+        is_text=is_text,
+    )
 
 
 def _side_score(row: Row, side: str) -> float | None:
-    return row.number(f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}_reward")
+    return row.number(
+        f"{side}_score",
+        f"score_{side}",
+        f"{side}_rating",
+        f"rating_{side}",
+        f"{side}-rating",
+        f"{side}_reward",
+    )
 
 
 def _compared(row: Row, columns: tuple[str, str]) -> Sample:
@@ -71,10 +116,16 @@ def _compared(row: Row, columns: tuple[str, str]) -> Sample:
     if all(listed):  # the texts of both sides' turns, as lists
         asked, *replies = listed
         if any(len(r or ()) != len(asked or ()) for r in replies):
-            raise ValueError(f"prompt, {' and '.join(columns)} need one text for each turn; got lists of different lengths")
+            raise ValueError(
+                f"prompt, {' and '.join(columns)} need one text for each turn; got "
+                "lists of different lengths"
+            )
         row.use("prompt")
         row.filled = {k: v for k, v in row.filled.items() if k != "prompt"}
-        values = [[{"input": q, "output": a} for q, a in zip(asked or (), r or (), strict=True)] for r in replies]
+        values = [
+            [{"input": q, "output": a} for q, a in zip(asked or (), r or (), strict=True)]
+            for r in replies
+        ]
     prompt, sides, is_text = read_sides(row, values)
     stem = next(s for s in _STEMS if columns[0].startswith(s))
     ends = [n.removeprefix(stem).lstrip("_") for n in columns]
@@ -84,22 +135,29 @@ def _compared(row: Row, columns: tuple[str, str]) -> Sample:
         ranks = (-scores[0], -scores[1])  # type: ignore[operator]
     if ranks is None:
         raise ValueError(
-            f"nothing says which of {' and '.join(columns)} is better: no {', '.join((*names.WINNERS, *names.STRENGTHS))} and no "
-            "scores. Name the column with the verdict so"
+            f"nothing says which of {' and '.join(columns)} is better: no "
+            f"{', '.join((*names.WINNERS, *names.STRENGTHS))} and no scores. Name the column with "
+            "the verdict so"
         )
     if ranks[0] != ranks[1]:
         _check_order(ranks, scores, "the verdict", "scores")
     label = False if ranks == _BOTH_BAD else None
-    answers = [Answer(messages=m, rank=r, score=s, label=label) for m, r, s in zip(sides, ranks, scores, strict=True)]
+    answers = [
+        Answer(messages=m, rank=r, score=s, label=label)
+        for m, r, s in zip(sides, ranks, scores, strict=True)
+    ]
     return Sample(prompt=prompt, answers=answers, is_text=is_text)
 
 
-def _check_order(ranks: Sequence[float | None], values: Sequence[float | None], what: str, other: str) -> None:
+def _check_order(
+    ranks: Sequence[float | None], values: Sequence[float | None], what: str, other: str
+) -> None:
     """ValueError where an answer of better rank (lower) has a worse value (lower)."""
     rated = [pair for pair in zip(ranks, values, strict=True) if None not in pair]
     if any(a[0] < b[0] and a[1] < b[1] for a in rated for b in rated):  # type: ignore[operator]
         raise ValueError(
-            f"{what} and {other} contradict each other: {short(list(ranks))} (lower is better) and {short(list(values))}"
+            f"{what} and {other} contradict each other: {short(list(ranks))} (lower is better) and "
+            f"{short(list(values))}"
         )
 
 
@@ -114,32 +172,50 @@ def _text_list(value: Any) -> list[str] | None:
 
 
 def _verdict(row: Row, ends: list[str], stem: str) -> tuple[float, float] | None:
-    """Ranks of two answers by every column that says something, which must agree; None if none does."""
-    found = {name: _winner(name, row.use(name), ends, stem) for name in names.WINNERS if name in row.filled}
+    """Ranks of two answers by every column that says something, which must agree; None if none
+    does."""
+    found = {
+        name: _winner(name, row.use(name), ends, stem)
+        for name in names.WINNERS
+        if name in row.filled
+    }
     for name in names.STRENGTHS:
         if (strength := row.number(name)) is not None:
             found[name] = _TIES if strength == 0 else _WINS if strength < 0 else _LOSES
     wins = [row.number(name) for name in ("winner_model_a", "winner_model_b", "winner_tie")]
     if any(w is not None for w in wins):
         if sorted(w or 0 for w in wins) != [0, 0, 1]:
-            raise ValueError(f"one of winner_model_a, winner_model_b, winner_tie is 1 and the others are 0; got {wins}")
+            raise ValueError(
+                "one of winner_model_a, winner_model_b, winner_tie is 1 and the "
+                f"others are 0; got {wins}"
+            )
         found["winner_model_a"] = _WINS if wins[0] else _LOSES if wins[1] else _TIES
     if stem == "human_ref" and "labels" in row.filled:
         found["labels"] = _WINS if truth_of("labels", row.use("labels")) else _LOSES
     if len(set(found.values())) > 1:
-        raise ValueError(f"the verdicts {', '.join(found)} disagree. Choose one, and carry the others along by name")
+        raise ValueError(
+            f"the verdicts {', '.join(found)} disagree. Choose one, and carry the "
+            "others along by name"
+        )
     return next(iter(found.values()), None)
 
 
 def _winner(name: str, value: Any, ends: list[str], stem: str) -> tuple[float, float]:
-    said = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).lower()
-    said = next((said.removeprefix(p) for p in ("model_", f"{stem}_", stem) if said.startswith(p)), said)
+    said = (
+        str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).lower()
+    )
+    said = next(
+        (said.removeprefix(p) for p in ("model_", f"{stem}_", stem) if said.startswith(p)), said
+    )
     if "bad" in said and said.startswith(("tie", "both")):
         return _BOTH_BAD
     if said.startswith("tie") or said == "both":
         return _TIES
     if said not in ends:
-        raise ValueError(f"{name} is {ends[0]}, {ends[1]} or tie (model_ or {stem}_ may be before it); got {value!r}")
+        raise ValueError(
+            f"{name} is {ends[0]}, {ends[1]} or tie (model_ or {stem}_ may be before "
+            f"it); got {value!r}"
+        )
     return _WINS if said == ends[0] else _LOSES
 
 
@@ -150,35 +226,61 @@ def read_ranked(row: Row) -> Sample:
     row.needs(items, f"a list of answers ({', '.join(names.ANSWER_LISTS)})")
     if "labels" in row.filled:
         raise ValueError(
-            f"labels beside {name} are of stepwise supervision (PRM): the steps of one solution are no alternatives, and nothing "
-            "here trains on them. If they are verdicts on alternatives, name the column is_correct"
+            f"labels beside {name} are of stepwise supervision (PRM): the steps of one solution "
+            "are no alternatives, and nothing here trains on them. If they are verdicts on "
+            "alternatives, name the column is_correct"
         )
     parts = [_item(row, name or "solutions", item) for item in items]
-    ranks = [number_of("rank", v) for v in _parallel(row, names.RANK_LISTS, [p["rank"] for p in parts])]
-    scores = [number_of("score", v) for v in _parallel(row, names.SCORE_LISTS, [p["score"] for p in parts])]
-    labels = [truth_of("is_correct", v) for v in _parallel(row, names.VERDICT_LISTS, [p["label"] for p in parts])]
+    ranks = [
+        number_of("rank", v) for v in _parallel(row, names.RANK_LISTS, [p["rank"] for p in parts])
+    ]
+    scores = [
+        number_of("score", v)
+        for v in _parallel(row, names.SCORE_LISTS, [p["score"] for p in parts])
+    ]
+    labels = [
+        truth_of("is_correct", v)
+        for v in _parallel(row, names.VERDICT_LISTS, [p["label"] for p in parts])
+    ]
     by_score = [None if s is None else -s for s in scores]
     by_label = [None if v is None else float(not v) for v in labels]
-    order: Sequence[float | None] | None = next((o for o in (ranks, by_score, by_label) if set(o) != {None}), None)
+    order: Sequence[float | None] | None = next(
+        (o for o in (ranks, by_score, by_label) if set(o) != {None}), None
+    )
     if order is None and row.format != "ranked":
         raise ValueError(
-            f"nothing says which of the {len(items)} {name} is better: no ranks, scores or is_correct. If they are best first, "
-            "say so with --data.format ranked (prep: --format ranked)"
+            f"nothing says which of the {len(items)} {name} is better: no ranks, scores or "
+            "is_correct. If they are best first, say so with --data.format ranked (prep: --format "
+            "ranked)"
         )
     order = range(len(items)) if order is None else order
     _check_order(ranks, scores, "ranks", "scores")
-    _check_order(order, [None if v is None else float(v) for v in labels], "the order", "is_correct")
+    _check_order(
+        order, [None if v is None else float(v) for v in labels], "the order", "is_correct"
+    )
     prompt, sides, is_text = read_sides(row, [p["messages"] for p in parts])
-    answers = [Answer(messages=m, rank=r, score=s, label=v) for m, r, s, v in zip(sides, order, scores, labels, strict=True)]
+    answers = [
+        Answer(messages=m, rank=r, score=s, label=v)
+        for m, r, s, v in zip(sides, order, scores, labels, strict=True)
+    ]
     return Sample(prompt=prompt, answers=answers, is_text=is_text)
 
 
 def _item(row: Row, column: str, item: Any) -> dict[str, Any]:
-    """One of several answers: a text, messages, or an object that holds them with a rank, a score or a verdict."""
+    """One of several answers: a text, messages, or an object that holds them with a rank, a score
+    or a verdict."""
     if not isinstance(item, Mapping) or item.keys() & {"role", "from"}:
         return {"messages": item, "rank": None, "score": None, "label": None}
-    kinds = {"messages": (*names.ANSWERS, "text", "content"), "rank": ("rank",), "score": names.SCORES, "label": names.LABELS}
-    taken = {kind: next((n for n in among if item.get(n) is not None), None) for kind, among in kinds.items()}
+    kinds = {
+        "messages": (*names.ANSWERS, "text", "content"),
+        "rank": ("rank",),
+        "score": names.SCORES,
+        "label": names.LABELS,
+    }
+    taken = {
+        kind: next((n for n in among if item.get(n) is not None), None)
+        for kind, among in kinds.items()
+    }
     for key, value in item.items():
         if key not in taken.values() and not is_nothing(value):
             row.leave(key, inside=column)
@@ -193,9 +295,14 @@ def _parallel(row: Row, columns: Iterable[str], inside: list[Any]) -> list[Any]:
     values = decoded(row.use(name))
     values = from_json(values, name) if isinstance(values, str) else values
     if not isinstance(values, list) or len(values) != len(inside):
-        raise ValueError(f"{name} needs one number per completion ({len(inside)}); got {short(values)}")
+        raise ValueError(
+            f"{name} needs one number per completion ({len(inside)}); got {short(values)}"
+        )
     if any(own is not None and own != value for own, value in zip(inside, values, strict=True)):
-        raise ValueError(f"{name} {short(values)} differs from what the answers say themselves, {short(inside)}. Leave one out")
+        raise ValueError(
+            f"{name} {short(values)} differs from what the answers say themselves, "
+            f"{short(inside)}. Leave one out"
+        )
     return values
 
 
@@ -207,7 +314,8 @@ def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[lis
     dialogues = {is_dialogue(v) for v in values}
     if kinds == {str} and dialogues == {True, False}:
         raise ValueError(
-            "one answer is a whole dialogue (Human: ..., Assistant: ...) and another is not. Write both the same way"
+            "one answer is a whole dialogue (Human: ..., Assistant: ...) and another is not. "
+            "Write both the same way"
         )
     if kinds == {str} and dialogues == {False}:
         prompt, name = prompt_of(row), prompt_name(row)
@@ -221,14 +329,18 @@ def read_sides(row: Row, values: Sequence[Any]) -> tuple[list[Message], list[lis
     sides = [dialogue(v) if isinstance(v, str) else row.turns(v, "assistant") for v in values]
     prompt = _shared(row, sides)
     plainer = [m for m in prompt if m["role"] != "system"]
-    rest = [next((s[len(p) :] for p in (prompt, plainer) if p and s[: len(p)] == p), s) for s in sides]
+    rest = [
+        next((s[len(p) :] for p in (prompt, plainer) if p and s[: len(p)] == p), s) for s in sides
+    ]
     if not prompt or prompt[0]["role"] == "assistant":
-        raise ValueError("no prompt, and the answers share no first message that could be one. Add a prompt")
+        raise ValueError(
+            "no prompt, and the answers share no first message that could be one. Add a prompt"
+        )
     for side in rest:
         if not side or side[0]["role"] != "assistant":
             raise ValueError(
-                "the sides share no prompt: they differ before an assistant turn (one goes on with no assistant turn but "
-                f"{[m['role'] for m in side]})"
+                "the sides share no prompt: they differ before an assistant turn (one goes on "
+                f"with no assistant turn but {[m['role'] for m in side]})"
             )
     return prompt, rest, False
 
@@ -237,12 +349,19 @@ def _shared(row: Row, sides: list[list[Message]]) -> list[Message]:
     """The prompt of conversations: the row's, or what all of them start with."""
     given = prompt_of(row) if row.name((*names.PROMPTS, *names.CONVERSATIONS)) else None
     plainer = [m for m in given or () if m["role"] != "system"]
-    if given and any(s[0]["role"] == "assistant" or plainer == s[: len(plainer)] or given == s[: len(given)] for s in sides):
+    if given and any(
+        s[0]["role"] == "assistant" or plainer == s[: len(plainer)] or given == s[: len(given)]
+        for s in sides
+    ):
         return given
     shared, longest = 0, min(map(len, sides)) - 1
     while shared < longest and all(s[shared] == sides[0][shared] for s in sides):
         shared += 1
     prompt = sides[0][:shared]
-    if given and (len(given) > 1 or given[0]["content"].strip() not in {m["content"].strip() for m in prompt}):
-        raise ValueError(f"the prompt {short(given[-1]['content'])} is not in the turns that the answers share")
+    if given and (
+        len(given) > 1 or given[0]["content"].strip() not in {m["content"].strip() for m in prompt}
+    ):
+        raise ValueError(
+            f"the prompt {short(given[-1]['content'])} is not in the turns that the answers share"
+        )
     return prompt

@@ -8,44 +8,60 @@ from typing import Literal, get_args
 
 from posttrain.data.row import COLUMNS
 
-Format = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "pairs", "ranked", "labelled", "rated"]
-"""A layout of rows (``posttrain.data.layouts``); sharegpt is messages, alpaca is prompt_completion."""
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "pairs",
+    "ranked",
+    "labelled",
+    "rated",
+]
+"""A layout of rows (``posttrain.data.layouts``); sharegpt is messages, alpaca is
+prompt_completion."""
 Purpose = Literal["sft", "preference", "reward"]
-"""What rows are read for: demonstrations; comparisons whose completions are trained; comparisons whose completions are
-scored."""
+"""What rows are read for: demonstrations; comparisons whose completions are trained; comparisons
+whose completions are scored."""
 Overlong = Literal["truncate", "drop", "error"]
 
 
 @dataclass(kw_only=True, frozen=True)
 class DataConfig:
-    """Where the rows come from and how they become prompt groups. Nothing here depends on the optimisation."""
+    """Where the rows come from and how they become prompt groups. Nothing here depends on the
+    optimisation."""
 
     train: list[str] = field(default_factory=list)
-    """Training sources: paths of JSONL, JSON, CSV (each also .gz) or Parquet files, folders of them, or hub ids
-    ``owner/name`` or ``owner/name:config``. Default: none, for a caller that passes rows of its own."""
+    """Training sources: paths of JSONL, JSON, CSV (each also .gz) or Parquet files, folders of
+    them, or hub ids ``owner/name`` or ``owner/name:config``. Default: none, for a caller that
+    passes rows of its own."""
 
     weights: list[float] | None = None
-    """Mixing weights, one per training source, relative, all > 0: source i gives weights[i] / sum(weights) of each
-    epoch's rows. Default None: plain concatenation, every row once per epoch."""
+    """Mixing weights, one per training source, relative, all > 0: source i gives weights[i] /
+    sum(weights) of each epoch's rows. Default None: plain concatenation, every row once per
+    epoch."""
 
     eval: list[str] = field(default_factory=list)
     """Evaluation sources, as ``train``. Default: none."""
 
     eval_fraction: float = 0.0
-    """Fraction of training rows, in [0, 1), held out for evaluation; rows with the same prompt stay on one side. Chosen
-    by ``seed`` and content. Only without ``eval``. Default 0: no rows held out."""
+    """Fraction of training rows, in [0, 1), held out for evaluation; rows with the same prompt stay
+    on one side. Chosen by ``seed`` and content. Only without ``eval``. Default 0: no rows held
+    out."""
 
     format: Format = "auto"
-    """How rows are read. Default auto: each row by its columns. Where a row fits several layouts, what is set is read, and what
-    the others would read is carried along."""
+    """How rows are read. Default auto: each row by its columns. Where a row fits several layouts,
+    what is set is read, and what the others would read is carried along."""
 
     columns: dict[str, str] | None = None
-    """Renames columns before the format is read, {column of the format: column of the file}, for example
-    ``{prompt: question, completion: answer}``. Default None: names as in the file."""
+    """Renames columns before the format is read, {column of the format: column of the file}, for
+    example ``{prompt: question, completion: answer}``. Default None: names as in the file."""
 
     carry: list[str] = field(default_factory=list)
-    """Columns, and keys of messages and answers, that are not read: they are known to change nothing. "*": all that the layout
-    does not read. Default none: a column that is neither read nor known to be metadata is an error."""
+    """Columns, and keys of messages and answers, that are not read: they are known to change
+    nothing. "*": all that the layout does not read. Default none: a column that is neither read nor
+    known to be metadata is an error."""
 
     split: str = "train"
     """Split of hub ids and of folders that hold several; files have none. Default train."""
@@ -54,18 +70,20 @@ class DataConfig:
     """Limit of prompt + completion, tokens. Default 1024."""
 
     overlong: Overlong = "truncate"
-    """A row over ``max_length``: ``truncate`` cuts the end of the completion (and drops the row if its prompt alone
-    fills the limit), ``drop`` leaves it out, ``error`` stops and names it. Dropped and cut rows are counted. Default
-    truncate."""
+    """A row over ``max_length``: ``truncate`` cuts the end of the completion (and drops the row if
+    its prompt alone fills the limit), ``drop`` leaves it out, ``error`` stops and names it. Dropped
+    and cut rows are counted. Default truncate."""
 
     chat_template: str | None = None
-    """Path of a jinja file that replaces the tokenizer's chat template, also in what is saved. Default: None."""
+    """Path of a jinja file that replaces the tokenizer's chat template, also in what is saved.
+    Default: None."""
 
     seed: int = 0
     """Seed of the evaluation split. Default 0."""
 
     cache_dir: str | None = None
-    """Folder of tokenised data. Default None: $POSTTRAIN_CACHE, else ``posttrain`` in the user's cache folder."""
+    """Folder of tokenised data. Default None: $POSTTRAIN_CACHE, else ``posttrain`` in the user's
+    cache folder."""
 
     num_proc: int = 1
     """Processes that tokenise; more than one take seconds to start. Default 1: in this process."""
@@ -80,39 +98,48 @@ class DataConfig:
                 raise ValueError(f"data.{name} is one of {', '.join(known)}; got {value!r}.")
         if self.max_length < 2:
             raise ValueError(
-                f"data.max_length counts prompt and completion tokens, at least one of each; got {self.max_length}. "
-                "Set --data.max_length 1024."
+                "data.max_length counts prompt and completion tokens, at least one of each; got "
+                f"{self.max_length}. Set --data.max_length 1024."
             )
         if self.num_proc < 1:
-            raise ValueError(f"data.num_proc is a number of processes >= 1; got {self.num_proc}. Set --data.num_proc 1.")
+            raise ValueError(
+                f"data.num_proc is a number of processes >= 1; got {self.num_proc}. "
+                "Set --data.num_proc 1."
+            )
         unknown = sorted(set(self.columns or ()) - set(COLUMNS))
         if unknown:
             raise ValueError(
-                f"data.columns maps a column of a format to a column of your file; {unknown} belong to no format. "
-                f"Known: {', '.join(COLUMNS)}. Example: --data.columns '{{prompt: question, completion: answer}}'."
+                f"data.columns maps a column of a format to a column of your file; {unknown} "
+                f"belong to no format. Known: {', '.join(COLUMNS)}. Example: --data.columns "
+                "'{prompt: question, completion: answer}'."
             )
 
     def _check_sources(self) -> None:
         for name, sources in (("train", self.train), ("eval", self.eval)):
             if isinstance(sources, str):
-                raise ValueError(f"data.{name} is a list of sources; got the string {sources!r}. Write [{sources!r}].")
+                raise ValueError(
+                    f"data.{name} is a list of sources; got the string {sources!r}. "
+                    f"Write [{sources!r}]."
+                )
         if not 0.0 <= self.eval_fraction < 1.0:
-            raise ValueError(f"data.eval_fraction is a fraction of rows in [0, 1); got {self.eval_fraction}.")
+            raise ValueError(
+                f"data.eval_fraction is a fraction of rows in [0, 1); got {self.eval_fraction}."
+            )
         if self.eval and self.eval_fraction:
             raise ValueError(
-                f"data.eval_fraction={self.eval_fraction} would be ignored: data.eval={self.eval} is what is "
-                "evaluated. Set one of the two."
+                f"data.eval_fraction={self.eval_fraction} would be ignored: data.eval={self.eval} "
+                "is what is evaluated. Set one of the two."
             )
         if self.weights is None:
             return
         if len(self.weights) != len(self.train):
             raise ValueError(
-                f"data.weights needs one weight per source of data.train; got {len(self.weights)} weights for "
-                f"{len(self.train)} sources."
+                f"data.weights needs one weight per source of data.train; got {len(self.weights)} "
+                f"weights for {len(self.train)} sources."
             )
         bad = [w for w in self.weights if not (math.isfinite(w) and w > 0)]
         if bad:
             raise ValueError(
-                f"data.weights must be finite and > 0; got {bad[0]}. A source without weight would be read and never "
-                "trained: remove it from data.train."
+                f"data.weights must be finite and > 0; got {bad[0]}. A source without weight would "
+                "be read and never trained: remove it from data.train."
             )

@@ -60,7 +60,8 @@ class Part:
 
 
 class GroupDataset(Sequence[PromptGroup]):
-    """Prompt groups of one or more sources, laid end to end; read from disk as they are asked for."""
+    """Prompt groups of one or more sources, laid end to end; read from disk as they are asked
+    for."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
@@ -115,15 +116,20 @@ class GroupData:
     """What became of every row."""
 
 
-def load_groups(config: DataConfig, tokenizer: Any, *, purpose: Purpose = "sft", progress: bool = True) -> GroupData:
-    """Tokenised groups of ``config.train`` and ``config.eval``, from the cache where they are already there.
+def load_groups(
+    config: DataConfig, tokenizer: Any, *, purpose: Purpose = "sft", progress: bool = True
+) -> GroupData:
+    """Tokenised groups of ``config.train`` and ``config.eval``, from the cache where they are
+    already there.
 
-    With ``config.chat_template`` the tokenizer's template is replaced in place. Several processes may call it at once;
-    to tokenise only once, let one call first. Raises ValueError for bad rows (file and row), and if no stop token is
-    trained.
+    With ``config.chat_template`` the tokenizer's template is replaced in place. Several processes
+    may call it at once; to tokenise only once, let one call first. Raises ValueError for bad rows
+    (file and row), and if no stop token is trained.
     """
     if not config.train:
-        raise ValueError("data.train is empty: nothing to train on. Set --data.train '[rows.jsonl]'.")
+        raise ValueError(
+            "data.train is empty: nothing to train on. Set --data.train '[rows.jsonl]'."
+        )
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     encoder, digest = ChatEncoder(tokenizer), tokenizer_digest(tokenizer)
@@ -146,16 +152,25 @@ def load_groups(config: DataConfig, tokenizer: Any, *, purpose: Purpose = "sft",
 
 
 def groups_from_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, config: DataConfig | None = None, purpose: Purpose = "sft"
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    config: DataConfig | None = None,
+    purpose: Purpose = "sft",
 ) -> list[PromptGroup]:
-    """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups, without cache.
+    """Rows that a program has in memory (a list of dicts, a `datasets.Dataset`) as groups, without
+    cache.
 
     Cut and dropped rows are counted in one warning. Raises ValueError as `load_groups` does.
     """
     config = config or DataConfig()
     if isinstance(rows, Mapping):
-        raise ValueError("rows are a list of objects, one per row; got one object. Write [{...}, ...].")
-    numbered: Iterator[Row] = (Row(file="<memory>", row_number=i, values=r) for i, r in enumerate(rows, start=1))  # type: ignore[arg-type]
+        raise ValueError(
+            "rows are a list of objects, one per row; got one object. Write [{...}, ...]."
+        )
+    numbered: Iterator[Row] = (
+        Row(file="<memory>", row_number=i, values=r) for i, r in enumerate(rows, start=1)
+    )  # type: ignore[arg-type]
     _check_format(config, purpose)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
     results = list(map(encode, numbered))
@@ -167,21 +182,35 @@ def groups_from_rows(
     if not groups:
         raise ValueError(_nothing_left("<memory>", len(results), dropped, config))
     if cut or dropped:
-        counts = f"{len(results)} rows, {cut} cut to data.max_length={config.max_length}, dropped: {dict(dropped)}"
-        warnings.warn(f"Of the rows in memory not all are trained on whole: {counts}.", stacklevel=2)
+        counts = (
+            f"{len(results)} rows, {cut} cut to data.max_length={config.max_length}, dropped: "
+            f"{dict(dropped)}"
+        )
+        warnings.warn(
+            f"Of the rows in memory not all are trained on whole: {counts}.", stacklevel=2
+        )
     if purpose != "reward":
         check_stop_trained(groups, encode.encoder.stop_ids)
     return groups
 
 
 def _load_source(
-    source: str, config: DataConfig, encoder: ChatEncoder, digest: str, purpose: Purpose, progress: bool
+    source: str,
+    config: DataConfig,
+    encoder: ChatEncoder,
+    digest: str,
+    purpose: Purpose,
+    progress: bool,
 ) -> tuple[Part, SourceReport]:
     """One source from the cache, tokenised first if it is not there."""
     import datasets
 
     resolved = resolve(source, split=config.split)
-    files = [f"{source}[{config.split}]"] if isinstance(resolved, HubSource) else [str(p) for p in resolved]
+    files = (
+        [f"{source}[{config.split}]"]
+        if isinstance(resolved, HubSource)
+        else [str(p) for p in resolved]
+    )
     _check_format(config, purpose)
     key = cache_key(source_digests(resolved, split=config.split), digest, encoder, config, purpose)
     folder = cache_folder(config) / key
@@ -190,8 +219,13 @@ def _load_source(
     if manifest is None:
         encode = RowEncoder(encoder=encoder, config=config, purpose=purpose)
         rows = read_rows(source, split=config.split)
-        results = _with_progress(encode_rows(rows, encode, num_proc=config.num_proc), source, progress)
-        manifest = publish(folder, lambda path: {"report": _write(path, results, encode, source=source, files=files)})
+        results = _with_progress(
+            encode_rows(rows, encode, num_proc=config.num_proc), source, progress
+        )
+        manifest = publish(
+            folder,
+            lambda path: {"report": _write(path, results, encode, source=source, files=files)},
+        )
     report = SourceReport(**manifest["report"] | {"source": source, "from_cache": cached})
     table = datasets.Dataset.from_file(str(folder / TOKENS))
     return Part(table=table, files=files, rows=np.arange(len(table)), key=key), report
@@ -204,11 +238,14 @@ def _check_format(config: DataConfig, purpose: Purpose) -> None:
             check_layout(SAME.get(config.format, config.format), purpose)
         except ValueError as error:
             raise ValueError(
-                f"data.format={config.format}: {error}. Leave it at auto, or use the trainer that these rows are for."
+                f"data.format={config.format}: {error}. Leave it at auto, or use the trainer that "
+                "these rows are for."
             ) from error
 
 
-def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]) -> dict[str, Any]:
+def _write(
+    path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]
+) -> dict[str, Any]:
     """Writes the kept rows and returns the report's entries. ValueError if no row is left."""
     import pyarrow as pa
 
@@ -240,7 +277,14 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
     if not counts["num_kept"]:
         raise ValueError(_nothing_left(source, counts["num_read"], dropped, encode.config))
-    names = ("num_read", "num_kept", "num_truncated", "num_cut_tokens", "num_tokens", "num_trained_tokens")
+    names = (
+        "num_read",
+        "num_kept",
+        "num_truncated",
+        "num_cut_tokens",
+        "num_tokens",
+        "num_trained_tokens",
+    )
     entries = {
         "layouts": dict(layouts),
         "columns": column_counts(uses),
@@ -250,7 +294,9 @@ def _write(path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source
     return entries | {name: counts[name] for name in names}
 
 
-def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config: DataConfig) -> str:
+def _nothing_left(
+    source: str, num_read: int, dropped: Mapping[str, int], config: DataConfig
+) -> str:
     return (
         f"{source}: no row is left to train on: {num_read} read, dropped: {dict(dropped)}. Raise "
         f"--data.max_length (now {config.max_length}) or correct the data."
@@ -258,11 +304,13 @@ def _nothing_left(source: str, num_read: int, dropped: Mapping[str, int], config
 
 
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
-    """(train, eval): the fraction of the rows whose prompts come first in an order drawn by the seed, prompts kept
-    whole."""
+    """(train, eval): the fraction of the rows whose prompts come first in an order drawn by the
+    seed, prompts kept whole."""
     hashes = [p.column("prompt_hash") for p in parts]
     prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
-    by_seed = mixed64(prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64))  # another order for every seed
+    by_seed = mixed64(
+        prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    )  # another order for every seed
     order = np.argsort(by_seed, kind="stable")
     target = max(1, round(fraction * int(size.sum())))
     num_prompts = int(np.searchsorted(np.cumsum(size[order]), target)) + 1
@@ -272,9 +320,9 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
     empty = [i for i, p in enumerate(train) if len(p.rows) == 0]
     if empty:
         raise ValueError(
-            f"data.eval_fraction={fraction} holds out every row of training source {empty[0]} (rows with the same "
-            f"prompt stay together; {len(prompts)} different prompts in {int(size.sum())} rows). Lower it, or give "
-            "held-out rows with --data.eval."
+            f"data.eval_fraction={fraction} holds out every row of training source {empty[0]} "
+            f"(rows with the same prompt stay together; {len(prompts)} different prompts in "
+            f"{int(size.sum())} rows). Lower it, or give held-out rows with --data.eval."
         )
     kept = [dataclasses.replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
     return train, [p for p in kept if len(p.rows)]
@@ -287,7 +335,9 @@ def _with_progress(results: Iterator[Encoded], source: str, show: bool) -> Itera
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    text = TextColumn("tokenising {task.description}: {task.completed:,} rows, {task.fields[tokens]:,} tokens")
+    text = TextColumn(
+        "tokenising {task.description}: {task.completed:,} rows, {task.fields[tokens]:,} tokens"
+    )
     with Progress(SpinnerColumn(), text, TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task(source, total=None, tokens=0)
         rows = tokens = 0

@@ -12,12 +12,16 @@ from pathlib import Path
 def refuse_filled(out: Path) -> None:
     """ValueError unless ``out`` does not exist, or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"Output folder {out} exists and is not empty; nothing is overwritten. Give another --out.")
+        raise ValueError(
+            f"Output folder {out} exists and is not empty; nothing is overwritten. "
+            "Give another --out."
+        )
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place, by a rename, when the block ends; after an error it is gone."""
+    """A new folder beside ``target`` that takes its place, by a rename, when the block ends; after
+    an error it is gone."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -1,8 +1,10 @@
-"""What a row says in turns becomes messages as chat templates read them, ``{role, content, ...}``; anything else is a ValueError.
+"""What a row says in turns becomes messages as chat templates read them, ``{role, content, ...}``;
+anything else is a ValueError.
 
-Read are lists of {role, content} and {from, value}, {input, output} turns, one text, a dialogue written as one text
-(``\\n\\nHuman: ... \\n\\nAssistant: ...``), and any of the lists as JSON text. Beside role and content a message keeps what
-templates read (``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``), and ``weight: 0`` where it is not trained.
+Read are lists of {role, content} and {from, value}, {input, output} turns, one text, a dialogue
+written as one text (``\\n\\nHuman: ... \\n\\nAssistant: ...``), and any of the lists as JSON text.
+Beside role and content a message keeps what templates read (``tool_calls``, ``tool_call_id``,
+``name``, ``reasoning_content``), and ``weight: 0`` where it is not trained.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _ROLES = {
         "system": "system sys",
         "developer": "developer",
         "user": "user human prompter customer person",
-        "assistant": "assistant gpt chatgpt bot model chatbot ai bing bard claude function_call tool_call",
+        "assistant": (
+            "assistant gpt chatgpt bot model chatbot ai bing bard claude function_call tool_call"
+        ),
         "tool": "tool observation function function_response tool_response tool_result ipython",
     }.items()
     for alias in aliases.split()
@@ -44,7 +48,8 @@ _PARTS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"]type['\"]\s*:\s*['\"](?:\w*text|
 
 
 def turns(value: Any, role: str, leave: Leave) -> list[Message]:
-    """A text as one message of ``role``; a list as the messages that it holds; one message as it is."""
+    """A text as one message of ``role``; a list as the messages that it holds; one message as it
+    is."""
     value = decoded(value)
     if isinstance(value, str):
         return [{"role": role, "content": checked(value)}]
@@ -57,13 +62,17 @@ def turns(value: Any, role: str, leave: Leave) -> list[Message]:
         if isinstance(raw, Mapping) and "input" in raw and "output" in raw:
             for key in raw.keys() - {"input", "output"}:
                 leave(key)
-            raw = {"role": "user", "content": raw["input"]}, {"role": "assistant", "content": raw["output"]}
+            raw = (
+                {"role": "user", "content": raw["input"]},
+                {"role": "assistant", "content": raw["output"]},
+            )
         messages += [_message(m, leave) for m in (raw if isinstance(raw, tuple) else (raw,))]
     return messages
 
 
 def decoded(value: Any) -> Any:
-    """The value; a list of messages written as JSON text, at any indentation, and arrays as lists."""
+    """The value; a list of messages written as JSON text, at any indentation, and arrays as
+    lists."""
     if isinstance(value, tuple) or hasattr(value, "tolist"):
         return list(value) if isinstance(value, tuple) else value.tolist()
     if not isinstance(value, str) or not _TURNS_AS_TEXT.match(value):
@@ -87,9 +96,11 @@ def _literal(text: str) -> Any:
 def _is_conversation(value: Any) -> bool:
     """Whether every element has a known role and says something."""
     return isinstance(value, list) and all(
-        isinstance(m, Mapping) and str(m.get("role", m.get("from"))).lower() in _ROLES
-        and m.keys() & {"content", "value", "tool_calls"} for m in value
-    )  # fmt: skip
+        isinstance(m, Mapping)
+        and str(m.get("role", m.get("from"))).lower() in _ROLES
+        and m.keys() & {"content", "value", "tool_calls"}
+        for m in value
+    )
 
 
 def from_json(text: str, what: str) -> Any:
@@ -98,8 +109,8 @@ def from_json(text: str, what: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{what} written as text must be JSON; got {short(text)} ({error}). Python's repr (single quotes, None, True) is "
-            "not JSON: write them with json.dumps, or as a list"
+            f"{what} written as text must be JSON; got {short(text)} ({error}). Python's repr "
+            "(single quotes, None, True) is not JSON: write them with json.dumps, or as a list"
         ) from error
 
 
@@ -116,8 +127,8 @@ def checked(text: str) -> str:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"a text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair: it was cut, or "
-                "written in a wrong encoding"
+                f"a text holds {text[error.start]!r} at character {error.start}, half of a "
+                "surrogate pair: it was cut, or written in a wrong encoding"
             ) from error
     return text
 
@@ -128,14 +139,20 @@ def _message(raw: Any, leave: Leave) -> Message:
     given = [str(raw[n]).lower() for n in ("role", "from", "speaker") if raw.get(n) is not None]
     roles = {_ROLES.get(name) for name in given}
     if len(roles) != 1 or None in roles:
-        raise ValueError(f"unknown role {' and '.join(given) or None!r}; known are {', '.join(_ROLES)}. Rename it in the data")
+        raise ValueError(
+            f"unknown role {' and '.join(given) or None!r}; known are "
+            f"{', '.join(_ROLES)}. Rename it in the data"
+        )
     lowered, (role,) = given[0], roles
     content = _either(raw, "content", "value", "text")
     if type(content) is str and raw.keys() in _PLAIN and lowered not in _CALLING:
         return {"role": role, "content": _text(role, content)}
     message: Message = {"role": role, "content": content, **_further(raw, role, leave)}
     if lowered in _CALLING and "tool_calls" in message:
-        raise ValueError(f"a {lowered} turn says its call in its content and in tool_calls; leave one of them out")
+        raise ValueError(
+            f"a {lowered} turn says its call in its content and in tool_calls; leave "
+            "one of them out"
+        )
     if lowered in _CALLING:
         message |= {"tool_calls": _calls(content), "content": ""}
     elif content is None and message.get("tool_calls"):
@@ -157,7 +174,9 @@ def _further(raw: Mapping[str, Any], role: str, leave: Leave) -> Message:
         if key in ("tool_calls", "function_call"):
             calls = _calls(value if key == "tool_calls" else [value])
             if calls and "tool_calls" in found:
-                raise ValueError("a message has both tool_calls and function_call; leave one of them out")
+                raise ValueError(
+                    "a message has both tool_calls and function_call; leave one of them out"
+                )
             found |= {"tool_calls": calls} if calls else {}
         elif key in (*_TRAINED, *_MASKED):
             flags.add(_is_trained(key, value, role))
@@ -169,17 +188,21 @@ def _further(raw: Mapping[str, Any], role: str, leave: Leave) -> Message:
             leave(key)
     if len(flags) > 1:
         raise ValueError(
-            f"the {role} message's flags contradict each other: {short({k: raw[k] for k in raw if k in (*_TRAINED, *_MASKED)})}"
+            f"the {role} message's flags contradict each other: "
+            f"{short({k: raw[k] for k in raw if k in (*_TRAINED, *_MASKED)})}"
         )
     return found | ({"weight": 0} if flags == {False} and role == "assistant" else {})
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column or key holds nothing: null, an empty text, list or object, and lists and objects of such."""
+    """Whether a column or key holds nothing: null, an empty text, list or object, and lists and
+    objects of such."""
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     return (
-        value is None or (isinstance(value, str) and not value) or (isinstance(value, list | tuple) and all(map(is_empty, value)))
+        value is None
+        or (isinstance(value, str) and not value)
+        or (isinstance(value, list | tuple) and all(map(is_empty, value)))
     )
 
 
@@ -187,35 +210,56 @@ def _either(raw: Mapping[str, Any], *names: str) -> Any:
     """What stands under the one of the names that is there; ValueError if two differ."""
     found = [raw[n] for n in names if raw.get(n) is not None]
     if any(value != found[0] for value in found[1:]):
-        raise ValueError(f"{' and '.join(n for n in names if raw.get(n) is not None)} of a message differ; leave one of them out")
+        raise ValueError(
+            f"{' and '.join(n for n in names if raw.get(n) is not None)} of a message "
+            "differ; leave one of them out"
+        )
     return found[0] if found else None
 
 
 def _text(role: str, content: Any) -> str:
-    if isinstance(content, str) and role in ("user", "system", "developer") and _PARTS_AS_TEXT.match(content):
+    if (
+        isinstance(content, str)
+        and role in ("user", "system", "developer")
+        and _PARTS_AS_TEXT.match(content)
+    ):
         parts = _literal(content) if "'" in content[:12] else None
-        content = from_json(content, "parts of a message") if parts is not None or content.rstrip().endswith("]") else content
+        content = (
+            from_json(content, "parts of a message")
+            if parts is not None or content.rstrip().endswith("]")
+            else content
+        )
     if isinstance(content, list) and content and all(map(_is_text_part, content)):
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
         raise ValueError(
-            f"the content of the {role} message must be text (a string, or a list of text parts); got {short(content)}. Images, "
-            "sounds and numbers are not trained on here"
+            f"the content of the {role} message must be text (a string, or a list of text parts); "
+            f"got {short(content)}. Images, sounds and numbers are not trained on here"
         )
     return checked(content)
 
 
 def _is_text_part(part: Any) -> bool:
-    keys = {k for k, v in part.items() if not is_empty(v)} | {"text"} if isinstance(part, Mapping) else set()
+    keys = (
+        {k for k, v in part.items() if not is_empty(v)} | {"text"}
+        if isinstance(part, Mapping)
+        else set()
+    )
     return keys == {"type", "text"} and part["type"] in _TEXTS and isinstance(part.get("text"), str)
 
 
 def _is_trained(key: str, value: Any, role: str) -> bool:
     if value not in (0, 1):
-        raise ValueError(f"{key} of a message is 0 or 1 (false or true); got {value!r}. Shares of a weight are not supported")
+        raise ValueError(
+            f"{key} of a message is 0 or 1 (false or true); got {value!r}. Shares of "
+            "a weight are not supported"
+        )
     trained = bool(value) == (key in _TRAINED)
     if trained and role != "assistant" and key in _TRAINED:
-        raise ValueError(f"the {role} message says {key}: {value!r}, but only assistant messages are trained. Take it out")
+        raise ValueError(
+            f"the {role} message says {key}: {value!r}, but only assistant messages "
+            "are trained. Take it out"
+        )
     return trained
 
 
@@ -227,14 +271,17 @@ def _objects(value: Any, what: str) -> list[Any]:
     listed = [value] if isinstance(value, Mapping) else [] if value is None else value
     if not isinstance(listed, list):
         raise ValueError(f"{what} must be a list of objects; got {short(value)}")
-    made = [(from_json(raw, what), True) if isinstance(raw, str) else (raw, False) for raw in listed]
+    made = [
+        (from_json(raw, what), True) if isinstance(raw, str) else (raw, False) for raw in listed
+    ]
     if any(not isinstance(m, Mapping) for m, _ in made):
         raise ValueError(f"{what} must be a list of objects; got {short(value)}")
     return [plain(m, keep_nulls=is_text) for m, is_text in made]
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls as {type, function: {name, arguments}} with arguments as an object; [] for none."""
+    """Tool calls as {type, function: {name, arguments}} with arguments as an object; [] for
+    none."""
     calls = []
     for call in _objects(value, "tool_calls"):
         function = call.get("function", call)
@@ -245,20 +292,32 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         texts = isinstance(function.get("name"), str) and isinstance(call.get("id", ""), str)
         if not texts or unknown or outside or len(given) > 1:
             raise ValueError(
-                f"a tool call has an id (a text), a type, and a function with a name and one arguments; got {short(call)}"
+                "a tool call has an id (a text), a type, and a function with a name and one "
+                f"arguments; got {short(call)}"
             )
         arguments = given[0] if given else {}
         if isinstance(arguments, str):
-            arguments = plain(from_json(arguments or "{}", "arguments of a tool call"), keep_nulls=True)
+            arguments = plain(
+                from_json(arguments or "{}", "arguments of a tool call"), keep_nulls=True
+            )
         if not isinstance(arguments, Mapping):
-            raise ValueError(f"arguments of a tool call are an object (or its JSON text); got {short(arguments)}")
+            raise ValueError(
+                f"arguments of a tool call are an object (or its JSON text); got {short(arguments)}"
+            )
         identity = {"id": call["id"]} if call.get("id") else {}
-        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append(
+            {
+                **identity,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
     return calls
 
 
 def tool_schemas(value: Any) -> list[Any] | None:
-    """Schemas for the chat template, each as {type, function}; JSON text is read, of the list or of each. None for none."""
+    """Schemas for the chat template, each as {type, function}; JSON text is read, of the list or of
+    each. None for none."""
     tools = []
     for tool in _objects(value, "tools"):
         function = tool.get("function", tool)
@@ -266,15 +325,21 @@ def tool_schemas(value: Any) -> list[Any] | None:
         is_function = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if not is_builtin and (not is_function or (function is not tool and "name" in tool)):
             raise ValueError(f"tools are a list of JSON schemas with a name; got {short(tool)}")
-        tools.append(tool if is_builtin or function is not tool else {"type": "function", "function": tool})
+        tools.append(
+            tool if is_builtin or function is not tool else {"type": "function", "function": tool}
+        )
     return tools or None
 
 
 def plain(value: Any, *, keep_nulls: bool = False) -> Any:
-    """The value in JSON's types. Objects lose the keys that are null, at every depth, unless ``keep_nulls``: Arrow gives each
-    object of a table the keys of all others."""
+    """The value in JSON's types. Objects lose the keys that are null, at every depth, unless
+    ``keep_nulls``: Arrow gives each object of a table the keys of all others."""
     if isinstance(value, Mapping):
-        return {checked(str(k)): plain(v, keep_nulls=keep_nulls) for k, v in value.items() if v is not None or keep_nulls}
+        return {
+            checked(str(k)): plain(v, keep_nulls=keep_nulls)
+            for k, v in value.items()
+            if v is not None or keep_nulls
+        }
     value = decoded(value) if not isinstance(value, str) else checked(value)
     if isinstance(value, list):
         return [plain(v, keep_nulls=keep_nulls) for v in value]
@@ -285,19 +350,29 @@ def plain(value: Any, *, keep_nulls: bool = False) -> Any:
 
 def is_dialogue(value: Any) -> bool:
     """Whether a text is Anthropic's ``Human: ... \n\nAssistant: ...``, from its start."""
-    return isinstance(value, str) and _FIRST_SPEAKER.match(value) is not None and "\n\nAssistant:" in value
+    return (
+        isinstance(value, str)
+        and _FIRST_SPEAKER.match(value) is not None
+        and "\n\nAssistant:" in value
+    )
 
 
 def dialogue(text: str) -> list[Message]:
-    """The turns of such a text. One space or line break after the colon is not content; an empty last turn is left out."""
+    """The turns of such a text. One space or line break after the colon is not content; an empty
+    last turn is left out."""
     pieces = _SPEAKER.split(f"\n\n{checked(text).lstrip()}")
     if pieces[0] or len(pieces) < 4:
         raise ValueError("not a dialogue of \n\nHuman: and \n\nAssistant: turns, from its start")
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [
-        {"role": roles[who], "content": after_colon(said).rstrip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
+        {"role": roles[who], "content": after_colon(said).rstrip()}
+        for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
-    return messages[:-1] if messages[-1]["role"] == "assistant" and not messages[-1]["content"] else messages
+    return (
+        messages[:-1]
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]
+        else messages
+    )
 
 
 def after_colon(said: str) -> str:
@@ -310,6 +385,16 @@ def message_text(message: Mapping[str, Any]) -> str:
     if len(message) == 2:
         return message["content"]
     calls = message.get("tool_calls")
-    written = calls if isinstance(calls, str) else json.dumps(calls, ensure_ascii=False) if calls else None
-    parts = [*(message.get(k) for k in ("reasoning_content", "reasoning", "thinking")), message["content"], written]
+    written = (
+        calls
+        if isinstance(calls, str)
+        else json.dumps(calls, ensure_ascii=False)
+        if calls
+        else None
+    )
+    parts = [
+        *(message.get(k) for k in ("reasoning_content", "reasoning", "thinking")),
+        message["content"],
+        written,
+    ]
     return "\n".join(p for p in parts if p)

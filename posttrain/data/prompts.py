@@ -1,4 +1,5 @@
-"""Rows to prompts for reinforcement learning: token ids to sample from, and the row that rewards look into."""
+"""Rows to prompts for reinforcement learning: token ids to sample from, and the row that rewards
+look into."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from posttrain.data.report import column_counts
 from posttrain.data.row import names
 
 R1_ZERO_TEMPLATE = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first "
-    "thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and "
-    "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
+    "A conversation between User and Assistant. The user asks a question, and the Assistant "
+    "solves it. The assistant first thinks about the reasoning process in the mind and then "
+    "provides the user with the answer. The reasoning process and answer are enclosed within "
+    "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process "
     "here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
 )
 """DeepSeek-AI 2025, arXiv:2501.12948 table 1."""
@@ -33,13 +35,15 @@ class PromptConfig:
     eval: list[str] = field(default_factory=list)
     """Held-out sources."""
     prompt_column: str | None = None
-    """Column with the prompt, a text or messages. Default: found as in every row (prompt, question, problem, ..., or a
-    conversation, whose last assistant turn is then the answer). Columns that are not read are there for the rewards."""
+    """Column with the prompt, a text or messages. Default: found as in every row (prompt, question,
+    problem, ..., or a conversation, whose last assistant turn is then the answer). Columns that are
+    not read are there for the rewards."""
     carry: list[str] = field(default_factory=list)
-    """Columns that look as if they belonged to the prompt (``input``, ``context``, ...), but are for the rewards alone."""
+    """Columns that look as if they belonged to the prompt (``input``, ``context``, ...), but are
+    for the rewards alone."""
     template: str = "chat"
-    """chat: the tokenizer's chat template; r1-zero: the text of DeepSeek-R1-Zero, for base models; plain: the text as it is;
-    or the path of a text file with {prompt} in it."""
+    """chat: the tokenizer's chat template; r1-zero: the text of DeepSeek-R1-Zero, for base models;
+    plain: the text as it is; or the path of a text file with {prompt} in it."""
     system: str | None = None
     """System message of the chat template."""
     opening: str = ""
@@ -59,9 +63,16 @@ class Prompt:
     """The row; ``_where`` names its file and row."""
 
 
-def load_prompts(config: PromptConfig, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, Any]]:
-    """(prompts, {"read", "kept", "too long", "columns"}). Raises ValueError naming the row for one without a prompt."""
-    rows = ({**row.values, "_where": row.where} for source in sources for row in read_rows(source, split=config.split))
+def load_prompts(
+    config: PromptConfig, sources: Sequence[str], tokenizer: Any
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """(prompts, {"read", "kept", "too long", "columns"}). Raises ValueError naming the row for one
+    without a prompt."""
+    rows = (
+        {**row.values, "_where": row.where}
+        for source in sources
+        for row in read_rows(source, split=config.split)
+    )
     return prompts_from_rows(rows, tokenizer, config)
 
 
@@ -93,8 +104,9 @@ def prompts_from_rows(
         prompts.append(Prompt(ids=tuple(ids), sample=sample))
     if not prompts:
         raise ValueError(
-            f"No prompt is left of {counts['read']} rows ({counts['too long']} longer than data.max_prompt_length="
-            f"{config.max_prompt_length}). Give data.train, or raise the limit."
+            f"No prompt is left of {counts['read']} rows ({counts['too long']} longer than "
+            f"data.max_prompt_length={config.max_prompt_length}). Give data.train, or raise the "
+            "limit."
         )
     return prompts, {**counts, "columns": column_counts(columns)}
 
@@ -103,13 +115,25 @@ class _Encoder:
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self._tokenizer, self._config = tokenizer, config
         if config.template == "chat" and tokenizer.chat_template is None:
-            raise ValueError("data.template=chat, but the tokenizer has no chat template. Use r1-zero, plain or a file.")
+            raise ValueError(
+                "data.template=chat, but the tokenizer has no chat template. Use "
+                "r1-zero, plain or a file."
+            )
         named = {"chat": None, "plain": "{prompt}", "r1-zero": R1_ZERO_TEMPLATE}
-        text = named[config.template] if config.template in named else Path(config.template).read_text(encoding="utf-8")
+        text = (
+            named[config.template]
+            if config.template in named
+            else Path(config.template).read_text(encoding="utf-8")
+        )
         if text is not None and text.count("{prompt}") != 1:
-            raise ValueError(f"data.template {config.template} must contain {{prompt}} exactly once.")
+            raise ValueError(
+                f"data.template {config.template} must contain {{prompt}} exactly once."
+            )
         if text is not None and config.system is not None:
-            raise ValueError("data.system is part of the chat template; with another data.template it would be ignored.")
+            raise ValueError(
+                "data.system is part of the chat template; with another "
+                "data.template it would be ignored."
+            )
         self._text = text
 
     def __call__(self, read: ReadPrompt, where: str) -> list[int]:
@@ -121,11 +145,14 @@ class _Encoder:
             text = render_prompt(self._tokenizer, messages, tools, where=where)
         elif tools or is_conversation or len(messages) > 1:
             raise ValueError(
-                f"{where}: data.template={self._config.template} writes one text: roles, turns and tools would be lost; got "
-                f"the roles {[m['role'] for m in messages]} and {len(tools or ())} tools. Use the chat template, or name a "
-                "column with a text: --data.prompt_column."
+                f"{where}: data.template={self._config.template} writes one text: roles, turns and "
+                f"tools would be lost; got the roles {[m['role'] for m in messages]} and "
+                f"{len(tools or ())} tools. Use the chat template, or name a column with a text: "
+                "--data.prompt_column."
             )
         else:
             text = self._text.replace("{prompt}", messages[0]["content"])
-        ids = list(self._tokenizer(text + self._config.opening, add_special_tokens=False)["input_ids"])
+        ids = list(
+            self._tokenizer(text + self._config.opening, add_special_tokens=False)["input_ids"]
+        )
         return ids if self._text is None else [*leading_special(self._tokenizer), *ids]

@@ -1,7 +1,7 @@
 """Files, folders and hub datasets as a stream of rows. Every error names the file and the row.
 
-A row number is 1-based: the line in JSON lines, the record in CSV (without the header), JSON arrays, Parquet and the
-hub.
+A row number is 1-based: the line in JSON lines, the record in CSV (without the header), JSON
+arrays, Parquet and the hub.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Row:
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
-    """The rows of a file, a folder or a hub id (``sources.resolve``). A bad row is a ValueError, never skipped."""
+    """The rows of a file, a folder or a hub id (``sources.resolve``). A bad row is a ValueError,
+    never skipped."""
     resolved = resolve(source, split=split)
     if isinstance(resolved, HubSource):
         yield from _numbered(f"{source}[{split}]", load_hub(resolved, split=split))
@@ -55,10 +56,12 @@ BadRow = Callable[[int, str], None]
 
 
 def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
-    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a failed export.
+    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a
+    failed export.
 
-    Without ``on_bad_row`` the first bad row is a ValueError. With it, it is told of the row and reading goes on, with the next
-    row where the file allows it, with the end of the file where it is damaged from there on.
+    Without ``on_bad_row`` the first bad row is a ValueError. With it, it is told of the row and
+    reading goes on, with the next row where the file allows it, with the end of the file where it
+    is damaged from there on.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -83,9 +86,15 @@ def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
             yield Row(file=str(path), row_number=number, values=value)
         else:
             advice = 'Write one object per row, such as {"prompt": ..., "completion": ...}.'
-            bad(number, f"a row is a JSON object with columns; got {_kind(value)}: {_short(value)}. {advice}")
+            bad(
+                number,
+                f"a row is a JSON object with columns; got {_kind(value)}: "
+                f"{_short(value)}. {advice}",
+            )
     if empty:
-        raise ValueError(f"{path}: no rows; the file is empty. Remove it from the sources or write it again.")
+        raise ValueError(
+            f"{path}: no rows; the file is empty. Remove it from the sources or write it again."
+        )
 
 
 def load_hub(source: HubSource, *, split: str) -> Any:
@@ -96,9 +105,10 @@ def load_hub(source: HubSource, *, split: str) -> Any:
         return datasets.load_dataset(source.name, source.config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{source.name}: no such file or folder here (looked in {Path.cwd()}), and as a hub id it could not be "
-            f"loaded with config {source.config or 'default'!r}, split {split!r}: {error}. Check the spelling, "
-            "--data.split and the network, or download the data and pass its path."
+            f"{source.name}: no such file or folder here (looked in {Path.cwd()}), and as a hub id "
+            f"it could not be loaded with config {source.config or 'default'!r}, split {split!r}: "
+            f"{error}. Check the spelling, --data.split and the network, or download the data and "
+            "pass its path."
         ) from error
 
 
@@ -123,8 +133,14 @@ def _lines(path: Path, bad: BadRow) -> Iterator[str]:
                 try:
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    where = f"byte 0x{error.object[error.start]:02x} at position {error.start} of the line"
-                    bad(number, f"not UTF-8: {where}. Convert the file: iconv -f <its encoding> -t utf-8.")
+                    where = (
+                        f"byte 0x{error.object[error.start]:02x} at position {error.start} of "
+                        "the line"
+                    )
+                    bad(
+                        number,
+                        f"not UTF-8: {where}. Convert the file: iconv -f <its encoding> -t utf-8.",
+                    )
                     text = "\n"
                 yield text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -143,15 +159,24 @@ def _json_lines(lines: Iterable[str], bad: BadRow) -> Iterator[tuple[int, Any]]:
         try:
             value = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            where = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             what = "nested too deeply" if isinstance(error, RecursionError) else where
-            bad(number, f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or remove this line.")
+            bad(
+                number,
+                f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; "
+                "correct or remove this line.",
+            )
             continue
         yield number, value
 
 
 def _json(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
-    """A JSON array of objects; a ``.json`` file whose first line is an object by itself is read as JSON lines."""
+    """A JSON array of objects; a ``.json`` file whose first line is an object by itself is read as
+    JSON lines."""
     text = "".join(_lines(path, bad))
     if not text.lstrip().startswith("["):
         yield from _json_lines(text.split("\n"), bad)
@@ -160,7 +185,11 @@ def _json(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
         values = json.loads(text, object_pairs_hook=_once)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        where = f"{error.msg} at line {line}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        where = (
+            f"{error.msg} at line {line}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         bad(line, f"not JSON: {where}. Correct the file; JSON lines belong in a .jsonl file.")
         return
     yield from enumerate(values, start=1)
@@ -171,7 +200,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object")
+        raise ValueError(
+            f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object"
+        )
     return made
 
 
@@ -182,13 +213,17 @@ def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, dict[str, Any]]]:
         reader = csv.DictReader(_lines(path, bad), strict=True)
         header = reader.fieldnames or ()
         if len(set(header)) != len(header):
-            raise ValueError(f"{path}: two columns have the same name: {list(header)}. Rename one; only the last would be read.")
+            raise ValueError(
+                f"{path}: two columns have the same name: {list(header)}. Rename one; "
+                "only the last would be read."
+            )
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
                 bad(
                     number,
-                    f"the record that ends on line {reader.line_num} has not the {len(reader.fieldnames or ())} fields of the "
-                    f"header {reader.fieldnames}. Quote fields that hold commas or line breaks.",
+                    f"the record that ends on line {reader.line_num} has not the "
+                    f"{len(reader.fieldnames or ())} fields of the header {reader.fieldnames}. "
+                    "Quote fields that hold commas or line breaks.",
                 )
                 continue
             yield number, values
@@ -213,7 +248,10 @@ def _arrow(path: Path, bad: BadRow) -> Iterator[dict[str, Any]]:
                     number += 1
                     yield values
     except pyarrow.ArrowException as error:
-        bad(number + 1, f"not a readable {path.suffix[1:].capitalize()} file: {error}. Copy or write it again.")
+        bad(
+            number + 1,
+            f"not a readable {path.suffix[1:].capitalize()} file: {error}. Copy or write it again.",
+        )
 
 
 def _kind(value: Any) -> str:

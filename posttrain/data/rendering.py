@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, *, where: str) -> str:
-    """The messages with the header of the reply, by the tokenizer's own template. ValueError for what it refuses or leaves out,
-    but for the thoughts of earlier turns: a model is not given those when it is served, either."""
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, *, where: str
+) -> str:
+    """The messages with the header of the reply, by the tokenizer's own template. ValueError for
+    what it refuses or leaves out, but for the thoughts of earlier turns: a model is not given those
+    when it is served, either."""
     from jinja2 import TemplateError
 
     def render(tools: Any) -> str:
-        return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=True
+        )
 
     try:
         text = render(tools)
@@ -24,10 +29,14 @@ def render_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: 
     return text
 
 
-def check_rendered(messages: Sequence[Mapping[str, Any]], text: str, where: str, *, with_thoughts: bool = True) -> None:
-    """All that the messages say must stand in the text, up to white space; what the assistant says in its order.
+def check_rendered(
+    messages: Sequence[Mapping[str, Any]], text: str, where: str, *, with_thoughts: bool = True
+) -> None:
+    """All that the messages say must stand in the text, up to white space; what the assistant says
+    in its order.
 
-    Others may be moved (some templates put the system message elsewhere) or written as JSON (results of tools).
+    Others may be moved (some templates put the system message elsewhere) or written as JSON
+    (results of tools).
     """
     squeezed = _squeezed(text)
     at = 0
@@ -39,29 +48,39 @@ def check_rendered(messages: Sequence[Mapping[str, Any]], text: str, where: str,
                 at = found + len(wanted) if part is message["content"] else at
                 is_there = found >= 0
             else:
-                as_json = (_squeezed(json.dumps(part, ensure_ascii=ascii)[1:-1]) for ascii in (True, False))
+                as_json = (
+                    _squeezed(json.dumps(part, ensure_ascii=ascii)[1:-1]) for ascii in (True, False)
+                )
                 is_there = wanted in squeezed or any(written in squeezed for written in as_json)
             if not is_there:
                 raise ValueError(
-                    f"{where}: the chat template does not render all that the {message['role']} message says; would be lost: "
-                    f"{part[:60]!r}. Some templates have no branch for a role, know no tool calls, or delete <think> blocks, at "
-                    "least those of earlier turns: set --data.chat_template to one that keeps them, or change the row's turns."
+                    f"{where}: the chat template does not render all that the {message['role']} "
+                    f"message says; would be lost: {part[:60]!r}. Some templates have no branch "
+                    "for a role, know no tool calls, or delete <think> blocks, at least those of "
+                    "earlier turns: set --data.chat_template to one that keeps them, or change "
+                    "the row's turns."
                 )
 
 
-def check_tools_rendered(tools: Any, text: str, render_without: Callable[[], str], where: str) -> None:
+def check_tools_rendered(
+    tools: Any, text: str, render_without: Callable[[], str], where: str
+) -> None:
     """ValueError if the text is the same without the tools."""
     if tools and render_without() == text:
         raise ValueError(
-            f"{where}: the chat template writes nothing of the row's {len(tools)} tools, so the model would not see them. Set "
-            "--data.chat_template to one that does, or leave the column out with --data.carry."
+            f"{where}: the chat template writes nothing of the row's {len(tools)} tools, so the "
+            "model would not see them. Set --data.chat_template to one that does, or leave the "
+            "column out with --data.carry."
         )
 
 
 def refusal(messages: Sequence[Mapping[str, Any]], error: Exception) -> str:
     """What to say of a template that raised an error."""
     roles = [m["role"] for m in messages]
-    return f"the chat template refuses the roles {roles}: {error}. Change the row's turns, or set --data.chat_template."
+    return (
+        f"the chat template refuses the roles {roles}: {error}. Change the row's turns, or set "
+        "--data.chat_template."
+    )
 
 
 def _squeezed(text: str) -> str:
@@ -71,6 +90,13 @@ def _squeezed(text: str) -> str:
 def _said(message: Mapping[str, Any], with_thoughts: bool) -> Iterator[str]:
     """Reasoning, called functions and, last, content."""
     if with_thoughts:
-        yield from (str(message[k]) for k in ("reasoning_content", "reasoning", "thinking") if message.get(k))
-    yield from (str((call.get("function") or call).get("name", "")) for call in message.get("tool_calls") or ())
+        yield from (
+            str(message[k])
+            for k in ("reasoning_content", "reasoning", "thinking")
+            if message.get(k)
+        )
+    yield from (
+        str((call.get("function") or call).get("name", ""))
+        for call in message.get("tool_calls") or ()
+    )
     yield message["content"] if with_thoughts else message["content"].rpartition("</think>")[2]

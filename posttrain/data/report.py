@@ -36,8 +36,8 @@ class SourceReport:
     """Layout to the number of rows that were read so."""
 
     mask_from: str
-    """Where the loss mask comes from: markers (of the template), trl (its training template), prefixes, none (raw
-    text)."""
+    """Where the loss mask comes from: markers (of the template), trl (its training template),
+    prefixes, none (raw text)."""
 
     num_read: int
     """Rows in the source."""
@@ -61,7 +61,8 @@ class SourceReport:
     """Reason to number of rows left out."""
 
     columns: dict[str, dict[str, int]] = field(default_factory=dict)
-    """``used`` and ``carried``: {column: rows that have it}; keys of messages and answers as ``messages.key``."""
+    """``used`` and ``carried``: {column: rows that have it}; keys of messages and answers as
+    ``messages.key``."""
 
     from_cache: bool = False
     """Whether the tokens were read from the cache. Default False: tokenised now."""
@@ -89,7 +90,8 @@ class DataReport:
     """Rows that are evaluated on."""
 
     def counts(self) -> dict[str, int]:
-        """Totals over the training sources: read, kept, truncated, dropped, tokens, trained_tokens."""
+        """Totals over the training sources: read, kept, truncated, dropped, tokens,
+        trained_tokens."""
         names = ("read", "kept", "truncated", "dropped", "tokens", "trained_tokens")
         return {name: sum(getattr(s, f"num_{name}") for s in self.train) for name in names}
 
@@ -102,19 +104,30 @@ class DataReport:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"Data: {self.num_train_rows:,} rows to train on, {self.num_eval_rows:,} to evaluate on")
+        table = Table(
+            title=f"Data: {self.num_train_rows:,} rows to train on, "
+            f"{self.num_eval_rows:,} to evaluate on"
+        )
         table.add_column("source", overflow="fold")
         for name in ("read", "kept", "cut", "dropped", "tokens", "trained"):
             table.add_column(name, justify="right")
         for use, sources in (("", self.train), (" (eval)", self.eval)):
             for s in sources:
-                how = f"{', '.join(s.layouts)}, mask from {s.mask_from}{', cached' if s.from_cache else ''}"
+                how = (
+                    f"{', '.join(s.layouts)}, mask from "
+                    f"{s.mask_from}{', cached' if s.from_cache else ''}"
+                )
                 numbers = (s.num_read, s.num_kept, s.num_truncated, s.num_dropped)
                 tokens = (s.num_tokens, s.num_trained_tokens)
-                table.add_row(escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}", *(f"{n:,}" for n in numbers + tokens))
+                table.add_row(
+                    escape(f"{s.source.rpartition('/')[2]}{use}") + f"\n{how}",
+                    *(f"{n:,}" for n in numbers + tokens),
+                )
         lost = [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
         for use, said in (("used", "read"), ("carried", "not read, carried along")):
-            columns = sum((Counter(s.columns.get(use)) for s in (*self.train, *self.eval)), Counter())
+            columns = sum(
+                (Counter(s.columns.get(use)) for s in (*self.train, *self.eval)), Counter()
+            )
             names = ", ".join(f"{name} ({n:,})" for name, n in sorted(columns.items()))
             lost += [escape(f"{said}: {names}")] if columns else []
         cut = sum(s.num_cut_tokens for s in self.train)

@@ -10,21 +10,39 @@ from posttrain.types import Completion, Pair, PromptGroup
 
 
 def schema() -> Any:
-    """Columns of a tokenised source. ``pairs`` is null where all completions are compared, ``label`` -1, 0 or 1."""
+    """Columns of a tokenised source. ``pairs`` is null where all completions are compared,
+    ``label`` -1, 0 or 1."""
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    pair = pa.struct([("chosen", pa.int32()), ("rejected", pa.int32()), ("margin", pa.float64()), ("weight", pa.float64())])
+    pair = pa.struct(
+        [
+            ("chosen", pa.int32()),
+            ("rejected", pa.int32()),
+            ("margin", pa.float64()),
+            ("weight", pa.float64()),
+        ]
+    )
     return pa.schema(
-        [("prompt_ids", ids), ("completion_ids", pa.list_(ids)), ("loss_mask", pa.list_(pa.list_(pa.uint8())))]
-        + [("pairs", pa.list_(pair)), ("label", pa.list_(pa.int8())), ("file", pa.int32()), ("row", pa.int64())]
+        [
+            ("prompt_ids", ids),
+            ("completion_ids", pa.list_(ids)),
+            ("loss_mask", pa.list_(pa.list_(pa.uint8()))),
+        ]
+        + [
+            ("pairs", pa.list_(pair)),
+            ("label", pa.list_(pa.int8())),
+            ("file", pa.int32()),
+            ("row", pa.int64()),
+        ]
         + [("prompt_hash", pa.uint64()), ("num_tokens", pa.int32()), ("longest", pa.int32())]
         + [("num_pairs", pa.int32()), ("num_labels", pa.int32())]
     )
 
 
 def to_record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:
-    """A group as a row; ``num_tokens`` counts the prompt once, ``longest`` is the prompt with its longest completion."""
+    """A group as a row; ``num_tokens`` counts the prompt once, ``longest`` is the prompt with its
+    longest completion."""
     return {
         "prompt_ids": group.prompt_ids,
         "completion_ids": [c.token_ids for c in group.completions],
@@ -53,8 +71,13 @@ def to_group(columns: Any, row: int, files: Sequence[str]) -> PromptGroup:
         prompt_ids=columns.column("prompt_ids")[row].values.to_numpy().tolist(),
         completions=[
             Completion(token_ids=ids, loss_mask=mask, label=None if label == 0 else label > 0)
-            for ids, mask, label in zip(lists("completion_ids"), lists("loss_mask"), labels, strict=True)
+            for ids, mask, label in zip(
+                lists("completion_ids"), lists("loss_mask"), labels, strict=True
+            )
         ],
         pairs=None if pairs is None else [Pair(**pair) for pair in pairs],
-        meta={"file": files[columns.column("file")[row].as_py()], "row": columns.column("row")[row].as_py()},
+        meta={
+            "file": files[columns.column("file")[row].as_py()],
+            "row": columns.column("row")[row].as_py(),
+        },
     )

@@ -1,4 +1,5 @@
-"""Rows to token ids within ``max_length``, in this process or several; every row comes out kept, cut or counted."""
+"""Rows to token ids within ``max_length``, in this process or several; every row comes out kept,
+cut or counted."""
 
 from __future__ import annotations
 
@@ -43,20 +44,31 @@ class Encoded:
 
 
 LAYOUTS_OF: dict[Purpose, tuple[str, ...]] = {
-    "sft": ("messages", "prompt_completion"), "preference": ("pairs", "ranked", "labelled"), "reward": ("pairs", "ranked"),
-}  # fmt: skip
+    "sft": ("messages", "prompt_completion"),
+    "preference": ("pairs", "ranked", "labelled"),
+    "reward": ("pairs", "ranked"),
+}
 """What each purpose trains on."""
 _ADVICE = {
-    "sft": "`posttrain prep sft` keeps the best answer of each prompt; --data.format reads such a row as a demonstration",
+    "sft": (
+        "`posttrain prep sft` keeps the best answer of each prompt; --data.format reads such a "
+        "row as a demonstration"
+    ),
     "preference": "`posttrain prep pairs` makes comparisons of rated or scattered answers",
-    "reward": "a reward model compares answers: `posttrain prep pairs` makes pairs of labelled or rated answers",
+    "reward": (
+        "a reward model compares answers: `posttrain prep pairs` makes pairs of labelled or "
+        "rated answers"
+    ),
 }
 
 
 def check_layout(layout: str, purpose: Purpose) -> None:
     """ValueError if such rows are not what the purpose trains on."""
     if layout not in LAYOUTS_OF[purpose]:
-        raise ValueError(f"{layout} rows are no {purpose} data, which is {', '.join(LAYOUTS_OF[purpose])}; {_ADVICE[purpose]}")
+        raise ValueError(
+            f"{layout} rows are no {purpose} data, which is "
+            f"{', '.join(LAYOUTS_OF[purpose])}; {_ADVICE[purpose]}"
+        )
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -73,11 +85,14 @@ class RowEncoder:
     """``reward`` adds a score slot to every completion and trains nothing else. Default sft."""
 
     def __call__(self, row: Row) -> Encoded:
-        """ValueError naming file and row for a row that cannot be trained on, or is too long under overlong=error."""
+        """ValueError naming file and row for a row that cannot be trained on, or is too long under
+        overlong=error."""
         meta = {"file": row.file, "row": row.row_number}
         config = self.config
         try:
-            sample = read_sample(row.values, format=config.format, columns=config.columns, carry=config.carry)
+            sample = read_sample(
+                row.values, format=config.format, columns=config.columns, carry=config.carry
+            )
             check_layout(sample.layout, self.purpose)
             _check_answers(sample, self.purpose)
         except ValueError as error:
@@ -92,39 +107,60 @@ class RowEncoder:
             encoded = fit(self._compare(sample, meta), self.config, scored=self.purpose == "reward")
         return replace(encoded, layout=sample.layout, columns=tuple(sample.columns.items()))
 
-    def _group(self, sample: Sample, answer: list[Message], meta: dict[str, Any], *, trains_prompt: bool = True) -> PromptGroup:
+    def _group(
+        self,
+        sample: Sample,
+        answer: list[Message],
+        meta: dict[str, Any],
+        *,
+        trains_prompt: bool = True,
+    ) -> PromptGroup:
         """Prompt and answer; an assistant's message is trained unless its weight is 0."""
         if self.encoder.template is None and sample.is_text:
-            return self.encoder.encode_text(sample.prompt[0]["content"], answer[0]["content"], meta=meta)
+            return self.encoder.encode_text(
+                sample.prompt[0]["content"], answer[0]["content"], meta=meta
+            )
         messages = [*sample.prompt, *answer]
         first = 0 if trains_prompt else len(sample.prompt)
-        trained = [i >= first and m["role"] == "assistant" and m.get("weight", 1) != 0 for i, m in enumerate(messages)]
+        trained = [
+            i >= first and m["role"] == "assistant" and m.get("weight", 1) != 0
+            for i, m in enumerate(messages)
+        ]
         clean = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
         return self.encoder.encode(clean, trained=trained, tools=sample.tools, meta=meta)
 
     def _compare(self, sample: Sample, meta: dict[str, Any]) -> PromptGroup:
-        """Every completion after the prompt they share; a template that writes the prompt in two ways is a ValueError."""
-        encoded = [self._group(sample, a.messages, meta, trains_prompt=False) for a in sample.answers]
+        """Every completion after the prompt they share; a template that writes the prompt in two
+        ways is a ValueError."""
+        encoded = [
+            self._group(sample, a.messages, meta, trains_prompt=False) for a in sample.answers
+        ]
         prompt = encoded[0].prompt_ids
         if any(group.prompt_ids != prompt for group in encoded):
             raise ValueError(
-                f"{encoded[0].where}: the chat template writes the prompt differently before different completions, so it is not "
-                "one prompt. Put {% generation %} markers into the template and pass it with --data.chat_template."
+                f"{encoded[0].where}: the chat template writes the prompt differently before "
+                "different completions, so it is not one prompt. Put {% generation %} markers "
+                "into the template and pass it with --data.chat_template."
             )
         is_labelled = sample.layout == "labelled"
         labels = [a.label if is_labelled else None for a in sample.answers]
-        completions = [replace(g.completions[0], label=label) for g, label in zip(encoded, labels, strict=True)]
+        completions = [
+            replace(g.completions[0], label=label) for g, label in zip(encoded, labels, strict=True)
+        ]
         pairs = [] if is_labelled else compared_pairs(sample)
         return PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta=meta)
 
 
 def compared_pairs(sample: Sample) -> list[Pair]:
-    """Every pair of rated answers of different rank, with the row's margin, else the difference of their scores, else 0."""
+    """Every pair of rated answers of different rank, with the row's margin, else the difference of
+    their scores, else 0."""
     answers = sample.answers
     pairs = []
     for (i, better), (j, worse) in permutations(enumerate(answers), 2):
         if better.rank is not None and worse.rank is not None and better.rank < worse.rank:
-            by_score = 0.0 if better.score is None or worse.score is None else better.score - worse.score
+            by_score = (
+                0.0 if better.score is None or worse.score is None else better.score - worse.score
+            )
             margin = by_score if sample.margin is None else sample.margin
             pairs.append(Pair(chosen=i, rejected=j, margin=margin, weight=sample.weight))
     return pairs
@@ -136,11 +172,17 @@ def _check_answers(sample: Sample, purpose: Purpose) -> None:
             raise ValueError(f"a comparison needs at least two answers; got {len(sample.answers)}")
         for answer in sample.answers:
             if all(m["role"] != "assistant" or m.get("weight") == 0 for m in answer.messages):
-                raise ValueError("every assistant message of an answer has weight 0: nothing to train. Remove the row")
+                raise ValueError(
+                    "every assistant message of an answer has weight 0: nothing to "
+                    "train. Remove the row"
+                )
         return
     said = [m for m in (*sample.prompt, *sample.answers[0].messages) if m["role"] == "assistant"]
     if any(not m["content"].strip() and not m.get("tool_calls") for m in said):
-        raise ValueError("an assistant turn is empty; training on it teaches the model to say nothing. Remove the row or fill it")
+        raise ValueError(
+            "an assistant turn is empty; training on it teaches the model to say "
+            "nothing. Remove the row or fill it"
+        )
     if all(m.get("weight") == 0 for m in said):
         raise ValueError("every assistant message has weight 0: nothing to train. Remove the row")
 
@@ -148,58 +190,77 @@ def _check_answers(sample: Sample, purpose: Purpose) -> None:
 def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Encoded:
     """The group within max_length tokens per sequence.
 
-    What follows the last trained token is cut off first: it changes no loss. Under ``scored`` nothing is: a reward model reads
-    the whole text, and every completion gets the slot in which its score is read.
+    What follows the last trained token is cut off first: it changes no loss. Under ``scored``
+    nothing is: a reward model reads the whole text, and every completion gets the slot in which its
+    score is read.
     """
-    completions = [c if scored else _until_last_trained(c, len(c.token_ids)) for c in group.completions]
+    completions = [
+        c if scored else _until_last_trained(c, len(c.token_ids)) for c in group.completions
+    ]
     length = len(group.prompt_ids) + max(len(c.token_ids) for c in completions)
     cut = 0
     if length > config.max_length:
         advice = f"{length} tokens, more than data.max_length={config.max_length}"
         if config.overlong == "error":
             raise ValueError(
-                f"{group.where}: {advice}. Raise --data.max_length, shorten the row, or set --data.overlong truncate or drop."
+                f"{group.where}: {advice}. Raise --data.max_length, shorten the row, or set "
+                "--data.overlong truncate or drop."
             )
         room = config.max_length - len(group.prompt_ids)
         if config.overlong == "drop" or room < 1:
-            return Encoded(group=None, reason=OVERLONG if config.overlong == "drop" else PROMPT_FILLS)
+            return Encoded(
+                group=None, reason=OVERLONG if config.overlong == "drop" else PROMPT_FILLS
+            )
         whole = sum(len(c.token_ids) for c in completions)
-        completions = [_head(c, room) if scored else _until_last_trained(c, room) for c in completions]
+        completions = [
+            _head(c, room) if scored else _until_last_trained(c, room) for c in completions
+        ]
         cut = whole - sum(len(c.token_ids) for c in completions)
-    if group.pairs is not None and any(completions[p.chosen].token_ids == completions[p.rejected].token_ids for p in group.pairs):
+    if group.pairs is not None and any(
+        completions[p.chosen].token_ids == completions[p.rejected].token_ids for p in group.pairs
+    ):
         return Encoded(group=None, reason=SAME_SIDES)
     if group.pairs is not None and not group.pairs and all(c.label is None for c in completions):
         return Encoded(group=None, reason=ALL_TIED)
     if scored:
         completions = [
-            replace(c, token_ids=[*c.token_ids, SCORE_SLOT], loss_mask=[0] * len(c.token_ids) + [1]) for c in completions
+            replace(c, token_ids=[*c.token_ids, SCORE_SLOT], loss_mask=[0] * len(c.token_ids) + [1])
+            for c in completions
         ]
     return Encoded(group=replace(group, completions=completions), num_cut_tokens=cut)
 
 
 def _head(completion: Completion, limit: int) -> Completion:
-    return replace(completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit])
+    return replace(
+        completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit]
+    )
 
 
 def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> Iterator[Encoded]:
-    """In the order of the rows. Worker processes are spawned: a script that asks for several needs a `__main__`
-    guard."""
+    """In the order of the rows. Worker processes are spawned: a script that asks for several needs
+    a `__main__` guard."""
     if num_proc == 1:
         yield from map(encode, rows)
         return
     import multiprocessing
 
-    with multiprocessing.get_context("spawn").Pool(num_proc, initializer=_start_worker, initargs=(encode,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        num_proc, initializer=_start_worker, initargs=(encode,)
+    ) as pool:
         yield from pool.imap(_work, rows, chunksize=_CHUNK_ROWS)
 
 
 def prompt_hash(group: PromptGroup) -> int:
     """64 bits that are equal for equal prompts, on every machine."""
-    return int.from_bytes(hashlib.blake2b(np.asarray(group.prompt_ids, "<i4").tobytes(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(np.asarray(group.prompt_ids, "<i4").tobytes(), digest_size=8).digest(),
+        "little",
+    )
 
 
 def _until_last_trained(completion: Completion, limit: int) -> Completion:
-    """At most ``limit`` tokens, and none after the last trained one. The first token is trained, so one is left."""
+    """At most ``limit`` tokens, and none after the last trained one. The first token is trained, so
+    one is left."""
     end = min(limit, len(completion.token_ids))
     while not completion.loss_mask[end - 1]:
         end -= 1

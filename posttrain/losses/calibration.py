@@ -1,4 +1,5 @@
-"""Held-out figures of a reward model: is it right, is it as sure as it is right, does it only like length?"""
+"""Held-out figures of a reward model: is it right, is it as sure as it is right, does it only like
+length?"""
 
 from __future__ import annotations
 
@@ -22,9 +23,10 @@ def pair_report(
 ) -> dict[str, float]:
     """Figures over all held-out pairs (B) and completions (S); lengths in tokens.
 
-    ``accuracy`` share of r_w > r_l; ``margin`` mean r_w - r_l; ``ece`` of sigmoid(r_w - r_l); ``score_mean``, ``score_std``;
-    ``length_correlation`` Pearson's between length and score; ``longer_chosen`` share of pairs of unequal length whose longer
-    side is the chosen one in the data, ``longer_preferred`` those whose longer side has the higher score (equal scores prefer
+    ``accuracy`` share of r_w > r_l; ``margin`` mean r_w - r_l; ``ece`` of sigmoid(r_w - r_l);
+    ``score_mean``, ``score_std``; ``length_correlation`` Pearson's between length and score;
+    ``longer_chosen`` share of pairs of unequal length whose longer side is the chosen one in the
+    data, ``longer_preferred`` those whose longer side has the higher score (equal scores prefer
     neither). No pairs: all 0.
     """
     gap = chosen_B - rejected_B
@@ -43,10 +45,12 @@ def pair_report(
 
 
 def expected_calibration_error(gap_B: Tensor) -> float:
-    """sum over bins of (pairs in bin / pairs) * |share that is right - mean confidence|. Guo et al. 2017, arXiv:1706.04599 eq. 3.
+    """sum over bins of (pairs in bin / pairs) * |share that is right - mean confidence|. Guo et al.
+    2017, arXiv:1706.04599 eq. 3.
 
-    The model predicts the side with the higher score with confidence sigmoid(|gap|) in [0.5, 1], cut into 10 bins of equal
-    width; a prediction is right if the gap is > 0. Confidence 1 lies in the last bin. No pairs: 0.
+    The model predicts the side with the higher score with confidence sigmoid(|gap|) in [0.5, 1],
+    cut into 10 bins of equal width; a prediction is right if the gap is > 0. Confidence 1 lies in
+    the last bin. No pairs: 0.
     """
     if not len(gap_B):
         return 0.0

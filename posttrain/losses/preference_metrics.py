@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def preference_metrics(logps: PairLogps, *, beta: float) -> dict[str, Tensor]:
-    """[B] each, detached: rewards_train/{chosen,rejected,accuracies,margins}, logps_train/{chosen,rejected}.
+    """[B] each, detached: rewards_train/{chosen,rejected,accuracies,margins},
+    logps_train/{chosen,rejected}.
 
-    The implicit reward is beta (log pi - log pi_ref) (Rafailov et al. 2023, arXiv:2305.18290 eq. 5), beta log pi without a
-    reference. An accuracy is strict: 0 where the two rewards are equal, as at the start.
+    The implicit reward is beta (log pi - log pi_ref) (Rafailov et al. 2023, arXiv:2305.18290 eq.
+    5), beta log pi without a reference. An accuracy is strict: 0 where the two rewards are equal,
+    as at the start.
     """
     reward_S = (logps.logps_S if logps.reference_T is None else logps.logratio_S) * beta
     return {
@@ -27,7 +29,8 @@ def preference_metrics(logps: PairLogps, *, beta: float) -> dict[str, Tensor]:
 
 
 def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, Tensor]:
-    """The rewards under their names. A loss whose implicit reward is not beta (log pi - log pi_ref) gives its own."""
+    """The rewards under their names. A loss whose implicit reward is not beta (log pi - log pi_ref)
+    gives its own."""
     chosen, rejected = chosen_B.detach(), rejected_B.detach()
     return {
         "rewards_train/chosen": chosen,

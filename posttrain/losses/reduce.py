@@ -1,15 +1,17 @@
-"""The one place where items become a number: ``weight * sum(items) / denominator``, with denominators of the whole step.
+"""The one place where items become a number: ``weight * sum(items) / denominator``, with
+denominators of the whole step.
 
-    token_mean       sum over tokens / trained tokens                     (default; every token counts the same)
-    sequence_mean    mean over completions of their mean over tokens      (every completion counts the same)
-    sequence_sum     mean over completions of their sum over tokens       (Kimi k1.5, arXiv:2501.12599 eq. 3)
-    pair_mean        sum over pairs of weight * item / sum of weights
-    group_mean       mean over groups of the mean over their items        (InstructGPT's 1/C(K,2), arXiv:2203.02155 eq. 1)
-    constant(L)      sum / (L * completions)                              (Dr. GRPO, arXiv:2503.20783)
+    token_mean      sum over tokens / trained tokens (default; every token counts the same)
+    sequence_mean   mean over completions of their mean over tokens (every completion the same)
+    sequence_sum    mean over completions of their sum over tokens (k1.5, arXiv:2501.12599 eq. 3)
+    pair_mean       sum over pairs of weight * item / sum of weights
+    group_mean      mean over groups of the mean over their items
+                    (InstructGPT's 1/C(K,2), arXiv:2203.02155 eq. 1)
+    constant(L)     sum / (L * completions) (Dr. GRPO, arXiv:2503.20783)
 
-Because the counts are those of the global batch, a micro-batch's contribution is the same wherever it is computed and
-the gradient is the same under every split. (The mean of micro-batch means is not: 2.5 against 3.5 on ten tokens of mean
-loss 2 beside two of mean loss 5.)
+Because the counts are those of the global batch, a micro-batch's contribution is the same wherever
+it is computed and the gradient is the same under every split. (The mean of micro-batch means is
+not: 2.5 against 3.5 on ten tokens of mean loss 2 beside two of mean loss 5.)
 """
 
 from __future__ import annotations
@@ -31,29 +33,38 @@ _DEFAULT: dict[str, Aggregation] = {
 
 
 def reduce_term(term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
-    """This micro-batch's share of a term: shares of all micro-batches and ranks add up to the term's value.
+    """This micro-batch's share of a term: shares of all micro-batches and ranks add up to the
+    term's value.
 
-    ``term.items`` has one entry per trained token [T], completion [S], pair [B] or group [P] of this micro-batch. Raises
-    ValueError for items of a wrong length or an aggregation that their unit does not have.
+    ``term.items`` has one entry per trained token [T], completion [S], pair [B] or group [P] of
+    this micro-batch. Raises ValueError for items of a wrong length or an aggregation that their
+    unit does not have.
     """
     aggregation = term.aggregation or _DEFAULT[term.unit]
     _check_length(term, logps)
     if aggregation == "constant":
         if term.constant is None or term.constant <= 0:
-            raise ValueError(f"aggregation='constant' needs LossTerm(constant=L) with L > 0; got {term.constant}.")
+            raise ValueError(
+                "aggregation='constant' needs LossTerm(constant=L) with L > 0; got "
+                f"{term.constant}."
+            )
         return term.weight * term.items.sum() / (term.constant * counts.completions)
-    reduce = {"token": _tokens, "completion": _completions, "pair": _pairs, "group": _groups}[term.unit]
+    reduce = {"token": _tokens, "completion": _completions, "pair": _pairs, "group": _groups}[
+        term.unit
+    ]
     share = reduce(term.items, aggregation, logps, counts)
     if share is None:
         raise ValueError(
-            f"aggregation='{aggregation}' is not defined for items of unit '{term.unit}'. Tokens have token_mean, sequence_mean, "
-            "sequence_sum, group_mean; completions sequence_mean, group_mean; pairs pair_mean, group_mean; groups group_mean; "
-            "all have constant."
+            f"aggregation='{aggregation}' is not defined for items of unit '{term.unit}'. Tokens "
+            "have token_mean, sequence_mean, sequence_sum, group_mean; completions sequence_mean, "
+            "group_mean; pairs pair_mean, group_mean; groups group_mean; all have constant."
         )
     return term.weight * share
 
 
-def _tokens(items_T: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+def _tokens(
+    items_T: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+) -> Tensor | None:
     if aggregation == "token_mean":
         return items_T.sum() / counts.tokens
     if aggregation == "sequence_sum":
@@ -62,7 +73,9 @@ def _tokens(items_T: Tensor, aggregation: Aggregation, logps: TokenLogps, counts
     return _completions(mean_S, aggregation, logps, counts)
 
 
-def _completions(items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+def _completions(
+    items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+) -> Tensor | None:
     trained_S = items_S * (logps.num_tokens_S > 0)
     if aggregation == "sequence_mean":
         return trained_S.sum() / counts.completions
@@ -71,18 +84,24 @@ def _completions(items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, c
     return None
 
 
-def _pairs(items_B: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+def _pairs(
+    items_B: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+) -> Tensor | None:
     weighted_B = items_B * logps.weight_B
     if aggregation == "pair_mean":
         return weighted_B.sum() / counts.pairs if counts.pairs else weighted_B.sum()
     if aggregation == "group_mean":
         group_B = logps.group_S[logps.pairs_B2[:, 0]]
-        weight_P = logps.weight_B.new_zeros(_num_groups(logps)).index_add(0, group_B, logps.weight_B)
+        weight_P = logps.weight_B.new_zeros(_num_groups(logps)).index_add(
+            0, group_B, logps.weight_B
+        )
         return (weighted_B / weight_P[group_B]).sum() / max(counts.paired_groups, 1)
     return None
 
 
-def _groups(items_P: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts) -> Tensor | None:
+def _groups(
+    items_P: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+) -> Tensor | None:
     return items_P.sum() / counts.groups if aggregation == "group_mean" else None
 
 
@@ -99,6 +118,7 @@ def _check_length(term: LossTerm, logps: TokenLogps) -> None:
     }[term.unit]()
     if tuple(term.items.shape) != (wanted,):
         raise ValueError(
-            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({wanted},); got {tuple(term.items.shape)}. "
-            "Return one item per unit and leave the mean to the step: it alone knows the global denominator."
+            f"A loss term of unit '{term.unit}' needs unreduced items of shape ({wanted},); got "
+            f"{tuple(term.items.shape)}. Return one item per unit and leave the mean to the step: "
+            "it alone knows the global denominator."
         )

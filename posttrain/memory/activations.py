@@ -1,10 +1,12 @@
-"""What one packed forward and backward of ours holds beside the model states, in bytes of live tensors, tensor by tensor.
+"""What one packed forward and backward of ours holds beside the model states, in bytes of live
+tensors, tensor by tensor.
 
-The backward of a layer reads what autograd saved in its forward (Korthikanti et al. 2022, arXiv:2205.05198, count a GPT layer
-the same way). Here that is what transformers' layers save: an RMSNorm in Python keeps its input in float32 and what it
-normalised, autocast keeps a copy of a linear layer's input for every layer that reads it, attention keeps q, k, v, its output
-and one log-sum-exp. The worst moments are compared: the head's forward and backward, the first layer's backward, the last's.
-Kernels' own scratch memory is not in it.
+The backward of a layer reads what autograd saved in its forward (Korthikanti et al. 2022,
+arXiv:2205.05198, count a GPT layer the same way). Here that is what transformers' layers save: an
+RMSNorm in Python keeps its input in float32 and what it normalised, autocast keeps a copy of a
+linear layer's input for every layer that reads it, attention keeps q, k, v, its output and one
+log-sum-exp. The worst moments are compared: the head's forward and backward, the first layer's
+backward, the last's. Kernels' own scratch memory is not in it.
 """
 
 from __future__ import annotations
@@ -41,13 +43,16 @@ class Row:
 
     @property
     def prefixed(self) -> list[tuple[int, int]]:
-        """Segments that continue a prompt: they attend under a mask, to copies of the prompt's keys and values."""
+        """Segments that continue a prompt: they attend under a mask, to copies of the prompt's keys
+        and values."""
         return [(q, k) for q, k in self.segments if k > q]
 
 
-def worst_row(max_tokens: int, *, completions: int, shares_prompt: bool = True, scored: bool = False) -> Row:
-    """The row that takes most: prompts of one token, completions of equal length that fill it, every token trained
-    (``scored``: a reward model trains one position of each)."""
+def worst_row(
+    max_tokens: int, *, completions: int, shares_prompt: bool = True, scored: bool = False
+) -> Row:
+    """The row that takes most: prompts of one token, completions of equal length that fill it,
+    every token trained (``scored``: a reward model trains one position of each)."""
     prompts = 1 if shares_prompt else completions
     count = max(1, min(completions, max_tokens - prompts))
     room = max(max_tokens - prompts, 1)
@@ -71,9 +76,11 @@ class Setting:
     own_attention: bool = False
     """One sequence per forward, attention as transformers ships it."""
     trains_all: bool = True
-    """False under adapters: frozen weights are cast in every forward and read by the backward, their inputs are not."""
+    """False under adapters: frozen weights are cast in every forward and read by the backward,
+    their inputs are not."""
     in_4bit: bool = False
-    """Frozen linear layers in 4 bit: what they give back is float32, as the residual stream then is."""
+    """Frozen linear layers in 4 bit: what they give back is float32, as the residual stream then
+    is."""
     divides_logits: bool = False
     """By a sampling temperature other than 1."""
     has_head: bool = True
@@ -102,18 +109,21 @@ class Setting:
     def attention(self, row: Row) -> int:
         """Bytes of q, k and v."""
         longest = max(keys for _, keys in row.segments)
-        short = self.device == "cpu" and self.plan.compute == "bfloat16" and longest < CPU_FLOAT32_KEYS
+        short = (
+            self.device == "cpu" and self.plan.compute == "bfloat16" and longest < CPU_FLOAT32_KEYS
+        )
         return 4 if short and not self.own_attention else self.compute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """The worst moment of a micro-batch that is not the first of its step (gradients exist already)."""
+    """The worst moment of a micro-batch that is not the first of its step (gradients exist
+    already)."""
 
     moment: str
     items: Mapping[str, int]
-    """``activations`` saved for the backward, ``recomputed`` under checkpointing, ``casts`` of weights, ``logits``,
-    ``attention masks``, ``temporaries``."""
+    """``activations`` saved for the backward, ``recomputed`` under checkpointing, ``casts`` of
+    weights, ``logits``, ``attention masks``, ``temporaries``."""
 
     @property
     def total(self) -> int:
@@ -121,14 +131,18 @@ class Activations:
         return sum(self.items.values())
 
 
-def _norm_bytes(width: int, s: Setting, arch: Architecture, *, input_bytes: int, trained: bool) -> int:
-    """An RMSNorm in Python: its input in float32, what it normalised (read by the gradient of its weight), 1 / rms."""
+def _norm_bytes(
+    width: int, s: Setting, arch: Architecture, *, input_bytes: int, trained: bool
+) -> int:
+    """An RMSNorm in Python: its input in float32, what it normalised (read by the gradient of its
+    weight), 1 / rms."""
     kept = 4 if input_bytes == 4 or arch.keeps_float32_norms else input_bytes
     return 4 * width + (kept * width if trained else 0) + 4
 
 
 def _input_bytes(width: int, s: Setting, *, readers: int) -> int:
-    """What linear layers keep of the value that ``readers`` of them read: one copy each where it must be cast."""
+    """What linear layers keep of the value that ``readers`` of them read: one copy each where it
+    must be cast."""
     if not s.trains_all and s.stored == 2:
         return readers * 4 * width  # adapters compute in float32
     return (readers if s.casts else 1) * s.compute * width
@@ -136,8 +150,12 @@ def _input_bytes(width: int, s: Setting, *, readers: int) -> int:
 
 def _attention_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> float:
     """Per row."""
-    if layer.mixer_width:  # where it scans a rough figure: in, out and a float32 copy of each of its linear layers
-        return (2 * s.compute + 4 if layer.mixer_scans else s.compute) * layer.mixer_width * row.tokens
+    if (
+        layer.mixer_width
+    ):  # where it scans a rough figure: in, out and a float32 copy of each of its linear layers
+        return (
+            (2 * s.compute + 4 if layer.mixer_scans else s.compute) * layer.mixer_width * row.tokens
+        )
     a, kept, keys = s.attention(row), _score_bytes(arch, s), sum(keys for _, keys in row.segments)
     q, k, v = layer.q_width, layer.k_width, layer.v_width
     output = q if layer.k_width != layer.q_width or not layer.latent_width else v
@@ -146,13 +164,23 @@ def _attention_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> 
         normed = 4 + (4 if s.compute == 4 or arch.keeps_float32_norms else s.compute) * s.trains_all
         per_token += normed * (q + k) + 4 * (arch.heads + arch.kv_heads)
     if layer.latent_width:
-        per_token += _norm_bytes(layer.latent_width, s, arch, input_bytes=s.compute, trained=s.trains_all)
+        per_token += _norm_bytes(
+            layer.latent_width, s, arch, input_bytes=s.compute, trained=s.trains_all
+        )
         per_token += _input_bytes(layer.latent_width, s, readers=1)
-    per_token += _input_bytes(output, s, readers=1) if s.stored == 2 else s.compute * output  # what the output projection reads
+    per_token += (
+        _input_bytes(output, s, readers=1) if s.stored == 2 else s.compute * output
+    )  # what the output projection reads
     if kept:
         scores = sum(queries * keys for queries, keys in row.segments) * arch.heads
-        if not (arch.softcaps_attention or arch.eager):  # torch's product in float32, keys and values of all heads
-            return (per_token - a * (q + k + v) + 4 * q) * row.tokens + 4 * (q + output) * keys + kept * scores
+        if not (
+            arch.softcaps_attention or arch.eager
+        ):  # torch's product in float32, keys and values of all heads
+            return (
+                (per_token - a * (q + k + v) + 4 * q) * row.tokens
+                + 4 * (q + output) * keys
+                + kept * scores
+            )
         repeated = 2 * q * a * keys if q != k else 0
         return (per_token - (k + v) * a * (q != k)) * row.tokens + repeated + kept * scores
     copies = 0 if s.flex else (k + v) * a * sum(keys for _, keys in row.prefixed)
@@ -160,8 +188,9 @@ def _attention_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> 
 
 
 def _score_bytes(arch: Architecture, s: Setting) -> int:
-    """What attention that is no fused kernel keeps of each score: softcapped in Python; transformers' own (the softmax and its
-    cast); on a CPU torch's with dropout (softmax, mask, product), or with values of another width than keys (softmax)."""
+    """What attention that is no fused kernel keeps of each score: softcapped in Python;
+    transformers' own (the softmax and its cast); on a CPU torch's with dropout (softmax, mask,
+    product), or with values of another width than keys (softmax)."""
     if s.flex:
         return 0
     if arch.softcaps_attention:
@@ -178,11 +207,17 @@ def _mlp_bytes(layer: Layer, arch: Architecture, s: Setting) -> float:
     """Per token."""
     total: float = 0
     if layer.mlp_width:
-        last = _input_bytes(layer.mlp_width, s, readers=1) if not s.trains_all else s.compute * layer.mlp_width
+        last = (
+            _input_bytes(layer.mlp_width, s, readers=1)
+            if not s.trains_all
+            else s.compute * layer.mlp_width
+        )
         total += (layer.mlp_tensors - 1) * s.output * layer.mlp_width + last
     if layer.experts:  # grouped_mm, which autocast leaves in the weights' dtype
         each = s.stored * (2 * arch.hidden + 4 * layer.expert_width) + 4 * 8
-        total += arch.experts_per_token * each + 4 * layer.experts + s.compute * arch.hidden * s.casts
+        total += (
+            arch.experts_per_token * each + 4 * layer.experts + s.compute * arch.hidden * s.casts
+        )
     return total
 
 
@@ -193,20 +228,30 @@ def layer_bytes(layer: Layer, arch: Architecture, row: Row, s: Setting) -> int:
     if layer.norm == "layer":
         norms = layer.norms_before * (s.stored * h + 8)
     else:
-        norms = layer.norms_before * _norm_bytes(h, s, arch, input_bytes=s.stored, trained=s.trains_all)
-        norms += layer.norms_after * _norm_bytes(h, s, arch, input_bytes=s.compute, trained=s.trains_all)
+        norms = layer.norms_before * _norm_bytes(
+            h, s, arch, input_bytes=s.stored, trained=s.trains_all
+        )
+        norms += layer.norms_after * _norm_bytes(
+            h, s, arch, input_bytes=s.compute, trained=s.trains_all
+        )
     copied = s.casts or (not s.trains_all and s.stored == 2)
     inputs = _input_bytes(h, s, readers=readers) if copied else s.compute * h * layer.norms_before
     if copied and layer.experts:
         inputs += s.stored * h  # the experts read the uncast value
     if arch.hidden_dropout:  # a mask after each sublayer, on a CPU in the dtype of what it masks
         inputs += 2 * (s.compute if s.device == "cpu" else 1) * h
-    per_token = norms + inputs + _mlp_bytes(layer, arch, s) + (4 if s.stored == 2 else s.compute) * layer.adapter_ranks
+    per_token = (
+        norms
+        + inputs
+        + _mlp_bytes(layer, arch, s)
+        + (4 if s.stored == 2 else s.compute) * layer.adapter_ranks
+    )
     return int(per_token * row.tokens + _attention_bytes(layer, arch, row, s))
 
 
 def _mask_bytes(arch: Architecture, row: Row, s: Setting) -> int:
-    """One mask for each shape of a segment with a prefix, kept for all layers; longer ones than a window need a second."""
+    """One mask for each shape of a segment with a prefix, kept for all layers; longer ones than a
+    window need a second."""
     if s.flex or s.own_attention:
         return 0
     total = 0
@@ -217,10 +262,15 @@ def _mask_bytes(arch: Architecture, row: Row, s: Setting) -> int:
 
 
 def _cast_bytes(parameters: Sequence[Parameter], arch: Architecture, s: Setting) -> int:
-    """Weights in the compute dtype: kept by autocast for the micro-batch, or (frozen) by the graph."""
+    """Weights in the compute dtype: kept by autocast for the micro-batch, or (frozen) by the
+    graph."""
     if not s.casts:
         return 0
-    matrices = [p for p in parameters if (p.in_linear and not p.in_embedding and p.shape[0] != arch.vocab) or p.in_matmul]
+    matrices = [
+        p
+        for p in parameters
+        if (p.in_linear and not p.in_embedding and p.shape[0] != arch.vocab) or p.in_matmul
+    ]
     if s.checkpointing:  # frozen weights are cast again for each layer
         frozen = sum(p.numel for p in matrices if not p.trainable) // len(arch.layers)
         return s.compute * (sum(p.numel for p in matrices if p.trainable) + frozen)
@@ -237,25 +287,40 @@ def _head_moments(arch: Architecture, row: Row, s: Setting) -> dict[str, dict[st
     again, split = chunks > 1, block < chunk
     weight, c, wide = arch.vocab * arch.hidden, s.compute, s.compute < 4
     transformed = 3 * arch.softcaps_logits + arch.scales_logits + s.divides_logits
-    made = (1 + again) * c * chunk + wide * 4 * block * again  # a chunk is made while the last one and its block are alive
-    capped = c * chunk + 4 * block * (transformed + wide + ((again or split) and wide or transformed > 0))
+    made = (
+        (1 + again) * c * chunk + wide * 4 * block * again
+    )  # a chunk is made while the last one and its block are alive
+    capped = c * chunk + 4 * block * (
+        transformed + wide + ((again or split) and wide or transformed > 0)
+    )
     cast = c * weight * s.casts
     gradient = s.stored * weight * s.trains_all
     matmul = c * weight * (s.trains_all and s.casts and again)
-    in_backward = {"new logits": (1 + again) * c * chunk, "softmax": c * chunk + 4 * block * (transformed + wide * (1 + split))}
+    in_backward = {
+        "new logits": (1 + again) * c * chunk,
+        "softmax": c * chunk + 4 * block * (transformed + wide * (1 + split)),
+    }
     predictors = arch.hidden * s.stored * row.trained
     moments = {"forward of the head": {"logits": max(made, capped), "casts": cast}}
     for name, logits in {**in_backward, "weight gradient": c * chunk}.items():
         temporaries = gradient + predictors + (matmul if name == "weight gradient" else 0)
-        moments[f"backward of the head: {name}"] = {"logits": logits, "casts": cast, "temporaries": temporaries}
+        moments[f"backward of the head: {name}"] = {
+            "logits": logits,
+            "casts": cast,
+            "temporaries": temporaries,
+        }
     return moments
 
 
-def step_activations(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> Activations:
+def step_activations(
+    arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting
+) -> Activations:
     """The worst moment of a row's forward and backward."""
     moments = _moments(arch, parameters, row, s)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return Activations(moment=moment, items={name: int(n) for name, n in moments[moment].items() if n})
+    return Activations(
+        moment=moment, items={name: int(n) for name, n in moments[moment].items() if n}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,8 +332,8 @@ class HeapBlocks:
     in_layer: int
     """Of one layer, the largest: made and freed again and again."""
     eager: int
-    """The short-lived copies of the scores of attention that is no fused kernel, in a layer: product and masked; softcapped ones
-    scaled and capped too."""
+    """The short-lived copies of the scores of attention that is no fused kernel, in a layer:
+    product and masked; softcapped ones scaled and capped too."""
 
 
 def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> HeapBlocks:
@@ -281,7 +346,11 @@ def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> Heap
     for layer in arch.layers:
         mlp = int(_mlp_bytes(layer, arch, s)) * row.tokens
         width = layer.mlp_width or layer.expert_width * arch.experts_per_token
-        parts = [(each, scores), (s.output * width * row.tokens, mlp), (4 * arch.hidden * row.tokens, 0)]
+        parts = [
+            (each, scores),
+            (s.output * width * row.tokens, mlp),
+            (4 * arch.hidden * row.tokens, 0),
+        ]
         parts[2] = (parts[2][0], layer_bytes(layer, arch, row, s) - scores - mlp)
         by_layer.append(sum(total for size, total in parts if size < below))
     saved = len(arch.layers) * stream * (stream < below) if s.checkpointing else sum(by_layer)
@@ -290,7 +359,9 @@ def heap_blocks(arch: Architecture, row: Row, s: Setting, *, below: int) -> Heap
     return HeapBlocks(saved=saved, in_layer=max(by_layer) + casts, eager=short * (each < below))
 
 
-def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting) -> dict[str, dict[str, int]]:
+def _moments(
+    arch: Architecture, parameters: Sequence[Parameter], row: Row, s: Setting
+) -> dict[str, dict[str, int]]:
     tokens, h = row.tokens, arch.hidden
     by_layer = [layer_bytes(layer, arch, row, s) for layer in arch.layers]
     stream, predictors = h * s.stored * tokens, h * s.stored * row.trained
@@ -298,47 +369,82 @@ def _moments(arch: Architecture, parameters: Sequence[Parameter], row: Row, s: S
     saved = always + (len(arch.layers) * stream if s.checkpointing else sum(by_layer))
     masks, casts = _mask_bytes(arch, row, s), _cast_bytes(parameters, arch, s)
     table = arch.vocab * h * s.stored * any(p.in_embedding and p.trainable for p in parameters)
-    held = table if arch.tied and s.has_head else 0  # the head's gradient of a tied weight waits for the embedding's
+    held = (
+        table if arch.tied and s.has_head else 0
+    )  # the head's gradient of a tied weight waits for the embedding's
     last_norm = _norm_bytes(h, s, arch, input_bytes=s.stored, trained=s.trains_all) * tokens
     moments = {
-        name: {"activations": saved + last_norm + predictors, "attention masks": masks, **items, "casts": casts + items["casts"]}
+        name: {
+            "activations": saved + last_norm + predictors,
+            "attention masks": masks,
+            **items,
+            "casts": casts + items["casts"],
+        }
         for name, items in _head_moments(arch, row, s).items()
     }
     recomputed = max(by_layer) - stream if s.checkpointing else 0
     top = {"activations": saved, "attention masks": masks, "casts": casts, "recomputed": recomputed}
     bottom = top | {"activations": always + (stream if s.checkpointing else by_layer[0])}
     moments |= {
-        "backward of the last layer": top | {"temporaries": held + _layer_temporaries(arch.layers[-1], arch, row, s)},
-        "backward of the first layer": bottom | {"temporaries": held + _layer_temporaries(arch.layers[0], arch, row, s)},
-        "end of the backward": top | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table},
+        "backward of the last layer": top
+        | {"temporaries": held + _layer_temporaries(arch.layers[-1], arch, row, s)},
+        "backward of the first layer": bottom
+        | {"temporaries": held + _layer_temporaries(arch.layers[0], arch, row, s)},
+        "end of the backward": top
+        | {"activations": always, "recomputed": 0, "temporaries": 2 * held + table},
     }
     if s.checkpointing and not s.trains_all and s.compute < 4:
-        moments["recomputation of the last layer"] = top | {"temporaries": held + _adapter_temporaries(arch, row, s)}
-    if _score_bytes(arch, s):  # scores and their gradients, before the feed-forward or after it is done
+        moments["recomputation of the last layer"] = top | {
+            "temporaries": held + _adapter_temporaries(arch, row, s)
+        }
+    if _score_bytes(
+        arch, s
+    ):  # scores and their gradients, before the feed-forward or after it is done
         scores = (8 if s.compute == 4 else 6) * arch.heads * max(q * k for q, k in row.segments)
         mlp = int(max(_mlp_bytes(layer, arch, s) for layer in arch.layers)) * tokens
         name = "recomputed" if s.checkpointing else "activations"
-        moments["attention of the last layer"] = top | {name: top[name] - mlp, "temporaries": held + scores}
-        moments["attention of the first layer"] = bottom | {name: bottom[name] - mlp, "temporaries": held + scores}
+        moments["attention of the last layer"] = top | {
+            name: top[name] - mlp,
+            "temporaries": held + scores,
+        }
+        moments["attention of the first layer"] = bottom | {
+            name: bottom[name] - mlp,
+            "temporaries": held + scores,
+        }
     return moments
 
 
 def _layer_temporaries(layer: Layer, arch: Architecture, row: Row, s: Setting) -> int:
-    """Gradients that are alive at once in the backward of a feed-forward: of its activations, or of a weight."""
+    """Gradients that are alive at once in the backward of a feed-forward: of its activations, or of
+    a weight."""
     stream = (1 + s.casts) * arch.hidden * s.stored * row.tokens
-    wide = 2 * max(layer.mlp_width * s.output, layer.expert_width * arch.experts_per_token * s.stored) * row.tokens
-    if s.in_4bit and s.casts:  # of the layer, of its adapter and their sum, when the cast input is gone
+    wide = (
+        2
+        * max(layer.mlp_width * s.output, layer.expert_width * arch.experts_per_token * s.stored)
+        * row.tokens
+    )
+    if (
+        s.in_4bit and s.casts
+    ):  # of the layer, of its adapter and their sum, when the cast input is gone
         wide += layer.mlp_width * (s.output - s.compute) * row.tokens
-    weight = layer.largest_matrix * (s.stored + (s.compute if s.casts else 0)) if s.trains_all else 0
-    if layer.experts:  # not cast; when the gradient of their first weight is made, two of four activations are gone
+    weight = (
+        layer.largest_matrix * (s.stored + (s.compute if s.casts else 0)) if s.trains_all else 0
+    )
+    # not cast; when the gradient of their first weight is made, two of four activations are gone
+    if layer.experts:
         gone = 2 * layer.expert_width * arch.experts_per_token * s.stored * row.tokens
         weight = max(layer.largest_matrix * s.stored * s.trains_all - gone, 0)
     return stream + max(wide, weight)
 
 
 def _adapter_temporaries(arch: Architecture, row: Row, s: Setting) -> int:
-    """While a layer is recomputed under adapters, whose inputs become float32: the widest linear layer's input beside its float32
-    copy, a norm's output, a layer's output, and what came back from the layer above."""
-    width = max(max(layer.mlp_width, layer.expert_width * arch.experts_per_token) for layer in arch.layers)
+    """While a layer is recomputed under adapters, whose inputs become float32: the widest linear
+    layer's input beside its float32 copy, a norm's output, a layer's output, and what came back
+    from the layer above."""
+    width = max(
+        max(layer.mlp_width, layer.expert_width * arch.experts_per_token) for layer in arch.layers
+    )
     beside = 0 if s.in_4bit else s.compute * width + 4 * arch.hidden * s.casts
-    return (4 * width + beside + (2 * s.compute + 4) * arch.hidden + s.compute * arch.hidden * s.casts) * row.tokens
+    return (
+        4 * width + beside + (2 * s.compute + 4) * arch.hidden + s.compute * arch.hidden * s.casts
+    ) * row.tokens

@@ -1,4 +1,5 @@
-"""What the activations of a decoder depend on, read off a transformers config and the names and shapes of its parameters."""
+"""What the activations of a decoder depend on, read off a transformers config and the names and
+shapes of its parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +11,28 @@ from typing import Any, Literal
 from posttrain.memory.states import Parameter
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|layer|attentions|ffns)\.(\d+)\.")
-_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
-_HIDDEN_DROPOUT = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout", "residual_dropout")
-_EXTRA_OF_ACTIVATION = {"gelu_new": 3, "gelu_fast": 4, "quick_gelu": 1, "relu2": 1, "gelu_python": 3}
-"""Tensors that an activation written in Python saves beside its input and its output; torch's own save none."""
+_ATTENTION_DROPOUT = (
+    "attention_dropout",
+    "attn_pdrop",
+    "attention_probs_dropout_prob",
+    "attn_dropout",
+)
+_HIDDEN_DROPOUT = (
+    "resid_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "dropout",
+    "residual_dropout",
+)
+_EXTRA_OF_ACTIVATION = {
+    "gelu_new": 3,
+    "gelu_fast": 4,
+    "quick_gelu": 1,
+    "relu2": 1,
+    "gelu_python": 3,
+}
+"""Tensors that an activation written in Python saves beside its input and its output; torch's own
+save none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +47,8 @@ class Layer:
     """Norms of what a sublayer adds to it (Gemma 2 and 3)."""
     qk_norm: bool = False
     q_width: int = 0
-    """Of the queries; 0: no attention. Keys and values may be narrower (fewer heads) or, under multi-head latent attention, have
-    other widths."""
+    """Of the queries; 0: no attention. Keys and values may be narrower (fewer heads) or, under
+    multi-head latent attention, have other widths."""
     k_width: int = 0
     v_width: int = 0
     latent_width: int = 0
@@ -37,7 +56,8 @@ class Layer:
     mixer_width: int = 0
     """Of what the linear layers and convolutions of a layer without attention give back."""
     mixer_scans: bool = False
-    """State-space or linear attention, which keeps more: how much depends on the kernels that are installed."""
+    """State-space or linear attention, which keeps more: how much depends on the kernels that are
+    installed."""
     attention_readers: int = 3
     """Linear layers that read the normed stream: q, k and v, or one for all."""
     mlp_readers: int = 2
@@ -106,7 +126,8 @@ def _first(config: Any, *names: str, default: Any = None) -> Any:
 def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architecture:
     """From the config and ``states.parameters_of`` the model (on the meta device if need be).
 
-    Raises ValueError where the config has no hidden size, heads or layers: no decoder that can be planned.
+    Raises ValueError where the config has no hidden size, heads or layers: no decoder that can be
+    planned.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     text = getattr(text, "decoder_config", text)
@@ -118,11 +139,18 @@ def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architectur
         if found:
             by_layer.setdefault(int(found.group(1)), []).append(p)
     if not hidden or not by_layer:
-        raise ValueError(f"{type(config).__name__} has no hidden size or layers: only decoder models can be planned.")
+        raise ValueError(
+            f"{type(config).__name__} has no hidden size or layers: only decoder "
+            "models can be planned."
+        )
     kind = str(getattr(text, "model_type", ""))
     is_gemma = kind.startswith("gemma")
-    act = str(_first(text, "hidden_act", "activation_function", "hidden_activation", default="silu"))
-    kv_heads = _first(text, "num_key_value_heads", default=1 if getattr(text, "multi_query", False) else heads)
+    act = str(
+        _first(text, "hidden_act", "activation_function", "hidden_activation", default="silu")
+    )
+    kv_heads = _first(
+        text, "num_key_value_heads", default=1 if getattr(text, "multi_query", False) else heads
+    )
     head_dim = _first(text, "head_dim", default=hidden // heads)
     widths = (heads * head_dim, kv_heads * head_dim)
     layers = tuple(_layer(own, hidden, act, widths) for _, own in sorted(by_layer.items()))
@@ -133,7 +161,9 @@ def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architectur
         head_dim=head_dim,
         vocab=text.vocab_size,
         layers=layers,
-        experts_per_token=_first(text, "num_experts_per_tok", "top_k", default=0) if any(x.experts for x in layers) else 0,
+        experts_per_token=_first(text, "num_experts_per_tok", "top_k", default=0)
+        if any(x.experts for x in layers)
+        else 0,
         keeps_float32_norms=is_gemma,
         softcaps_attention=getattr(text, "attn_logit_softcapping", None) is not None,
         softcaps_logits=getattr(text, "final_logit_softcapping", None) is not None,
@@ -147,18 +177,35 @@ def architecture_of(config: Any, parameters: Sequence[Parameter]) -> Architectur
     )
 
 
-def _layer(parameters: Sequence[Parameter], hidden: int, act: str, attention: tuple[int, int]) -> Layer:
+def _layer(
+    parameters: Sequence[Parameter], hidden: int, act: str, attention: tuple[int, int]
+) -> Layer:
     adapters = [p for p in parameters if ".lora_A." in p.name]
     own = [p for p in parameters if ".lora_" not in p.name]
     plain = [p.name.replace(".base_layer", "") for p in own]
     stream_norms = [
-        p for p in own if len(p.shape) == 1 and p.shape[0] == hidden and p.name.endswith("weight") and _is_norm(p.name)
+        p
+        for p in own
+        if len(p.shape) == 1
+        and p.shape[0] == hidden
+        and p.name.endswith("weight")
+        and _is_norm(p.name)
     ]
     after = sum("post_feedforward" in p.name for p in stream_norms)
     experts = [p for p in own if len(p.shape) == 3 and "experts" in p.name]
-    mlp = [p for p in own if len(p.shape) == 2 and not _is_attention(p.name) and ".experts." not in p.name]
-    widths = {p.name: next((n for n in p.shape if n != hidden), hidden) for p in mlp if not _is_router(p.name)}
-    gated = any(name.endswith(("gate_proj.weight", "gate_up_proj.weight", "w1.weight")) for name in plain)
+    mlp = [
+        p
+        for p in own
+        if len(p.shape) == 2 and not _is_attention(p.name) and ".experts." not in p.name
+    ]
+    widths = {
+        p.name: next((n for n in p.shape if n != hidden), hidden)
+        for p in mlp
+        if not _is_router(p.name)
+    }
+    gated = any(
+        name.endswith(("gate_proj.weight", "gate_up_proj.weight", "w1.weight")) for name in plain
+    )
     fused = any(name.endswith("gate_up_proj.weight") for name in plain)
     width = max(widths.values(), default=0) // (2 if fused else 1)
     wide = max((p.numel // (p.shape[0] * hidden) for p in experts), default=0)
@@ -168,7 +215,11 @@ def _layer(parameters: Sequence[Parameter], hidden: int, act: str, attention: tu
         norms_after=2 * after,
         qk_norm=any("q_norm" in name or "q_layernorm" in name for name in plain),
         **_attention_widths(dict(zip(plain, own, strict=True)), attention),
-        attention_readers=2 if any("kv_a_proj" in name for name in plain) else 3 if any("q_proj" in n for n in plain) else 1,
+        attention_readers=2
+        if any("kv_a_proj" in name for name in plain)
+        else 3
+        if any("q_proj" in n for n in plain)
+        else 1,
         mlp_readers=2 if gated and not fused else 1,
         mlp_width=width,
         mlp_tensors=(4 if gated else 2) + _EXTRA_OF_ACTIVATION.get(act, 0),
@@ -180,19 +231,34 @@ def _layer(parameters: Sequence[Parameter], hidden: int, act: str, attention: tu
 
 
 def _attention_widths(own: dict[str, Parameter], widths: tuple[int, int]) -> dict[str, Any]:
-    """From the projections' shapes where they have the usual names, else (fused ones) from the config's heads."""
+    """From the projections' shapes where they have the usual names, else (fused ones) from the
+    config's heads."""
     if not any(_is_attention(name) for name in own):
         mixer = [p for name, p in own.items() if _is_mixer(name) and len(p.shape) > 1]
-        scans = any(word in name for name in own for word in ("A_log", "dt_", "beta", "temporal_block"))
+        scans = any(
+            word in name for name in own for word in ("A_log", "dt_", "beta", "temporal_block")
+        )
         return {"mixer_width": sum(p.shape[0] for p in mixer), "mixer_scans": scans}
 
     def shape(*suffixes: str) -> tuple[int, ...] | None:
-        return next((p.shape for name, p in own.items() if name.endswith(tuple(f"{s}.weight" for s in suffixes))), None)
+        return next(
+            (
+                p.shape
+                for name, p in own.items()
+                if name.endswith(tuple(f"{s}.weight" for s in suffixes))
+            ),
+            None,
+        )
 
     q, k, v, o = shape("q_proj", "q_b_proj"), shape("k_proj"), shape("v_proj"), shape("o_proj")
     if (latent := shape("kv_a_proj_with_mqa")) is not None and q is not None and o is not None:
         low_rank = shape("q_a_proj")
-        return {"q_width": q[0], "k_width": q[0], "v_width": o[1], "latent_width": latent[0] + (low_rank[0] if low_rank else 0)}
+        return {
+            "q_width": q[0],
+            "k_width": q[0],
+            "v_width": o[1],
+            "latent_width": latent[0] + (low_rank[0] if low_rank else 0),
+        }
     return {
         "q_width": o[1] if o is not None else widths[0],
         "k_width": k[0] if k is not None else widths[1],
@@ -205,12 +271,26 @@ def _is_norm(name: str) -> bool:
 
 
 def _is_attention(name: str) -> bool:
-    return any(word in name for word in (".self_attn.", ".attn.", ".attention.", ".self_attention."))
+    return any(
+        word in name for word in (".self_attn.", ".attn.", ".attention.", ".self_attention.")
+    )
 
 
 def _is_mixer(name: str) -> bool:
-    return any(word in name for word in (".mixer.", ".mamba.", ".linear_attn.", ".conv.", ".temporal_block.", ".short_conv."))
+    return any(
+        word in name
+        for word in (
+            ".mixer.",
+            ".mamba.",
+            ".linear_attn.",
+            ".conv.",
+            ".temporal_block.",
+            ".short_conv.",
+        )
+    )
 
 
 def _is_router(name: str) -> bool:
-    return name.replace(".base_layer", "").endswith((".gate.weight", ".router.weight", "shared_expert_gate.weight"))
+    return name.replace(".base_layer", "").endswith(
+        (".gate.weight", ".router.weight", "shared_expert_gate.weight")
+    )

@@ -26,7 +26,9 @@ class Rollout:
 
     def cache_bytes(self, arch: Architecture, bytes_each: int) -> int:
         """One slot per running completion, as many as the budget holds."""
-        return arch.kv_elements_per_token * self.capacity * bytes_each * self.slots(arch, bytes_each)
+        return (
+            arch.kv_elements_per_token * self.capacity * bytes_each * self.slots(arch, bytes_each)
+        )
 
     def slots(self, arch: Architecture, bytes_each: int) -> int:
         """Completions that run at a time."""
@@ -77,7 +79,8 @@ class Job:
     optimizer: OptimizerName = "adamw"
     offload: frozenset[Offload] = frozenset()
     reference: tuple[Parameter, ...] = ()
-    """A frozen model beside the policy; empty where there is none, it is cached, or it is the base under adapters."""
+    """A frozen model beside the policy; empty where there is none, it is cached, or it is the base
+    under adapters."""
     reference_moves: bool = False
     """TR-DPO: kept as precise as the policy."""
     reward_model: Scoring | None = None
@@ -92,7 +95,11 @@ class Job:
     @property
     def row_completions(self) -> int:
         """Of one prompt in a full row: of sampled ones as many as fill it."""
-        return -(-self.max_tokens // self.completion_tokens) if self.completion_tokens else self.completions
+        return (
+            -(-self.max_tokens // self.completion_tokens)
+            if self.completion_tokens
+            else self.completions
+        )
 
     @property
     def is_lora(self) -> bool:
@@ -115,19 +122,26 @@ class Job:
         return sum(p.numel for p in self.parameters if p.trainable)
 
     def sharded(self, zero_stage: int, num_devices: int, *, engine: Engine | None = None) -> Job:
-        """The same run on other hardware: stage 0 plain, 3 FSDP2 (or DeepSpeed if the run uses it), 1 and 2 DeepSpeed, which
-        holds bf16 weights where the others hold fp32 ones and cast."""
+        """The same run on other hardware: stage 0 plain, 3 FSDP2 (or DeepSpeed if the run uses it),
+        1 and 2 DeepSpeed, which holds bf16 weights where the others hold fp32 ones and cast."""
         default: Engine = "fsdp2" if zero_stage == 3 and self.engine != "deepspeed" else "deepspeed"
         engine = "plain" if zero_stage == 0 else engine or default
         job = replace(self, zero_stage=zero_stage, num_devices=num_devices, engine=engine)
         if engine != "deepspeed" or self.precision != PRECISIONS["bf16"]:
             return job
-        return replace(job, precision=DEEPSPEED_BF16, parameters=_in_bf16(self.parameters), reference=_in_bf16(self.reference))
+        return replace(
+            job,
+            precision=DEEPSPEED_BF16,
+            parameters=_in_bf16(self.parameters),
+            reference=_in_bf16(self.reference),
+        )
 
     @property
     def traced(self) -> Job:
         """What a trace sees of it: the update alone, on one device with the kernels of a CPU."""
-        return replace(self, device="cpu", flex=False, offload=frozenset(), rollout=None, reward_model=None)
+        return replace(
+            self, device="cpu", flex=False, offload=frozenset(), rollout=None, reward_model=None
+        )
 
     @property
     def refused(self) -> str | None:
@@ -137,11 +151,20 @@ class Job:
         if self.engine != "plain" and self.optimizer != "adamw":
             return f"{self.optimizer} is for one process and DDP; sharded launches take adamw"
         if self.engine == "deepspeed" and self.precision.name not in ("fp32", "bf16"):
-            return f"DeepSpeed updates an fp32 copy of the weights: {self.precision.name} does not exist there"
+            return (
+                f"DeepSpeed updates an fp32 copy of the weights: {self.precision.name} does not "
+                "exist there"
+            )
         if self.in_4bit and self.zero_stage == 3:
-            return "weights in 4 bit cannot be sharded: DDP, ZeRO-1 or ZeRO-2, or adapters on unquantised weights"
+            return (
+                "weights in 4 bit cannot be sharded: DDP, ZeRO-1 or ZeRO-2, or adapters on "
+                "unquantised weights"
+            )
         if self.engine == "fsdp2" and self.offload:
-            return "FSDP2 offloads nothing; DeepSpeed does (--deepspeed, offload_optimizer_device: cpu in the launch file)"
+            return (
+                "FSDP2 offloads nothing; DeepSpeed does (--deepspeed, "
+                "offload_optimizer_device: cpu in the launch file)"
+            )
         return None
 
 

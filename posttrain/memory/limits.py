@@ -1,4 +1,5 @@
-"""What this machine can give, and what this process has taken (Linux; None where it cannot be read)."""
+"""What this machine can give, and what this process has taken (Linux; None where it cannot be
+read)."""
 
 from __future__ import annotations
 
@@ -20,10 +21,14 @@ _UNITS = {
 
 
 def parse_bytes(text: str) -> int:
-    """``80GB`` (1e9), ``80GiB`` (2^30), ``500MB``, or a number of bytes. Raises ValueError for anything else."""
+    """``80GB`` (1e9), ``80GiB`` (2^30), ``500MB``, or a number of bytes. Raises ValueError for
+    anything else."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if found is None or found.group(2).upper() not in _UNITS:
-        raise ValueError(f"Memory is a number with a unit, such as 80GB (1e9 bytes) or 80GiB (2^30); got {text!r}.")
+        raise ValueError(
+            "Memory is a number with a unit, such as 80GB (1e9 bytes) or 80GiB "
+            f"(2^30); got {text!r}."
+        )
     return int(float(found.group(1)) * _UNITS[found.group(2).upper()])
 
 
@@ -50,7 +55,8 @@ def peak_rss_bytes() -> int | None:
 
 
 def available_bytes(*, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this process could have in all: free memory and what it already has, or the limit of its cgroup if less."""
+    """What this process could have in all: free memory and what it already has, or the limit of its
+    cgroup if less."""
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
     if free is None:
         return None
@@ -58,11 +64,15 @@ def available_bytes(*, cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """Memory limits of this process's cgroup and of those above it: memory.max, and in version 1 memory.limit_in_bytes."""
+    """Memory limits of this process's cgroup and of those above it: memory.max, and in version 1
+    memory.limit_in_bytes."""
     own = Path("/proc/self/cgroup")
     lines = [line.split(":", 2) for line in own.read_text().splitlines()] if own.exists() else []
     limits = []
-    for top, file, controllers in ((root, "memory.max", ""), (root / "memory", "memory.limit_in_bytes", "memory")):
+    for top, file, controllers in (
+        (root, "memory.max", ""),
+        (root / "memory", "memory.limit_in_bytes", "memory"),
+    ):
         path = next((p for _, c, p in lines if controllers in c.split(",")), "/")
         folder = top / path.lstrip("/")
         for place in (folder, *folder.parents):

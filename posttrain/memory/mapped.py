@@ -10,10 +10,12 @@ USED_SHARE = 0.9
 
 
 def leave_mapped_checkpoint(model: Any) -> None:
-    """Copies what a CPU's model has in mapped files, where most of a file's pages are there for nothing.
+    """Copies what a CPU's model has in mapped files, where most of a file's pages are there for
+    nothing.
 
-    Weights that loading packs (4 bit) or joins (experts) lie in memory of their own; what they were made from stays resident
-    as long as any other weight, a norm's say, lies in the same file. Linux only; elsewhere nothing is copied.
+    Weights that loading packs (4 bit) or joins (experts) lie in memory of their own; what they were
+    made from stays resident as long as any other weight, a norm's say, lies in the same file. Linux
+    only; elsewhere nothing is copied.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"]
     for start, end in _mapped_files():
@@ -24,7 +26,8 @@ def leave_mapped_checkpoint(model: Any) -> None:
 
 
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges (proc(5), /proc/pid/maps), whatever the files' names: a hub's cache has hashes."""
+    """Address ranges (proc(5), /proc/pid/maps), whatever the files' names: a hub's cache has
+    hashes."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     fields = [line.split(maxsplit=5) for line in lines]

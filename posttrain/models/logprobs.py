@@ -1,8 +1,8 @@
 """log pi(y_t | ...) of the trained tokens only, the logits never held for more than one chunk.
 
-The LM head is the widest layer of a language model: V columns per token. It is applied to the hidden states that predict
-a trained token, ``chunk`` tokens at a time; the backward recomputes each chunk from the hidden states and the saved
-log-sum-exp, so T * V numbers are never stored.
+The LM head is the widest layer of a language model: V columns per token. It is applied to the
+hidden states that predict a trained token, ``chunk`` tokens at a time; the backward recomputes each
+chunk from the hidden states and the saved log-sum-exp, so T * V numbers are never stored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from posttrain.packing.batch import KeptIds
 
 @dataclass(frozen=True, kw_only=True)
 class LogitTransform:
-    """What a family does between head and softmax: ``softcap * tanh(scale * x / softcap)``, or ``scale * x`` without cap;
-    then the division by the sampling temperature."""
+    """What a family does between head and softmax: ``softcap * tanh(scale * x / softcap)``, or
+    ``scale * x`` without cap; then the division by the sampling temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -39,7 +39,8 @@ class LogitTransform:
 def logit_transform(config: Any) -> LogitTransform:
     """Reads it from a transformers config: Gemma softcaps, Cohere multiplies, Granite divides.
 
-    A family with a transform that is not listed here is caught by the self-check at the start of every run.
+    A family with a transform that is not listed here is caught by the self-check at the start of
+    every run.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
@@ -51,11 +52,13 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 CPU_BLOCK_ELEMENTS = 2**21
-"""On a CPU the softmax of a chunk runs in blocks of about this many logits (8 MiB of float32): they stay in the cache."""
+"""On a CPU the softmax of a chunk runs in blocks of about this many logits (8 MiB of float32): they
+stay in the cache."""
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """logps_T = log_softmax(transform(hidden W^T + b))[target], chunk by chunk, softmax in at least float32."""
+    """logps_T = log_softmax(transform(hidden W^T + b))[target], chunk by chunk, softmax in at least
+    float32."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -107,7 +110,8 @@ class _ChunkedLogps(torch.autograd.Function):
 
 
 def _chunks(total: int, size: int) -> list[slice]:
-    """As many slices as ``size`` asks for, all of about the same length: a short last one would cost a whole pass over W."""
+    """As many slices as ``size`` asks for, all of about the same length: a short last one would
+    cost a whole pass over W."""
     count = -(-total // size)
     ends = [total * (i + 1) // count for i in range(count)]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -131,7 +135,12 @@ def _only_kept(logits: Tensor, kept: KeptIds | None, tokens: slice) -> Tensor:
     if kept is None:
         return logits
     ends = kept.ends_T[tokens]
-    starts = torch.cat((kept.ends_T[tokens.start - 1 : tokens.start] if tokens.start else ends.new_zeros(1), ends[:-1]))
+    starts = torch.cat(
+        (
+            kept.ends_T[tokens.start - 1 : tokens.start] if tokens.start else ends.new_zeros(1),
+            ends[:-1],
+        )
+    )
     sizes = ends - starts
     left_out = torch.ones_like(logits, dtype=torch.bool)
     row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
@@ -141,9 +150,16 @@ def _only_kept(logits: Tensor, kept: KeptIds | None, tokens: slice) -> Tensor:
 
 
 def _logits_to_gradient(
-    logits: Tensor, part: slice, targets_T: Tensor, lse_T: Tensor, grad_T: Tensor, transform: LogitTransform, kept: KeptIds | None
+    logits: Tensor,
+    part: slice,
+    targets_T: Tensor,
+    lse_T: Tensor,
+    grad_T: Tensor,
+    transform: LogitTransform,
+    kept: KeptIds | None,
 ) -> None:
-    """Overwrites a chunk's logits with d(sum grad * logp)/d(logits): grad * ([v = target] - softmax_v) * transform'."""
+    """Overwrites a chunk's logits with d(sum grad * logp)/d(logits): grad * ([v = target] -
+    softmax_v) * transform'."""
     for rows in _blocks(logits):
         raw, here = logits[rows], slice(part.start + rows.start, part.start + rows.stop)
         block = transform.apply(raw.to(lse_T.dtype))
@@ -164,7 +180,9 @@ def _transform_slope(logits: Tensor, transform: LogitTransform) -> Tensor | floa
     return None if scale == 1.0 else scale
 
 
-def _add_matmul(total: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, dtype: torch.dtype) -> Tensor:
+def _add_matmul(
+    total: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, dtype: torch.dtype
+) -> Tensor:
     """total + grad^T hidden, accumulated in ``dtype``."""
     if total is None:
         return (grad_TV.T @ hidden_TH).to(dtype)
@@ -174,7 +192,8 @@ def _add_matmul(total: Tensor | None, grad_TV: Tensor, hidden_TH: Tensor, dtype:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matmul on this tensor runs: autocast's where it is on, else the tensor's own."""
+    """The dtype in which a matmul on this tensor runs: autocast's where it is on, else the tensor's
+    own."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -190,13 +209,15 @@ def token_logps(
     chunk: int,
     kept: KeptIds | None = None,
 ) -> Tensor:
-    """logps_T [T], at least float32, with gradient to the hidden states and to the head's trainable parameters.
+    """logps_T [T], at least float32, with gradient to the hidden states and to the head's trainable
+    parameters.
 
     ``kept``: log-probs are renormalised over these ids (a sampler that truncates its distribution).
 
-    A plain linear head takes the fused path (its weight is read once per call, forward and backward). Any other head (LoRA on
-    the head, a quantised one) is called as it is, chunk by chunk under recomputation: its weight gradients then
-    accumulate chunk by chunk. T = 0 gives an empty result that still depends on the hidden states.
+    A plain linear head takes the fused path (its weight is read once per call, forward and
+    backward). Any other head (LoRA on the head, a quantised one) is called as it is, chunk by chunk
+    under recomputation: its weight gradients then accumulate chunk by chunk. T = 0 gives an empty
+    result that still depends on the hidden states.
     """
     if targets_T.shape[0] == 0:
         return hidden_TH.sum(-1)[:0].to(torch.promote_types(hidden_TH.dtype, torch.float32))
@@ -204,7 +225,9 @@ def token_logps(
     if type(head) is nn.Linear:
         compute = compute_dtype(head.weight)
         with torch.autocast(kind, enabled=False):
-            return _ChunkedLogps.apply(hidden_TH, head.weight, head.bias, targets_T, transform, chunk, compute, kept)
+            return _ChunkedLogps.apply(
+                hidden_TH, head.weight, head.bias, targets_T, transform, chunk, compute, kept
+            )
 
     def part_logps(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
         logits = head(hidden)
@@ -213,7 +236,13 @@ def token_logps(
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
     pieces = [
-        checkpoint(part_logps, hidden_TH[at : at + chunk], targets_T[at : at + chunk], at, use_reentrant=False)
+        checkpoint(
+            part_logps,
+            hidden_TH[at : at + chunk],
+            targets_T[at : at + chunk],
+            at,
+            use_reentrant=False,
+        )
         for at in range(0, targets_T.shape[0], chunk)
     ]
     return torch.cat(pieces)

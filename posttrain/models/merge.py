@@ -1,4 +1,5 @@
-"""Adapters into a plain model: W' = W + (alpha / rank) * B A, written once, so that inference needs no peft."""
+"""Adapters into a plain model: W' = W + (alpha / rank) * B A, written once, so that inference needs
+no peft."""
 
 from __future__ import annotations
 
@@ -22,16 +23,20 @@ MERGE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | None = None, dtype: str = "auto") -> Path:
-    """Merge a LoRA adapter into its base; ``out`` loads with ``AutoModelForCausalLM.from_pretrained`` alone
-    (``AutoModelForSequenceClassification`` for a reward model).
+def merge_adapter(
+    adapter_folder: str | Path, *, out: str | Path, base: str | None = None, dtype: str = "auto"
+) -> Path:
+    """Merge a LoRA adapter into its base; ``out`` loads with
+    ``AutoModelForCausalLM.from_pretrained`` alone (``AutoModelForSequenceClassification`` for a
+    reward model).
 
-    The sum is computed in float32 and rounded once, to ``dtype``; ``auto`` is the dtype of the base's checkpoint.
-    ``base`` replaces the name that the adapter recorded (needed when that folder has moved). Adapters of QLoRA are
-    merged into the unquantised base. An adapter on one side of a tied embedding unties it: the two sides then differ.
+    The sum is computed in float32 and rounded once, to ``dtype``; ``auto`` is the dtype of the
+    base's checkpoint. ``base`` replaces the name that the adapter recorded (needed when that folder
+    has moved). Adapters of QLoRA are merged into the unquantised base. An adapter on one side of a
+    tied embedding unties it: the two sides then differ.
 
-    ``out`` appears whole or not at all. Raises ValueError or FileNotFoundError if it is no adapter, its weights are
-    pickle only, its base is unknown, or ``out`` exists and is not empty.
+    ``out`` appears whole or not at all. Raises ValueError or FileNotFoundError if it is no adapter,
+    its weights are pickle only, its base is unknown, or ``out`` exists and is not empty.
     """
     if dtype not in MERGE_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(MERGE_DTYPES)}; got {dtype!r}.")
@@ -41,7 +46,10 @@ def merge_adapter(adapter_folder: str | Path, *, out: str | Path, base: str | No
     refuse_filled(target)
     name = base or recorded.get("base_model_name_or_path")
     if not name:
-        raise ValueError(f"{adapter} does not say which model it was trained on. Give it with --base NAME_OR_FOLDER.")
+        raise ValueError(
+            f"{adapter} does not say which model it was trained on. Give it with "
+            "--base NAME_OR_FOLDER."
+        )
     revision = None if base else recorded.get("revision")
     config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
     model, tokenizer = _load_with_adapter(adapter, config, task_type=recorded.get("task_type"))
@@ -57,45 +65,66 @@ def _read_adapter_config(adapter: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"Adapter folder {adapter} does not exist.")
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        hint = " It looks like a plain model already." if (adapter / "config.json").is_file() else ""
-        raise FileNotFoundError(f"{adapter} has no adapter_config.json, so it is not an adapter folder.{hint}")
+        hint = (
+            " It looks like a plain model already." if (adapter / "config.json").is_file() else ""
+        )
+        raise FileNotFoundError(
+            f"{adapter} has no adapter_config.json, so it is not an adapter folder.{hint}"
+        )
     recorded = json.loads(path.read_text(encoding="utf-8"))
     kind = recorded.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{adapter} is a {kind} adapter; only LORA adds to weights in a way that is merged here.")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        found = "pickle only (adapter_model.bin)" if (adapter / "adapter_model.bin").is_file() else "missing"
         raise ValueError(
-            f"The weights of adapter {adapter} are {found}; adapter_model.safetensors is wanted, because unpickling a "
-            "file can run code hidden in it. Save the adapter again with a current peft, which writes safetensors."
+            f"{adapter} is a {kind} adapter; only LORA adds to weights in a way that "
+            "is merged here."
+        )
+    if not (adapter / "adapter_model.safetensors").is_file():
+        found = (
+            "pickle only (adapter_model.bin)"
+            if (adapter / "adapter_model.bin").is_file()
+            else "missing"
+        )
+        raise ValueError(
+            f"The weights of adapter {adapter} are {found}; adapter_model.safetensors is wanted, "
+            "because unpickling a file can run code hidden in it. Save the adapter again with a "
+            "current peft, which writes safetensors."
         )
     return recorded
 
 
-def _load_with_adapter(adapter: Path, config: ModelConfig, *, task_type: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_with_adapter(
+    adapter: Path, config: ModelConfig, *, task_type: str | None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     import torch
     from peft import PeftModel
 
     has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
     try:
-        tokenizer = load_tokenizer(ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None))
+        tokenizer = load_tokenizer(
+            ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None)
+        )
         if task_type == "SEQ_CLS":  # a reward model: its head comes with the adapter
             base: Any = load_reward_model(config, tokenizer, dtype=torch.float32)
         else:
             base = load_model(config, dtype=torch.float32)
         _grow(base, adapter)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The base model of {adapter} cannot be read. {error} Or give --base.") from error
+        raise FileNotFoundError(
+            f"The base model of {adapter} cannot be read. {error} Or give --base."
+        ) from error
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
     except RuntimeError as error:  # load_state_dict reports different shapes this way
-        raise ValueError(f"Adapter {adapter} does not fit the base {config.name!r}: {error}") from error
+        raise ValueError(
+            f"Adapter {adapter} does not fit the base {config.name!r}: {error}"
+        ) from error
     _check_every_weight_found_its_place(model, adapter, config.name)
     return model.eval(), tokenizer
 
 
 def _grow(base: Any, adapter: Path) -> None:
-    """Gives the base as many rows of embedding as the adapter was trained with, where tokens were added for it."""
+    """Gives the base as many rows of embedding as the adapter was trained with, where tokens were
+    added for it."""
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
@@ -106,7 +135,8 @@ def _grow(base: Any, adapter: Path) -> None:
 
 
 def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:
-    """peft only warns about adapter weights that the file lacks, and says nothing of those the model lacks."""
+    """peft only warns about adapter weights that the file lacks, and says nothing of those the
+    model lacks."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -114,18 +144,21 @@ def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_na
         in_file = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     lacking = sorted(wanted - in_file)
-    places = {name.replace(".default", "") for name in model.state_dict()}  # a file does not name the adapter
+    places = {
+        name.replace(".default", "") for name in model.state_dict()
+    }  # a file does not name the adapter
     homeless = sorted(in_file - wanted - places)
     if lacking or homeless:
         raise ValueError(
-            f"Adapter {adapter} does not fit the base {base_name!r}: {len(lacking)} weights are missing from the "
-            f"adapter and {len(homeless)} have no place in the base (first: {(lacking + homeless)[0]}). Give the "
-            "model it was trained on with --base."
+            f"Adapter {adapter} does not fit the base {base_name!r}: {len(lacking)} weights are "
+            f"missing from the adapter and {len(homeless)} have no place in the base (first: "
+            f"{(lacking + homeless)[0]}). Give the model it was trained on with --base."
         )
 
 
 def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Plain model with the same logits. One tied tensor cannot be an adapted head and a plain embedding: untie."""
+    """Plain model with the same logits. One tied tensor cannot be an adapted head and a plain
+    embedding: untie."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 

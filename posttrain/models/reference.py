@@ -21,23 +21,30 @@ from posttrain.models.policy import Policy, in_eval_mode
 def frozen_copy(policy: Policy, *, compute: torch.dtype | None = None) -> Policy:
     """The same policy with weights of its own that never get a gradient, in eval mode.
 
-    ``compute``: weights of linear layers are held in this dtype, which is what autocast would cast them to in every
-    forward: bit-identical log-probs from half the memory. None keeps every weight as it is.
+    ``compute``: weights of linear layers are held in this dtype, which is what autocast would cast
+    them to in every forward: bit-identical log-probs from half the memory. None keeps every weight
+    as it is.
     """
-    twin = policy.around(copy.deepcopy(policy.model), device_type=next(policy.parameters()).device.type)
+    twin = policy.around(
+        copy.deepcopy(policy.model), device_type=next(policy.parameters()).device.type
+    )
     return freeze(twin, compute=compute)
 
 
 def freeze(policy: Policy, *, compute: torch.dtype | None = None) -> Policy:
-    """No gradients, eval mode, linear weights in ``compute``. Tied weights are left alone: the embedding reads them as they
-    are."""
+    """No gradients, eval mode, linear weights in ``compute``. Tied weights are left alone: the
+    embedding reads them as they are."""
     policy.requires_grad_(False)
     policy.eval()
     if compute is None:
         return policy
     tied = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
     for module in policy.modules():
-        if type(module) is nn.Linear and id(module.weight) not in tied and module.weight.dtype == torch.float32:
+        if (
+            type(module) is nn.Linear
+            and id(module.weight) not in tied
+            and module.weight.dtype == torch.float32
+        ):
             module.weight.data = module.weight.data.to(compute)
     return policy
 
@@ -55,8 +62,8 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """blake2b over name, shape, dtype and bytes of every weight but the adapters', the same for a base with and without
-    adapters around it."""
+    """blake2b over name, shape, dtype and bytes of every weight but the adapters', the same for a
+    base with and without adapters around it."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(_base_weights(model).items()):
         flat = tensor.detach().reshape(-1).cpu()
@@ -70,4 +77,7 @@ def _base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     if not has_adapters(model):
         return weights
     kept = {n: t for n, t in weights.items() if ".lora_" not in n and ".modules_to_save." not in n}
-    return {n.replace("base_model.model.", "", 1).replace(".base_layer.", "."): t for n, t in kept.items()}
+    return {
+        n.replace("base_model.model.", "", 1).replace(".base_layer.", "."): t
+        for n, t in kept.items()
+    }

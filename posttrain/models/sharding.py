@@ -1,8 +1,9 @@
 """Parameters of which a process holds a part: FSDP2 (DTensor) and DeepSpeed ZeRO-3 (``ds_tensor``).
 
-Inside a module's forward both are whole: the LM head's weight too, once per forward and backward, however many chunks it is
-read in (``models/policy.py``). Everything here is for code that reads parameters outside of a forward. What gathers is a
-collective: every process calls it, in the same order.
+Inside a module's forward both are whole: the LM head's weight too, once per forward and backward,
+however many chunks it is read in (``models/policy.py``). Everything here is for code that reads
+parameters outside of a forward. What gathers is a collective: every process calls it, in the same
+order.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ def _is_dtensor(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing memory with the parameter; the tensor itself where it is whole."""
+    """This process's part, sharing memory with the parameter; the tensor itself where it is
+    whole."""
     if _is_dtensor(tensor):
         return tensor.to_local()
     return tensor.ds_tensor if hasattr(tensor, "ds_tensor") else tensor
 
 
 def reshard(module: nn.Module) -> None:
-    """FSDP2 leaves the outermost weights whole after a forward without backward; afterwards every parameter is a shard."""
+    """FSDP2 leaves the outermost weights whole after a forward without backward; afterwards every
+    parameter is a shard."""
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()
@@ -47,7 +50,8 @@ def whole(tensor: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def whole_state(model: nn.Module, *, keep: bool, only_trained: bool) -> dict[str, Tensor]:
-    """The state dict of ``model`` gathered on the CPU, a tied tensor once under all its names; empty where ``keep`` is false.
+    """The state dict of ``model`` gathered on the CPU, a tied tensor once under all its names;
+    empty where ``keep`` is false.
 
     ``only_trained``: without frozen parameters (adapters are saved without their base).
     """
@@ -64,11 +68,18 @@ def whole_state(model: nn.Module, *, keep: bool, only_trained: bool) -> dict[str
     return {n: copies[id(tensors[n])] for n in names} if keep else {}
 
 
-def shard_frozen(module: nn.Module, device: torch.device, *, layer_names: Iterable[str], compute: torch.dtype | None) -> None:
-    """FSDP2 around a model without gradients: each process holds a part of it, layers are gathered in turn.
+def shard_frozen(
+    module: nn.Module,
+    device: torch.device,
+    *,
+    layer_names: Iterable[str],
+    compute: torch.dtype | None,
+) -> None:
+    """FSDP2 around a model without gradients: each process holds a part of it, layers are gathered
+    in turn.
 
-    ``layer_names``: classes that are gathered as one (``_no_split_modules``); ``compute``: dtype they are gathered in, None:
-    their own. Works beside DeepSpeed as well.
+    ``layer_names``: classes that are gathered as one (``_no_split_modules``); ``compute``: dtype
+    they are gathered in, None: their own. Works beside DeepSpeed as well.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -83,12 +94,17 @@ def shard_frozen(module: nn.Module, device: torch.device, *, layer_names: Iterab
 
 @torch.no_grad()
 def mix_into(mine: nn.Module, theirs: nn.Module, share: float) -> None:
-    """mine <- share * theirs + (1 - share) * mine, parameter by parameter, however either is sharded."""
+    """mine <- share * theirs + (1 - share) * mine, parameter by parameter, however either is
+    sharded."""
     from torch.distributed.tensor import distribute_tensor
 
     reshard(mine)
     reshard(theirs)
     for target, parameter in zip(mine.parameters(), theirs.parameters(), strict=True):
         with whole(parameter) as source:
-            part = distribute_tensor(source, target.device_mesh, target.placements).to_local() if _is_dtensor(target) else source
+            part = (
+                distribute_tensor(source, target.device_mesh, target.placements).to_local()
+                if _is_dtensor(target)
+                else source
+            )
             local(target).lerp_(part.to(target.dtype), share)

@@ -1,1 +1,2 @@
-"""Groups -> token-budget micro-batches -> one packed row each, and the attention that keeps sequences apart."""
+"""Groups -> token-budget micro-batches -> one packed row each, and the attention that keeps
+sequences apart."""

@@ -1,15 +1,16 @@
-"""Attention over a packed row: each segment sees itself causally and the prefix it continues, nothing else.
+"""Attention over a packed row: each segment sees itself causally and the prefix it continues,
+nothing else.
 
-Registered with transformers' ``AttentionInterface`` under the names below, without a mask function, so that no mask of
-the whole row is ever made (only of segments with a prefix or a window) and any model that dispatches its attention
-works unpatched. The row's ``Layout`` travels as the keyword argument ``packing`` of the model's forward, also through
-gradient checkpointing.
+Registered with transformers' ``AttentionInterface`` under the names below, without a mask function,
+so that no mask of the whole row is ever made (only of segments with a prefix or a window) and any
+model that dispatches its attention works unpatched. The row's ``Layout`` travels as the keyword
+argument ``packing`` of the model's forward, also through gradient checkpointing.
 
     posttrain_segment  every device: one ``scaled_dot_product_attention`` per segment
     posttrain_flex     CUDA: FlexAttention with a block mask (``packing/flex.py``)
 
-Sliding windows and softcaps are computed exactly in both. Attention sinks are refused: such models run one sequence
-per forward (``models/policy.py``).
+Sliding windows and softcaps are computed exactly in both. Attention sinks are refused: such models
+run one sequence per forward (``models/policy.py``).
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from posttrain.packing.decode import DecodeLayout, decode_attention
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEGMENT_NAME = "posttrain_segment"  # without "sdpa": transformers refuses that substring for models with softcaps
+# without "sdpa": transformers refuses that substring for models with softcaps
+SEGMENT_NAME = "posttrain_segment"
 FLEX_NAME = "posttrain_flex"
 
 
 class NotPackable(RuntimeError):
-    """A model asks of the attention what packed attention cannot do; it runs one sequence per forward instead."""
+    """A model asks of the attention what packed attention cannot do; it runs one sequence per
+    forward instead."""
 
 
 def register() -> None:
@@ -45,12 +48,19 @@ def register() -> None:
 def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layout:
     if packing is None:
         raise NotPackable(
-            f"{type(module).__name__} was called with posttrain's packed attention but without its layout, so sequences "
-            "would see each other. Call the model through Policy, or inside `plain_attention(model)`."
+            f"{type(module).__name__} was called with posttrain's packed attention but without its "
+            "layout, so sequences would see each other. Call the model through Policy, or inside "
+            "`plain_attention(model)`."
         )
-    for name, what in (("s_aux", "attention sinks"), ("sinks", "attention sinks"), ("position_bias", "a position bias")):
+    for name, what in (
+        ("s_aux", "attention sinks"),
+        ("sinks", "attention sinks"),
+        ("position_bias", "a position bias"),
+    ):
         if extra.get(name) is not None:
-            raise NotPackable(f"{type(module).__name__} has {what}, which packed attention cannot do.")
+            raise NotPackable(
+                f"{type(module).__name__} has {what}, which packed attention cannot do."
+            )
     return packing
 
 
@@ -68,12 +78,22 @@ def segment_attention(
     softcap: float | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(q k^T * scaling + mask) v for every segment of a row. query [1, heads, L, D], key and value [1, kv heads, L, D].
+    """softmax(q k^T * scaling + mask) v for every segment of a row. query [1, heads, L, D], key and
+    value [1, kv heads, L, D].
 
-    Returns [1, L, heads, D]. The row is cut once and joined once, so the backward costs O(L), not O(segments * L).
+    Returns [1, L, heads, D]. The row is cut once and joined once, so the backward costs O(L), not
+    O(segments * L).
     """
     if isinstance(packing, DecodeLayout):
-        return decode_attention(query, key, value, packing, scaling=scaling, sliding_window=sliding_window, softcap=softcap), None
+        return decode_attention(
+            query,
+            key,
+            value,
+            packing,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        ), None
     layout = _layout(module, packing, extra)
     lengths = list(layout.lengths)
     compute = _compute_dtype(query, layout)
@@ -85,13 +105,16 @@ def segment_attention(
             if prefix >= 0:
                 k, v = torch.cat((keys[prefix], k), dim=2), torch.cat((values[prefix], v), dim=2)
             mask = _segment_mask(layout, i, sliding_window, q)
-            outputs.append(_attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap))
+            outputs.append(
+                _attend(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap)
+            )
         return torch.cat([o.transpose(1, 2) for o in outputs], dim=1).to(value.dtype), None
 
 
 CPU_FLOAT32_KEYS = 512
-"""On a CPU, torch's bfloat16 attention is slower than its float32 one for rows up to about this many keys: forward and backward
-of 57 queries on 182 keys take 2.4 ms against 0.8 ms (Zen 4), of 512 on 512 the same 18 ms."""
+"""On a CPU, torch's bfloat16 attention is slower than its float32 one for rows up to about this
+many keys: forward and backward of 57 queries on 182 keys take 2.4 ms against 0.8 ms (Zen 4), of 512
+on 512 the same 18 ms."""
 
 
 def _compute_dtype(query: Tensor, layout: Layout) -> torch.dtype:
@@ -104,8 +127,11 @@ def _compute_dtype(query: Tensor, layout: Layout) -> torch.dtype:
     return torch.float32 if longest < CPU_FLOAT32_KEYS else wanted
 
 
-def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
-    """Additive mask [queries, keys] of a segment, or None where plain causal attention says the same."""
+def _segment_mask(
+    layout: Layout, segment: int, sliding_window: int | None, like: Tensor
+) -> Tensor | None:
+    """Additive mask [queries, keys] of a segment, or None where plain causal attention says the
+    same."""
     num_q, num_k = layout.lengths[segment], layout.length_with_prefix(segment)
     windowed = sliding_window is not None and num_k > sliding_window
     if num_q == num_k and not windowed:
@@ -117,29 +143,51 @@ def _segment_mask(layout: Layout, segment: int, sliding_window: int | None, like
         seen = k_position <= q_position
         if windowed:
             seen &= k_position > q_position - sliding_window
-        layout.cache[name] = torch.zeros(num_q, num_k, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+        layout.cache[name] = torch.zeros(
+            num_q, num_k, dtype=like.dtype, device=like.device
+        ).masked_fill_(~seen, float("-inf"))
     return layout.cache[name]
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None, dropout: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
 ) -> Tensor:
     """One segment; ``mask=None`` means causal with as many keys as queries."""
     if softcap is None:
         gqa = q.shape[1] != k.shape[1]
         if gqa and q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            gqa = False  # with enable_gqa torch has no fused kernel for a mask or for float32: it would hold all scores
+            # with enable_gqa torch has no fused kernel for a mask or for float32: it would hold all
+            # scores
+            gqa = False
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=gqa
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=gqa,
         )
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = (q @ k.transpose(-1, -2)) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device).triu_(1)
-    weights = torch.softmax((scores + mask).to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).to(q.dtype)
+        mask = torch.full(
+            scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device
+        ).triu_(1)
+    weights = torch.softmax(
+        (scores + mask).to(torch.promote_types(scores.dtype, torch.float32)), dim=-1
+    ).to(q.dtype)
     return F.dropout(weights, p=dropout) @ v
 
 
@@ -157,15 +205,30 @@ def flex_segment_attention(
     softcap: float | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """As ``segment_attention``, through one compiled FlexAttention kernel (CUDA; its backward is not implemented on CPU)."""
+    """As ``segment_attention``, through one compiled FlexAttention kernel (CUDA; its backward is
+    not implemented on CPU)."""
     if isinstance(packing, DecodeLayout):
-        return decode_attention(query, key, value, packing, scaling=scaling, sliding_window=sliding_window, softcap=softcap), None
+        return decode_attention(
+            query,
+            key,
+            value,
+            packing,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        ), None
     layout = _layout(module, packing, extra)
     if dropout > 0:
-        raise RuntimeError(f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa.")
+        raise RuntimeError(
+            f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa."
+        )
     compute = _compute_dtype(query, layout)
     output = flex.attend(
-        *(x.to(compute) for x in (query, key, value)), layout, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+        *(x.to(compute) for x in (query, key, value)),
+        layout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
     return output.transpose(1, 2).to(value.dtype), None
 
@@ -173,30 +236,41 @@ def flex_segment_attention(
 TRIED_FLEX: dict[tuple[Any, ...], str | None] = {}
 
 
-def why_not_flex(device: torch.device, *, heads: int, kv_heads: int, width: int, softcap: float | None) -> str | None:
-    """Why the compiled kernel cannot be used on this device for attention of this shape; None where it can.
+def why_not_flex(
+    device: torch.device, *, heads: int, kv_heads: int, width: int, softcap: float | None
+) -> str | None:
+    """Why the compiled kernel cannot be used on this device for attention of this shape; None where
+    it can.
 
-    Runs forward and backward of a small row through it and compares both with torch's attention on the same row, so that
-    a missing compiler, an unsupported card or a wrong kernel is met here and not in a training step.
+    Runs forward and backward of a small row through it and compares both with torch's attention on
+    the same row, so that a missing compiler, an unsupported card or a wrong kernel is met here and
+    not in a training step.
     """
     name = (str(device), heads, kv_heads, width, softcap)
     if name not in TRIED_FLEX:
         try:
             TRIED_FLEX[name] = _try_flex(device, heads, kv_heads, width, softcap)
         except Exception as error:  # noqa: BLE001 - Triton, the C compiler, dynamo and CUDA each raise their own
-            TRIED_FLEX[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            TRIED_FLEX[name] = (
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            )
     return TRIED_FLEX[name]
 
 
 TRIAL = Layout(lengths=(200, 60, 90, 40), prefixes=(-1, 0, 0, -1))
 TRIAL_ERROR = 0.03
-"""Largest difference from float32 attention, relative to the largest value: bfloat16 rounds to 0.004."""
+"""Largest difference from float32 attention, relative to the largest value: bfloat16 rounds to
+0.004."""
 
 
-def _try_flex(device: torch.device, heads: int, kv_heads: int, width: int, softcap: float | None) -> str | None:
+def _try_flex(
+    device: torch.device, heads: int, kv_heads: int, width: int, softcap: float | None
+) -> str | None:
     generator = torch.Generator().manual_seed(0)
     total = sum(TRIAL.lengths)
-    exact = [torch.randn(1, h, total, width, generator=generator) for h in (heads, kv_heads, kv_heads)]
+    exact = [
+        torch.randn(1, h, total, width, generator=generator) for h in (heads, kv_heads, kv_heads)
+    ]
     weight = torch.randn(1, total, heads, width, generator=generator).to(device)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -205,7 +279,9 @@ def _try_flex(device: torch.device, heads: int, kv_heads: int, width: int, softc
         if dtype == torch.float32:
             output, _ = segment_attention(None, *inputs, None, packing=layout, softcap=softcap)
         else:
-            output = flex.attend(*inputs, layout, scaling=None, sliding_window=None, softcap=softcap).transpose(1, 2)
+            output = flex.attend(
+                *inputs, layout, scaling=None, sliding_window=None, softcap=softcap
+            ).transpose(1, 2)
         results.append([output, *torch.autograd.grad((output * weight.to(dtype)).sum(), inputs)])
     for wanted, got in zip(*results, strict=True):
         got, wanted = got.detach().float(), wanted.detach()

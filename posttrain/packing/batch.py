@@ -3,9 +3,9 @@
     row       [ prompt 1 | completion 1a | completion 1b ][ prompt 2 | completion 2a ] ...
     position    0 .. P-1    P .. P+Ca-1     P .. P+Cb-1      0 ..
 
-A completion continues the positions of its prompt and sees its prompt and itself, never a sibling or another group.
-Tokens that no trained token depends on (what follows the last trained token, and that token itself, which is only ever
-a target) are not part of the row.
+A completion continues the positions of its prompt and sees its prompt and itself, never a sibling
+or another group. Tokens that no trained token depends on (what follows the last trained token, and
+that token itself, which is only ever a target) are not part of the row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PackingMode = Literal["shared", "packed", "single"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Segments of a row, in order. Segment i sees itself causally and all of segment ``prefixes[i]`` (-1: nothing)."""
+    """Segments of a row, in order. Segment i sees itself causally and all of segment
+    ``prefixes[i]`` (-1: nothing)."""
 
     lengths: tuple[int, ...]
     """Tokens of each segment; they add up to L."""
@@ -43,7 +44,8 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPart:
-    """Some completions of one group of the global batch; all of them unless the group is over the token budget."""
+    """Some completions of one group of the global batch; all of them unless the group is over the
+    token budget."""
 
     group: int
     """Index in the global batch."""
@@ -53,12 +55,14 @@ class GroupPart:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptIds:
-    """For each trained token the ids it was drawn from: all of them in one tensor, with where each token's end."""
+    """For each trained token the ids it was drawn from: all of them in one tensor, with where each
+    token's end."""
 
     ids: Tensor
     """[sum of sizes]"""
     ends_T: Tensor
-    """[T] end of each token's ids in ``ids``; a token with none was drawn from the whole vocabulary."""
+    """[T] end of each token's ids in ``ids``; a token with none was drawn from the whole
+    vocabulary."""
 
     def to(self, device: torch.device) -> KeptIds:
         """The same on ``device``."""
@@ -67,7 +71,8 @@ class KeptIds:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch(Targets):
-    """One micro-batch as the model sees it, with its targets. Shapes: see the legend in ``posttrain.types``."""
+    """One micro-batch as the model sees it, with its targets. Shapes: see the legend in
+    ``posttrain.types``."""
 
     input_ids_L: Tensor
     """[L] token ids of the row."""
@@ -76,7 +81,8 @@ class PackedBatch(Targets):
     layout: Layout
     """Which stretch of the row sees which."""
     predictor_T: Tensor
-    """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all its completions."""
+    """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all
+    its completions."""
     kept_ids: KeptIds | None
     """The vocabulary that each trained token was drawn from, where it was cut."""
     refs: tuple[tuple[int, int], ...]
@@ -84,10 +90,20 @@ class PackedBatch(Targets):
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, (torch.Tensor, KeptIds))}
+        moved = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, (torch.Tensor, KeptIds))
+        }
         return replace(self, **moved)
 
-    def with_logps(self, logps_T: Tensor, *, reference_T: Tensor | None = None, batch_mean: Tensor | None = None) -> PairLogps:
+    def with_logps(
+        self,
+        logps_T: Tensor,
+        *,
+        reference_T: Tensor | None = None,
+        batch_mean: Tensor | None = None,
+    ) -> PairLogps:
         """What the loss gets: the forward's result and where each entry belongs."""
         targets: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Targets)}
         for name, value in targets.items():
@@ -102,7 +118,8 @@ def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
 
 
 def num_input_tokens(loss_mask: Sequence[bool | int]) -> int:
-    """Tokens of a completion that must be computed: those before its last trained token (0 if none is trained)."""
+    """Tokens of a completion that must be computed: those before its last trained token (0 if none
+    is trained)."""
     trained = trained_positions(loss_mask)
     return trained[-1] if trained else 0
 
@@ -143,8 +160,11 @@ class _Row(Segments):
         self.num_tokens: list[int] = []
         self.refs: list[tuple[int, int]] = []
 
-    def add_targets(self, group: PromptGroup, completion: int, ref: tuple[int, int], *, last: int, start: int) -> None:
-        """``last``: row index of the prompt's last token; ``start``: row index of the completion's first token."""
+    def add_targets(
+        self, group: PromptGroup, completion: int, ref: tuple[int, int], *, last: int, start: int
+    ) -> None:
+        """``last``: row index of the prompt's last token; ``start``: row index of the completion's
+        first token."""
         c = group.completions[completion]
         trained = trained_positions(c.loss_mask)
         self.predictor.extend(last if i == 0 else start + i - 1 for i in trained)
@@ -176,11 +196,14 @@ class _Row(Segments):
             self.add_targets(group, k, (part.group, k), last=start + n - 1, start=start + n)
 
 
-def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: PackingMode) -> PackedBatch:
+def pack(
+    groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: PackingMode
+) -> PackedBatch:
     """Lays the given parts of the global batch ``groups`` end to end in one row.
 
-    ``mode="shared"`` computes each prompt once per part; ``"packed"`` and ``"single"`` once per completion. Completions
-    without a trained token keep their place in S with ``num_tokens_S = 0`` and cost no token.
+    ``mode="shared"`` computes each prompt once per part; ``"packed"`` and ``"single"`` once per
+    completion. Completions without a trained token keep their place in S with ``num_tokens_S = 0``
+    and cost no token.
     """
     row = _Row()
     group_S: list[int] = []
@@ -196,7 +219,9 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
         else:
             row.add_separate(group, part)
         group_S.extend([p] * len(part.completions))
-        group_size_S.extend([sum(c.num_trained > 0 for c in group.completions)] * len(part.completions))
+        group_size_S.extend(
+            [sum(c.num_trained > 0 for c in group.completions)] * len(part.completions)
+        )
         here = [pair for pair in group.trained_pairs if pair.chosen in at and pair.rejected in at]
         pairs.extend((at[pair.chosen], at[pair.rejected]) for pair in here)
         margins.extend(pair.margin for pair in here)
@@ -226,14 +251,22 @@ def pack(groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: Pac
 
 
 def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
-    """What reinforcement learning adds: advantages, log-probs of the sampler and of the proximal policy, kept ids."""
+    """What reinforcement learning adds: advantages, log-probs of the sampler and of the proximal
+    policy, kept ids."""
     trained = [trained_positions(c.loss_mask) for c in completions]
 
     def by_token(values_of: Callable[[Completion], Sequence[float] | None]) -> Tensor | None:
         columns = [values_of(c) for c in completions]
-        if any(column is None and at for column, at in zip(columns, trained, strict=True)) or not any(trained):
+        if any(
+            column is None and at for column, at in zip(columns, trained, strict=True)
+        ) or not any(trained):
             return None
-        flat = [column[i] for column, at in zip(columns, trained, strict=True) if column is not None for i in at]
+        flat = [
+            column[i]
+            for column, at in zip(columns, trained, strict=True)
+            if column is not None
+            for i in at
+        ]
         return torch.tensor(flat, dtype=torch.float64)
 
     def advantages(c: Completion) -> Sequence[float] | None:
@@ -243,13 +276,21 @@ def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
 
     kept = None
     if any(c.kept_ids is not None for c in completions):
-        sets = [c.kept_ids[i] if c.kept_ids is not None else () for c, at in zip(completions, trained, strict=True) for i in at]
+        sets = [
+            c.kept_ids[i] if c.kept_ids is not None else ()
+            for c, at in zip(completions, trained, strict=True)
+            for i in at
+        ]
         ends = torch.tensor([len(ids) for ids in sets], dtype=torch.long).cumsum(0)
-        kept = KeptIds(ids=torch.tensor([i for ids in sets for i in ids], dtype=torch.long), ends_T=ends)
+        kept = KeptIds(
+            ids=torch.tensor([i for ids in sets for i in ids], dtype=torch.long), ends_T=ends
+        )
     scalars = [c.advantage for c in completions]
     no_advantage = all(a is None for a in scalars)
     return {
-        "advantage_S": None if no_advantage else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
+        "advantage_S": None
+        if no_advantage
+        else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
         "advantage_T": by_token(advantages),
         "sampler_T": by_token(lambda c: c.sampler_logps),
         "given_proximal_T": by_token(lambda c: c.proximal_logps),

@@ -1,6 +1,8 @@
-"""Attention of decoding: one new token of each row on that row's keys, all rows at once, by plain matrix products.
+"""Attention of decoding: one new token of each row on that row's keys, all rows at once, by plain
+matrix products.
 
-(On CPUs torch's fused kernel is slow for a single query; on a GPU the products are small either way.)
+(On CPUs torch's fused kernel is slow for a single query; on a GPU the products are small either
+way.)
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class DecodeLayout:
             seen = position < self.num_keys_B[:, None]
             if sliding_window is not None:
                 seen &= position >= self.num_keys_B[:, None] - sliding_window
-            mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+            mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                ~seen, float("-inf")
+            )
             self.cache[name] = mask[:, None, None]
         return self.cache[name]
 
@@ -44,11 +48,14 @@ def decode_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """query [B, heads, 1, D], key and value [B, kv heads, longest, D] -> [B, 1, heads, D]. Softmax in at least float32."""
+    """query [B, heads, 1, D], key and value [B, kv heads, longest, D] -> [B, 1, heads, D]. Softmax
+    in at least float32."""
     num_rows, heads, _, width = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(num_rows, kv_heads, heads // kv_heads, width).to(key.dtype)
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).to(torch.promote_types(key.dtype, torch.float32))
+    scores = torch.matmul(grouped, key.transpose(-1, -2)).to(
+        torch.promote_types(key.dtype, torch.float32)
+    )
     scores = scores * (scaling if scaling is not None else width**-0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

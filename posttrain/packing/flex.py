@@ -1,8 +1,9 @@
-"""FlexAttention over a packed row: its block mask from the segments' lengths, and one compiled kernel for rows of any length.
+"""FlexAttention over a packed row: its block mask from the segments' lengths, and one compiled
+kernel for rows of any length.
 
-Only CUDA trains with it (on a CPU it has no backward). Rows are padded to whole blocks, since the compiled backward is not
-made for other lengths, and everything that takes part has one dtype. ``attention.why_not_flex`` tries the kernel before a
-run uses it.
+Only CUDA trains with it (on a CPU it has no backward). Rows are padded to whole blocks, since the
+compiled backward is not made for other lengths, and everything that takes part has one dtype.
+``attention.why_not_flex`` tries the kernel before a run uses it.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ log = logging.getLogger(__name__)
 BLOCK = 128
 """Queries and keys of a block of the mask."""
 RECOMPILE_LIMIT = 64
-"""Variants that are compiled before the run stops: float32 and bfloat16, with and without gradient, windowed layers and
-whole ones, each for lengths that are and are not special to the compiler. Dynamo's own limit is 8, after which it goes on
-uncompiled and holds all scores of the row."""
+"""Variants that are compiled before the run stops: float32 and bfloat16, with and without gradient,
+windowed layers and whole ones, each for lengths that are and are not special to the compiler.
+Dynamo's own limit is 8, after which it goes on uncompiled and holds all scores of the row."""
 
 
 def mask_mod(layout: Layout, *, sliding_window: int | None, device: Any) -> Callable[..., Tensor]:
-    """``mask_mod(batch, head, q, k) -> bool`` for this layout, defined up to the next whole block past the row."""
+    """``mask_mod(batch, head, q, k) -> bool`` for this layout, defined up to the next whole block
+    past the row."""
     total = sum(layout.lengths)
     segment, prefix, position = _by_token(layout)
     padding = padded_length(total) - total
@@ -40,7 +42,11 @@ def mask_mod(layout: Layout, *, sliding_window: int | None, device: Any) -> Call
     def to_device(values: np.ndarray, fill: int) -> Tensor:
         return F.pad(torch.from_numpy(values), (0, padding), value=fill).to(device)
 
-    segment_L, prefix_L, position_L = to_device(segment, -3), to_device(prefix, -2), to_device(position, 0)
+    segment_L, prefix_L, position_L = (
+        to_device(segment, -3),
+        to_device(prefix, -2),
+        to_device(position, 0),
+    )
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         allowed = ((segment_L[q] == segment_L[k]) & (q >= k)) | (prefix_L[q] == segment_L[k])
@@ -68,16 +74,20 @@ def _by_token(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def block_mask(layout: Layout, *, sliding_window: int | None, device: Any) -> Any:
     """The ``BlockMask`` of a layout, made once per row and window and shared by all layers.
 
-    Its lists follow from the segments' lengths, so neither L x L booleans nor a compiler is needed. A block in which
-    every query sees every key is listed as full (``mask_mod`` is not evaluated there); one that is listed as partial
-    although it is full would be computed right as well.
+    Its lists follow from the segments' lengths, so neither L x L booleans nor a compiler is needed.
+    A block in which every query sees every key is listed as full (``mask_mod`` is not evaluated
+    there); one that is listed as partial although it is full would be computed right as well.
     """
     name = ("flex", sliding_window, str(device))
     if name not in layout.cache:
         from torch.nn.attention.flex_attention import BlockMask
 
         partial, full = block_table(layout, sliding_window=sliding_window)
-        lists = [torch.from_numpy(x)[None, None].to(device) for table in (partial, full) for x in _listed(table)]
+        lists = [
+            torch.from_numpy(x)[None, None].to(device)
+            for table in (partial, full)
+            for x in _listed(table)
+        ]
         length = padded_length(sum(layout.lengths))
         layout.cache[name] = BlockMask.from_kv_blocks(
             *lists,
@@ -89,7 +99,8 @@ def block_mask(layout: Layout, *, sliding_window: int | None, device: Any) -> An
 
 
 def block_table(layout: Layout, *, sliding_window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(partial, full) [query blocks, key blocks]: where some, and where all, of a block's pairs are seen. Disjoint."""
+    """(partial, full) [query blocks, key blocks]: where some, and where all, of a block's pairs are
+    seen. Disjoint."""
     total = sum(layout.lengths)
     blocks = padded_length(total) // BLOCK
     some, full = np.zeros((blocks, blocks), dtype=bool), np.zeros((blocks, blocks), dtype=bool)
@@ -98,10 +109,17 @@ def block_table(layout: Layout, *, sliding_window: int | None) -> tuple[np.ndarr
     for start, end, prefix in zip(starts.tolist(), ends.tolist(), layout.prefixes, strict=True):
         before = layout.lengths[prefix] if prefix >= 0 else 0
         for block in range(start // BLOCK, -(-end // BLOCK)):
-            first, last = max(start, block * BLOCK), min(end, (block + 1) * BLOCK) - 1  # this segment's queries in the block
+            first, last = (
+                max(start, block * BLOCK),
+                min(end, (block + 1) * BLOCK) - 1,
+            )  # this segment's queries in the block
             is_whole = last - first + 1 == BLOCK
-            # keys of its own segment, then of its prefix: (first key, last key, position of the key at index 0)
-            for key_start, key_end, shift in ((start, last + 1, before - start), *_prefix_keys(starts, ends, prefix)):
+            # keys of its own segment, then of its prefix: (first key, last key, position of the key
+            # at index 0)
+            for key_start, key_end, shift in (
+                (start, last + 1, before - start),
+                *_prefix_keys(starts, ends, prefix),
+            ):
                 low = key_start
                 if sliding_window is not None:  # the first query sees furthest back
                     low = max(low, first - start + before - sliding_window + 1 - shift)
@@ -109,7 +127,10 @@ def block_table(layout: Layout, *, sliding_window: int | None) -> tuple[np.ndarr
                     continue
                 some[block, low // BLOCK : -(-key_end // BLOCK)] = True
                 if is_whole:
-                    full_low, full_high = low, min(key_end, first + 1)  # all queries see what the first and the last one see
+                    full_low, full_high = (
+                        low,
+                        min(key_end, first + 1),
+                    )  # all queries see what the first and the last one see
                     if sliding_window is not None:
                         full_low = max(full_low, last - start + before - sliding_window + 1 - shift)
                     full[block, -(-full_low // BLOCK) : max(full_high // BLOCK, 0)] = True
@@ -124,7 +145,8 @@ def _prefix_keys(starts: np.ndarray, ends: np.ndarray, prefix: int) -> list[tupl
 
 
 def _add_shared_prefixes(layout: Layout, full: np.ndarray, sliding_window: int | None) -> None:
-    """Blocks of queries of several completions of one prompt see its inner blocks whole (without a window)."""
+    """Blocks of queries of several completions of one prompt see its inner blocks whole (without a
+    window)."""
     if sliding_window is not None:
         return
     _, prefix, _ = _by_token(layout)
@@ -151,7 +173,8 @@ def attend(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[1, heads, L, D] from query [1, heads, L, D], key and value [1, kv heads, L, D] of one dtype."""
+    """[1, heads, L, D] from query [1, heads, L, D], key and value [1, kv heads, L, D] of one
+    dtype."""
     total = query.shape[2]
     padding = padded_length(total) - total
     if padding:
@@ -184,11 +207,14 @@ def _kernel(device: torch.device) -> Any:
 
 
 def compiled() -> Any:
-    """The compiled kernel. More variants than RECOMPILE_LIMIT are an error (``fullgraph``), never a silent fall back."""
+    """The compiled kernel. More variants than RECOMPILE_LIMIT are an error (``fullgraph``), never a
+    silent fall back."""
     if not _COMPILED:
         import torch._dynamo
         from torch.nn.attention.flex_attention import flex_attention
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT
+        )
         _COMPILED["kernel"] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     return _COMPILED["kernel"]

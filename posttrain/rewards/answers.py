@@ -1,7 +1,8 @@
 """Rewards for right answers: 1 right, 0 wrong, None where the sample's own answer cannot be read.
 
-What is judged is the one ``<answer>`` block if the completion has tags (several blocks: 0), else the whole text. These run
-in the worker process (``rewards/pool.py``) under a hard time limit; a completion that exhausts it is wrong.
+What is judged is the one ``<answer>`` block if the completion has tags (several blocks: 0), else
+the whole text. These run in the worker process (``rewards/pool.py``) under a hard time limit; a
+completion that exhausts it is wrong.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ from decimal import Decimal
 from typing import Any
 
 from posttrain.rewards.format import answer_block
-from posttrain.rewards.reading import answer_in, boxed, last_number, read_answer, same_answer, written
+from posttrain.rewards.reading import (
+    answer_in,
+    boxed,
+    last_number,
+    read_answer,
+    same_answer,
+    written,
+)
 
 
-def math_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer", in_thought: bool = False) -> float | None:
-    """Whether the answer equals ``sample[column]`` mathematically (math-verify: LaTeX, boxed or bare, numbers, sets, words).
+def math_answer(
+    completion: str, sample: Mapping[str, Any], *, column: str = "answer", in_thought: bool = False
+) -> float | None:
+    """Whether the answer equals ``sample[column]`` mathematically (math-verify: LaTeX, boxed or
+    bare, numbers, sets, words).
 
-    Both are read as a whole (``rewards/reading.py``). None where the sample's answer cannot be read and the completion does
-    not say the very same. A gold answer written as GSM8K's (``... #### 72``) is what follows the marks.
+    Both are read as a whole (``rewards/reading.py``). None where the sample's answer cannot be read
+    and the completion does not say the very same. A gold answer written as GSM8K's (``... ####
+    72``) is what follows the marks.
     """
     gold = read_answer(gold_text(sample, column))
     if gold is None:
@@ -32,12 +44,18 @@ def math_answer(completion: str, sample: Mapping[str, Any], *, column: str = "an
 
 
 def numeric_answer(
-    completion: str, sample: Mapping[str, Any], *, column: str = "answer", tolerance: float = 0.0, in_thought: bool = False
+    completion: str,
+    sample: Mapping[str, Any],
+    *,
+    column: str = "answer",
+    tolerance: float = 0.0,
+    in_thought: bool = False,
 ) -> float | None:
-    """Whether the number in the last box, else the last number of the text, equals ``sample[column]`` to ``tolerance``.
+    """Whether the number in the last box, else the last number of the text, equals
+    ``sample[column]`` to ``tolerance``.
 
-    1,234, 1e5, 1.5\\times10^5, fractions and mixed numbers are read; a number that is a part of something else
-    (``11\\sqrt2``) is none.
+    1,234, 1e5, 1.5\\times10^5, fractions and mixed numbers are read; a number that is a part of
+    something else (``11\\sqrt2``) is none.
     """
     gold = last_number(gold_text(sample, column))
     if gold is None:
@@ -47,7 +65,9 @@ def numeric_answer(
     return 1.0 if found is not None and abs(found - gold) <= Decimal(str(tolerance)) else 0.0
 
 
-def exact_answer(completion: str, sample: Mapping[str, Any], *, column: str = "answer", ignore_case: bool = False) -> float:
+def exact_answer(
+    completion: str, sample: Mapping[str, Any], *, column: str = "answer", ignore_case: bool = False
+) -> float:
     """Whether the text is ``sample[column]``, white space aside."""
     text = judged_text(completion)
     wanted, found = (" ".join(t.split()) for t in (gold_text(sample, column), text or ""))
@@ -61,9 +81,10 @@ def choice_answer(
 ) -> float | None:
     """Whether the letter that is chosen is the sample's.
 
-    Chosen is the letter of the last box; else of the last "answer is C", "Answer: (C)", "option C"; else the text itself
-    (``C``, ``C. Paris``); else the last bold one; else ``(C)`` or ``C)``, where it is the only one. LaTeX text and bold around
-    it do not count. None where the sample's answer is no letter.
+    Chosen is the letter of the last box; else of the last "answer is C", "Answer: (C)", "option C";
+    else the text itself (``C``, ``C. Paris``); else the last bold one; else ``(C)`` or ``C)``,
+    where it is the only one. LaTeX text and bold around it do not count. None where the sample's
+    answer is no letter.
     """
     gold = re.fullmatch(r"\W*([A-Za-z])\W*", _unset(gold_text(sample, column)))
     if gold is None:
@@ -75,8 +96,12 @@ def choice_answer(
 
 _LETTER = r"(?:\((?P<p>[A-Za-z])\)|(?P<l>[A-Z])(?![\w'’]))"
 _CHOICES = (
-    re.compile(rf"(?i:\b(?:answer|choice|option)\b)[^.\n\w(]*(?:(?i:is|was|be|choice|option)\b[^.\n\w(]*)*{_LETTER}"),
-    re.compile(r"\A[\s(*\[]*(?:(?P<p>[A-Za-z])[\s).*:\]]*\Z|(?P<l>[A-Z])[).:]\s(?!.*\([A-Z]\)))", re.DOTALL),
+    re.compile(
+        rf"(?i:\b(?:answer|choice|option)\b)[^.\n\w(]*(?:(?i:is|was|be|choice|option)\b[^.\n\w(]*)*{_LETTER}"
+    ),
+    re.compile(
+        r"\A[\s(*\[]*(?:(?P<p>[A-Za-z])[\s).*:\]]*\Z|(?P<l>[A-Z])[).:]\s(?!.*\([A-Z]\)))", re.DOTALL
+    ),
     re.compile(r"\*\*\(?(?P<p>[A-Z])(?P<l>)\)?(?![\w'’])"),
     re.compile(r"\((?P<p>[A-Z])\)|(?<!\w)(?P<l>[A-Z])\)"),
 )
@@ -98,16 +123,27 @@ def _chosen(text: str) -> str | None:
 
 def _unset(text: str) -> str:
     """Without LaTeX that only sets a text, and dollars."""
-    return re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text).replace("$", "")
+    return re.sub(
+        r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text
+    ).replace("$", "")
 
 
 def gym_answer(completion: str, sample: Mapping[str, Any], *, partial: bool = False) -> float:
-    """reasoning-gym's own verifier of ``sample["task"]``; its partial credit only where asked for."""
+    """reasoning-gym's own verifier of ``sample["task"]``; its partial credit only where asked
+    for."""
     import reasoning_gym
 
     text = judged_text(completion)
-    entry = {"answer": sample["answer"], "metadata": sample.get("metadata") or {}, "question": sample.get("question", "")}
-    score = 0.0 if text is None else float(reasoning_gym.get_score_answer_fn(str(sample["task"]))(text.strip(), entry))
+    entry = {
+        "answer": sample["answer"],
+        "metadata": sample.get("metadata") or {},
+        "question": sample.get("question", ""),
+    }
+    score = (
+        0.0
+        if text is None
+        else float(reasoning_gym.get_score_answer_fn(str(sample["task"]))(text.strip(), entry))
+    )
     return score if partial else float(score >= 1.0)
 
 
@@ -121,10 +157,11 @@ gym_answer.imports = ("reasoning_gym",)  # type: ignore[attr-defined]
 
 
 def judged_text(completion: str, *, in_thought: bool = False) -> str | None:
-    """What a verifier reads: after the thought, the ``<answer>`` block, or all of it if there are no such tags.
+    """What a verifier reads: after the thought, the ``<answer>`` block, or all of it if there are
+    no such tags.
 
-    None for a thought that does not end, also one that the prompt began, and for tags that are not exactly one block.
-    ``in_thought``: the thought counts too.
+    None for a thought that does not end, also one that the prompt began, and for tags that are not
+    exactly one block. ``in_thought``: the thought counts too.
     """
     text = str(completion)
     if not in_thought:
@@ -136,9 +173,11 @@ def judged_text(completion: str, *, in_thought: bool = False) -> str | None:
 
 
 def final_answer(completion: str) -> str:
-    """What a vote counts: the box, the ``<answer>`` block, the last number or the text; numbers by their value. "" for none.
+    """What a vote counts: the box, the ``<answer>`` block, the last number or the text; numbers by
+    their value. "" for none.
 
-    It is not parsed as mathematics: votes are counted in the training process, which nothing that a model writes may stop.
+    It is not parsed as mathematics: votes are counted in the training process, which nothing that a
+    model writes may stop.
     """
     text = judged_text(completion)
     boxes = boxed(text or "")
@@ -153,5 +192,7 @@ def final_answer(completion: str) -> str:
 def gold_text(sample: Mapping[str, Any], column: str) -> str:
     """The sample's answer. Raises ValueError where the column is missing."""
     if sample.get(column) is None:
-        raise ValueError(f"the sample has no column {column!r}; it has {', '.join(map(str, sample))}")
+        raise ValueError(
+            f"the sample has no column {column!r}; it has {', '.join(map(str, sample))}"
+        )
     return str(sample[column]).rpartition("####")[2].strip()

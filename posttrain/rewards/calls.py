@@ -1,7 +1,8 @@
-"""Reward functions that run in this process: in threads, each call under a time limit that starts when the call starts.
+"""Reward functions that run in this process: in threads, each call under a time limit that starts
+when the call starts.
 
-A thread cannot be killed: a call that is over time is given up and goes on, but neither later calls nor the end of the
-interpreter wait for it.
+A thread cannot be killed: a call that is over time is given up and goes on, but neither later calls
+nor the end of the interpreter wait for it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ Call = Callable[[], Any]
 
 
 def scored_alone(calls: Sequence[Call], timeout_s: float, *, concurrency: int) -> list[Outcome]:
-    """The outcome of calls that score one completion each, at most ``concurrency`` of them at a time."""
+    """The outcome of calls that score one completion each, at most ``concurrency`` of them at a
+    time."""
     return [_outcome(found) for found in _in_threads(calls, timeout_s, concurrency)]
 
 
 def scored_together(call: Call, count: int, timeout_s: float) -> list[Outcome]:
-    """The outcomes of one call that scores ``count`` completions: its values, or its failure for each."""
+    """The outcomes of one call that scores ``count`` completions: its values, or its failure for
+    each."""
 
     def listed() -> list[Any]:
         values = list(call())
@@ -37,13 +40,18 @@ def scored_together(call: Call, count: int, timeout_s: float) -> list[Outcome]:
         return values
 
     (found,) = _in_threads([listed], timeout_s, 1)
-    return [_outcome(found)] * count if isinstance(found, BaseException) else [_outcome(v) for v in found]
+    return (
+        [_outcome(found)] * count
+        if isinstance(found, BaseException)
+        else [_outcome(v) for v in found]
+    )
 
 
 def scored_async(calls: Sequence[Call], timeout_s: float, *, concurrency: int) -> list[Outcome]:
     """The outcome of each coroutine; at most ``concurrency`` of them run at a time.
 
-    Their event loop runs in a thread of its own: a call that blocks it makes all out of time once the loop should have been done.
+    Their event loop runs in a thread of its own: a call that blocks it makes all out of time once
+    the loop should have been done.
     """
     most_s = timeout_s * (math.ceil(len(calls) / concurrency) + 1)
     (found,) = _in_threads([lambda: asyncio.run(_gather(calls, timeout_s, concurrency))], most_s, 1)
@@ -71,7 +79,8 @@ class _OutOfTime(Exception):
 
 
 class _ThreadForEach(ThreadPoolExecutor):
-    """A daemon thread for each call (``asyncio.to_thread``): none waits for a free one, and none is waited for at the end."""
+    """A daemon thread for each call (``asyncio.to_thread``): none waits for a free one, and none is
+    waited for at the end."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -89,7 +98,8 @@ class _ThreadForEach(ThreadPoolExecutor):
 
 
 def _in_threads(calls: Sequence[Call], timeout_s: float, concurrency: int) -> list[Any]:
-    """What each call returned or raised; _OutOfTime for those that were given up. Calls start in their order."""
+    """What each call returned or raised; _OutOfTime for those that were given up. Calls start in
+    their order."""
     results: list[Any] = [None] * len(calls)
     done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     waiting = list(range(len(calls)))[::-1]
@@ -100,7 +110,9 @@ def _in_threads(calls: Sequence[Call], timeout_s: float, concurrency: int) -> li
             i = waiting.pop()
             deadlines[i] = time.monotonic() + timeout_s
             target = contextvars.copy_context().run
-            threading.Thread(target=target, args=(_work, i, calls[i], use_device, done), daemon=True).start()
+            threading.Thread(
+                target=target, args=(_work, i, calls[i], use_device, done), daemon=True
+            ).start()
         try:
             i, found = done.get(timeout=max(min(deadlines.values()) - time.monotonic(), 0.0))
             if i in deadlines:
@@ -113,7 +125,9 @@ def _in_threads(calls: Sequence[Call], timeout_s: float, concurrency: int) -> li
     return results
 
 
-def _work(i: int, call: Call, use_device: Callable[[], None], done: queue.SimpleQueue[tuple[int, Any]]) -> None:
+def _work(
+    i: int, call: Call, use_device: Callable[[], None], done: queue.SimpleQueue[tuple[int, Any]]
+) -> None:
     try:
         use_device()
         done.put((i, call()))
@@ -122,7 +136,8 @@ def _work(i: int, call: Call, use_device: Callable[[], None], done: queue.Simple
 
 
 def _device_setter() -> Callable[[], None]:
-    """Gives a new thread this thread's CUDA device: torch keeps one for each thread, and a new one begins with the first."""
+    """Gives a new thread this thread's CUDA device: torch keeps one for each thread, and a new one
+    begins with the first."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return lambda: None

@@ -1,4 +1,5 @@
-"""Reward for code: the share of tests that a Python program passes, run in a sandbox (``sandbox.py``)."""
+"""Reward for code: the share of tests that a Python program passes, run in a sandbox
+(``sandbox.py``)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from posttrain.rewards.completion import time_left
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _KEPT_S, _KEPT = 0.5, 0.1
-"""Of the time left, what a test may not take: for starting the sandbox and for the answer, on a busy machine too."""
+"""Of the time left, what a test may not take: for starting the sandbox and for the answer, on a
+busy machine too."""
 
 
 class SandboxRefused(RuntimeError):
@@ -34,18 +36,22 @@ def code_tests(
     processes: int = 16,
     partial: bool = False,
 ) -> float | None:
-    """1 if the program passes every test of ``sample[column]``, else 0; ``partial``: the share that it passes.
+    """1 if the program passes every test of ``sample[column]``, else 0; ``partial``: the share that
+    it passes.
 
-    The program is the last block fenced as Python, else the last one without a language (``program_of``), else the
-    ``<answer>`` block, else the text. Tests (``tests_of``) are inputs and outputs (stdout compared line by line, trailing white
-    space aside; stderr is not looked at), calls of a function with their results, or Python statements that raise where it is
-    wrong (``assert add(1, 2) == 3``), run after the program.
+    The program is the last block fenced as Python, else the last one without a language
+    (``program_of``), else the ``<answer>`` block, else the text. Tests (``tests_of``) are inputs
+    and outputs (stdout compared line by line, trailing white space aside; stderr is not looked at),
+    calls of a function with their results, or Python statements that raise where it is wrong
+    (``assert add(1, 2) == 3``), run after the program.
 
-    ``timeout_s`` holds for each test, ``memory_mb`` (10^6 bytes) for each of a test's processes and for its files together. All
-    tests share the time of one call (``rewards.timeout_s``), in their order; those that no time is left for are not run and
-    count as failed, so set it to at least tests x ``timeout_s``. None without tests. Only the standard library can be imported.
-    A program that shares a process with assertions could fake their success if it knew the harness (an object that equals
-    everything; a search for the harness in memory); stdin and stdout tests do not have that weakness.
+    ``timeout_s`` holds for each test, ``memory_mb`` (10^6 bytes) for each of a test's processes and
+    for its files together. All tests share the time of one call (``rewards.timeout_s``), in their
+    order; those that no time is left for are not run and count as failed, so set it to at least
+    tests x ``timeout_s``. None without tests. Only the standard library can be imported. A program
+    that shares a process with assertions could fake their success if it knew the harness (an object
+    that equals everything; a search for the harness in memory); stdin and stdout tests do not have
+    that weakness.
     """
     tests = tests_of(sample, column)
     if not tests:
@@ -73,11 +79,12 @@ Test = str | dict[str, Any]
 
 
 def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
-    """The tests of a row in one layout. Empty where there are none; ValueError for a layout that is not known.
+    """The tests of a row in one layout. Empty where there are none; ValueError for a layout that is
+    not known.
 
-    Read are lists of statements or of ``{stdin|input, stdout|output}`` (TACO, LiveCodeBench, KodCode), ``{inputs, outputs}``
-    (APPS, CodeContests has ``{input, output}`` lists), each with ``fn_name`` for calls, and all of these as JSON text. A list of
-    output lines is joined.
+    Read are lists of statements or of ``{stdin|input, stdout|output}`` (TACO, LiveCodeBench,
+    KodCode), ``{inputs, outputs}`` (APPS, CodeContests has ``{input, output}`` lists), each with
+    ``fn_name`` for calls, and all of these as JSON text. A list of output lines is joined.
     """
     given = sample.get(column)
     if isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
@@ -89,7 +96,10 @@ def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
     if not given:
         return []
     if not isinstance(given, list | tuple):
-        raise ValueError(f"tests in column {column!r} are a list or {{inputs, outputs}}; got {type(given).__name__}.")
+        raise ValueError(
+            f"tests in column {column!r} are a list or {{inputs, outputs}}; got "
+            f"{type(given).__name__}."
+        )
     return [_test(test, column) for test in given]
 
 
@@ -100,10 +110,16 @@ def _paired(given: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
             if isinstance(inputs, str) or isinstance(outputs, str):
                 inputs, outputs = [inputs], [outputs]
             if len(inputs) != len(outputs):
-                raise ValueError(f"column {column!r} has {len(inputs)} {before} and {len(outputs)} {after}; each needs its own.")
+                raise ValueError(
+                    f"column {column!r} has {len(inputs)} {before} and {len(outputs)} "
+                    f"{after}; each needs its own."
+                )
             more = {"fn_name": given["fn_name"]} if given.get("fn_name") else {}
             return [{"input": i, "output": o, **more} for i, o in zip(inputs, outputs, strict=True)]
-    raise ValueError(f"tests in column {column!r} have the keys {sorted(given)}; known are inputs and outputs, with fn_name.")
+    raise ValueError(
+        f"tests in column {column!r} have the keys {sorted(given)}; known are inputs "
+        "and outputs, with fn_name."
+    )
 
 
 def _test(test: Any, column: str) -> Test:
@@ -120,49 +136,78 @@ def _test(test: Any, column: str) -> Test:
             return {"stdin": stdin, "stdout": stdout}
     keys = sorted(test) if isinstance(test, Mapping) else type(test).__name__
     raise ValueError(
-        f"a test in column {column!r} is Python statements, or has stdin and stdout (or input and output, with fn_name for a "
-        f"call); got {keys}."
+        f"a test in column {column!r} is Python statements, or has stdin and stdout (or input and "
+        f"output, with fn_name for a call); got {keys}."
     )
 
 
 def _joined(value: Any) -> str:
     """Lines as one text; None is no text."""
-    return "\n".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-def _call(name: str, arguments: Any, result: Any) -> str:
-    """Statements that call a function, or the method of a class Solution. APPS writes a result as [result] too."""
-    written = [] if isinstance(arguments, list) else [line for line in str(arguments).splitlines() if line.strip()]
-    values = arguments if isinstance(arguments, list) else list(map(json.loads, written))
-    expected = json.loads(result) if isinstance(arguments, str) and isinstance(result, str) else result
     return (
-        f"_f = getattr(Solution(), {name!r}) if 'Solution' in globals() and hasattr(Solution, {name!r}) else {name}\n"
-        f"_got = _f(*{values!r})\n_got = list(_got) if isinstance(_got, tuple) else _got\n"
-        f"_wanted = {expected!r}\nassert _got == _wanted or (isinstance(_wanted, list) and [_got] == _wanted)"
+        "\n".join(map(str, value))
+        if isinstance(value, list)
+        else ""
+        if value is None
+        else str(value)
     )
 
 
-_FENCE = re.compile(r"^[ \t]*(```+|~~~+)([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*$", flags=re.DOTALL | re.MULTILINE)
+def _call(name: str, arguments: Any, result: Any) -> str:
+    """Statements that call a function, or the method of a class Solution. APPS writes a result as
+    [result] too."""
+    written = (
+        []
+        if isinstance(arguments, list)
+        else [line for line in str(arguments).splitlines() if line.strip()]
+    )
+    values = arguments if isinstance(arguments, list) else list(map(json.loads, written))
+    expected = (
+        json.loads(result) if isinstance(arguments, str) and isinstance(result, str) else result
+    )
+    return (
+        f"_f = getattr(Solution(), {name!r}) if 'Solution' in globals() and hasattr(Solution, "
+        f"{name!r}) else {name}\n_got = _f(*{values!r})\n_got = list(_got) if isinstance(_got, "
+        f"tuple) else _got\n_wanted = {expected!r}\nassert _got == _wanted or (isinstance(_wanted, "
+        "list) and [_got] == _wanted)"
+    )
+
+
+_FENCE = re.compile(
+    r"^[ \t]*(```+|~~~+)([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*$", flags=re.DOTALL | re.MULTILINE
+)
 
 
 def program_of(completion: str) -> str | None:
-    """The last block that is fenced (with ``` or ~~~) as Python; without such a one the last of no language, but for a block
-    that shows output; without a block what ``judged_text`` gives."""
+    """The last block that is fenced (with ``` or ~~~) as Python; without such a one the last of no
+    language, but for a block that shows output; without a block what ``judged_text`` gives."""
     text = judged_text(completion)
     if text is None:
         return None
-    blocks = [(m[2].strip().lower(), m[3]) for m in _FENCE.finditer(text if "```" in text or "~~~" in text else completion)]
-    named = [body for language, body in blocks if language.split()[:1] in (["py"], ["python"], ["python3"])]
+    blocks = [
+        (m[2].strip().lower(), m[3])
+        for m in _FENCE.finditer(text if "```" in text or "~~~" in text else completion)
+    ]
+    named = [
+        body
+        for language, body in blocks
+        if language.split()[:1] in (["py"], ["python"], ["python3"])
+    ]
     unnamed = [body for language, body in blocks if not language]
     return (named or unnamed or [text])[-1]
 
 
 def _passes(program: str, test: Test, limits: Mapping[str, Any]) -> bool:
     if isinstance(test, str):
-        mark = secrets.token_hex(16)  # printed by what runs after the program and its test: an early exit does not print it
+        mark = secrets.token_hex(
+            16
+        )  # printed by what runs after the program and its test: an early exit does not print it
         source = f"{program}\n\n{test}\n\nprint({mark!r})\n"
         result = run_sandboxed(source, stdin="", **limits)
-        return result["status"] == "exit" and result["code"] == 0 and result["output"].rstrip().endswith(mark)
+        return (
+            result["status"] == "exit"
+            and result["code"] == 0
+            and result["output"].rstrip().endswith(mark)
+        )
     result = run_sandboxed(program, stdin=test["stdin"], **limits)
     if result["status"] != "exit" or result["code"] != 0 or result["too_long"]:
         return False
@@ -174,19 +219,26 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def run_sandboxed(program: str, *, stdin: str, timeout_s: float, memory_bytes: int, processes: int) -> dict[str, Any]:
-    """What ``sandbox.run`` tells of a program. Raises SandboxRefused where no sandbox can be made."""
+def run_sandboxed(
+    program: str, *, stdin: str, timeout_s: float, memory_bytes: int, processes: int
+) -> dict[str, Any]:
+    """What ``sandbox.run`` tells of a program. Raises SandboxRefused where no sandbox can be
+    made."""
     limits = {"timeout_s": timeout_s, "memory_bytes": memory_bytes, "processes": processes}
     job = {"program": program, "stdin": stdin, "parent": os.getpid(), **limits}
     done = subprocess.run(
-        [sys.executable, "-I", str(_SANDBOX)], input=json.dumps(job), capture_output=True, text=True, timeout=timeout_s + 30
+        [sys.executable, "-I", str(_SANDBOX)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s + 30,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the sandbox itself failed: {done.stderr[-500:]}")
     result: dict[str, Any] = json.loads(done.stdout)
     if result["status"] == "refused":
         raise SandboxRefused(
-            f"Model-written code is not run on this machine: {result['problem']}. The sandbox needs Linux namespaces (run as "
-            "root, or with unprivileged user namespaces)."
+            f"Model-written code is not run on this machine: {result['problem']}. The sandbox "
+            "needs Linux namespaces (run as root, or with unprivileged user namespaces)."
         )
     return result

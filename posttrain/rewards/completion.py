@@ -1,4 +1,5 @@
-"""What a reward function gets: a completion as text that knows how it was drawn, and how much time is left to score it."""
+"""What a reward function gets: a completion as text that knows how it was drawn, and how much time
+is left to score it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ _deadline = math.inf
 class CompletionText(str):
     """The completion's text without special tokens; a plain ``str`` to whoever needs no more.
 
-    ``num_tokens``: tokens drawn, the stop token included. ``finish_reason``: stop, length, repeat (see
-    ``rollout.engine.FinishReason``).
+    ``num_tokens``: tokens drawn, the stop token included. ``finish_reason``: stop, length, repeat
+    (see ``rollout.engine.FinishReason``).
     """
 
     num_tokens: int
@@ -22,7 +23,12 @@ class CompletionText(str):
     """Whether the prompt ends in ``<think>``: the completion begins inside the thought."""
 
     def __new__(
-        cls, text: str, *, num_tokens: int | None = None, finish_reason: str = "stop", in_thought: bool = False
+        cls,
+        text: str,
+        *,
+        num_tokens: int | None = None,
+        finish_reason: str = "stop",
+        in_thought: bool = False,
     ) -> CompletionText:
         """``num_tokens`` None: the number of words, for texts that no model drew."""
         self = super().__new__(cls, text)

@@ -9,16 +9,22 @@ from typing import Any
 R1_TAGS = ("think", "answer")
 
 
-def think_answer_format(completion: str, sample: Mapping[str, Any], *, opened: bool = False) -> float:
-    """1 if the completion is ``<think>...</think><answer>...</answer>`` and nothing else, each tag exactly once; else 0.
+def think_answer_format(
+    completion: str, sample: Mapping[str, Any], *, opened: bool = False
+) -> float:
+    """1 if the completion is ``<think>...</think><answer>...</answer>`` and nothing else, each tag
+    exactly once; else 0.
 
-    DeepSeek-AI 2025, arXiv:2501.12948 section 2.2.2 and table 1. White space may stand around and between the blocks. ``opened``:
-    the prompt's template already ends in ``<think>``, so the completion has no opening tag. Neither block may be empty.
+    DeepSeek-AI 2025, arXiv:2501.12948 section 2.2.2 and table 1. White space may stand around and
+    between the blocks. ``opened``: the prompt's template already ends in ``<think>``, so the
+    completion has no opening tag. Neither block may be empty.
     """
     text = f"<think>{completion}" if opened else completion
     if any(text.count(f"<{slash}{tag}>") != 1 for tag in R1_TAGS for slash in ("", "/")):
         return 0.0
-    match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, flags=re.DOTALL)
+    match = re.fullmatch(
+        r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", text, flags=re.DOTALL
+    )
     return 1.0 if match and all(part.strip() for part in match.groups()) else 0.0
 
 

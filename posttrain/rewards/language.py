@@ -10,27 +10,44 @@ from typing import Any
 from posttrain.rewards.format import R1_TAGS
 
 SCRIPTS = {
-    "en": "LATIN", "de": "LATIN", "fr": "LATIN", "es": "LATIN", "it": "LATIN", "pt": "LATIN", "zh": "CJK", "ru": "CYRILLIC",
-    "uk": "CYRILLIC", "ar": "ARABIC", "he": "HEBREW", "el": "GREEK", "ko": "HANGUL", "hi": "DEVANAGARI", "th": "THAI",
+    "en": "LATIN",
+    "de": "LATIN",
+    "fr": "LATIN",
+    "es": "LATIN",
+    "it": "LATIN",
+    "pt": "LATIN",
+    "zh": "CJK",
+    "ru": "CYRILLIC",
+    "uk": "CYRILLIC",
+    "ar": "ARABIC",
+    "he": "HEBREW",
+    "el": "GREEK",
+    "ko": "HANGUL",
+    "hi": "DEVANAGARI",
+    "th": "THAI",
     "ja": "CJK HIRAGANA KATAKANA",
-}  # fmt: skip
+}
 
 _TAGS = re.compile(rf"</?(?:{'|'.join(R1_TAGS)})>")
 
 
-def language_consistency(completion: str, sample: Mapping[str, Any], *, language: str = "en") -> float:
+def language_consistency(
+    completion: str, sample: Mapping[str, Any], *, language: str = "en"
+) -> float:
     """Words of the target language / all words of the chain of thought; 1 without words.
 
-    The chain of thought runs from ``<think>``, which the prompt may hold instead, to the last ``</think>``; without either tag it
-    is the whole text. The tags themselves are no words.
+    The chain of thought runs from ``<think>``, which the prompt may hold instead, to the last
+    ``</think>``; without either tag it is the whole text. The tags themselves are no words.
 
-    DeepSeek-AI 2025, arXiv:2501.12948v2 eq. 7. A word is of the language if its letters are of the language's script; languages
-    of one script are not told apart. Each Chinese, Japanese or Thai character counts as a word. ``sample["language"]`` goes
-    before the option.
+    DeepSeek-AI 2025, arXiv:2501.12948v2 eq. 7. A word is of the language if its letters are of the
+    language's script; languages of one script are not told apart. Each Chinese, Japanese or Thai
+    character counts as a word. ``sample["language"]`` goes before the option.
     """
     wanted = str(sample.get("language") or language)
     if wanted not in SCRIPTS:
-        raise ValueError(f"language_consistency knows {', '.join(sorted(SCRIPTS))}; got {wanted!r}.")
+        raise ValueError(
+            f"language_consistency knows {', '.join(sorted(SCRIPTS))}; got {wanted!r}."
+        )
     scripts = SCRIPTS[wanted].split()
     words = _words(_TAGS.sub(" ", _thought(completion)))
     if not words:

@@ -1,4 +1,5 @@
-"""A learned reward model as a reward: ours, or any sequence classifier of transformers with one label."""
+"""A learned reward model as a reward: ours, or any sequence classifier of transformers with one
+label."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ def reward_model(
 ) -> list[float | None]:
     """The model's score of each conversation (prompt, then the completion as the assistant's turn).
 
-    The answers of one prompt are scored in one packed row, the prompt computed once. ``model``: folder or hub id. An answer that
-    is longer with its prompt than ``max_length`` tokens, or empty, is None. Runs in the training process, on the CPU or the first
-    CUDA device.
+    The answers of one prompt are scored in one packed row, the prompt computed once. ``model``:
+    folder or hub id. An answer that is longer with its prompt than ``max_length`` tokens, or empty,
+    is None. Runs in the training process, on the CPU or the first CUDA device.
     """
     scorer, tokenizer = _loaded(model)
     scores: list[float | None] = [None] * len(completions)
@@ -48,7 +49,10 @@ reward_model.batched = True  # type: ignore[attr-defined]
 
 
 def _encoded(
-    asked: Sequence[tuple[Mapping[str, Any], list[str]]], tokenizer: Any, prompt_column: str, max_length: int
+    asked: Sequence[tuple[Mapping[str, Any], list[str]]],
+    tokenizer: Any,
+    prompt_column: str,
+    max_length: int,
 ) -> list[PromptGroup]:
     """Groups of (sample, answers) that fit; ``meta["row"]`` is their index."""
     from posttrain.data import Answer, ChatEncoder, DataConfig, Sample, read_prompt
@@ -61,9 +65,17 @@ def _encoded(
         place = {"file": row.get("_where", "<memory>"), "row": number}
         values = {k: v for k, v in row.items() if k != "_where"}
         read = read_prompt(values, column=prompt_column if prompt_column in row else None)
-        answers = [Answer(messages=[{"role": "assistant", "content": text}], label=True) for text in texts]
+        answers = [
+            Answer(messages=[{"role": "assistant", "content": text}], label=True) for text in texts
+        ]
         is_text = len(read.messages) == 1 and not read.tools
-        sample = Sample(prompt=read.messages, tools=read.tools, answers=answers, layout="labelled", is_text=is_text)
+        sample = Sample(
+            prompt=read.messages,
+            tools=read.tools,
+            answers=answers,
+            layout="labelled",
+            is_text=is_text,
+        )
         group = encoder.encode(sample, place).group
         groups += [] if group is None else [group]
     return groups
@@ -100,5 +112,7 @@ def _loaded(model: str) -> tuple[Any, Any]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(name=model)
     tokenizer = load_tokenizer(config)
-    loaded = load_reward_model(config, tokenizer, dtype=torch_dtype(default_precision(kind).compute)).to(kind)
+    loaded = load_reward_model(
+        config, tokenizer, dtype=torch_dtype(default_precision(kind).compute)
+    ).to(kind)
     return Scorer(loaded, PackingConfig(), device_type=kind).eval(), tokenizer

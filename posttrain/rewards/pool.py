@@ -1,7 +1,8 @@
-"""Worker processes for reward functions: a hard time limit, a memory limit, and a crash that ends no run.
+"""Worker processes for reward functions: a hard time limit, a memory limit, and a crash that ends
+no run.
 
-A worker is this module run as a program: one JSON line in, one out, on pipes that the function's own printing does not
-touch. One that is over time is killed and replaced.
+A worker is this module run as a program: one JSON line in, one out, on pipes that the function's
+own printing does not touch. One that is over time is killed and replaced.
 """
 
 from __future__ import annotations
@@ -55,12 +56,15 @@ class WorkerPool:
 
     def __init__(self, *, size: int, timeout_s: float) -> None:
         if size < 1 or timeout_s <= 0:
-            raise ValueError(f"rewards need workers >= 1 and timeout_s > 0; got {size} and {timeout_s}.")
+            raise ValueError(
+                f"rewards need workers >= 1 and timeout_s > 0; got {size} and {timeout_s}."
+            )
         self._size, self._timeout_s = size, timeout_s
         self._workers: list[_Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Every task once, and once more in a fresh worker if the first one died. A result does not depend on which it was."""
+        """Every task once, and once more in a fresh worker if the first one died. A result does not
+        depend on which it was."""
         outcomes: dict[int, Outcome] = {}
         again: set[int] = set()
         waiting = list(range(len(tasks)))[::-1]
@@ -88,7 +92,9 @@ class WorkerPool:
                         self._workers.remove(worker)
         return [outcomes[i] for i in range(len(tasks))]
 
-    def _hand_out(self, tasks: Sequence[Task], waiting: list[int], busy: dict[_Worker, int], selector: Any) -> None:
+    def _hand_out(
+        self, tasks: Sequence[Task], waiting: list[int], busy: dict[_Worker, int], selector: Any
+    ) -> None:
         """A waiting task to every idle worker; workers are started as they are needed."""
         while waiting:
             worker = next((w for w in self._workers if w not in busy), None)
@@ -111,12 +117,27 @@ class WorkerPool:
 class _Worker:
     def __init__(self) -> None:
         to_child, from_child = os.pipe(), os.pipe()
-        command = [sys.executable, "-m", "posttrain.rewards.pool", str(to_child[0]), str(from_child[1])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "posttrain.rewards.pool",
+            str(to_child[0]),
+            str(from_child[1]),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
-            command, pass_fds=(to_child[0], from_child[1]), env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            command,
+            pass_fds=(to_child[0], from_child[1]),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(to_child[0])
         os.close(from_child[1])
         self.fd, self._out = from_child[0], to_child[1]
@@ -126,7 +147,11 @@ class _Worker:
         self._is_loaded = False
 
     def send(self, task: Task, timeout_s: float) -> None:
-        self.deadline, self._is_loaded, self._function = time.monotonic() + START_SECONDS, False, task.function
+        self.deadline, self._is_loaded, self._function = (
+            time.monotonic() + START_SECONDS,
+            False,
+            task.function,
+        )
         message = {**vars(task), "drawn": vars(task.completion), "timeout_s": timeout_s}
         line = json.dumps(message, default=str).encode() + b"\n"
         try:
@@ -151,12 +176,17 @@ class _Worker:
             return Outcome(**answer)
         if self.is_dead:
             self.has_crashed = True
-            problem = "the worker process died (killed, or out of memory)" + ("" if self._is_loaded else " before the call")
+            problem = "the worker process died (killed, or out of memory)" + (
+                "" if self._is_loaded else " before the call"
+            )
             return Outcome(value=None, problem=problem, exhausted=self._is_loaded)
         if time.monotonic() >= self.deadline:
             self.is_dead = True
             if not self._is_loaded:
-                return Outcome(value=None, problem=f"no worker could import {self._function} within {START_SECONDS:g} s")
+                return Outcome(
+                    value=None,
+                    problem=f"no worker could import {self._function} within {START_SECONDS:g} s",
+                )
             return Outcome(value=None, problem=f"took longer than {timeout_s:g} s", exhausted=True)
         return None
 
@@ -170,7 +200,9 @@ class _Worker:
 
 def load_function(path: str) -> Any:
     """The function of a dotted path, also from the folder that the run was started in."""
-    if os.getcwd() not in sys.path:  # a script's own folder is on the path, the folder it is started from is not
+    if (
+        os.getcwd() not in sys.path
+    ):  # a script's own folder is on the path, the folder it is started from is not
         sys.path.append(os.getcwd())
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -188,7 +220,8 @@ def checked(value: Any) -> tuple[float | None, str | None]:
 
 
 def _limit_this_process() -> None:
-    """A killed run leaves no worker behind (Linux); memory is limited where the system can do so (macOS cannot)."""
+    """A killed run leaves no worker behind (Linux); memory is limited where the system can do so
+    (macOS cannot)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -218,7 +251,11 @@ def _serve(read_fd: int, write_fd: int) -> None:
             text = CompletionText(task["completion"], **task["drawn"])
             value, problem = checked(function(text, task["sample"], **task["options"]))
         except (MemoryError, RecursionError) as error:
-            value, problem, exhausted = None, f"ran out of memory or stack ({type(error).__name__})", True
+            value, problem, exhausted = (
+                None,
+                (f"ran out of memory or stack ({type(error).__name__})"),
+                True,
+            )
         except Exception as error:  # noqa: BLE001 - whatever user code raises is reported with its sample
             value, problem = None, f"raised {type(error).__name__}: {str(error)[:500]}"
         answer({"value": value, "problem": problem, "exhausted": exhausted})

@@ -1,9 +1,12 @@
-"""Runs one model-written Python program where it can do no harm, as a program: ``python -I sandbox.py`` < job > result.
+"""Runs one model-written Python program where it can do no harm, as a program: ``python -I
+sandbox.py`` < job > result.
 
-The program gets namespaces of its own (network: none; processes, mounts, IPC), a file system that holds the interpreter and an
-empty folder only, limits on CPU time, memory, files and processes, and a wall-clock limit after which everything it started is
-killed. Its parent is a process of ours, the first of its process namespace: all is killed when that one ends, or this program.
-Linux; where namespaces are not permitted nothing is run, and the result says so. Imports no other code of this package.
+The program gets namespaces of its own (network: none; processes, mounts, IPC), a file system that
+holds the interpreter and an empty folder only, limits on CPU time, memory, files and processes, and
+a wall-clock limit after which everything it started is killed. Its parent is a process of ours, the
+first of its process namespace: all is killed when that one ends, or this program. Linux; where
+namespaces are not permitted nothing is run, and the result says so. Imports no other code of this
+package.
 """
 
 from __future__ import annotations
@@ -20,26 +23,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
+    0x00020000,
+    0x08000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 _MS_RDONLY, _MS_NOSUID, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _USERS = range(61184, 65520)
-"""User ids for programs, those of systemd's DynamicUser: processes of one sandbox do not count towards another's limit."""
+"""User ids for programs, those of systemd's DynamicUser: processes of one sandbox do not count
+towards another's limit."""
 OUTPUT_BYTES = 1 << 20
 FILES = 4096
 """Most files of a program; together with their folders they hold at most ``memory_bytes``."""
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin")
 _ROOT = Path("/proc")
-"""Where the program's file system is mounted, in a mount namespace of its own: a folder that is there already, not needed any
-more, so that nothing is left to clean up when this process is killed."""
+"""Where the program's file system is mounted, in a mount namespace of its own: a folder that is
+there already, not needed any more, so that nothing is left to clean up when this process is
+killed."""
 _START = """import os, site
 site.setquit()
 with os.fdopen({fd}, encoding="utf-8", errors="surrogatepass") as file:
     code = compile(file.read(), "<program>", "exec")
 del os, site, file
 exec(globals().pop("code"))"""
-"""The program comes on a descriptor: an argument may have no NUL and at most 128 KiB, and a file could name an encoding.
-Without the packages of ``site``, but with its ``exit`` and ``quit``."""
+"""The program comes on a descriptor: an argument may have no NUL and at most 128 KiB, and a file
+could name an encoding. Without the packages of ``site``, but with its ``exit`` and ``quit``."""
 
 
 def _call(result: int, what: str) -> None:
@@ -48,8 +59,21 @@ def _call(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def _mount(libc: Any, source: str, target: str, flags: int, kind: str | None = None, options: str | None = None) -> None:
-    arguments = (source.encode(), target.encode(), kind.encode() if kind else None, flags, options.encode() if options else None)
+def _mount(
+    libc: Any,
+    source: str,
+    target: str,
+    flags: int,
+    kind: str | None = None,
+    options: str | None = None,
+) -> None:
+    arguments = (
+        source.encode(),
+        target.encode(),
+        kind.encode() if kind else None,
+        flags,
+        options.encode() if options else None,
+    )
     _call(libc.mount(*arguments), f"mount {target}")
 
 
@@ -68,18 +92,39 @@ def _unshare(libc: Any) -> None:
 def _enter(libc: Any, memory_bytes: int) -> None:
     """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
     settings = {"self/oom_score_adj": "1000", "sys/kernel/shmmni": "0", "sys/kernel/msgmni": "0"}
-    for name, value in settings.items():  # out of memory ends this process first; no memory that outlives a process
+    for (
+        name,
+        value,
+    ) in (
+        settings.items()
+    ):  # out of memory ends this process first; no memory that outlives a process
         with contextlib.suppress(OSError):
             Path("/proc", name).write_text(value)
     _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
-    _mount(libc, "tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", f"size={memory_bytes},nr_inodes={FILES},mode=755")
+    _mount(
+        libc,
+        "tmpfs",
+        str(_ROOT),
+        _MS_NOSUID,
+        "tmpfs",
+        f"size={memory_bytes},nr_inodes={FILES},mode=755",
+    )
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
         if not os.path.isdir(source) or any(source.startswith(s + "/") for s in _SYSTEM):
             continue
         target = _ROOT / source.lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
         _mount(libc, source, str(target), _MS_BIND | _MS_REC)
-        _call(libc.mount(None, str(target).encode(), None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID, None), f"{target}")
+        _call(
+            libc.mount(
+                None,
+                str(target).encode(),
+                None,
+                _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID,
+                None,
+            ),
+            f"{target}",
+        )
     for folder in ("box", "tmp", "dev"):
         (_ROOT / folder).mkdir(exist_ok=True)
         (_ROOT / folder).chmod(0o777)
@@ -90,9 +135,13 @@ def _enter(libc: Any, memory_bytes: int) -> None:
 def _limit(job: dict[str, Any]) -> None:
     seconds, memory = int(job["timeout_s"]) + 1, int(job["memory_bytes"])
     limits = {
-        resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: 1 << 24, resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_NPROC: int(job["processes"]), resource.RLIMIT_CORE: 0,
-    }  # fmt: skip
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: 1 << 24,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NPROC: int(job["processes"]),
+        resource.RLIMIT_CORE: 0,
+    }
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]  # of a container, say: only root could raise it
         least = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -120,16 +169,23 @@ def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int
         os.setgid(user)
         os.setuid(user)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": "/box", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/box",
+        "LANG": "C.UTF-8",
+        "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib",
+    }
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     os.execve(interpreter, [interpreter, "-I", "-S", "-c", _START.format(fd=source)], environment)
 
 
-def _first_process(job: dict[str, Any], libc: Any, output: int, errors: int, report: int, user: int) -> None:
+def _first_process(
+    job: dict[str, Any], libc: Any, output: int, errors: int, report: int, user: int
+) -> None:
     """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
 
-    The report goes through a pipe that the program does not have: a line {"refused": why} or {"code": exit code}, or both
-    where the program could not be started.
+    The report goes through a pipe that the program does not have: a line {"refused": why} or
+    {"code": exit code}, or both where the program could not be started.
     """
     message: dict[str, Any]
     try:
@@ -138,11 +194,14 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, errors: int, rep
         poll.register(report, 0)
         if poll.poll(0):  # nobody reads: the parent died before the line above
             os._exit(1)
-        os.setsid()  # a program's kill(0, ...) reaches a whole process group, outside of its namespace too
+        # a program's kill(0, ...) reaches a whole process group, outside of its namespace too
+        os.setsid()
         _enter(libc, int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
-            _program(job, libc, output, errors, user)  # comes back only by an exception, told below: no program has run
+            _program(
+                job, libc, output, errors, user
+            )  # comes back only by an exception, told below: no program has run
         ended, status = os.wait()
         while ended != program:
             ended, status = os.wait()
@@ -155,10 +214,11 @@ def _first_process(job: dict[str, Any], libc: Any, output: int, errors: int, rep
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """{"status": "exit", "code", "output", "errors", "too_long"}, or {"status": "timeout"}, or {"status": "refused", "problem"}.
+    """{"status": "exit", "code", "output", "errors", "too_long"}, or {"status": "timeout"}, or
+    {"status": "refused", "problem"}.
 
-    ``errors``: its stderr. ``too_long``: it wrote more than OUTPUT_BYTES to one of them and was killed then.
-    ``job["parent"]``: process whose death ends this one.
+    ``errors``: its stderr. ``too_long``: it wrote more than OUTPUT_BYTES to one of them and was
+    killed then. ``job["parent"]``: process whose death ends this one.
     """
     if not sys.platform.startswith("linux"):
         return {"status": "refused", "problem": f"{sys.platform} has no namespaces"}
@@ -183,7 +243,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -> dict[str, Any]:
-    """Reads until the first process is gone, the time is up, or too much is written; whatever is left then is killed."""
+    """Reads until the first process is gone, the time is up, or too much is written; whatever is
+    left then is killed."""
     deadline, is_late = time.monotonic() + timeout_s, False
     texts = {output: b"", errors: b"", report: b""}
     waiting = [*texts]

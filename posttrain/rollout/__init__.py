@@ -1,1 +1,2 @@
-"""Sampling: the engine protocol, the engine in the training process, a vLLM server, and what is kept between iterations."""
+"""Sampling: the engine protocol, the engine in the training process, a vLLM server, and what is
+kept between iterations."""

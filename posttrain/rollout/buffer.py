@@ -1,7 +1,9 @@
-"""Completions in the making: groups wait here until all of their completions are finished, over iterations if need be.
+"""Completions in the making: groups wait here until all of their completions are finished, over
+iterations if need be.
 
-Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most ``sampling.budget_tokens`` on a
-completion; an unfinished one keeps its tokens, with the policy version that drew each segment, and is continued in the next.
+Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most
+``sampling.budget_tokens`` on a completion; an unfinished one keeps its tokens, with the policy
+version that drew each segment, and is continued in the next.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from posttrain.rollout.engine import FinishReason, Request, Sampled
 
 
 def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
-    """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in the batch."""
+    """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in
+    the batch."""
     text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -69,17 +72,26 @@ class RolloutBuffer:
     def __init__(self) -> None:
         self.groups: list[TrajectoryGroup] = []
 
-    def begin(self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0) -> None:
-        """Adds a group without tokens for each prompt. ``round``: how many prompts the iteration has begun before (a prompt that
-        comes twice is drawn anew)."""
+    def begin(
+        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
+    ) -> None:
+        """Adds a group without tokens for each prompt. ``round``: how many prompts the iteration
+        has begun before (a prompt that comes twice is drawn anew)."""
         for number, prompt in enumerate(prompts):
             seeds = [
-                stream_seed(seed, iteration=iteration, round=round + number, prompt=prompt, sample=k) for k in range(group_size)
+                stream_seed(
+                    seed, iteration=iteration, round=round + number, prompt=prompt, sample=k
+                )
+                for k in range(group_size)
             ]
-            group = TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=[Trajectory(seed=s) for s in seeds])
+            group = TrajectoryGroup(
+                prompt=prompt, iteration=iteration, trajectories=[Trajectory(seed=s) for s in seeds]
+            )
             self.groups.append(group)
 
-    def requests(self, prompt_ids: Sequence[Sequence[int]]) -> list[tuple[Request, list[Trajectory]]]:
+    def requests(
+        self, prompt_ids: Sequence[Sequence[int]]
+    ) -> list[tuple[Request, list[Trajectory]]]:
         """What to draw next, group by group, and where it goes."""
         found = []
         for group in self.groups:
@@ -87,7 +99,9 @@ class RolloutBuffer:
             request = Request(
                 prompt_ids=tuple(prompt_ids[group.prompt]),
                 seeds=tuple(t.seed for t in open_ones),
-                prefixes=tuple(tuple(t.token_ids) for t in open_ones) if any(t.token_ids for t in open_ones) else (),
+                prefixes=tuple(tuple(t.token_ids) for t in open_ones)
+                if any(t.token_ids for t in open_ones)
+                else (),
             )
             found.append((request, open_ones))
         return found

@@ -1,4 +1,5 @@
-"""How a vLLM server gets the trainer's weights: through a folder that both see, or broadcast from GPU to GPU over NCCL."""
+"""How a vLLM server gets the trainer's weights: through a folder that both see, or broadcast from
+GPU to GPU over NCCL."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Handover(Protocol):
 
 
 class FolderHandover:
-    """A folder of safetensors that the server reloads in place, through launch/vllm_reload.py (every device)."""
+    """A folder of safetensors that the server reloads in place, through launch/vllm_reload.py
+    (every device)."""
 
     def __init__(self, folder: Path, save_weights: Callable[[Path], None]) -> None:
         self._folder, self._save_weights = folder, save_weights
@@ -43,26 +45,32 @@ class FolderHandover:
     def send(self, call: Call) -> None:
         """The server reads the folder."""
         path = str((self._folder / "current").resolve())
-        call("POST", "/collective_rpc", {"method": "reload_policy", "kwargs": {"weights_path": path}})
+        call(
+            "POST", "/collective_rpc", {"method": "reload_policy", "kwargs": {"weights_path": path}}
+        )
 
     def forget(self) -> None:
         """A folder has no connection."""
 
 
 class NCCLHandover:
-    """vLLM's own trainer endpoint: every weight is broadcast to the server's workers, nothing touches a disk (CUDA).
+    """vLLM's own trainer endpoint: every weight is broadcast to the server's workers, nothing
+    touches a disk (CUDA).
 
-    Needs vLLM in the trainer's environment too, and a server started with ``--weight-transfer-config '{"backend": "nccl"}'``.
-    ``model`` gives the policy with its adapters merged.
+    Needs vLLM in the trainer's environment too, and a server started with
+    ``--weight-transfer-config '{"backend": "nccl"}'``. ``model`` gives the policy with its adapters
+    merged.
     """
 
-    def __init__(self, *, url: str, address: str, port: int, timeout_s: float, model: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, *, url: str, address: str, port: int, timeout_s: float, model: Callable[[], nn.Module]
+    ) -> None:
         try:
             import vllm.distributed.weight_transfer.nccl_engine  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"vllm.handover=nccl uses vLLM's trainer side, which this environment does not have ({error}). Install vLLM "
-                "beside posttrain, or use --vllm.handover folder."
+                "vllm.handover=nccl uses vLLM's trainer side, which this environment does not "
+                f"have ({error}). Install vLLM beside posttrain, or use --vllm.handover folder."
             ) from error
         self._url, self._address, self._port, self._timeout_s = url, address, port, timeout_s
         self._model = model
@@ -75,13 +83,18 @@ class NCCLHandover:
         """Opens the process group on the first call; then broadcasts."""
         from vllm.distributed.weight_transfer.base import ModuleSource
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
 
         source = ModuleSource(self._model())
         if self._endpoint is None:
             workers = int(call("GET", "/get_world_size")["world_size"])
             self._endpoint = NCCLTrainerWeightTransferEngine.trainer_init(
-                NCCLTrainerInitInfo(master_address=self._address, master_port=self._port, world_size=workers + 1),
+                NCCLTrainerInitInfo(
+                    master_address=self._address, master_port=self._port, world_size=workers + 1
+                ),
                 client=HTTPVLLMWeightSyncClient(self._url, timeout=self._timeout_s),
                 source=source,
             )

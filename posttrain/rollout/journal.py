@@ -1,7 +1,8 @@
-"""What cannot be computed again the same way is written down as it comes: rollouts of a server, results of rewards.
+"""What cannot be computed again the same way is written down as it comes: rollouts of a server,
+results of rewards.
 
-One file of JSON lines per iteration and rank. A run that was killed finds in it what the iteration already had and goes on
-from there. The last line may be torn: it is dropped.
+One file of JSON lines per iteration and rank. A run that was killed finds in it what the iteration
+already had and goes on from there. The last line may be torn: it is dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Journal:
     """``once(key, compute)``: the value written under the key, else computed now and written."""
 
     def __init__(self, path: Path, *, run: str) -> None:
-        """``run`` names what decides the values (settings, ranks, weights): a journal of another is discarded."""
+        """``run`` names what decides the values (settings, ranks, weights): a journal of another is
+        discarded."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._values: dict[str, Any] = {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -58,7 +60,8 @@ class Journal:
         self._write({"key": key, "value": value})
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value under the key; computed and put the first time. As JSON has it, also the first time."""
+        """The value under the key; computed and put the first time. As JSON has it, also the first
+        time."""
         if key not in self._values:
             self.put(key, json.loads(json.dumps(compute())))
         return self._values[key]
@@ -74,7 +77,8 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
-    """Of some elements of every tensor: an update of the weights changes it, and it costs no pass over them."""
+    """Of some elements of every tensor: an update of the weights changes it, and it costs no pass
+    over them."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in weights:
         flat = tensor.detach().reshape(-1)
@@ -96,28 +100,45 @@ def _from_json(entry: dict[str, Any]) -> Sampled:
 
 
 def journalled(
-    engine: Engine, journal: Journal, requests: Sequence[Request], sampling: SamplingConfig, *, by_completion: bool
+    engine: Engine,
+    journal: Journal,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    *,
+    by_completion: bool,
 ) -> list[list[Sampled]]:
     """``engine.generate``, with what the journal has taken from there.
 
-    ``by_completion``: each completion is written as it is finished (a server draws it again differently). Otherwise the
-    call as a whole: an engine in this process draws the same again, and bit for bit only in the same batch.
+    ``by_completion``: each completion is written as it is finished (a server draws it again
+    differently). Otherwise the call as a whole: an engine in this process draws the same again, and
+    bit for bit only in the same batch.
     """
     if not by_completion:
         entries = journal.once(
-            f"generate {digest(requests)}", lambda: [[asdict(d) for d in row] for row in engine.generate(requests, sampling)]
+            f"generate {digest(requests)}",
+            lambda: [[asdict(d) for d in row] for row in engine.generate(requests, sampling)],
         )
         return [[_from_json(entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
-        return f"completion {request.seeds[k]} {digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
+        return (
+            f"completion {request.seeds[k]} "
+            f"{digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
+        )
 
     left: list[Request] = []
     for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            seeds, prefixes = (tuple(every[k] for k in wanted if every) for every in (request.seeds, request.prefixes))
+            seeds, prefixes = (
+                tuple(every[k] for k in wanted if every)
+                for every in (request.seeds, request.prefixes)
+            )
             left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
-        engine.generate(left, sampling, on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)))
+        engine.generate(
+            left,
+            sampling,
+            on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)),
+        )
     return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]

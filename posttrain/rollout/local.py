@@ -1,8 +1,9 @@
 """The engine in the training process: any device, no other library, the policy's own forward.
 
-Each prompt is computed once for all its completions, in packed rows. Then all running completions take one token per
-forward; a finished one leaves at once and a waiting one takes its slot. Who enters when depends on the requests alone
-(never on time or free memory), so the same requests under the same weights give the same completions, bit for bit.
+Each prompt is computed once for all its completions, in packed rows. Then all running completions
+take one token per forward; a finished one leaves at once and a waiting one takes its slot. Who
+enters when depends on the requests alone (never on time or free memory), so the same requests under
+the same weights give the same completions, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import Layout, Segments
 from posttrain.packing.decode import DecodeLayout
-from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig, check_positions
+from posttrain.rollout.engine import (
+    FinishReason,
+    OnFinished,
+    Request,
+    Sampled,
+    SamplingConfig,
+    check_positions,
+)
 from posttrain.rollout.kv import RecordingCache, SlotCache
 from posttrain.rollout.sampling import draw
 from posttrain.rollout.stopping import StopRule
@@ -32,12 +40,14 @@ class LocalConfig:
     max_rows: int = 64
     """Most completions that run at the same time."""
     kv_cache_gb: float = 4.0
-    """Most memory of their keys and values, 10^9 bytes; fewer completions run at the same time where it is too little."""
+    """Most memory of their keys and values, 10^9 bytes; fewer completions run at the same time
+    where it is too little."""
 
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.kv_cache_gb <= 0:
             raise ValueError(
-                f"sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got {self.max_rows} and {self.kv_cache_gb}."
+                "sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got "
+                f"{self.max_rows} and {self.kv_cache_gb}."
             )
 
 
@@ -64,7 +74,8 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prefilled:
-    """A request whose prompt and prefixes are computed: a recorded row, and the spans of it that each completion starts with."""
+    """A request whose prompt and prefixes are computed: a recorded row, and the spans of it that
+    each completion starts with."""
 
     recorded: dict[int, tuple[Tensor, Tensor]]
     spans: list[list[tuple[int, int]]]
@@ -74,8 +85,9 @@ class _Prefilled:
 class LocalEngine:
     """Draws from ``policy``. ``refresh`` after every update of its weights.
 
-    ``compute``: dtype of the matrix products, as in training (autocast's). Raises ValueError for a model that cannot run packed
-    (``models/policy.py`` says which): sample from those with the vLLM engine.
+    ``compute``: dtype of the matrix products, as in training (autocast's). Raises ValueError for a
+    model that cannot run packed (``models/policy.py`` says which): sample from those with the vLLM
+    engine.
     """
 
     returns_kept_ids = True
@@ -92,8 +104,8 @@ class LocalEngine:
         """``decode``: ids to text, for stop strings."""
         if policy.forward_mode.backend is None:
             raise ValueError(
-                f"Sampling in the training process is not possible for this model: {policy.forward_mode.reason}. Use a vLLM "
-                "server (--engine vllm)."
+                "Sampling in the training process is not possible for this model: "
+                f"{policy.forward_mode.reason}. Use a vLLM server (--engine vllm)."
             )
         self._policy = policy
         self._config = config or LocalConfig()
@@ -108,12 +120,17 @@ class LocalEngine:
         self.device = next(policy.parameters()).device
 
     def refresh(self, version: int) -> None:
-        """From now on samples come from the policy's present weights, which are the result of ``version`` updates."""
+        """From now on samples come from the policy's present weights, which are the result of
+        ``version`` updates."""
         self._weights.refresh()
         self.version = version
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        *,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Sampled]]:
         """[request][completion]; see ``engine.Engine``."""
         if not requests:
@@ -131,8 +148,9 @@ class LocalEngine:
         limit = self._policy.forward_mode.length_limit
         if limit is not None and shortest <= limit < longest:
             raise ValueError(
-                f"This model scales its positions by whether a sequence is longer than {limit} tokens; sequences of {shortest} "
-                f"to {longest} tokens cannot be sampled together here. Lower sampling.max_tokens, or use a vLLM server."
+                f"This model scales its positions by whether a sequence is longer than {limit} "
+                f"tokens; sequences of {shortest} to {longest} tokens cannot be sampled together "
+                "here. Lower sampling.max_tokens, or use a vLLM server."
             )
         check_positions(self._policy.config, longest)
 
@@ -140,27 +158,40 @@ class LocalEngine:
         """Completions that run at the same time."""
         config = self._policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         each = 2 * config.num_hidden_layers * heads * width * capacity * self.kv_dtype.itemsize
         fit = int(self._config.kv_cache_gb * 1e9 // each)
         if fit < 1:
             raise ValueError(
-                f"One completion's keys and values take {each / 1e9:.2f} GB ({capacity} tokens), the budget is "
-                f"{self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
+                f"One completion's keys and values take {each / 1e9:.2f} GB ({capacity} tokens), "
+                f"the budget is {self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower "
+                "sampling.max_tokens."
             )
         return min(fit, self._config.max_rows, sum(len(r.seeds) for r in requests))
 
-    def hidden(self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout) -> Tensor:
+    def hidden(
+        self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout
+    ) -> Tensor:
         """[rows, tokens, H] the backbone's last hidden states."""
         decoder = self._weights.model.get_decoder()
-        output = decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, packing=layout)
+        output = decoder(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            packing=layout,
+        )
         return output.last_hidden_state
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """[B, V] in at least float32, after the family's transform, at temperature 1."""
         with torch.autocast(hidden_BH.device.type, enabled=False):
             logits = self._weights.logits(hidden_BH)
-            return self._transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            return self._transform.apply(
+                logits.to(torch.promote_types(logits.dtype, torch.float32))
+            )
 
 
 class _Run:
@@ -181,7 +212,11 @@ class _Run:
         self._prefilled: dict[int, _Prefilled] = {}
         self._rows: list[_Row] = []
         capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
-        self._cache = SlotCache(slots=engine.slots(requests, sampling, capacity), capacity=capacity, dtype=engine.kv_dtype)
+        self._cache = SlotCache(
+            slots=engine.slots(requests, sampling, capacity),
+            capacity=capacity,
+            dtype=engine.kv_dtype,
+        )
 
     def to_the_end(self) -> None:
         """Until every completion is drawn."""
@@ -190,7 +225,8 @@ class _Run:
             self._step()
 
     def _admit(self) -> None:
-        """Waiting completions, first come first served, into the free slots behind the running ones."""
+        """Waiting completions, first come first served, into the free slots behind the running
+        ones."""
         free = self._cache.slots - len(self._rows)
         entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
         by_request: dict[int, list[int]] = {}
@@ -199,25 +235,31 @@ class _Run:
         self._prefill([i for i in by_request if i not in self._prefilled])
         for i, ks in by_request.items():
             request, done = self._requests[i], self._prefilled[i]
-            groups: dict[tuple[tuple[int, int], ...], list[int]] = {}  # those that start alike are copied together
+            groups: dict[
+                tuple[tuple[int, int], ...], list[int]
+            ] = {}  # those that start alike are copied together
             for k in ks:
                 slot = len(self._rows)
                 groups.setdefault(tuple(done.spans[k]), []).append(slot)
                 prefix = request.prefixes[k] if request.prefixes else ()
                 self._rows.append(
                     _Row(
-                        request=i, completion=k, seed=request.seeds[k], prefix=prefix,
+                        request=i,
+                        completion=k,
+                        seed=request.seeds[k],
+                        prefix=prefix,
                         length=sum(end - start for start, end in done.spans[k]),
                         next_input=prefix[-1] if prefix else request.prompt_ids[-1],
                     )
-                )  # fmt: skip
+                )
             for spans, slots in groups.items():
                 self._cache.fill(slots, done.recorded, spans)
             if not self._waiting or self._waiting[-1][0] != i:
                 del self._prefilled[i]
 
     def _prefill(self, wanted: Sequence[int]) -> None:
-        """Prompts and prefixes without their last token, which is the first input of the decoding; several to a row."""
+        """Prompts and prefixes without their last token, which is the first input of the decoding;
+        several to a row."""
         row: list[int] = []
         tokens = 0
         for i in wanted:
@@ -244,7 +286,12 @@ class _Run:
                 prefix = request.prefixes[k] if request.prefixes else ()
                 own = [(start, start + (n if prefix else n - 1))]
                 if len(prefix) > 1:
-                    own.append((row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment), len(row.ids)))
+                    own.append(
+                        (
+                            row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment),
+                            len(row.ids),
+                        )
+                    )
                 spans[i].append([(a, b) for a, b in own if b > a])
         cache = RecordingCache()
         if row.ids:

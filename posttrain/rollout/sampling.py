@@ -1,10 +1,12 @@
-"""From logits to tokens. A draw depends on the logits and on (seed, position) alone, never on what else is in the batch.
+"""From logits to tokens. A draw depends on the logits and on (seed, position) alone, never on what
+else is in the batch.
 
-The race of exponentials: with E_v independent standard exponentials, argmax_v p_v / E_v is a draw from p (the Gumbel-max
-trick, Maddison et al. 2014, arXiv:1411.0030, on the scale of probabilities). Numbers come from a counter-based generator
-keyed by seed, position and id. A small change of the logits seldom changes the winner, which the inverse CDF does not have.
-It is run twice, over blocks of ids and over the ids of the block that won: the same distribution from
-V / 256 + 256 numbers instead of V.
+The race of exponentials: with E_v independent standard exponentials, argmax_v p_v / E_v is a draw
+from p (the Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030, on the scale of probabilities).
+Numbers come from a counter-based generator keyed by seed, position and id. A small change of the
+logits seldom changes the winner, which the inverse CDF does not have. It is run twice, over blocks
+of ids and over the ids of the block that won: the same distribution from V / 256 + 256 numbers
+instead of V.
 """
 
 from __future__ import annotations
@@ -29,15 +31,20 @@ class Drawn:
 
     token_ids_B: Tensor
     logps_B: Tensor
-    """Natural log-prob under the distribution that it was drawn from; greedy: under the model at temperature 1."""
+    """Natural log-prob under the distribution that it was drawn from; greedy: under the model at
+    temperature 1."""
     kept_BV: Tensor | None
     """bool: what truncation left; None without truncation."""
 
 
-def draw(logits_BV: Tensor, sampling: SamplingConfig, *, seeds: Sequence[int], positions: Sequence[int]) -> Drawn:
-    """The token of each row: of the whole vocabulary, of what top-k, top-p and min-p leave of it, or the likeliest.
+def draw(
+    logits_BV: Tensor, sampling: SamplingConfig, *, seeds: Sequence[int], positions: Sequence[int]
+) -> Drawn:
+    """The token of each row: of the whole vocabulary, of what top-k, top-p and min-p leave of it,
+    or the likeliest.
 
-    Computes in at least float32. ``seeds``: 64-bit keys; ``positions``: index of the token in its completion.
+    Computes in at least float32. ``seeds``: 64-bit keys; ``positions``: index of the token in its
+    completion.
     """
     scores_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     if sampling.temperature == 0:
@@ -57,12 +64,15 @@ def draw(logits_BV: Tensor, sampling: SamplingConfig, *, seeds: Sequence[int], p
 
 
 def kept_by_truncation(scores_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """bool [B, V]: top-k, then top-p of what is left, then min-p of that. Equal scores at an edge stay together."""
+    """bool [B, V]: top-k, then top-p of what is left, then min-p of that. Equal scores at an edge
+    stay together."""
     kept_BV = torch.ones_like(scores_BV, dtype=torch.bool)
     if 0 < sampling.top_k < scores_BV.shape[-1]:
         kept_BV = scores_BV >= scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
     if sampling.top_p < 1.0:
-        ordered, order = scores_BV.masked_fill(~kept_BV, float("-inf")).sort(dim=-1, descending=True)
+        ordered, order = scores_BV.masked_fill(~kept_BV, float("-inf")).sort(
+            dim=-1, descending=True
+        )
         probs = torch.softmax(ordered, -1)
         before = probs.cumsum(-1) - probs
         least = ordered.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
@@ -73,11 +83,15 @@ def kept_by_truncation(scores_BV: Tensor, sampling: SamplingConfig) -> Tensor:
     return kept_BV
 
 
-def _race(weights_BV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _race(
+    weights_BV: Tensor, seeds: Sequence[int], positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """(winners [B], sums of the weights [B]); a winner has a positive weight."""
     num_rows, vocabulary = weights_BV.shape
     num_blocks = -(-vocabulary // BLOCK)
-    padded = F.pad(weights_BV, (0, num_blocks * BLOCK - vocabulary)).view(num_rows, num_blocks, BLOCK)
+    padded = F.pad(weights_BV, (0, num_blocks * BLOCK - vocabulary)).view(
+        num_rows, num_blocks, BLOCK
+    )
     by_block = padded.sum(-1)
     keys = _keys(seeds, positions)
     blocks = torch.arange(num_blocks, device=weights_BV.device).expand(num_rows, -1)
@@ -95,7 +109,8 @@ def _keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
 
 
 def _exponentials(keys: np.ndarray, counters: Tensor, *, like: Tensor) -> Tensor:
-    """Standard exponentials [B, n] of (key, counter): -log of a uniform number with 53 bits, never 0 or 1."""
+    """Standard exponentials [B, n] of (key, counter): -log of a uniform number with 53 bits, never
+    0 or 1."""
     bits = _mix(keys[:, None] ^ _mix(counters.cpu().numpy().astype(np.uint64)))
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return torch.from_numpy(-np.log(uniform)).to(device=like.device, dtype=like.dtype)

@@ -1,4 +1,5 @@
-"""When a completion ends: stop token or string, repetition, length, the iteration's budget; in this order."""
+"""When a completion ends: stop token or string, repetition, length, the iteration's budget; in this
+order."""
 
 from __future__ import annotations
 
@@ -12,12 +13,19 @@ _TOKENS_PER_CHARACTER = 4  # a character can be spread over this many byte token
 class StopRule:
     """``reason(prefix, drawn)`` after every token of a completion."""
 
-    def __init__(self, sampling: SamplingConfig, stop_ids: Sequence[int], decode: Callable[[Sequence[int]], str] | None) -> None:
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None,
+    ) -> None:
         """``decode`` turns ids into text. Raises ValueError for stop strings without it."""
         if sampling.stop_strings and decode is None:
             raise ValueError("sampling.stop_strings need a tokenizer; give the engine one.")
         self._sampling, self._stop_ids, self._decode = sampling, frozenset(stop_ids), decode
-        self._window = max((len(s) for s in sampling.stop_strings), default=0) * _TOKENS_PER_CHARACTER
+        self._window = (
+            max((len(s) for s in sampling.stop_strings), default=0) * _TOKENS_PER_CHARACTER
+        )
 
     def reason(self, prefix: Sequence[int], drawn: Sequence[int]) -> FinishReason | None:
         """Why the completion ``prefix + drawn`` ends with its last token; None: it goes on."""
@@ -25,14 +33,17 @@ class StopRule:
         if drawn[-1] in self._stop_ids or self._ends_in_string(prefix, drawn):
             return "stop"
         needed = s.repeat_ngram * s.repeat_times
-        if needed and repeats([*prefix[-needed:], *drawn[-needed:]], ngram=s.repeat_ngram, times=s.repeat_times):
+        if needed and repeats(
+            [*prefix[-needed:], *drawn[-needed:]], ngram=s.repeat_ngram, times=s.repeat_times
+        ):
             return "repeat"
         if len(prefix) + len(drawn) >= s.max_tokens:
             return "length"
         return "budget" if s.budget_tokens and len(drawn) >= s.budget_tokens else None
 
     def _ends_in_string(self, prefix: Sequence[int], drawn: Sequence[int]) -> bool:
-        """A stop string ends in the text of the last token (it may begin in earlier ones, also of the prefix)."""
+        """A stop string ends in the text of the last token (it may begin in earlier ones, also of
+        the prefix)."""
         if not self._sampling.stop_strings:
             return False
         assert self._decode is not None
@@ -42,7 +53,8 @@ class StopRule:
 
 
 def repeats(token_ids: Sequence[int], *, ngram: int, times: int) -> bool:
-    """Whether the last ``ngram`` tokens, or any shorter stretch of them, stand ``times`` times in a row at the end.
+    """Whether the last ``ngram`` tokens, or any shorter stretch of them, stand ``times`` times in a
+    row at the end.
 
     A stretch shorter than ``ngram`` must fill as many tokens as ``times`` n-grams would.
     """

@@ -1,8 +1,9 @@
 """The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
 
-The server runs in an environment of its own; this module needs no vLLM. Weights are handed over (``rollout/handover.py``)
-between pausing and resuming the server. What a completion's log-probs are depends on how the server was started:
-``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
+The server runs in an environment of its own; this module needs no vLLM. Weights are handed over
+(``rollout/handover.py``) between pausing and resuming the server. What a completion's log-probs are
+depends on how the server was started: ``--logprobs-mode processed_logprobs`` gives those after
+temperature and truncation.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class VLLMConfig:
     url: str = "http://127.0.0.1:8000"
     """Base URL of the server."""
     handover: Literal["folder", "nccl"] = "folder"
-    """How the server gets the weights: it reloads a folder (every device), or they are broadcast from GPU to GPU."""
+    """How the server gets the weights: it reloads a folder (every device), or they are broadcast
+    from GPU to GPU."""
     weights_dir: str = ""
     """folder: seen by trainer and server both. Default: vllm_weights in the run folder."""
     nccl_address: str = "127.0.0.1:29600"
@@ -47,25 +49,30 @@ class VLLMConfig:
     timeout_s: float = 600.0
     """Most seconds for one request."""
     retries: int = 5
-    """How often a request is tried again when the server does not answer; each time after twice the wait, from one second."""
+    """How often a request is tried again when the server does not answer; each time after twice the
+    wait, from one second."""
     any_version: bool = False
     """Accept a server of another version than the one tested."""
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
             raise ValueError(
-                f"vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got {self.concurrency}, {self.timeout_s} "
-                f"and {self.retries}."
+                "vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got "
+                f"{self.concurrency}, {self.timeout_s} and {self.retries}."
             )
         host, _, port = self.nccl_address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"vllm.nccl_address is HOST:PORT; got {self.nccl_address!r}.")
         if self.handover == "nccl" and self.weights_dir:
-            raise ValueError("vllm.weights_dir would be ignored: handover=nccl writes no folder. Leave one of them out.")
+            raise ValueError(
+                "vllm.weights_dir would be ignored: handover=nccl writes no folder. "
+                "Leave one of them out."
+            )
 
 
 class ServerError(ValueError):
-    """The server does not answer, or answers something else than a vLLM server of the right version does."""
+    """The server does not answer, or answers something else than a vLLM server of the right version
+    does."""
 
 
 class VLLMEngine:
@@ -83,10 +90,15 @@ class VLLMEngine:
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
-        """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands the weights over; ``barrier``
-        waits for all ranks."""
+        """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands
+        the weights over; ``barrier`` waits for all ranks."""
         self._is_main, self._barrier = is_main, barrier
-        self._config, self._handover, self.stop_ids, self._decode = config, handover, list(stop_ids), decode
+        self._config, self._handover, self.stop_ids, self._decode = (
+            config,
+            handover,
+            list(stop_ids),
+            decode,
+        )
         self._version = -1
         self._mark: str | None = None
         self._model = ""
@@ -115,20 +127,29 @@ class VLLMEngine:
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
         """A method of launch/vllm_reload.py in every worker."""
-        return self._call("POST", "/collective_rpc", {"method": method, "kwargs": arguments}).get("results") or [None]
+        return self._call("POST", "/collective_rpc", {"method": method, "kwargs": arguments}).get(
+            "results"
+        ) or [None]
 
     def _server_mark(self) -> str | None:
-        """Which weights the server's present process was given: 'VERSION PROCESS'; None: none since it started."""
+        """Which weights the server's present process was given: 'VERSION PROCESS'; None: none since
+        it started."""
         return self._rpc("policy_mark")[0]
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, *, on_finished: OnFinished | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        *,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Sampled]]:
-        """[request][completion]. A completion that fails is asked for again, after the weights are there again."""
+        """[request][completion]. A completion that fails is asked for again, after the weights are
+        there again."""
         if sampling.truncates:
             raise ValueError(
-                "The server does not say which tokens top-k, top-p or min-p left, so the trainer could not renormalise its "
-                "log-probs. Sample from the whole distribution, or use --engine local."
+                "The server does not say which tokens top-k, top-p or min-p left, so the trainer "
+                "could not renormalise its log-probs. Sample from the whole distribution, or use "
+                "--engine local."
             )
         results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
@@ -142,7 +163,9 @@ class VLLMEngine:
                     continue
             failed: list[tuple[int, int]] = []
             with ThreadPoolExecutor(self._config.concurrency) as pool:
-                futures = {pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left}
+                futures = {
+                    pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left
+                }
                 for future in as_completed(futures):
                     i, k = futures[future]
                     try:
@@ -157,12 +180,14 @@ class VLLMEngine:
                 return results
             left = sorted(failed)
         raise ServerError(
-            f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on {len(left)} completions, the last "
-            f"time with: {problem}. What was finished is in the run's journal: start the server and the same command again."
+            f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on "
+            f"{len(left)} completions, the last time with: {problem}. What was finished is in the "
+            "run's journal: start the server and the same command again."
         )
 
     def _weights_again(self) -> ServerError | None:
-        """A server that was restarted has the weights it was started with: they are handed over again. What went wrong, if so."""
+        """A server that was restarted has the weights it was started with: they are handed over
+        again. What went wrong, if so."""
         try:
             self._check_server()
             if self._version >= 0:
@@ -177,7 +202,8 @@ class VLLMEngine:
         return None
 
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
-        """One completion, by segments where repetition is looked for. It ends where the local engine would end it."""
+        """One completion, by segments where repetition is looked for. It ends where the local
+        engine would end it."""
         prefix = request.prefixes[k] if request.prefixes else ()
         rule = StopRule(sampling, self.stop_ids, self._decode)
         limit = sampling.max_tokens - len(prefix)
@@ -187,7 +213,9 @@ class VLLMEngine:
         reason: FinishReason | None = None
         while reason is None:
             ahead = min(limit - len(drawn), _SEGMENT if sampling.repeat_ngram else limit)
-            ids, segment_logps, stopped = self._segment([*request.prompt_ids, *prefix, *drawn], request, k, ahead, sampling)
+            ids, segment_logps, stopped = self._segment(
+                [*request.prompt_ids, *prefix, *drawn], request, k, ahead, sampling
+            )
             for token, logp in zip(ids, segment_logps, strict=True):
                 drawn.append(token)
                 logps.append(logp)
@@ -196,35 +224,59 @@ class VLLMEngine:
                     break
             else:
                 reason = "stop" if stopped else None
-        return Sampled(token_ids=tuple(drawn), logps=tuple(logps), finish_reason=reason, policy_version=self._version)
+        return Sampled(
+            token_ids=tuple(drawn),
+            logps=tuple(logps),
+            finish_reason=reason,
+            policy_version=self._version,
+        )
 
     def _segment(
         self, before: list[int], request: Request, k: int, max_tokens: int, sampling: SamplingConfig
     ) -> tuple[list[int], list[float], bool]:
-        """(ids, log-probs, whether the server says that they end in a stop token or string) of what comes after ``before``."""
+        """(ids, log-probs, whether the server says that they end in a stop token or string) of what
+        comes after ``before``."""
         noise = request.seeds[k] + 0x9E3779B9 * (len(before) - len(request.prompt_ids))
         body = {
-            "model": self._model, "prompt": before, "max_tokens": max_tokens, "seed": noise % 2**31,
-            "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-            "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,  # else those of the model's generation_config
-            "logprobs": 0, "return_token_ids": True, "stop_token_ids": self.stop_ids, "stop": sampling.stop_strings or None,
+            "model": self._model,
+            "prompt": before,
+            "max_tokens": max_tokens,
+            "seed": noise % 2**31,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "min_tokens": 0,  # else those of the model's generation_config
+            "logprobs": 0,
+            "return_token_ids": True,
+            "stop_token_ids": self.stop_ids,
+            "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
-        }  # fmt: skip
+        }
         choice = self._completion(body)["choices"][0]
         ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if len(ids) != len(logps) or not ids:
-            raise ServerError(f"The server gave {len(ids)} token ids and {len(logps)} log-probs. Is it vLLM {TESTED}?")
+            raise ServerError(
+                f"The server gave {len(ids)} token ids and {len(logps)} log-probs. "
+                f"Is it vLLM {TESTED}?"
+            )
         return ids, [float(p) for p in logps], choice["finish_reason"] == "stop"
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Raises OSError if the server was restarted since it was given the weights: another policy may have drawn this."""
+        """Raises OSError if the server was restarted since it was given the weights: another policy
+        may have drawn this."""
         try:
             answer = self._request("POST", "/v1/completions", body)
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise ServerError(
-                    f"{self._config.url} refuses a request of {len(body['prompt'])} prompt tokens and {body['max_tokens']} new "
-                    f"ones: {error.read()[:500].decode(errors='replace')}. Was it started with a large enough MAX_MODEL_LEN?"
+                    f"{self._config.url} refuses a request of {len(body['prompt'])} prompt tokens "
+                    f"and {body['max_tokens']} new ones: "
+                    f"{error.read()[:500].decode(errors='replace')}. Was it started with a large "
+                    "enough MAX_MODEL_LEN?"
                 ) from error
             raise
         if self._version >= 0 and self._server_mark() != self._mark:
@@ -235,8 +287,8 @@ class VLLMEngine:
         version = str(self._call("GET", "/version").get("version", "unknown"))
         if not version.startswith(f"{TESTED}.") and not self._config.any_version:
             raise ServerError(
-                f"{self._config.url} runs vLLM {version}; its requests were tested with {TESTED}. Install that version "
-                "(launch/vllm.sh), or set --vllm.any_version true."
+                f"{self._config.url} runs vLLM {version}; its requests were tested with {TESTED}. "
+                "Install that version (launch/vllm.sh), or set --vllm.any_version true."
             )
         self._model = str(self._call("GET", "/v1/models")["data"][0]["id"])
 
@@ -249,24 +301,30 @@ class VLLMEngine:
                 problem = error
                 if isinstance(error, urllib.error.HTTPError) and error.code in (400, 404, 405):
                     raise ServerError(
-                        f"{self._config.url}{path} answered {error.code}: not a vLLM server with VLLM_SERVER_DEV_MODE=1. Start "
-                        "it with launch/vllm.sh."
+                        f"{self._config.url}{path} answered {error.code}: not a vLLM server with "
+                        "VLLM_SERVER_DEV_MODE=1. Start it with launch/vllm.sh."
                     ) from error
                 if attempt < self._config.retries:
                     time.sleep(2.0**attempt)
         raise ServerError(
-            f"No vLLM server answers at {self._config.url} ({problem}). Start it with launch/vllm.sh MODEL, or set --vllm.url."
+            f"No vLLM server answers at {self._config.url} ({problem}). Start it with "
+            "launch/vllm.sh MODEL, or set --vllm.url."
         ) from problem
 
     def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            self._config.url.rstrip("/") + path, data=data, method=method, headers={"Content-Type": "application/json"}
+            self._config.url.rstrip("/") + path,
+            data=data,
+            method=method,
+            headers={"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:  # noqa: S310 - the user's own server
             text = response.read().decode()
         try:
             answer = json.loads(text) if text.strip() else {}
         except ValueError as error:
-            raise ServerError(f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}.") from error
+            raise ServerError(
+                f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}."
+            ) from error
         return answer if isinstance(answer, dict) else {"value": answer}

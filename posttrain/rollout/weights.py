@@ -1,9 +1,11 @@
-"""The weights that the engine in this process samples with: the training model itself, or a copy in the compute dtype.
+"""The weights that the engine in this process samples with: the training model itself, or a copy in
+the compute dtype.
 
-Training in bfloat16 keeps float32 weights and casts them in every forward; decoding makes hundreds of forwards between
-two updates. So the copy holds what autocast would cast to (the same log-probs), LoRA merged in. Every other weight is
-shared with the training model: nothing is held twice that is not cast. On a CPU the copy is in oneDNN's blocked layout,
-which products with few rows read a fifth faster.
+Training in bfloat16 keeps float32 weights and casts them in every forward; decoding makes hundreds
+of forwards between two updates. So the copy holds what autocast would cast to (the same log-probs),
+LoRA merged in. Every other weight is shared with the training model: nothing is held twice that is
+not cast. On a CPU the copy is in oneDNN's blocked layout, which products with few rows read a fifth
+faster.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class SamplingWeights:
 
     def _copy(self) -> nn.Module:
         """A model whose own weights are only those that are cast."""
-        shared: dict[int, Any] = {id(t): t for t in (*self._live.parameters(), *self._live.buffers())}
+        shared: dict[int, Any] = {
+            id(t): t for t in (*self._live.parameters(), *self._live.buffers())
+        }
         merged = {name: m for name, m in self._live.named_modules() if _is_mergeable(m)}
         inside = tuple(f"{name}." for name in merged)
         twin = copy.deepcopy(self._live, dict(shared))
@@ -68,7 +72,8 @@ class SamplingWeights:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, no gradients and no dropout; afterwards every module is in the mode that it was in."""
+        """Inside, no gradients and no dropout; afterwards every module is in the mode that it was
+        in."""
         modes = [(module, module.training) for module in self._live.modules()]
         kind = next(self._live.parameters()).device.type
         self.model.eval()
@@ -85,7 +90,10 @@ class SamplingLinear(nn.Module):
 
     def __init__(self, base: nn.Module, compute: torch.dtype) -> None:
         super().__init__()
-        self._base, self._compute = [base], compute  # in a list: the training layer is no part of this model
+        self._base, self._compute = (
+            [base],
+            compute,
+        )  # in a list: the training layer is no part of this model
         on_cpu = next(base.parameters()).device.type == "cpu"
         self._blocked = on_cpu and compute == torch.bfloat16 and blocked_products_work()
         self.weight: Tensor | None = None
@@ -122,29 +130,44 @@ def _blocked_linear(input_H: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 def blocked_products_work() -> bool:
     """Whether oneDNN's blocked bfloat16 layout works on this CPU, found out by one small product.
 
-    The two operators are private to torch and exist on every x86 build; on a CPU with neither AVX-512 nor avx_ne_convert
-    they raise. Without them the same numbers come from torch's own layout, which is read more slowly.
+    The two operators are private to torch and exist on every x86 build; on a CPU with neither
+    AVX-512 nor avx_ne_convert they raise. Without them the same numbers come from torch's own
+    layout, which is read more slowly.
     """
     ones = torch.ones(64, 64, dtype=torch.bfloat16)
     try:
         product = _blocked_linear(ones[:2], _reorder(ones), None)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        log.info("sampling reads bfloat16 weights in torch's own layout: %s", str(error).partition("\n")[0])
+        log.info(
+            "sampling reads bfloat16 weights in torch's own layout: %s",
+            str(error).partition("\n")[0],
+        )
         return False
     return bool((product == 64).all())
 
 
 def _is_cast(module: nn.Module, compute: torch.dtype) -> bool:
-    """A plain linear layer that autocast would cast (also an output head that shares the embedding's weight)."""
-    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16)
+    """A plain linear layer that autocast would cast (also an output head that shares the
+    embedding's weight)."""
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == torch.float32
+        and compute in (torch.bfloat16, torch.float16)
+    )
 
 
 def _is_mergeable(module: nn.Module) -> bool:
     """A LoRA layer on a plain linear one, without DoRA."""
     if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
         return False
-    plain = type(module.get_base_layer()) is nn.Linear and not getattr(module, "fan_in_fan_out", False)
-    return plain and not any(getattr(module, "use_dora", {}).values()) and not getattr(module, "merged_adapters", [])
+    plain = type(module.get_base_layer()) is nn.Linear and not getattr(
+        module, "fan_in_fan_out", False
+    )
+    return (
+        plain
+        and not any(getattr(module, "use_dora", {}).values())
+        and not getattr(module, "merged_adapters", [])
+    )
 
 
 def _merged_weight(module: Any) -> Tensor:
@@ -153,4 +176,6 @@ def _merged_weight(module: Any) -> Tensor:
     weight = module.get_base_layer().weight
     if getattr(module, "disable_adapters", False):
         return weight
-    return weight + sum(module.get_delta_weight(name).to(weight.dtype) for name in module.active_adapters)
+    return weight + sum(
+        module.get_delta_weight(name).to(weight.dtype) for name in module.active_adapters
+    )

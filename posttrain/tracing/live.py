@@ -1,4 +1,5 @@
-"""Bytes of every storage that is alive, at each moment of a real or a fake run, and what they are for at the peak."""
+"""Bytes of every storage that is alive, at each moment of a real or a fake run, and what they are
+for at the peak."""
 
 from __future__ import annotations
 
@@ -16,9 +17,19 @@ from torch.utils._pytree import tree_iter
 
 from posttrain.tracing.quantised import storages_4bit
 
-CATEGORIES = ("weights", "reference", "gradients", "moments", "activations", "recomputed", "casts", "logits", "temporaries")
-"""recomputed: made by gradient checkpointing in the backward. casts: weights in the compute dtype. logits: [tokens, V].
-temporaries: everything else, for the most part gradients of activations."""
+CATEGORIES = (
+    "weights",
+    "reference",
+    "gradients",
+    "moments",
+    "activations",
+    "recomputed",
+    "casts",
+    "logits",
+    "temporaries",
+)
+"""recomputed: made by gradient checkpointing in the backward. casts: weights in the compute dtype.
+logits: [tokens, V]. temporaries: everything else, for the most part gradients of activations."""
 
 
 @dataclass
@@ -39,8 +50,9 @@ class _Owned:
 class LiveStorages(TorchDispatchMode):
     """``with LiveStorages() as live: ...`` counts the storages that operators make or read inside.
 
-    One storage counts once, however many views it has, from its first operator until it is freed. What a kernel takes and
-    gives back while it runs is not seen. ``num_vocabulary``: tensors with so many columns are logits.
+    One storage counts once, however many views it has, from its first operator until it is freed.
+    What a kernel takes and gives back while it runs is not seen. ``num_vocabulary``: tensors with
+    so many columns are logits.
     """
 
     def __init__(self, *, num_vocabulary: int = 0) -> None:
@@ -79,12 +91,19 @@ class LiveStorages(TorchDispatchMode):
             known.category = category
 
     def watch(self, model: nn.Module) -> None:
-        """Parameters and buffers are weights (a tied one once); their gradients are told from other results of the backward."""
-        for tensor in (*model.parameters(), *model.buffers(), *(t for p in model.parameters() for t in storages_4bit(p))):
+        """Parameters and buffers are weights (a tied one once); their gradients are told from other
+        results of the backward."""
+        for tensor in (
+            *model.parameters(),
+            *model.buffers(),
+            *(t for p in model.parameters() for t in storages_4bit(p)),
+        ):
             self.own(tensor, "weights")
         for p in model.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: self.own(p.grad, "gradients") if p.grad is not None else None)
+                p.register_post_accumulate_grad_hook(
+                    lambda p: self.own(p.grad, "gradients") if p.grad is not None else None
+                )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -105,14 +124,24 @@ class LiveStorages(TorchDispatchMode):
             self._resize(known, storage.nbytes())
 
     def _category(self, tensor: Tensor, func: Any, args: Any) -> str:
-        source = self._owned.get(id(args[0].untyped_storage())) if args and isinstance(args[0], Tensor) else None
-        if func is torch.ops.aten._to_copy.default and source is not None and source.category in ("weights", "reference"):
+        source = (
+            self._owned.get(id(args[0].untyped_storage()))
+            if args and isinstance(args[0], Tensor)
+            else None
+        )
+        if (
+            func is torch.ops.aten._to_copy.default
+            and source is not None
+            and source.category in ("weights", "reference")
+        ):
             return "casts"
         if self._num_vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self._num_vocabulary:
             return "logits"
         if torch._C._current_graph_task_id() != -1:
             return "recomputed" if torch.is_grad_enabled() else "temporaries"
-        return "activations" if self._phase == "forward" and torch.is_grad_enabled() else "temporaries"
+        return (
+            "activations" if self._phase == "forward" and torch.is_grad_enabled() else "temporaries"
+        )
 
     def _add(self, storage: Any, category: str) -> None:
         key = id(storage)

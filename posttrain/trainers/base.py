@@ -1,4 +1,5 @@
-"""What every trainer does around the loop: settings, model and tokenizer, groups, checks. The methods add what is theirs."""
+"""What every trainer does around the loop: settings, model and tokenizer, groups, checks. The
+methods add what is theirs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from posttrain.data import (
     stop_token_ids,
 )
 from posttrain.data.config import Purpose
-from posttrain.models.load import ModelConfig, check_vocabulary, load_model, load_tokenizer, set_dropout
+from posttrain.models.load import (
+    ModelConfig,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    set_dropout,
+)
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan, torch_dtype
@@ -60,9 +67,10 @@ METHODS: dict[Purpose, Any] = {"sft": "sft", "preference": "dpo", "reward": "rew
 class Trainer:
     """``SomeTrainer(model=..., train_dataset=rows, config=...).train()``.
 
-    ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give ``tokenizer``). Datasets: prompt
-    groups, or rows in any format that ``posttrain.data`` reads for this method; without them ``config.data`` says where the
-    rows are. ``loss``: a function ``logps -> LossOutput``; without it ``config.loss``.
+    ``model``: an embedded name, folder or hub id, or a loaded transformers model (then give
+    ``tokenizer``). Datasets: prompt groups, or rows in any format that ``posttrain.data`` reads for
+    this method; without them ``config.data`` says where the rows are. ``loss``: a function ``logps
+    -> LossOutput``; without it ``config.loss``.
     """
 
     purpose: ClassVar[Purpose]
@@ -89,35 +97,53 @@ class Trainer:
         if isinstance(model, str):
             config, model = replace(config, model=replace(config.model, name=model)), None
         if model is not None and tokenizer is None:
-            raise ValueError(f"{name}(model=<a loaded model>) needs its tokenizer too: pass tokenizer=...")
-        _refuse_ignored(name, config, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset)
+            raise ValueError(
+                f"{name}(model=<a loaded model>) needs its tokenizer too: pass tokenizer=..."
+            )
+        _refuse_ignored(
+            name, config, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
-        self.loss: Loss = choose_loss(config, loss, home=self.loss_home, default=self.config_class.loss)
+        self.loss: Loss = choose_loss(
+            config, loss, home=self.loss_home, default=self.config_class.loss
+        )
         self._settle_loss()
 
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
         config = self.config
         accelerator, precision = make_accelerator(
-            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+            precision=config.train.precision,
+            trackers=config.train.trackers,
+            project_dir=config.train.folder,
         )
         memory = MemoryCheck.start(
-            config, METHODS[self.purpose], accelerator, precision, model=self._model, wants_reference=self.wants_reference
+            config,
+            METHODS[self.purpose],
+            accelerator,
+            precision,
+            model=self._model,
+            wants_reference=self.wants_reference,
         )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
         with accelerator.main_process_first():
-            train, evaluation, counts, sizes = self._groups(tokenizer, is_main=accelerator.is_main_process)
-            model = self._model if self._model is not None else self._load_model(tokenizer, precision)
+            train, evaluation, counts, sizes = self._groups(
+                tokenizer, is_main=accelerator.is_main_process
+            )
+            model = (
+                self._model if self._model is not None else self._load_model(tokenizer, precision)
+            )
         set_dropout(model, config.model, default=self.has_dropout)
         check_vocabulary(model, tokenizer)
         if self._model is not None:
             _check_dtype(model, precision)
         if config.train.eval_every and evaluation is None:
             raise ValueError(
-                "train.eval_every is set, but there is nothing to evaluate on. Set --data.eval or --data.eval_fraction."
+                "train.eval_every is set, but there is nothing to evaluate on. Set --data.eval or "
+                "--data.eval_fraction."
             )
         if self._train_dataset is not None and self.purpose != "reward":
             check_stop_trained(train, stop_token_ids(tokenizer))
@@ -127,7 +153,11 @@ class Trainer:
 
         def batches(step: int) -> list[PromptGroup]:
             picked = batch_indices(
-                step, seed=config.train.seed, batch_size=config.train.batch_size, sizes=sizes, weights=config.data.weights
+                step,
+                seed=config.train.seed,
+                batch_size=config.train.batch_size,
+                sizes=sizes,
+                weights=config.data.weights,
             )
             return [train.at(d, i) if hasattr(train, "at") else train[i] for d, i in picked]
 
@@ -146,7 +176,10 @@ class Trainer:
             settings=to_dict(config),
             data_counts=counts,
             holes_bytes=memory.plan.holes_bytes,
-            identity={"loss": getattr(self.loss, "__qualname__", repr(self.loss)), "data": digest_of(train)},
+            identity={
+                "loss": getattr(self.loss, "__qualname__", repr(self.loss)),
+                "data": digest_of(train),
+            },
         )
         self._set_up(loop, train, evaluation)
         result = loop.run()
@@ -158,23 +191,42 @@ class Trainer:
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         """The model that is trained."""
-        return load_model(self.config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute))
+        return load_model(
+            self.config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute)
+        )
 
-    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+    def _set_up(
+        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
+    ) -> None:
         """What the method adds to the loop."""
 
-    def _groups(self, tokenizer: Any, *, is_main: bool) -> tuple[Any, Any, dict[str, Any], list[int]]:
+    def _groups(
+        self, tokenizer: Any, *, is_main: bool
+    ) -> tuple[Any, Any, dict[str, Any], list[int]]:
         """(training groups, evaluation groups or None, counts, sizes of the sources)."""
         if self._train_dataset is None:
-            data: GroupData = load_groups(self.config.data, tokenizer, purpose=self.purpose, progress=is_main)
+            data: GroupData = load_groups(
+                self.config.data, tokenizer, purpose=self.purpose, progress=is_main
+            )
             if is_main:
                 from rich.console import Console
 
                 Console().print(data.report.render())
-            return data.train, data.eval, {**data.report.counts(), "dropped_by": data.report.dropped()}, data.train.sizes
+            return (
+                data.train,
+                data.eval,
+                {**data.report.counts(), "dropped_by": data.report.dropped()},
+                data.train.sizes,
+            )
         train = self._as_groups(self._train_dataset, tokenizer)
-        evaluation = None if self._eval_dataset is None else self._as_groups(self._eval_dataset, tokenizer)
-        counts = {"read": len(self._train_dataset), "kept": len(train), "dropped": len(self._train_dataset) - len(train)}
+        evaluation = (
+            None if self._eval_dataset is None else self._as_groups(self._eval_dataset, tokenizer)
+        )
+        counts = {
+            "read": len(self._train_dataset),
+            "kept": len(train),
+            "dropped": len(self._train_dataset) - len(train),
+        }
         return train, evaluation, counts, [len(train)]
 
     def _as_groups(self, rows: Rows, tokenizer: Any) -> list[PromptGroup]:
@@ -186,17 +238,26 @@ class Trainer:
 
 
 def _refuse_ignored(
-    trainer: str, config: BaseConfig, *, model: Any, train_dataset: Rows | None, eval_dataset: Rows | None
+    trainer: str,
+    config: BaseConfig,
+    *,
+    model: Any,
+    train_dataset: Rows | None,
+    eval_dataset: Rows | None,
 ) -> None:
     """Two sources for the same thing, of which one would be ignored."""
     data, rows = config.data, train_dataset is not None
     adapts = config.model.lora.rank > 0 or config.model.gradient_checkpointing
     wrong = {
-        "eval_dataset without train_dataset; give both, or data.eval": eval_dataset is not None and not rows,
+        "eval_dataset without train_dataset; give both, or data.eval": eval_dataset is not None
+        and not rows,
         "data.train beside train_dataset": rows and bool(data.train),
-        "data.eval or data.eval_fraction beside train_dataset; give eval_dataset": rows and bool(data.eval or data.eval_fraction),
+        "data.eval or data.eval_fraction beside train_dataset; give eval_dataset": rows
+        and bool(data.eval or data.eval_fraction),
         "data.weights beside train_dataset": rows and data.weights is not None,
-        "model.lora or gradient_checkpointing beside a loaded model; apply them to it": model is not None and adapts,
+        "model.lora or gradient_checkpointing beside a loaded model; apply them to it": model
+        is not None
+        and adapts,
     }
     for what, is_wrong in wrong.items():
         if is_wrong:
@@ -204,13 +265,15 @@ def _refuse_ignored(
 
 
 def _check_dtype(model: Any, precision: PrecisionPlan) -> None:
-    """transformers loads a checkpoint in the dtype it was saved in, often bfloat16, where small updates round away."""
+    """transformers loads a checkpoint in the dtype it was saved in, often bfloat16, where small
+    updates round away."""
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     wrong = sorted(str(d) for d in trained - {precision.load_dtype, torch.float32})
     if wrong:
         raise ValueError(
-            f"The loaded model's trainable weights are {', '.join(wrong)}, but precision {precision.name} keeps them in "
-            f"{precision.weight}. Load it with from_pretrained(..., dtype=torch.{precision.weight}), or set precision bf16-pure."
+            f"The loaded model's trainable weights are {', '.join(wrong)}, but precision "
+            f"{precision.name} keeps them in {precision.weight}. Load it with from_pretrained(..., "
+            f"dtype=torch.{precision.weight}), or set precision bf16-pure."
         )
 
 
@@ -220,8 +283,13 @@ def digest_of(groups: Any) -> str:
         return groups.digest()
     content = hashlib.sha256()
     for g in groups:
-        sides = [(list(map(int, c.token_ids)), list(map(int, c.loss_mask)), c.label) for c in g.completions]
-        content.update(repr((list(map(int, g.prompt_ids)), sides, g.pairs and list(g.pairs))).encode())
+        sides = [
+            (list(map(int, c.token_ids)), list(map(int, c.loss_mask)), c.label)
+            for c in g.completions
+        ]
+        content.update(
+            repr((list(map(int, g.prompt_ids)), sides, g.pairs and list(g.pairs))).encode()
+        )
     return content.hexdigest()[:16]
 
 
@@ -233,17 +301,22 @@ def _check_budget(train: Any, evaluation: Any, packing: PackingConfig) -> None:
         longest, where = _longest_sequence(groups)
         if longest - 1 > packing.max_tokens:
             raise ValueError(
-                f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens ({where}), the budget is "
-                f"{packing.max_tokens}. Raise --packing.max_tokens or lower --data.max_length."
+                f"One sequence must fit into packing.max_tokens; the longest has {longest} tokens "
+                f"({where}), the budget is {packing.max_tokens}. Raise --packing.max_tokens or "
+                "lower --data.max_length."
             )
 
 
 def _longest_sequence(groups: Any) -> tuple[int, str]:
-    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare with the token budget."""
+    """Tokens (the last one only a target) and place of the longest prompt + completion, to compare
+    with the token budget."""
     if hasattr(groups, "longest"):
         index = int(groups.longest.argmax())
         return int(groups.longest[index]), groups[index].where
-    lengths = [len(g.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in g.completions) + 1 for g in groups]
+    lengths = [
+        len(g.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in g.completions) + 1
+        for g in groups
+    ]
     return max(lengths), groups[lengths.index(max(lengths))].where
 
 
@@ -272,7 +345,10 @@ def report_end(result: TrainResult, memory: MemoryCheck, accelerator: Any) -> No
     memory.finish(accelerator, longest_row=result.longest_row)
     if accelerator.is_main_process:
         show_held_out(result)
-        print(f"done: {result.step} steps; model in {result.final}, metrics in {result.folder / 'metrics.jsonl'}")
+        print(
+            f"done: {result.step} steps; model in {result.final}, metrics in "
+            f"{result.folder / 'metrics.jsonl'}"
+        )
 
 
 def show_held_out(result: TrainResult) -> None:
@@ -280,7 +356,11 @@ def show_held_out(result: TrainResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    lines = [m for m in read_metrics(result.folder / "metrics.jsonl") if any(is_held_out(name) for name in m)]
+    lines = [
+        m
+        for m in read_metrics(result.folder / "metrics.jsonl")
+        if any(is_held_out(name) for name in m)
+    ]
     if len(lines) < 2:
         return
     before, after = lines[0], lines[-1]

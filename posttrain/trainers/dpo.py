@@ -1,4 +1,5 @@
-"""Direct preference optimisation and its relatives: groups of K >= 2 compared completions (KTO: labelled ones)."""
+"""Direct preference optimisation and its relatives: groups of K >= 2 compared completions (KTO:
+labelled ones)."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ class DPOConfig(BaseConfig):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="dpo"))
     """Length, cadence and place of the run"""
     loss: str = "dpo"
-    """A loss of posttrain.losses.preference (dpo, ipo, simpo, kto, ...), the dotted path of any function
-    (PairLogps, *, options) -> LossOutput, or a weighted sum: dpo + 0.2*nll_chosen."""
+    """A loss of posttrain.losses.preference (dpo, ipo, simpo, kto, ...), the dotted path of any
+    function (PairLogps, *, options) -> LossOutput, or a weighted sum: dpo + 0.2*nll_chosen."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.beta 0.1."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -44,10 +45,10 @@ class DPOConfig(BaseConfig):
 class DPOTrainer(Trainer):
     """``DPOTrainer(model="smollm2-135m", train_dataset=pairs, loss=ipo).train()``.
 
-    Rafailov et al. 2023, arXiv:2305.18290. Datasets: prompt groups with ``pairs`` (or labelled completions, for KTO), or rows
-    of the layouts in ``posttrain.data.layouts``. ``loss``: a function ``PairLogps -> LossOutput``. A loss that says
-    ``needs_reference = False`` runs without one. All pairs of a group are trained with one forward of its prompt and of each
-    completion.
+    Rafailov et al. 2023, arXiv:2305.18290. Datasets: prompt groups with ``pairs`` (or labelled
+    completions, for KTO), or rows of the layouts in ``posttrain.data.layouts``. ``loss``: a
+    function ``PairLogps -> LossOutput``. A loss that says ``needs_reference = False`` runs without
+    one. All pairs of a group are trained with one forward of its prompt and of each completion.
     """
 
     purpose: ClassVar[Purpose] = "preference"
@@ -60,13 +61,18 @@ class DPOTrainer(Trainer):
         self.loss = with_preference_metrics(chosen, beta=loss_beta(chosen))
         if getattr(chosen, "batch_statistic", None) is not None and config.reference.cache:
             raise ValueError(
-                f"loss {config.loss} reads the reference on sequences made from each batch (mismatched pairs), which no cache "
-                "holds. Leave --reference.cache off."
+                f"loss {config.loss} reads the reference on sequences made from each batch "
+                "(mismatched pairs), which no cache holds. Leave --reference.cache off."
             )
         if not needs_reference(chosen) and config.reference != ReferenceConfig():
-            raise ValueError(f"loss {config.loss} reads no reference; the reference.* settings would be ignored. Leave them out.")
+            raise ValueError(
+                f"loss {config.loss} reads no reference; the reference.* settings "
+                "would be ignored. Leave them out."
+            )
 
-    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+    def _set_up(
+        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
+    ) -> None:
         wants_labels = getattr(self.loss, "batch_statistic", None) is not None
         for groups in (train, *([evaluation] if evaluation is not None else [])):
             check_feedback(groups, wants_labels=wants_labels, what=f"loss {self.config.loss}")
@@ -87,14 +93,17 @@ def with_preference_metrics(loss: Loss, *, beta: float) -> Loss:
 
     def measured(logps: PairLogps) -> LossOutput:
         output = loss(logps)
-        metrics: dict[str, Tensor] = preference_metrics(logps, beta=beta) if logps.pairs_B2.shape[0] else {}
+        metrics: dict[str, Tensor] = (
+            preference_metrics(logps, beta=beta) if logps.pairs_B2.shape[0] else {}
+        )
         return LossOutput(terms=output.terms, metrics={**metrics, **output.metrics})
 
     return declared_like(loss, measured)
 
 
 def check_feedback(train: Any, *, wants_labels: bool, what: str) -> None:
-    """Every group must have what is learned from, pairs or labels; said before the first step, with how many have not."""
+    """Every group must have what is learned from, pairs or labels; said before the first step, with
+    how many have not."""
     if hasattr(train, "column"):
         pairs, labels = train.column("num_pairs"), train.column("num_labels")
     else:
@@ -108,22 +117,32 @@ def check_feedback(train: Any, *, wants_labels: bool, what: str) -> None:
         (
             "labelled answers",
             "pairs",
-            "Give rows with prompt, completion and label: `posttrain prep pairs RAW --layout labelled`.",
+            "Give rows with prompt, completion and label: `posttrain prep pairs RAW --layout "
+            "labelled`.",
         )
         if wants_labels
-        else ("compared answers", "labels", "Use --loss kto for labelled answers, or pair them with `posttrain prep pairs`.")
+        else (
+            "compared answers",
+            "labels",
+            "Use --loss kto for labelled answers, or pair them with `posttrain prep pairs`.",
+        )
     )
     raise ValueError(
-        f"{what} learns from {wanted}, but {len(missing)} of {len(train)} groups have none ({other} of them have {had} instead), "
-        f"the first {train[int(missing[0])].where}: they would be in the batches and train nothing. {advice}"
+        f"{what} learns from {wanted}, but {len(missing)} of {len(train)} groups have none "
+        f"({other} of them have {had} instead), the first {train[int(missing[0])].where}: they "
+        f"would be in the batches and train nothing. {advice}"
     )
 
 
 def check_mismatched(train: Any, config: DPOConfig) -> None:
-    """For losses that estimate their reference point from answers to other prompts: says before the first step in how many
-    steps there are none. ValueError if that is in all."""
+    """For losses that estimate their reference point from answers to other prompts: says before the
+    first step in how many steps there are none. ValueError if that is in all."""
     size, steps = config.train.batch_size, config.train.num_steps(len(train))
-    hashes = train.column("prompt_hash") if hasattr(train, "column") else np.asarray([prompt_hash(g) for g in train])
+    hashes = (
+        train.column("prompt_hash")
+        if hasattr(train, "column")
+        else np.asarray([prompt_hash(g) for g in train])
+    )
     counts = np.unique(hashes, return_counts=True)[1]
     if 2 * counts.max() < size and config.data.weights is None:
         return
@@ -131,15 +150,23 @@ def check_mismatched(train: Any, config: DPOConfig) -> None:
     starts = np.concatenate([[0], np.cumsum(sizes)])
     lone = 0
     for step in range(steps):
-        picked = batch_indices(step, seed=config.train.seed, batch_size=size, sizes=sizes, weights=config.data.weights)
+        picked = batch_indices(
+            step, seed=config.train.seed, batch_size=size, sizes=sizes, weights=config.data.weights
+        )
         lone += len({int(hashes[starts[source] + index]) for source, index in picked}) == 1
     if lone == steps:
         raise ValueError(
-            f"loss {config.loss} estimates its reference point from answers to other prompts of the batch, and no batch of "
-            f"{size} has two different prompts ({len(counts)} in the data). Raise --train.batch_size, or give more prompts."
+            f"loss {config.loss} estimates its reference point from answers to other prompts of "
+            f"the batch, and no batch of {size} has two different prompts ({len(counts)} in the "
+            "data). Raise --train.batch_size, or give more prompts."
         )
     if lone:
         log.warning(
-            "in %d of %d steps all %d answers belong to one prompt: loss %s has no answers to others to estimate its reference "
-            "point from and takes its least value, 0. A larger --train.batch_size avoids that.", lone, steps, size, config.loss,
-        )  # fmt: skip
+            "in %d of %d steps all %d answers belong to one prompt: loss %s has no answers to "
+            "others to estimate its reference point from and takes its least value, 0. A larger "
+            "--train.batch_size avoids that.",
+            lone,
+            steps,
+            size,
+            config.loss,
+        )

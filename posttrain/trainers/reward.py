@@ -30,7 +30,8 @@ class RewardConfig(BaseConfig):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="reward"))
     """Length, cadence and place of the run"""
     loss: str = "bradley_terry"
-    """bradley_terry, or the dotted path of any function (PairLogps, *, options) -> LossOutput; logps_S are the scores."""
+    """bradley_terry, or the dotted path of any function (PairLogps, *, options) -> LossOutput;
+    logps_S are the scores."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.centering 0.01."""
 
@@ -38,10 +39,10 @@ class RewardConfig(BaseConfig):
 class RewardTrainer(Trainer):
     """``RewardTrainer(model="smollm2-135m", train_dataset=pairs).train()``.
 
-    Ouyang et al. 2022, arXiv:2203.02155 eq. 1: all C(K, 2) pairs of a prompt together, the prompt computed once and each
-    completion once. The score is read at the last token of the whole text. The result is an
-    ``AutoModelForSequenceClassification`` with one label that gives the same scores in plain transformers, also on padded
-    batches: its pad token is one that no text holds.
+    Ouyang et al. 2022, arXiv:2203.02155 eq. 1: all C(K, 2) pairs of a prompt together, the prompt
+    computed once and each completion once. The score is read at the last token of the whole text.
+    The result is an ``AutoModelForSequenceClassification`` with one label that gives the same
+    scores in plain transformers, also on padded batches: its pad token is one that no text holds.
     """
 
     purpose: ClassVar[Purpose] = "reward"
@@ -50,11 +51,16 @@ class RewardTrainer(Trainer):
 
     def _load_model(self, tokenizer: Any, precision: PrecisionPlan) -> nn.Module:
         return load_reward_model(
-            self.config.model, tokenizer, dtype=precision.load_dtype, compute=torch_dtype(precision.compute),
+            self.config.model,
+            tokenizer,
+            dtype=precision.load_dtype,
+            compute=torch_dtype(precision.compute),
             seed=self.config.train.seed,
-        )  # fmt: skip
+        )
 
-    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+    def _set_up(
+        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
+    ) -> None:
         for groups in (train, *([evaluation] if evaluation is not None else [])):
             check_feedback(groups, wants_labels=False, what="a reward model")
         loop.policy_class = Scorer
@@ -63,12 +69,15 @@ class RewardTrainer(Trainer):
 
 
 def held_out_report(groups: Sequence[PromptGroup], scores: dict[Ref, float]) -> dict[str, float]:
-    """``losses.calibration.pair_report`` over all pairs of the groups; lengths are tokens of the completion."""
+    """``losses.calibration.pair_report`` over all pairs of the groups; lengths are tokens of the
+    completion."""
     pairs = [(g, pair) for g in range(len(groups)) for pair in groups[g].trained_pairs]
     lengths = {(g, k): len(groups[g].completions[k].token_ids) - 1 for g, k in scores}
 
     def column(values: dict[Ref, Any], side: str) -> torch.Tensor:
-        return torch.tensor([float(values[g, getattr(pair, side)]) for g, pair in pairs], dtype=torch.float64)
+        return torch.tensor(
+            [float(values[g, getattr(pair, side)]) for g, pair in pairs], dtype=torch.float64
+        )
 
     report = pair_report(
         column(scores, "chosen"),

@@ -1,4 +1,5 @@
-"""Reinforcement learning on verifiable or learned rewards: GRPO and its relatives, RLOO, REINFORCE++, Kimi k1.5."""
+"""Reinforcement learning on verifiable or learned rewards: GRPO and its relatives, RLOO,
+REINFORCE++, Kimi k1.5."""
 
 from __future__ import annotations
 
@@ -57,15 +58,18 @@ class RLConfig:
     data: PromptConfig = field(default_factory=PromptConfig)
     """Prompts to sample from and to evaluate on"""
     algorithm: str = "grpo"
-    """grpo, r1, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline, k15, or the path of an Algorithm."""
+    """grpo, r1, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline, k15, or the
+    path of an Algorithm."""
     algorithm_options: dict[str, float | int | bool | str] = field(default_factory=dict)
-    """Options of its advantages, its loss or itself, e.g. --algorithm_options.epsilon_high 0.28 or beta, tau, std."""
+    """Options of its advantages, its loss or itself, e.g. --algorithm_options.epsilon_high 0.28 or
+    beta, tau, std."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How an iteration is made"""
     engine: Literal["local", "vllm"] = "local"
-    """Where completions are drawn: in this process, or by a running vLLM server (launch/vllm.sh)."""
+    """Where completions are drawn: in this process, or by a running vLLM server
+    (launch/vllm.sh)."""
     local: LocalConfig = field(default_factory=LocalConfig)
     """Sampling in this process: memory and speed"""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
@@ -89,18 +93,25 @@ class RLConfig:
 _LOOKED_AT = 1000
 
 SHOWN = (
-    "reward", "accuracy", "length", "kl_reference_nats", "surprise_nats", "rollout_tokens_per_s", "scores_per_s",
+    "reward",
+    "accuracy",
+    "length",
+    "kl_reference_nats",
+    "surprise_nats",
+    "rollout_tokens_per_s",
+    "scores_per_s",
     "update_tokens_per_s",
-)  # fmt: skip
+)
 """The live line. ``surprise_nats``: -log pi of the sampled tokens, whose mean is the entropy."""
 
 
 class RLTrainer:
-    """``RLTrainer(model="smollm2-135m", train_dataset=rows, rewards={my_reward: 1.0}, config=...).train()``.
+    """``RLTrainer(model="smollm2-135m", train_dataset=rows, rewards={my_reward: 1.0},
+    config=...).train()``.
 
-    ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read. ``rewards``: functions
-    ``(completion, sample) -> float | None`` with their weight, beside those of ``config.rewards``. ``algorithm`` goes before
-    ``config.algorithm``.
+    ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read.
+    ``rewards``: functions ``(completion, sample) -> float | None`` with their weight, beside those
+    of ``config.rewards``. ``algorithm`` goes before ``config.algorithm``.
     """
 
     def __init__(
@@ -118,26 +129,36 @@ class RLTrainer:
         if isinstance(model, str):
             config, model = replace(config, model=replace(config.model, name=model)), None
         if train_dataset is not None and config.data.train:
-            raise ValueError("RLTrainer would ignore something: data.train beside train_dataset. Give one of them.")
+            raise ValueError(
+                "RLTrainer would ignore something: data.train beside train_dataset. "
+                "Give one of them."
+            )
         if config.reference.cache:
-            raise ValueError("reference.cache holds log-probs of a fixed data set; rollouts are new in every step. Leave it off.")
+            raise ValueError(
+                "reference.cache holds log-probs of a fixed data set; rollouts are "
+                "new in every step. Leave it off."
+            )
         self.config = config
         self._model, self._tokenizer = model, tokenizer
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
-        self._rewards = Rewards(config.rewards, given=by_name(rewards or {}), correct=config.evaluation.correct)
+        self._rewards = Rewards(
+            config.rewards, given=by_name(rewards or {}), correct=config.evaluation.correct
+        )
         self.algorithm = _resolved(config, algorithm)
 
     def train(self) -> TrainResult:
         """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
         config = self.config
         accelerator, precision = make_accelerator(
-            precision=config.train.precision, trackers=config.train.trackers, project_dir=config.train.folder
+            precision=config.train.precision,
+            trackers=config.train.trackers,
+            project_dir=config.train.folder,
         )
         if shards_weights(accelerator):
             raise ValueError(
-                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part of them on each process. "
-                "Launch with ZeRO-2 (launch/zero2.yaml), which shards only gradients and optimizer state, or with DDP and "
-                "--model.lora.rank 16."
+                f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part "
+                "of them on each process. Launch with ZeRO-2 (launch/zero2.yaml), which shards "
+                "only gradients and optimizer state, or with DDP and --model.lora.rank 16."
             )
         torch.manual_seed(config.train.seed)
         tokenizer = self._tokenizer or load_tokenizer(config.model)
@@ -145,20 +166,30 @@ class RLTrainer:
             train, evaluation, counts = self._all_prompts(tokenizer)
         every = (*train, *(evaluation or ()))
         memory = MemoryCheck.start(
-            config, "rl", accelerator, precision, model=self._model, wants_reference=self.algorithm.needs_reference,
-            longest_prompt=max(len(p.ids) for p in every), reference_every=self.algorithm.reference_every,
-        )  # fmt: skip
+            config,
+            "rl",
+            accelerator,
+            precision,
+            model=self._model,
+            wants_reference=self.algorithm.needs_reference,
+            longest_prompt=max(len(p.ids) for p in every),
+            reference_every=self.algorithm.reference_every,
+        )
         with accelerator.main_process_first():
             model = self._model
             if model is None:
-                model = load_model(config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute))
+                model = load_model(
+                    config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute)
+                )
         set_dropout(model, config.model, default=False)
         check_vocabulary(model, tokenizer)
         self._check_prompts(model, train, every)
         if accelerator.is_main_process:
             report_prompts(counts, every, self._rewards)
         source = self._source(train, evaluation, tokenizer)
-        loss = with_options(self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)})
+        loss = with_options(
+            self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)}
+        )
         loop = Loop(
             accelerator=accelerator,
             precision=precision,
@@ -166,7 +197,8 @@ class RLTrainer:
             tokenizer=tokenizer,
             loss=source.watched(loss),
             batches=lambda _: [_probe_group(p) for p in train[:2]],
-            num_steps=config.train.max_steps or config.train.num_steps(len(train)) * config.rollout.epochs,
+            num_steps=config.train.max_steps
+            or config.train.num_steps(len(train)) * config.rollout.epochs,
             train=config.train,
             optimizer_config=config.optimizer,
             packing=config.packing,
@@ -198,20 +230,34 @@ class RLTrainer:
                 self._rewards.needs_verifier(prompt.sample, "curriculum.order=prioritized")
         _check_budget(config, train)
 
-    def _all_prompts(self, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None, dict[str, Any]]:
+    def _all_prompts(
+        self, tokenizer: Any
+    ) -> tuple[list[Prompt], list[Prompt] | None, dict[str, Any]]:
         """(prompts, held-out ones or None, counts)."""
         train, counts = self._prompts(self._train_dataset, self.config.data.train, tokenizer)
         held_out = self.config.data.eval or self._eval_dataset is not None
-        return train, self._prompts(self._eval_dataset, self.config.data.eval, tokenizer)[0] if held_out else None, counts
+        return (
+            train,
+            self._prompts(self._eval_dataset, self.config.data.eval, tokenizer)[0]
+            if held_out
+            else None,
+            counts,
+        )
 
-    def _prompts(self, rows: Rows | None, sources: Sequence[str], tokenizer: Any) -> tuple[list[Prompt], dict[str, int]]:
+    def _prompts(
+        self, rows: Rows | None, sources: Sequence[str], tokenizer: Any
+    ) -> tuple[list[Prompt], dict[str, int]]:
         if rows is not None:
             return prompts_from_rows(rows, tokenizer, self.config.data)
         if not sources:
-            raise ValueError("There are no prompts. Set --data.train, or give RLTrainer a train_dataset.")
+            raise ValueError(
+                "There are no prompts. Set --data.train, or give RLTrainer a train_dataset."
+            )
         return load_prompts(self.config.data, sources, tokenizer)
 
-    def _source(self, train: Sequence[Prompt], evaluation: Sequence[Prompt] | None, tokenizer: Any) -> RolloutSource:
+    def _source(
+        self, train: Sequence[Prompt], evaluation: Sequence[Prompt] | None, tokenizer: Any
+    ) -> RolloutSource:
         config = self.config
 
         def collector(loop: Loop) -> Collector:
@@ -230,14 +276,18 @@ class RLTrainer:
 
         def evaluator(collector: Collector) -> Evaluation:
             assert evaluation is not None
-            return evaluate_prompts(collector, evaluation, config.evaluation, seed=config.train.seed)
+            return evaluate_prompts(
+                collector, evaluation, config.evaluation, seed=config.train.seed
+            )
 
         return RolloutSource(
             config=config.rollout,
             algorithm=self.algorithm,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            sampler=PromptSampler(config.curriculum, [p.sample for p in train], seed=config.train.seed),
+            sampler=PromptSampler(
+                config.curriculum, [p.sample for p in train], seed=config.train.seed
+            ),
             make_collector=collector,
             evaluator=evaluator if evaluation is not None else None,
             pass_at_powers=config.evaluation.pass_at_powers,
@@ -261,14 +311,28 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     policy = unwrapped(loop.policy)
 
     def merged() -> Any:
-        return copy.deepcopy(policy.model).merge_and_unload() if has_adapters(policy.model) else policy.model
+        return (
+            copy.deepcopy(policy.model).merge_and_unload()
+            if has_adapters(policy.model)
+            else policy.model
+        )
 
     handover: Handover
     if config.vllm.handover == "nccl":
         host, _, port = config.vllm.nccl_address.rpartition(":")
-        handover = NCCLHandover(url=config.vllm.url, address=host, port=int(port), timeout_s=config.vllm.timeout_s, model=merged)
+        handover = NCCLHandover(
+            url=config.vllm.url,
+            address=host,
+            port=int(port),
+            timeout_s=config.vllm.timeout_s,
+            model=merged,
+        )
     else:
-        folder = Path(config.vllm.weights_dir) if config.vllm.weights_dir else config.train.folder / "vllm_weights"
+        folder = (
+            Path(config.vllm.weights_dir)
+            if config.vllm.weights_dir
+            else config.train.folder / "vllm_weights"
+        )
         handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
     return VLLMEngine(
         config.vllm,
@@ -281,16 +345,25 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
 
 
 def report_prompts(counts: Mapping[str, Any], prompts: Sequence[Prompt], rewards: Rewards) -> None:
-    """Prints how many prompts there are, which columns were read, and answers that no verifier can read (of 1,000 prompts)."""
-    used, left = (", ".join(counts["columns"].get(use, {})) or "none" for use in ("used", "for the rewards"))
-    print(f"{counts['kept']:,} prompts ({counts['too long']:,} left out as too long); read: {used}; for the rewards: {left}")
+    """Prints how many prompts there are, which columns were read, and answers that no verifier can
+    read (of 1,000 prompts)."""
+    used, left = (
+        ", ".join(counts["columns"].get(use, {})) or "none" for use in ("used", "for the rewards")
+    )
+    print(
+        f"{counts['kept']:,} prompts ({counts['too long']:,} left out as too long); read: "
+        f"{used}; for the rewards: {left}"
+    )
     some = prompts[:: max(1, len(prompts) // _LOOKED_AT)][:_LOOKED_AT]
     for name, places in rewards.unreadable([p.sample for p in some]).items():
         if len(places) == len(some):
-            raise ValueError(f"{name} can read the answer of no prompt, the first {places[0]}. Is the answer in another column?")
+            raise ValueError(
+                f"{name} can read the answer of no prompt, the first {places[0]}. Is "
+                "the answer in another column?"
+            )
         print(
-            f"{name} cannot read the answers of {len(places):,} of {len(some):,} prompts, the first {places[0]}. Their "
-            "completions are unscored unless they say the very same."
+            f"{name} cannot read the answers of {len(places):,} of {len(some):,} prompts, the "
+            f"first {places[0]}. Their completions are unscored unless they say the very same."
         )
 
 
@@ -306,27 +379,46 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
     options = dict(config.algorithm_options)
     if given is not None and options:
-        raise ValueError("algorithm_options beside an Algorithm would be ignored. Set them on it (dataclasses.replace).")
+        raise ValueError(
+            "algorithm_options beside an Algorithm would be ignored. Set them on it "
+            "(dataclasses.replace)."
+        )
     algorithm = given if given is not None else resolve_algorithm(config.algorithm, options)
-    if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get("constant"):
+    if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get(
+        "constant"
+    ):
         constant = float(config.sampling.max_tokens)
-        algorithm = replace(algorithm, loss_options={**algorithm.loss_options, "constant": constant})
+        algorithm = replace(
+            algorithm, loss_options={**algorithm.loss_options, "constant": constant}
+        )
     if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":
-        raise ValueError(f"kl_estimator={options['kl_estimator']} would be ignored: with kl_in={algorithm.kl_in} it is k1.")
+        raise ValueError(
+            f"kl_estimator={options['kl_estimator']} would be ignored: with "
+            f"kl_in={algorithm.kl_in} it is k1."
+        )
     if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
         raise ValueError(
-            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine local, or sample from"
-            " all (sampling and evaluation)."
+            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine "
+            "local, or sample from all (sampling and evaluation)."
         )
     rewards = config.rewards
-    formatted = any("think_answer_format" in names for names in (rewards.functions, *rewards.by_task.values()))
-    if formatted and "<think>" in config.data.opening and not rewards.options.get("think_answer_format", {}).get("opened"):
+    formatted = any(
+        "think_answer_format" in names for names in (rewards.functions, *rewards.by_task.values())
+    )
+    if (
+        formatted
+        and "<think>" in config.data.opening
+        and not rewards.options.get("think_answer_format", {}).get("opened")
+    ):
         raise ValueError(
-            "data.opening opens <think> in the prompt, so completions have no opening tag and think_answer_format would give all "
-            "of them 0. Set --rewards.options '{think_answer_format: {opened: true}}'."
+            "data.opening opens <think> in the prompt, so completions have no opening tag and "
+            "think_answer_format would give all of them 0. Set --rewards.options "
+            "'{think_answer_format: {opened: true}}'."
         )
     if config.sampling.temperature == 0:
-        raise ValueError("sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0.")
+        raise ValueError(
+            "sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0."
+        )
     return algorithm
 
 
@@ -343,10 +435,14 @@ def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReferen
 
 
 def _probe_group(prompt: Prompt) -> PromptGroup:
-    """Before anything is sampled, the self-check compares the second half of two prompts as if they were completions."""
+    """Before anything is sampled, the self-check compares the second half of two prompts as if they
+    were completions."""
     cut = max(1, len(prompt.ids) // 2)
     tail = prompt.ids[cut:] or prompt.ids[-1:]
-    completions = [Completion(token_ids=tail, loss_mask=(1,) * len(tail)), Completion(token_ids=tail[:1], loss_mask=(1,))]
+    completions = [
+        Completion(token_ids=tail, loss_mask=(1,) * len(tail)),
+        Completion(token_ids=tail[:1], loss_mask=(1,)),
+    ]
     return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
 
 
@@ -354,7 +450,8 @@ def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:
     longest = max(len(p.ids) for p in prompts) + config.sampling.max_tokens
     if longest - 1 > config.packing.max_tokens:
         raise ValueError(
-            f"One completion with its prompt must fit into packing.max_tokens; the longest may have {longest} tokens (prompt and "
-            f"sampling.max_tokens), the budget is {config.packing.max_tokens}. Raise --packing.max_tokens or lower "
+            "One completion with its prompt must fit into packing.max_tokens; the longest may "
+            f"have {longest} tokens (prompt and sampling.max_tokens), the budget is "
+            f"{config.packing.max_tokens}. Raise --packing.max_tokens or lower "
             "--sampling.max_tokens."
         )

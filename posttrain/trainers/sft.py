@@ -26,7 +26,8 @@ class SFTConfig(BaseConfig):
 class SFTTrainer(Trainer):
     """``SFTTrainer(model="smollm2-135m", train_dataset=rows).train()``.
 
-    ``loss``: a function ``TokenLogps -> LossOutput``. Held out is always the plain negative log-likelihood per trained token.
+    ``loss``: a function ``TokenLogps -> LossOutput``. Held out is always the plain negative
+    log-likelihood per trained token.
     """
 
     purpose: ClassVar[Purpose] = "sft"
@@ -34,5 +35,7 @@ class SFTTrainer(Trainer):
     config_class = SFTConfig
     loss_home = "posttrain.losses.sft"
 
-    def _set_up(self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None) -> None:
+    def _set_up(
+        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
+    ) -> None:
         loop.eval_loss = sft

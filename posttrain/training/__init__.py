@@ -1,1 +1,2 @@
-"""Training: the optimizer, one exact step, checkpoints that survive a crash, and the loop over them."""
+"""Training: the optimizer, one exact step, checkpoints that survive a crash, and the loop over
+them."""

@@ -4,7 +4,8 @@
                           state.json      what the loop wants back
                           ...             the training state (``training/state.py``)
 
-Written as ``.tmp_step_40`` in a folder that all ranks share, synced, renamed: ``step_40`` exists whole or not at all.
+Written as ``.tmp_step_40`` in a folder that all ranks share, synced, renamed: ``step_40`` exists
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -47,15 +48,19 @@ def save_checkpoint(
     all_ok: Callable[[bool], bool],
     best: int | None = None,
 ) -> Path:
-    """Writes ``root/step_<step>`` whole or not at all; all ranks call it, and all return or all raise CheckpointError.
+    """Writes ``root/step_<step>`` whole or not at all; all ranks call it, and all return or all
+    raise CheckpointError.
 
-    ``write(folder)`` writes this rank's files; ``state`` is JSON and comes back from ``find_resumable``; ``all_ok`` is
-    true on every rank iff its argument is true on every rank (``agree(accelerator)``). Then the main rank deletes older
-    ones beyond ``keep`` (None: none), never the one just written nor step ``best``. A rank that fails *inside* a
-    collective of ``write`` (sharded saves) leaves the others to the backend's timeout.
+    ``write(folder)`` writes this rank's files; ``state`` is JSON and comes back from
+    ``find_resumable``; ``all_ok`` is true on every rank iff its argument is true on every rank
+    (``agree(accelerator)``). Then the main rank deletes older ones beyond ``keep`` (None: none),
+    never the one just written nor step ``best``. A rank that fails *inside* a collective of
+    ``write`` (sharded saves) leaves the others to the backend's timeout.
     """
     if keep is not None and keep < 1:
-        raise ValueError(f"save_total_limit must be at least 1, or None to keep every checkpoint; got {keep}.")
+        raise ValueError(
+            f"save_total_limit must be at least 1, or None to keep every checkpoint; got {keep}."
+        )
     temp, final = root / f".tmp_step_{step}", root / f"step_{step}"
     phases: tuple[tuple[bool, Callable[[], None]], ...] = (
         (is_main, lambda: _prepare(root, temp)),
@@ -83,14 +88,20 @@ def save_checkpoint(
 
 
 def find_resumable(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder and state of the newest checkpoint whose every file has the size and sha256 of its manifest, or None.
+    """Folder and state of the newest checkpoint whose every file has the size and sha256 of its
+    manifest, or None.
 
-    A damaged one is named in a warning and skipped. Reads every byte: call it on one rank and broadcast the answer.
+    A damaged one is named in a warning and skipped. Reads every byte: call it on one rank and
+    broadcast the answer.
     """
     for _, folder in _checkpoints(root):
         if (reason := damage(folder)) is None:
             return folder, json.loads((folder / _STATE).read_bytes())
-        logger.warning("Checkpoint %s is damaged and was skipped: %s. Delete it to free its space.", folder, reason)
+        logger.warning(
+            "Checkpoint %s is damaged and was skipped: %s. Delete it to free its space.",
+            folder,
+            reason,
+        )
     return None
 
 
@@ -109,13 +120,19 @@ def damage(folder: Path) -> str | None:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    return None if {f"step_{n}" for n in steps} == {folder.name.removeprefix(".old_")} else f"it is of step {steps}"
+    return (
+        None
+        if {f"step_{n}" for n in steps} == {folder.name.removeprefix(".old_")}
+        else f"it is of step {steps}"
+    )
 
 
 def cut_metrics(path: Path, step: int) -> int:
-    """Rewrites a metrics file (one JSON object per line) to the lines with ``"step" <= step``; returns how many went.
+    """Rewrites a metrics file (one JSON object per line) to the lines with ``"step" <= step``;
+    returns how many went.
 
-    Atomic. A torn last line, as a crash leaves it, goes too; any other unreadable line raises ValueError. No file: 0.
+    Atomic. A torn last line, as a crash leaves it, goes too; any other unreadable line raises
+    ValueError. No file: 0.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     kept = []
@@ -126,8 +143,9 @@ def cut_metrics(path: Path, step: int) -> int:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}:{number} is not a JSON object with a step ({error}), so the file cannot be cut back to step "
-                f"{step}: only its last line may be torn. Move the file away to start a new one."
+                f"{path}:{number} is not a JSON object with a step ({error}), so the file cannot "
+                f"be cut back to step {step}: only its last line may be torn. Move the file away "
+                "to start a new one."
             ) from error
         if line_step <= step:
             kept.append(line + b"\n")
@@ -148,7 +166,8 @@ def _prepare(root: Path, temp: Path) -> None:
 
 
 def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
-    """Manifest, fsync of every file and folder, rename, fsync of the parent: then a power cut loses nothing."""
+    """Manifest, fsync of every file and folder, rename, fsync of the parent: then a power cut loses
+    nothing."""
     write_json(temp / _STATE, state)
     paths = sorted(temp.rglob("*"))
     files = {
@@ -160,7 +179,8 @@ def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
     for path in (*paths, temp / _MANIFEST, temp):
         _fsync(path)
     aside = final.with_name(f".old_{final.name}")
-    if final.exists():  # rename cannot replace a folder; between the two renames find_resumable takes the one put aside
+    # rename cannot replace a folder; between the two renames find_resumable takes the one put aside
+    if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(final, aside)
     os.rename(temp, final)
@@ -169,41 +189,57 @@ def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
 
 
 def _prune(root: Path, step: int, keep: int, best: int | None) -> None:
-    """Deletes what ``keep`` does not cover. Of *later* steps, left by a run that was rewound, only damaged ones go."""
+    """Deletes what ``keep`` does not cover. Of *later* steps, left by a run that was rewound, only
+    damaged ones go."""
     others = [(n, folder) for n, folder in _checkpoints(root) if n != best]
     surplus = [folder for n, folder in others if n < step][keep - 1 :]
     surplus += [folder for n, folder in others if n > step and damage(folder)]
     for folder in surplus:
-        doomed = folder.with_name(f".tmp_delete_{folder.name}")  # so that a crash here leaves no half checkpoint
+        doomed = folder.with_name(
+            f".tmp_delete_{folder.name}"
+        )  # so that a crash here leaves no half checkpoint
         try:
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
         except OSError as error:
-            logger.warning("Old checkpoint %s could not be deleted: %s. Delete it by hand.", folder, error)
+            logger.warning(
+                "Old checkpoint %s could not be deleted: %s. Delete it by hand.", folder, error
+            )
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder), newest first; of one step the folder in place before the one put aside."""
-    found = [(int(m[1]), f) for f in root.glob("*") if (m := _FOLDER.fullmatch(f.name)) and f.is_dir()]
+    found = [
+        (int(m[1]), f) for f in root.glob("*") if (m := _FOLDER.fullmatch(f.name)) and f.is_dir()
+    ]
     return sorted(found, key=lambda item: (-item[0], item[1].name.startswith(".")))
 
 
 def _explain(error: Exception | None, temp: Path, final: Path) -> str:
     before = next((folder for _, folder in _checkpoints(final.parent)), None)
-    survives = f"{before} was not touched: resume from it." if before else "There is no earlier checkpoint."
+    survives = (
+        f"{before} was not touched: resume from it."
+        if before
+        else "There is no earlier checkpoint."
+    )
     start = f"Checkpoint {final} was not written, its partial folder is removed"
     if error is None:
         return f"{start}: another process failed, its message says why. {survives}"
     existing = next(p for p in (final.parent, *final.parent.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     # safetensors wraps the system's text in an error of its own, torch.save drops it
-    full = getattr(error, "errno", None) in _DISK_FULL or any(os.strerror(n) in str(error) for n in _DISK_FULL)
+    full = getattr(error, "errno", None) in _DISK_FULL or any(
+        os.strerror(n) in str(error) for n in _DISK_FULL
+    )
     if not full and free > 2**16:
         return f"{start}: {type(error).__name__}: {error}. {survives}"
-    sizes = [sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (temp, before) if f]
+    sizes = [
+        sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (temp, before) if f
+    ]
     return (
-        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes; {free + sizes[0]:,} are free in "
-        f"{existing} (under a quota, less). {survives} Free space, lower save_total_limit, or move the output folder."
+        f"{start}: the disk is full ({error}). It needs at least {max(sizes):,} bytes; "
+        f"{free + sizes[0]:,} are free in {existing} (under a quota, less). {survives} Free space, "
+        "lower save_total_limit, or move the output folder."
     )
 
 
@@ -226,5 +262,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def agree(accelerator: Any) -> Callable[[bool], bool]:
-    """``all_ok`` of ``save_checkpoint`` over the ranks of a run: a collective, so every rank must call it."""
-    return lambda ok: bool(accelerator.gather(torch.tensor([int(ok)], device=accelerator.device)).min())
+    """``all_ok`` of ``save_checkpoint`` over the ranks of a run: a collective, so every rank must
+    call it."""
+    return lambda ok: bool(
+        accelerator.gather(torch.tensor([int(ok)], device=accelerator.device)).min()
+    )

@@ -1,4 +1,5 @@
-"""Prompts -> completions -> rewards, over all ranks: each samples and scores its share, then all have everything."""
+"""Prompts -> completions -> rewards, over all ranks: each samples and scores its share, then all
+have everything."""
 
 from __future__ import annotations
 
@@ -68,13 +69,15 @@ class Collector:
     tokenizer: Any
     sampling: SamplingConfig
     by_completion: bool
-    """Whether the engine draws a completion differently the second time: its completions are then journalled one by one."""
+    """Whether the engine draws a completion differently the second time: its completions are then
+    journalled one by one."""
     weights: Callable[[], Iterable[Tensor]] | None = None
     """The policy's parameters: a journal of other weights is not used again."""
     timing: Timing = field(default_factory=Timing)
 
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
-        """Draws for every open completion of the buffer: to its end, or up to the iteration's budget."""
+        """Draws for every open completion of the buffer: to its end, or up to the iteration's
+        budget."""
         began = time.perf_counter()
         wanted = buffer.requests([p.ids for p in self.prompts])
         mine = self._share(range(len(wanted)))
@@ -83,7 +86,9 @@ class Collector:
             requests: list[Request] = [wanted[i][0] for i in mine]
             if journal is None:
                 return list(zip(mine, self.engine.generate(requests, self.sampling), strict=True))
-            drawn = journalled(self.engine, journal, requests, self.sampling, by_completion=self.by_completion)
+            drawn = journalled(
+                self.engine, journal, requests, self.sampling, by_completion=self.by_completion
+            )
             return list(zip(mine, drawn, strict=True))
 
         for i, drawn in self._from_all(draw):
@@ -92,7 +97,9 @@ class Collector:
                 self.timing.tokens += len(sampled.token_ids)
         self.timing.rollout_s += time.perf_counter() - began
 
-    def score(self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int) -> list[ScoredGroup]:
+    def score(
+        self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int
+    ) -> list[ScoredGroup]:
         """Rewards of finished groups, in their order."""
         began = time.perf_counter()
         texts = [tuple(self._text(t, group.prompt) for t in group.trajectories) for group in groups]
@@ -102,9 +109,13 @@ class Collector:
             pairs = [(self.prompts[groups[i].prompt].sample, texts[i]) for i in mine]
 
             def compute() -> list[list[dict[str, Any]]]:
-                return [[vars(s) for s in row] for row in self.rewards.score(pairs, iteration=iteration)]
+                return [
+                    [vars(s) for s in row] for row in self.rewards.score(pairs, iteration=iteration)
+                ]
 
-            rows = compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
+            rows = (
+                compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
+            )
             return list(zip(mine, rows, strict=True))
 
         scored = dict(self._from_all(score))
@@ -114,28 +125,43 @@ class Collector:
                 group=group,
                 prompt=self.prompts[group.prompt],
                 texts=texts[i],
-                scores=tuple(Scored(**{**row, "problems": tuple(row["problems"])}) for row in scored[i]),
+                scores=tuple(
+                    Scored(**{**row, "problems": tuple(row["problems"])}) for row in scored[i]
+                ),
             )
             for i, group in enumerate(groups)
         ]
 
     @cached_property
     def _ends(self) -> set[int | None]:
-        return {*stop_token_ids(self.tokenizer), *getattr(self.engine, "stop_ids", ()), self.tokenizer.pad_token_id}
+        return {
+            *stop_token_ids(self.tokenizer),
+            *getattr(self.engine, "stop_ids", ()),
+            self.tokenizer.pad_token_id,
+        }
 
     def _text(self, trajectory: Any, prompt: int | None = None) -> CompletionText:
-        """Without the tokens that end it and padding; other special tokens (<think>, say) are part of the text."""
+        """Without the tokens that end it and padding; other special tokens (<think>, say) are part
+        of the text."""
         kept = [i for i in trajectory.token_ids if i not in self._ends]
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
         reason = trajectory.finish_reason or "budget"
         asked = () if prompt is None else self.prompts[prompt].ids[-_OPENING_TOKENS:]
         opening = self.tokenizer.decode(asked, skip_special_tokens=False)
         in_thought = opening.rstrip().endswith("<think>")
-        return CompletionText(text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought)
+        return CompletionText(
+            text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought
+        )
 
     def identity(self) -> str:
-        """Of everything outside of the requests that decides completions and rewards: settings, ranks, the engine's weights."""
-        settings = (self.sampling, self.rewards.config, self.rewards.names, type(self.engine).__name__)
+        """Of everything outside of the requests that decides completions and rewards: settings,
+        ranks, the engine's weights."""
+        settings = (
+            self.sampling,
+            self.rewards.config,
+            self.rewards.names,
+            type(self.engine).__name__,
+        )
         weights = fingerprint(self.weights()) if self.weights is not None else ""
         return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
 
@@ -143,7 +169,8 @@ class Collector:
         return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
-        """Joins what every rank computes. What one rank raises, all raise: none waits for another that is gone."""
+        """Joins what every rank computes. What one rank raises, all raise: none waits for another
+        that is gone."""
         if self.accelerator.num_processes == 1:
             return compute()
         mine: tuple[list[T], str | None]

@@ -1,7 +1,8 @@
-"""One run's settings from dataclasses, YAML and dotted command-line overrides, through jsonargparse.
+"""One run's settings from dataclasses, YAML and dotted command-line overrides, through
+jsonargparse.
 
-Each settings class lives beside the code it configures; this module has what the loop itself needs and the parser. An
-unknown key is an error that names the nearest known one.
+Each settings class lives beside the code it configures; this module has what the loop itself needs
+and the parser. An unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TrainConfig:
     name: str = "sft"
     """Name of the run; its files are in <run_dir>/<name>/."""
     batch_size: int = 32
-    """Groups (prompts) per optimizer step, over all ranks; how they are split into micro-batches changes nothing."""
+    """Groups (prompts) per optimizer step, over all ranks; how they are split into micro-batches
+    changes nothing."""
     max_steps: int = 0
     """Optimizer steps; 0 means num_epochs."""
     num_epochs: float = 1.0
@@ -57,22 +59,33 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept (the newest); 0 keeps all."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest valid checkpoint of the run folder; never: refuse a folder that has one."""
+    """auto: continue from the newest valid checkpoint of the run folder; never: refuse a folder
+    that has one."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
     self_check: bool = True
-    """Compare two groups through the packed forward with the model's own forward before the first step."""
+    """Compare two groups through the packed forward with the model's own forward before the first
+    step."""
     force: bool = False
     """Start although the predicted memory is more than there is."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"train.batch_size is a number of groups >= 1; got {self.batch_size}.")
-        for name in ("max_steps", "log_every", "eval_every", "save_every", "save_total_limit", "num_epochs"):
+        for name in (
+            "max_steps",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "save_total_limit",
+            "num_epochs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be >= 0; got {getattr(self, name)}.")
         if not re.fullmatch(r"\w[\w.=,+-]*", self.name):
-            raise ValueError(f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}.")
+            raise ValueError(
+                f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}."
+            )
 
     @property
     def folder(self) -> Path:
@@ -80,33 +93,44 @@ class TrainConfig:
         return Path(self.run_dir) / self.name
 
     def num_steps(self, num_groups: int) -> int:
-        """Optimizer steps of the run: every group at least ``num_epochs`` times (the last step runs into the next epoch)."""
+        """Optimizer steps of the run: every group at least ``num_epochs`` times (the last step runs
+        into the next epoch)."""
         if self.max_steps:
             return self.max_steps
         if self.batch_size > num_groups:
             raise ValueError(
-                f"train.batch_size={self.batch_size} is more than the {num_groups} groups of the training data, so every "
-                "step would repeat rows. Lower --train.batch_size, or set --train.max_steps if that is what you want."
+                f"train.batch_size={self.batch_size} is more than the {num_groups} groups of the "
+                "training data, so every step would repeat rows. Lower --train.batch_size, or set "
+                "--train.max_steps if that is what you want."
             )
         return math.ceil(num_groups * self.num_epochs / self.batch_size)
 
 
 def make_parser(config_class: type[C], *, description: str) -> Any:
-    """A command-line parser with one option per field, ``--config FILE.yaml`` and ``--print_config``."""
+    """A command-line parser with one option per field, ``--config FILE.yaml`` and
+    ``--print_config``."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; options given after it win")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the options below; options given after it win",
+    )
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
 
-def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, *, description: str) -> C:
+def parse_config(
+    config_class: type[C], arguments: Sequence[str] | None = None, *, description: str
+) -> C:
     """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
     parser = make_parser(config_class, description=description)
     try:
-        values = parser.instantiate(parser.parse_args(None if arguments is None else list(arguments)))
+        values = parser.instantiate(
+            parser.parse_args(None if arguments is None else list(arguments))
+        )
         return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         message = str(error)
@@ -116,7 +140,8 @@ def parse_config(config_class: type[C], arguments: Sequence[str] | None = None, 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Mistakes of the user (ValueError, OSError and what the loop raises on purpose) end in one line and exit code 2.
+    """Mistakes of the user (ValueError, OSError and what the loop raises on purpose) end in one
+    line and exit code 2.
 
     ``POSTTRAIN_TRACEBACK=1`` shows where it was raised.
     """
@@ -131,7 +156,13 @@ def one_line_errors() -> Iterator[None]:
 
 def _suggestion(parser: Any, message: str) -> str:
     """' Did you mean --x.y?' for an unknown option or YAML key."""
-    known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")})
+    known = sorted(
+        {
+            action.dest
+            for action in parser._actions
+            if action.dest not in ("help", "config", "print_config")
+        }
+    )
     patterns = (
         r"unrecognized arguments: --([\w.]+)",
         r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'",
@@ -155,7 +186,11 @@ def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"model.lora.rank": 16, ...}: nested settings on one level."""
     if not isinstance(value, dict):
         return {prefix.rstrip("."): plain_settings(value)}
-    return {k: v for name, inner in value.items() for k, v in flat_settings(inner, f"{prefix}{name}.").items()}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in flat_settings(inner, f"{prefix}{name}.").items()
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -167,20 +202,29 @@ DECLARATIONS = ("couples_completions", "needs_reference", "batch_statistic")
 """What a loss function says of itself by attributes."""
 
 
-def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, default: str) -> Callable[..., Any]:
-    """The loss given in Python, else ``config.loss`` with ``config.loss_options``; both at once are an error."""
+def choose_loss(
+    config: Any, given: Callable[..., Any] | None, *, home: str, default: str
+) -> Callable[..., Any]:
+    """The loss given in Python, else ``config.loss`` with ``config.loss_options``; both at once are
+    an error."""
     if given is None:
         return resolve_loss(config.loss, dict(config.loss_options), home=home)
     if config.loss_options or config.loss != default:
-        raise ValueError("The trainer got loss=... and config.loss or config.loss_options, which would be ignored. Give one.")
+        raise ValueError(
+            "The trainer got loss=... and config.loss or config.loss_options, which "
+            "would be ignored. Give one."
+        )
     return given
 
 
-def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft") -> Callable[..., Any]:
+def resolve_loss(
+    path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft"
+) -> Callable[..., Any]:
     """A loss by name, or a weighted sum such as ``dpo + 0.2*nll_chosen``, with keyword options.
 
-    A name is ``package.module.function``, or a function of the module ``home``. An option goes to every term that has it; an
-    option that none has is an error, never ignored. The functions' declarations are kept.
+    A name is ``package.module.function``, or a function of the module ``home``. An option goes to
+    every term that has it; an option that none has is an error, never ignored. The functions'
+    declarations are kept.
     """
     terms = [_weight_and_name(term, path) for term in path.split("+")]
     functions = [(weight, _import_function(name, home)) for weight, name in terms]
@@ -228,7 +272,9 @@ def _weight_and_name(term: str, path: str) -> tuple[float, str]:
     try:
         return (float(weight) if star else 1.0), name.strip()
     except ValueError as error:
-        raise ValueError(f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}.") from error
+        raise ValueError(
+            f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}."
+        ) from error
 
 
 def _import_function(name: str, home: str) -> Callable[..., Any]:
@@ -236,10 +282,12 @@ def _import_function(name: str, home: str) -> Callable[..., Any]:
         return load_function(name if "." in name else f"{home}.{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, importable from the folder you "
-            f"start in; got {name!r} ({error})."
+            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
+            f"importable from the folder you start in; got {name!r} ({error})."
         ) from error
 
 
 def _options_of(function: Callable[..., Any]) -> set[str]:
-    return {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return {
+        n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY
+    }

@@ -1,4 +1,5 @@
-"""Scored completions -> groups to train: advantages, the KL inside the reward, log-probs before the first update."""
+"""Scored completions -> groups to train: advantages, the KL inside the reward, log-probs before the
+first update."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ class CreditConfig:
     """Which tokens are trained, and what is computed before the first update."""
 
     mask_truncated: bool = False
-    """Completions that reached sampling.max_tokens are scored but not trained (DAPO's overlong filtering)."""
+    """Completions that reached sampling.max_tokens are scored but not trained (DAPO's overlong
+    filtering)."""
     keep_old_segments: bool = False
-    """Partial rollouts: tokens drawn in earlier iterations are trained too; else they count as prompt, outside of the loss and
-    of every log-ratio (Kimi k1.5). A completion that was finished earlier and waited for the others of its group is then only
-    part of their baseline."""
+    """Partial rollouts: tokens drawn in earlier iterations are trained too; else they count as
+    prompt, outside of the loss and of every log-ratio (Kimi k1.5). A completion that was finished
+    earlier and waited for the others of its group is then only part of their baseline."""
 
 
 def trained_groups(
@@ -39,8 +41,8 @@ def trained_groups(
     reference: Forward | None,
     plan: ForwardPlan,
 ) -> list[PromptGroup]:
-    """One group for each, with advantages. ``proximal``: log-probs under the present policy are kept, because it will be updated
-    more than once on them."""
+    """One group for each, with advantages. ``proximal``: log-probs under the present policy are
+    kept, because it will be updated more than once on them."""
     groups = [_group(s, config, version) for s in scored]
     kl_in_reward = algorithm.beta > 0 and algorithm.kl_in != "loss"
     logps: list[dict[tuple[int, int], list[float]]] = [{}, {}]
@@ -50,7 +52,9 @@ def trained_groups(
             assert reference is not None
             forwards.append(reference)
         off_totals = kl_in_reward and algorithm.kl_in == "reward"
-        measured = [_group(s, config, version, measured=True) for s in scored] if off_totals else groups
+        measured = (
+            [_group(s, config, version, measured=True) for s in scored] if off_totals else groups
+        )
         logps = _values_of_all(plan, policy, measured, forwards)
     totals = [s.totals for s in scored]
     if kl_in_reward and algorithm.kl_in == "token_reward":
@@ -60,7 +64,10 @@ def trained_groups(
         by_token = None
         if kl_in_reward:
             totals = [
-                [None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k))) for k, r in enumerate(row)]
+                [
+                    None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k)))
+                    for k, r in enumerate(row)
+                ]
                 for g, row in enumerate(totals)
             ]
         advantages = algorithm.advantages(totals, **algorithm.advantage_options)
@@ -69,15 +76,21 @@ def trained_groups(
         made = _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None)
         if by_token is None or not c.num_trained:
             return made
-        return replace(made, token_advantages=_spread([0.0 if a is None else a for a in by_token[g][k]], c))
+        return replace(
+            made, token_advantages=_spread([0.0 if a is None else a for a in by_token[g][k]], c)
+        )
 
     return [
-        replace(group, completions=[credited(g, k, c) for k, c in enumerate(group.completions)]) for g, group in enumerate(groups)
+        replace(group, completions=[credited(g, k, c) for k, c in enumerate(group.completions)])
+        for g, group in enumerate(groups)
     ]
 
 
-def _group(scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False) -> PromptGroup:
-    """``measured``: completions that are scored but not trained have a loss mask too: their KL is part of their reward."""
+def _group(
+    scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False
+) -> PromptGroup:
+    """``measured``: completions that are scored but not trained have a loss mask too: their KL is
+    part of their reward."""
     completions = []
     for trajectory, score in zip(scored.group.trajectories, scored.scores, strict=True):
         is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
@@ -86,23 +99,34 @@ def _group(scored: ScoredGroup, config: CreditConfig, version: int, *, measured:
         completions.append(
             Completion(
                 token_ids=tuple(trajectory.token_ids),
-                loss_mask=tuple(int(is_trained and t >= old) for t in range(len(trajectory.token_ids))),
+                loss_mask=tuple(
+                    int(is_trained and t >= old) for t in range(len(trajectory.token_ids))
+                ),
                 sampler_logps=tuple(trajectory.logps),
-                kept_ids=None if trajectory.kept_ids is None else tuple(map(tuple, trajectory.kept_ids)),
+                kept_ids=None
+                if trajectory.kept_ids is None
+                else tuple(map(tuple, trajectory.kept_ids)),
             )
         )
     file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
     return PromptGroup(
-        prompt_ids=scored.prompt.ids, completions=completions, pairs=(), meta={"file": file or "prompts", "row": row}
+        prompt_ids=scored.prompt.ids,
+        completions=completions,
+        pairs=(),
+        meta={"file": file or "prompts", "row": row},
     )
 
 
 def _values_of_all(
     plan: ForwardPlan, policy: nn.Module, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
 ) -> list[dict[tuple[int, int], list[float]]]:
-    """For each forward: {(group, completion): its trained tokens' values}, of all ranks, in eval mode."""
+    """For each forward: {(group, completion): its trained tokens' values}, of all ranks, in eval
+    mode."""
     with in_eval_mode(policy):
-        mine = [{ref: v.tolist() for ref, v in values.items()} for values in forward_values(plan, groups, forwards)]
+        mine = [
+            {ref: v.tolist() for ref, v in values.items()}
+            for values in forward_values(plan, groups, forwards)
+        ]
     parts = of_all_ranks(plan.accelerator, mine)
     every = [{ref: v for part in parts for ref, v in part[f].items()} for f in range(len(forwards))]
     return every if len(every) > 1 else [*every, {}]
@@ -114,9 +138,13 @@ def _k1(logps: Sequence[dict[tuple[int, int], list[float]]], ref: tuple[int, int
 
 
 def _token_returns(
-    groups: Sequence[PromptGroup], totals: Sequence[Sequence[float | None]], logps: Any, algorithm: Algorithm
+    groups: Sequence[PromptGroup],
+    totals: Sequence[Sequence[float | None]],
+    logps: Any,
+    algorithm: Algorithm,
 ) -> list[list[list[float | None]]]:
-    """[group][completion][trained token]: r - beta sum of the KL from the token on, normalised over all tokens of the batch.
+    """[group][completion][trained token]: r - beta sum of the KL from the token on, normalised over
+    all tokens of the batch.
 
     Hu et al. 2025 (REINFORCE++), arXiv:2501.03262 eq. 6 and 8, with discount 1.
     """
@@ -133,7 +161,9 @@ def _token_returns(
     return [[next(normalised) for _ in row] for row in totals]
 
 
-def _advantaged(completion: Completion, advantage: float | None, proximal: Sequence[float] | None) -> Completion:
+def _advantaged(
+    completion: Completion, advantage: float | None, proximal: Sequence[float] | None
+) -> Completion:
     mask = completion.loss_mask if advantage is not None else (0,) * len(completion.token_ids)
     logps = None if proximal is None else _spread(proximal, completion)
     return replace(completion, advantage=advantage or 0.0, loss_mask=mask, proximal_logps=logps)
@@ -147,4 +177,6 @@ def _spread(values: Sequence[float], completion: Completion) -> tuple[float, ...
 
 def has_signal(group: PromptGroup) -> bool:
     """Whether an advantage is not exactly 0."""
-    return any((c.advantage or any(c.token_advantages or ())) and c.num_trained for c in group.completions)
+    return any(
+        (c.advantage or any(c.token_advantages or ())) and c.num_trained for c in group.completions
+    )

@@ -19,47 +19,73 @@ class SelfCheckError(UserFacingError):
     """The packed forward does not give the model's own log-probs."""
 
 
-# Largest root-mean-square difference in nats. Rounding through 30 layers of SmolLM2-135M: 2e-6 in float32, 0.02 in bfloat16;
-# a completion that sees a sibling, a shifted position or a missing logit transform: 0.2 and more.
-SELF_CHECK_RMS_NATS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Largest root-mean-square difference in nats. Rounding through 30 layers of SmolLM2-135M: 2e-6 in
+# float32, 0.02 in bfloat16; a completion that sees a sibling, a shifted position or a missing logit
+# transform: 0.2 and more.
+SELF_CHECK_RMS_NATS = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.05,
+}
 
 
 SELF_CHECK_TOKENS = 256
 """Completions are checked up to here, so that the model's own forward holds few logits."""
 SELF_CHECK_PROMPT_TOKENS = 1792
-"""Of a longer prompt the last ones are checked. The model's own attention can hold all its scores, in float32: 32 heads on 2,048
-tokens 0.5 GB, on 16,384 tokens 34 GB."""
+"""Of a longer prompt the last ones are checked. The model's own attention can hold all its scores,
+in float32: 32 heads on 2,048 tokens 0.5 GB, on 16,384 tokens 34 GB."""
 
 
 @torch.no_grad()
-def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int, compute: torch.dtype | None = None) -> float:
-    """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at a time.
+def self_check(
+    policy: Policy,
+    groups: Sequence[PromptGroup],
+    *,
+    max_tokens: int,
+    compute: torch.dtype | None = None,
+) -> float:
+    """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at
+    a time.
 
-    Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype), ValueError if ``groups`` train
-    nothing. 4-bit layers compute in float32 here, as all others outside of autocast. A collective where weights are sharded.
-    The row is computed segment by segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on
-    at most SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
+    Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype),
+    ValueError if ``groups`` train nothing. 4-bit layers compute in float32 here, as all others
+    outside of autocast. A collective where weights are sharded. The row is computed segment by
+    segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on at most
+    SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
-    plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=forward_mode.mode, length_limit=forward_mode.length_limit)
+    plan = plan_step(
+        groups,
+        world_size=1,
+        max_tokens=max_tokens,
+        mode=forward_mode.mode,
+        length_limit=forward_mode.length_limit,
+    )
     squares, worst = [], (0.0, "")
     with in_eval_mode(policy), products_in_float32(policy), segment_attention(policy.model):
         for micro_batch in plan.ranks[0]:
-            batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(policy.base.get_input_embeddings().weight.device)
+            batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(
+                policy.base.get_input_embeddings().weight.device
+            )
             packed_T = policy(batch)
             for s, (g, k) in enumerate(batch.refs):
-                difference = (packed_T[batch.sequence_T == s] - policy(PlainSequence(group=groups[g], completion=k))).double()
+                difference = (
+                    packed_T[batch.sequence_T == s]
+                    - policy(PlainSequence(group=groups[g], completion=k))
+                ).double()
                 squares.append(difference.square())
                 worst = max(worst, (float(difference.abs().max()), groups[g].where))
     rms = float(torch.cat(squares).mean().sqrt())
     limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     if not rms <= limit:
         raise SelfCheckError(
-            f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from the model's own by {rms:.3g} "
-            f"nats (rms; limit {limit:g}), most in {worst[1]} ({worst[0]:.3g}). This model does something that packing or our LM "
-            "head does not know. Try --packing.mode single; if that fails too, its logits are transformed in a way that "
-            "models/logprobs.py has to learn."
+            f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from "
+            f"the model's own by {rms:.3g} nats (rms; limit {limit:g}), most in {worst[1]} "
+            f"({worst[0]:.3g}). This model does something that packing or our LM head does not "
+            "know. Try --packing.mode single; if that fails too, its logits are transformed in a "
+            "way that models/logprobs.py has to learn."
         )
     return rms
 
@@ -67,7 +93,8 @@ def self_check(policy: Policy, groups: Sequence[PromptGroup], *, max_tokens: int
 def _shortened(group: PromptGroup) -> PromptGroup:
     """The same group with its prompt and completions cut; those that then train nothing go.
 
-    Where none is left, one completion is checked from its first trained token on, and what stands before belongs to the prompt.
+    Where none is left, one completion is checked from its first trained token on, and what stands
+    before belongs to the prompt.
     """
     prompt = list(group.prompt_ids)
     cut = [_cut(c, 0) for c in group.completions]
@@ -77,9 +104,13 @@ def _shortened(group: PromptGroup) -> PromptGroup:
         start = next(i for i, m in enumerate(whole.loss_mask) if m)
         prompt += whole.token_ids[:start]
         trained = [_cut(whole, start)]
-    return replace(group, prompt_ids=prompt[-SELF_CHECK_PROMPT_TOKENS:], completions=trained, pairs=())
+    return replace(
+        group, prompt_ids=prompt[-SELF_CHECK_PROMPT_TOKENS:], completions=trained, pairs=()
+    )
 
 
 def _cut(completion: Completion, start: int) -> Completion:
     end = start + SELF_CHECK_TOKENS
-    return Completion(token_ids=completion.token_ids[start:end], loss_mask=completion.loss_mask[start:end])
+    return Completion(
+        token_ids=completion.token_ids[start:end], loss_mask=completion.loss_mask[start:end]
+    )

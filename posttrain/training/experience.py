@@ -1,6 +1,8 @@
-"""Where reinforcement learning's batches come from: rollouts under the present policy, scored, split into updates.
+"""Where reinforcement learning's batches come from: rollouts under the present policy, scored,
+split into updates.
 
-iteration = prompts -> completions -> rewards -> advantages -> ``updates`` mini-batches, ``epochs`` times.
+iteration = prompts -> completions -> rewards -> advantages -> ``updates`` mini-batches, ``epochs``
+times.
 """
 
 from __future__ import annotations
@@ -37,18 +39,20 @@ class RolloutConfig(CreditConfig):
     group_size: int = 8
     """Completions of each prompt."""
     updates: int = 1
-    """Optimizer steps on the rollouts of an iteration, each on train.batch_size prompts. DeepSeek-R1: 16."""
+    """Optimizer steps on the rollouts of an iteration, each on train.batch_size prompts.
+    DeepSeek-R1: 16."""
     epochs: int = 1
     """Passes over the rollouts of an iteration."""
     oversample: float = 3.0
     """Dynamic sampling: at most this many times the prompts that are needed."""
     signal: str = ""
-    """Dynamic sampling keeps prompts whose completions differ in this reward (DAPO: the accuracy, so that 0 < right < G, Yu et
-    al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum, where a reward for length lets prompts pass that are
-    all right."""
+    """Dynamic sampling keeps prompts whose completions differ in this reward (DAPO: the accuracy,
+    so that 0 < right < G, Yu et al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum,
+    where a reward for length lets prompts pass that are all right."""
     max_mismatch_nats: float = 0.5
-    """The run stops when sampler and trainer disagree by more than this on the mean token's log-prob; 0: never. With
-    keep_old_segments it does not: tokens of older policies differ, as they should."""
+    """The run stops when sampler and trainer disagree by more than this on the mean token's
+    log-prob; 0: never. With keep_old_segments it does not: tokens of older policies differ, as they
+    should."""
     show_every: int = 10
     """Iterations between tables of samples; 0: none."""
 
@@ -66,7 +70,8 @@ class MismatchError(UserFacingError):
 
 @dataclass(kw_only=True)
 class RolloutSource:
-    """The ``Source`` of ``training/loop.py``. ``make_collector`` is called when the policy is ready."""
+    """The ``Source`` of ``training/loop.py``. ``make_collector`` is called when the policy is
+    ready."""
 
     config: RolloutConfig
     algorithm: Algorithm
@@ -93,12 +98,16 @@ class RolloutSource:
         self._collector = self.make_collector(loop)
         if self._collector.sampling.truncates and not self._collector.engine.returns_kept_ids:
             raise UserFacingError(
-                "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not say which: the trainer could not "
-                "renormalise its log-probs. Sample from the whole distribution, or use --engine local."
+                "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
+                "say which: the trainer could not renormalise its log-probs. Sample from the "
+                "whole distribution, or use --engine local."
             )
         names = self._collector.rewards.names
         if self.config.signal and self.config.signal not in names:
-            raise UserFacingError(f"rollout.signal is one of the rewards {', '.join(names)}; got {self.config.signal!r}.")
+            raise UserFacingError(
+                f"rollout.signal is one of the rewards {', '.join(names)}; got "
+                f"{self.config.signal!r}."
+            )
         self._log = RolloutLog(self.folder, is_main=loop.accelerator.is_main_process)
 
     def watched(self, loss: Loss) -> Loss:
@@ -106,7 +115,9 @@ class RolloutSource:
 
         def watching(logps: TokenLogps) -> LossOutput:
             if logps.sampler_T is not None and logps.sampler_T.numel():
-                self._differences.append((logps.proximal_T.detach() - logps.sampler_T).double().cpu())
+                self._differences.append(
+                    (logps.proximal_T.detach() - logps.sampler_T).double().cpu()
+                )
             return loss(logps)
 
         watched: Any = declared_like(loss, watching)
@@ -152,11 +163,16 @@ class RolloutSource:
         batches = self._mini_batches([g for g in groups if g.num_trained])
         if not batches:
             raise UserFacingError(
-                f"Iteration {self._iteration}: no completion can be trained (all unscored, truncated or from older iterations). "
-                f"Look at {self.folder}, raise sampling.max_tokens, or turn rollout.mask_truncated off."
+                f"Iteration {self._iteration}: no completion can be trained (all unscored, "
+                f"truncated or from older iterations). Look at {self.folder}, raise "
+                "sampling.max_tokens, or turn rollout.mask_truncated off."
             )
         batches = [replace(b, metrics={"iteration": self._iteration, **metrics}) for b in batches]
-        batches[0] = replace(batches[0], metrics={**batches[0].metrics, **timed}, fresh_optimizer=self.algorithm.fresh_optimizer)
+        batches[0] = replace(
+            batches[0],
+            metrics={**batches[0].metrics, **timed},
+            fresh_optimizer=self.algorithm.fresh_optimizer,
+        )
         return batches
 
     def _collect(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
@@ -168,23 +184,37 @@ class RolloutSource:
         limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
         accelerator = self._loop.accelerator
         journal = open_journal(
-            self.folder, iteration=self._iteration, rank=accelerator.process_index,
+            self.folder,
+            iteration=self._iteration,
+            rank=accelerator.process_index,
             run=f"{self.seed} {self._iteration} {self._collector.identity()}",
-        )  # fmt: skip
+        )
         try:
             while True:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
                 picked = self.sampler.next(fresh, iteration=self._iteration) if fresh else []
                 self._buffer.begin(
-                    picked, iteration=self._iteration, round=begun, group_size=self.config.group_size, seed=self.seed
+                    picked,
+                    iteration=self._iteration,
+                    round=begun,
+                    group_size=self.config.group_size,
+                    seed=self.seed,
                 )
                 begun += fresh
                 self._collector.roll(self._buffer, journal)
-                scored = self._collector.score(self._buffer.take_finished(), journal, iteration=self._iteration)
+                scored = self._collector.score(
+                    self._buffer.take_finished(), journal, iteration=self._iteration
+                )
                 self._learn_rates(scored)
                 for s in scored:
-                    (kept if not self.algorithm.dynamic_sampling or s.has_signal(self.config.signal) else rejected).append(s)
-                enough = len(kept) >= (wanted if self.algorithm.dynamic_sampling else self.config.updates)
+                    (
+                        kept
+                        if not self.algorithm.dynamic_sampling or s.has_signal(self.config.signal)
+                        else rejected
+                    ).append(s)
+                enough = len(kept) >= (
+                    wanted if self.algorithm.dynamic_sampling else self.config.updates
+                )
                 if enough or (begun >= limit and not self._buffer.groups):
                     break
         finally:
@@ -196,20 +226,31 @@ class RolloutSource:
     def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
         for s in scored:
             known = [score.verdict for score in s.scores if score.verdict is not None]
-            self.sampler.update(s.group.prompt, tries=len(known), successes=sum(v > 0 for v in known))
+            self.sampler.update(
+                s.group.prompt, tries=len(known), successes=sum(v > 0 for v in known)
+            )
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
-        """Groups in a random order, cut into ``updates`` parts; groups without a signal are left out where that is exact."""
+        """Groups in a random order, cut into ``updates`` parts; groups without a signal are left
+        out where that is exact."""
         batches: list[StepBatch] = []
         if not groups:
             return batches
         for epoch in range(self.config.epochs):
-            order = np.random.default_rng([self.seed, 3, self._iteration, epoch]).permutation(len(groups))
+            order = np.random.default_rng([self.seed, 3, self._iteration, epoch]).permutation(
+                len(groups)
+            )
             for part in np.array_split(order, min(self.config.updates, len(groups))):
                 whole = [groups[i] for i in part]
                 first = not batches
-                used = [g for g in whole if has_signal(g)] if self.algorithm.skips(first_update=first) else whole
-                used = used or [min(whole, key=lambda g: g.num_tokens_shared)]  # its gradient is 0; a step needs a group
+                used = (
+                    [g for g in whole if has_signal(g)]
+                    if self.algorithm.skips(first_update=first)
+                    else whole
+                )
+                used = used or [
+                    min(whole, key=lambda g: g.num_tokens_shared)
+                ]  # its gradient is 0; a step needs a group
                 batches.append(StepBatch(groups=used, counts=count_units(whole)))
         return batches
 
@@ -224,9 +265,10 @@ class RolloutSource:
         limit = self.config.max_mismatch_nats
         if limit and not self.config.keep_old_segments and not mean <= limit:
             raise MismatchError(
-                f"Sampler and trainer differ by {mean:.3g} nats on the mean token (limit {limit:g}): they do not have the "
-                "same weights or temperature, or the sampler truncates without saying so. Compare --sampling with the "
-                "engine's settings; rollout.max_mismatch_nats 0 turns this check off."
+                f"Sampler and trainer differ by {mean:.3g} nats on the mean token (limit "
+                f"{limit:g}): they do not have the same weights or temperature, or the sampler "
+                "truncates without saying so. Compare --sampling with the engine's settings; "
+                "rollout.max_mismatch_nats 0 turns this check off."
             )
         return {
             "sampler_mismatch_nats": mean,
@@ -244,7 +286,8 @@ class RolloutSource:
         return evaluation.metrics(powers=self.pass_at_powers)
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """Everything that decides what comes next, and the mini-batches that are still to be trained; the same on all ranks."""
+        """Everything that decides what comes next, and the mini-batches that are still to be
+        trained; the same on all ranks."""
         if not is_main:
             return
         state = {
@@ -254,7 +297,9 @@ class RolloutSource:
             "pending": [asdict(b) for b in self._pending],
         }
         (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
-        forget_journals(self.folder, before=self._saved_iteration)  # this checkpoint is not in place yet: the last one is
+        forget_journals(
+            self.folder, before=self._saved_iteration
+        )  # this checkpoint is not in place yet: the last one is
         self._saved_iteration = self._iteration
 
     def read(self, folder: Path) -> None:
@@ -269,6 +314,15 @@ class RolloutSource:
 def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
     """The inverse of ``dataclasses.asdict``, after a trip through JSON."""
     groups = [
-        PromptGroup(**{**g, "completions": [Completion(**c) for c in g["completions"]], "pairs": ()}) for g in entry["groups"]
+        PromptGroup(
+            **{**g, "completions": [Completion(**c) for c in g["completions"]], "pairs": ()}
+        )
+        for g in entry["groups"]
     ]
-    return StepBatch(**{**entry, "groups": groups, "counts": Counts(**entry["counts"]) if entry["counts"] else None})
+    return StepBatch(
+        **{
+            **entry,
+            "groups": groups,
+            "counts": Counts(**entry["counts"]) if entry["counts"] else None,
+        }
+    )

@@ -1,6 +1,8 @@
-"""Forwards without gradient over many groups: held-out evaluation, the reference cache, statistics of a global batch.
+"""Forwards without gradient over many groups: held-out evaluation, the reference cache, statistics
+of a global batch.
 
-They go through the same plan and the same packed rows as training, so they cost what its forward costs.
+They go through the same plan and the same packed rows as training, so they cost what its forward
+costs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class ForwardPlan:
     length_limit: int | None = None
 
     def split(self, groups: Sequence[PromptGroup], *, coupled: bool = True) -> StepPlan:
-        """The micro-batches of every rank; ``coupled`` keeps the parts of a group over the budget on one rank."""
+        """The micro-batches of every rank; ``coupled`` keeps the parts of a group over the budget
+        on one rank."""
         return plan_step(
             groups,
             world_size=self.accelerator.num_processes,
@@ -55,21 +58,29 @@ Forward = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
 
 
 @torch.no_grad()
-def forward_values(plan: ForwardPlan, groups: Sequence[PromptGroup], forwards: Sequence[Forward]) -> list[dict[Ref, Tensor]]:
-    """For each forward: {(group, completion): [t] its values} of the completions that this rank computes. All ranks call it."""
+def forward_values(
+    plan: ForwardPlan, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
+) -> list[dict[Ref, Tensor]]:
+    """For each forward: {(group, completion): [t] its values} of the completions that this rank
+    computes. All ranks call it."""
     values: list[dict[Ref, Tensor]] = [{} for _ in forwards]
     for batch, is_dummy in plan.micro_batches(groups):
         for forward, kept in zip(forwards, values, strict=True):
             with plan.accelerator.autocast():
                 values_T = forward(groups, batch)
             if not is_dummy:
-                kept.update({ref: values_T[batch.sequence_T == s] for s, ref in enumerate(batch.refs)})
+                kept.update(
+                    {ref: values_T[batch.sequence_T == s] for s, ref in enumerate(batch.refs)}
+                )
         batch.layout.cache.clear()
     return values
 
 
-def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, Tensor]) -> tuple[PackedBatch, Tensor]:
-    """The completions in ``values`` as one batch (no forward is made of it), and their values [T] in its order."""
+def joined(
+    plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, Tensor]
+) -> tuple[PackedBatch, Tensor]:
+    """The completions in ``values`` as one batch (no forward is made of it), and their values [T]
+    in its order."""
     by_group: dict[int, list[int]] = {}
     for group, completion in sorted(values):
         by_group.setdefault(group, []).append(completion)
@@ -80,22 +91,32 @@ def joined(plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, T
 
 @torch.no_grad()
 def batch_mean(
-    plan: ForwardPlan, policy: nn.Module, reference: Reference | None, loss: Loss, groups: Sequence[PromptGroup]
+    plan: ForwardPlan,
+    policy: nn.Module,
+    reference: Reference | None,
+    loss: Loss,
+    groups: Sequence[PromptGroup],
 ) -> Tensor | None:
-    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and all ranks, 0 of no items; or
-    None.
+    """The statistic that a loss declares (``BatchStatistic``): its mean over the global batch and
+    all ranks, 0 of no items; or None.
 
-    A prompt with another's answer can be longer than any sequence of the data: such a row may exceed the token budget (it is
-    only forwarded, which takes a fraction of the memory of a training row).
+    A prompt with another's answer can be longer than any sequence of the data: such a row may
+    exceed the token budget (it is only forwarded, which takes a fraction of the memory of a
+    training row).
     """
     statistic = getattr(loss, "batch_statistic", None)
     if statistic is None:
         return None
-    total = torch.zeros(2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32)
+    total = torch.zeros(
+        2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32
+    )
     total = total.to(plan.accelerator.device)
     dtype = torch.float32
     made = list(statistic.groups(groups))
-    longest = max((len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions), default=0)
+    longest = max(
+        (len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions),
+        default=0,
+    )
     plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
     with in_eval_mode(policy):
         for _, logps in _scored(plan, policy, reference, made):
@@ -107,10 +128,18 @@ def batch_mean(
 
 
 def _scored(
-    plan: ForwardPlan, policy: nn.Module, reference: Reference | None, groups: Sequence[PromptGroup], mean: Tensor | None = None
+    plan: ForwardPlan,
+    policy: nn.Module,
+    reference: Reference | None,
+    groups: Sequence[PromptGroup],
+    mean: Tensor | None = None,
 ) -> Iterator[tuple[dict[Ref, float], PairLogps]]:
-    """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every completion's values."""
-    forwards: list[Forward] = [lambda _, batch: policy(batch), *([reference] if reference is not None else [])]
+    """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every
+    completion's values."""
+    forwards: list[Forward] = [
+        lambda _, batch: policy(batch),
+        *([reference] if reference is not None else []),
+    ]
     for at in range(0, len(groups), GROUPS_PER_PLAN):
         part = groups[at : at + GROUPS_PER_PLAN]
         values, *rest = forward_values(plan, part, forwards)
@@ -132,10 +161,12 @@ def evaluate(
     counts: Counts,
     report: Callable[[dict[Ref, float]], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """{"eval_loss", "eval_<metric>"}: the loss of ``groups`` taken as one batch, over all ranks, in eval mode.
+    """{"eval_loss", "eval_<metric>"}: the loss of ``groups`` taken as one batch, over all ranks, in
+    eval mode.
 
-    ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named ``rewards_eval/x``. ``report`` gets the
-    sum over trained tokens of every completion's values and adds figures of its own.
+    ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named
+    ``rewards_eval/x``. ``report`` gets the sum over trained tokens of every completion's values and
+    adds figures of its own.
     """
     mean = batch_mean(plan, policy, reference, loss, groups)
     totals = Totals.on(plan.accelerator.device)
@@ -145,11 +176,17 @@ def evaluate(
             totals.add(*loss_share(loss, logps, counts))
             sums.update(part_sums)
     value, means = totals.over_ranks(plan.accelerator)
-    named = {name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}": mean for name, mean in means.items()}
-    every = {ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()}
+    named = {
+        name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}": mean
+        for name, mean in means.items()
+    }
+    every = {
+        ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()
+    }
     return {"eval_loss": value, **named, **(report(every) if report is not None else {})}
 
 
 def needs_reference(loss: Loss) -> bool:
-    """Whether a loss reads the reference; it does unless it says ``my_loss.needs_reference = False``."""
+    """Whether a loss reads the reference; it does unless it says ``my_loss.needs_reference =
+    False``."""
     return bool(getattr(loss, "needs_reference", True))

@@ -1,4 +1,5 @@
-"""From the environment of `accelerate launch` to an Accelerator, or an error: never silently fewer processes than asked for."""
+"""From the environment of `accelerate launch` to an Accelerator, or an error: never silently fewer
+processes than asked for."""
 
 from __future__ import annotations
 
@@ -16,39 +17,50 @@ from posttrain.precision import PrecisionPlan, resolve_precision
 from posttrain.training.config import UserFacingError
 
 KEEP_THE_GROUP = ("torch.distributed.fsdp", "torch.distributed.optim", "deepspeed")
-"""Imported once there is a process group (saving a model imports deepspeed), they keep it alive as a default argument."""
+"""Imported once there is a process group (saving a model imports deepspeed), they keep it alive as
+a default argument."""
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
     """Raises UserFacingError for a launch that asked for several processes and became one.
 
-    accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU`` without mpirun) sets the
-    rendezvous address for several processes and then starts a single one without WORLD_SIZE. Without a GPU and without
-    ``ACCELERATE_USE_CPU`` the multi-process launcher starts independent one-process runs: ``num_processes`` shows it.
+    accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU``
+    without mpirun) sets the rendezvous address for several processes and then starts a single one
+    without WORLD_SIZE. Without a GPU and without ``ACCELERATE_USE_CPU`` the multi-process launcher
+    starts independent one-process runs: ``num_processes`` shows it.
     """
     advice = (
-        "Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with use_cpu: true), or torchrun --nproc_per_node."
+        "Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with use_cpu: true), "
+        "or torchrun --nproc_per_node."
     )
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise UserFacingError(
-            "accelerate was asked for several processes and started one (its MULTI_CPU launcher needs mpirun): the run would "
-            f"train on one process without saying so. {advice}"
+            "accelerate was asked for several processes and started one (its MULTI_CPU launcher "
+            f"needs mpirun): the run would train on one process without saying so. {advice}"
         )
     wanted = int(environment.get("WORLD_SIZE", "1"))
     if num_processes is not None and num_processes != wanted:
         raise UserFacingError(
-            f"The launcher started {wanted} processes, but they found only {num_processes}: each would train on its own. {advice}"
+            f"The launcher started {wanted} processes, but they found only {num_processes}: each "
+            f"would train on its own. {advice}"
         )
 
 
 def asked_sharding(environment: Mapping[str, str]) -> str:
     """``"FSDP"``, ``"DEEPSPEED"`` or ``"NO"``: what the launch configuration asks for."""
-    asked = [name for name in ("FSDP", "DEEPSPEED") if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    asked = [
+        name
+        for name in ("FSDP", "DEEPSPEED")
+        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+    ]
     return asked[0] if asked else "NO"
 
 
-def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_dir: Path) -> tuple[Any, PrecisionPlan]:
-    """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns every denominator.
+def make_accelerator(
+    *, precision: str, trackers: Sequence[str] = (), project_dir: Path
+) -> tuple[Any, PrecisionPlan]:
+    """The Accelerator of a run and its precision. Accumulation is 1: ``training/step.py`` owns
+    every denominator.
 
     Raises UserFacingError where the processes do not become what the launch configuration asks for.
     """
@@ -60,7 +72,11 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
     sharding = asked_sharding(os.environ)
     state, several_on_cpu = _join_processes(sharding)
     check_launch(os.environ, state.num_processes)
-    plan = resolve_precision(None if precision == "auto" else precision, state.device.type, deepspeed=sharding == "DEEPSPEED")
+    plan = resolve_precision(
+        None if precision == "auto" else precision,
+        state.device.type,
+        deepspeed=sharding == "DEEPSPEED",
+    )
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(plan, sharding),
         cpu=several_on_cpu and sharding != "DEEPSPEED",
@@ -68,13 +84,16 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
         log_with=list(trackers) or None,
         project_dir=str(project_dir),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
         fsdp_plugin=_fsdp_plugin(plan) if sharding == "FSDP" else None,
     )
     if sharding != "NO" and accelerator.distributed_type != sharding:
         raise UserFacingError(
-            f"The launch configuration asks for {sharding}, but the run became {accelerator.distributed_type.value}: the model "
-            "would not be sharded. Start it with `accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
+            f"The launch configuration asks for {sharding}, but the run became "
+            f"{accelerator.distributed_type.value}: the model would not be sharded. Start it with "
+            "`accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
         )
     if sharding == "DEEPSPEED":
         _settle_deepspeed(accelerator)
@@ -84,8 +103,9 @@ def make_accelerator(*, precision: str, trackers: Sequence[str] = (), project_di
 def leave_processes() -> None:
     """Ends the process group, and with it its threads, while Python still runs.
 
-    A thread of Gloo that frees a tensor while Python shuts down aborts a finished run (SIGABRT, pytorch issue 190489). It
-    ends with the last reference to the group: DDP has one, and so has KEEP_THE_GROUP. FSDP and DeepSpeed keep theirs.
+    A thread of Gloo that frees a tensor while Python shuts down aborts a finished run (SIGABRT,
+    pytorch issue 190489). It ends with the last reference to the group: DDP has one, and so has
+    KEEP_THE_GROUP. FSDP and DeepSpeed keep theirs.
     """
     import torch.distributed as dist
 
@@ -95,7 +115,8 @@ def leave_processes() -> None:
 
 
 def _join_processes(sharding: str) -> tuple[Any, bool]:
-    """(accelerate's state, whether there are several processes without a GPU). Must be called before any Accelerator is built."""
+    """(accelerate's state, whether there are several processes without a GPU). Must be called
+    before any Accelerator is built."""
     import torch
     from accelerate import DistributedType, PartialState
 
@@ -106,9 +127,11 @@ def _join_processes(sharding: str) -> tuple[Any, bool]:
         return PartialState(), False
     if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
         os.environ["ACCELERATE_USE_CPU"] = "false"
-        # Gloo does what its kernels for shared memory do. These are compiled at the first start: a minute, a compiler, and where
-        # that start is killed a lock that the next one waits for.
-        getattr(import_module("deepspeed.ops"), "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        # Gloo does what its kernels for shared memory do. These are compiled at the first start: a
+        # minute, a compiler, and where that start is killed a lock that the next one waits for.
+        getattr(import_module("deepspeed.ops"), "__compatible_ops__", {})["deepspeed_shm_comm"] = (
+            False
+        )
         return PartialState(backend="gloo"), True
     os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
     state = PartialState(cpu=True)
@@ -119,7 +142,8 @@ def _join_processes(sharding: str) -> tuple[Any, bool]:
 
 
 def _mixed_precision(plan: PrecisionPlan, sharding: str) -> str:
-    """What accelerate is told: FSDP2 lowers by its own policy, DeepSpeed calls bfloat16 weights with a master copy bf16."""
+    """What accelerate is told: FSDP2 lowers by its own policy, DeepSpeed calls bfloat16 weights
+    with a master copy bf16."""
     if sharding == "FSDP":
         return "no"
     if sharding == "DEEPSPEED":
@@ -128,7 +152,8 @@ def _mixed_precision(plan: PrecisionPlan, sharding: str) -> str:
 
 
 def _fsdp_plugin(plan: PrecisionPlan) -> Any:
-    """FSDP2 that gathers weights in the compute dtype and reduces gradients in the dtype of the sharded weights.
+    """FSDP2 that gathers weights in the compute dtype and reduces gradients in the dtype of the
+    sharded weights.
 
     Not autocast, which would keep a cast copy of every gathered weight for the backward.
     """
@@ -138,7 +163,8 @@ def _fsdp_plugin(plan: PrecisionPlan) -> Any:
 
     if os.environ.get("FSDP_VERSION") != "2":
         raise UserFacingError(
-            "Only FSDP2 is supported: set fsdp_version: 2 in the launch configuration, as launch/fsdp.yaml does."
+            "Only FSDP2 is supported: set fsdp_version: 2 in the launch configuration, as "
+            "launch/fsdp.yaml does."
         )
     lowers = plan.compute != plan.weight
     return FullyShardedDataParallelPlugin(
@@ -147,26 +173,44 @@ def _fsdp_plugin(plan: PrecisionPlan) -> Any:
             reduce_dtype=getattr(torch, plan.gradient) if lowers else None,
             cast_forward_inputs=False,
         ),
-        cpu_ram_efficient_loading=False,  # every process loads the model on its CPU and keeps its shard
+        # every process loads the model on its CPU and keeps its shard
+        cpu_ram_efficient_loading=False,
     )
 
 
 def _settle_deepspeed(accelerator: Any) -> None:
-    """The part of DeepSpeed's configuration that is not topology. Clipping and accumulation are ``training/step.py``'s."""
+    """The part of DeepSpeed's configuration that is not topology. Clipping and accumulation are
+    ``training/step.py``'s."""
     from transformers.integrations import unset_hf_deepspeed_config
 
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning)  # its calls
-    unset_hf_deepspeed_config()  # else from_pretrained would partition: models are loaded whole and partitioned by prepare
+    warnings.filterwarnings(
+        "ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning
+    )  # its calls
+    # else from_pretrained would partition: models are loaded whole and partitioned by prepare
+    unset_hf_deepspeed_config()
     config = accelerator.deepspeed_plugin.deepspeed_config
-    given = {name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
-    if given["gradient_accumulation_steps"] not in (None, 1, "auto") or given["gradient_clipping"] not in (None, 0.0, "auto"):
+    given = {
+        name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")
+    }
+    if given["gradient_accumulation_steps"] not in (None, 1, "auto") or given[
+        "gradient_clipping"
+    ] not in (None, 0.0, "auto"):
         raise UserFacingError(
-            f"The launch configuration sets {given}, which would be ignored: micro-batches follow from --packing.max_tokens, and "
-            "--optimizer.max_grad_norm clips. Leave both out of it."
+            f"The launch configuration sets {given}, which would be ignored: micro-batches follow "
+            "from --packing.max_tokens, and --optimizer.max_grad_norm clips. Leave both out of it."
         )
-    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+    }
     config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    config["bf16"]["immediate_grad_update"] = True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
+    config["bf16"]["immediate_grad_update"] = (
+        True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
+    )
     zero = config["zero_optimization"]
     if zero["stage"] not in (1, 2, 3):
-        raise UserFacingError(f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole copies use launch/ddp.yaml.")
+        raise UserFacingError(
+            f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole "
+            "copies use launch/ddp.yaml."
+        )

@@ -1,7 +1,8 @@
-"""The loop of every method: global batch -> plan -> step gradient -> check -> optimizer -> metrics, evaluation, checkpoint.
+"""The loop of every method: global batch -> plan -> step gradient -> check -> optimizer -> metrics,
+evaluation, checkpoint.
 
-What differs between methods comes in from outside: where a step's groups come from (a pure function of the step), the
-loss, and what is evaluated.
+What differs between methods comes in from outside: where a step's groups come from (a pure function
+of the step), the loss, and what is evaluated.
 """
 
 from __future__ import annotations
@@ -31,10 +32,22 @@ from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
-from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule, refuse_sharded
+from posttrain.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    build_schedule,
+    refuse_sharded,
+)
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import Extra, RunFolder
-from posttrain.training.step import Loss, NonFiniteError, StepResult, clip_and_check, couples_completions, step_gradient
+from posttrain.training.step import (
+    Loss,
+    NonFiniteError,
+    StepResult,
+    clip_and_check,
+    couples_completions,
+    step_gradient,
+)
 from posttrain.types import Counts, PromptGroup
 
 log = logging.getLogger(__name__)
@@ -42,11 +55,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one optimizer step trains, where that is more than a list of groups (reinforcement learning)."""
+    """What one optimizer step trains, where that is more than a list of groups (reinforcement
+    learning)."""
 
     groups: Sequence[PromptGroup]
     counts: Counts | None = None
-    """Denominators; None: counted over ``groups``. Groups without a learning signal may be left out and still count here."""
+    """Denominators; None: counted over ``groups``. Groups without a learning signal may be left out
+    and still count here."""
     fresh_optimizer: bool = False
     """The optimizer forgets its state before this step (Kimi k1.5)."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -54,16 +69,19 @@ class StepBatch:
 
 
 class Source(Extra, Protocol):
-    """Where batches come from if they depend on the policy. Its state is part of every checkpoint."""
+    """Where batches come from if they depend on the policy. Its state is part of every
+    checkpoint."""
 
     def start(self, loop: Loop) -> None:
         """Once, when policy, optimizer and reference are ready and before a checkpoint is read."""
 
     def batch(self, step: int) -> StepBatch:
-        """The global batch of step 0, 1, ...: called once for each, in order, the same on every rank."""
+        """The global batch of step 0, 1, ...: called once for each, in order, the same on every
+        rank."""
 
     def check(self) -> dict[str, Any]:
-        """After a step's gradient and before its update: further metrics. Raises to stop the run."""
+        """After a step's gradient and before its update: further metrics. Raises to stop the
+        run."""
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures, named eval_*."""
@@ -87,8 +105,9 @@ class TrainResult:
 
 @dataclass(kw_only=True)
 class Loop:
-    """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a pure function of the step;
-    with a ``source`` its batches are trained, and ``batches(0)`` is only what the self-check compares."""
+    """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a
+    pure function of the step; with a ``source`` its batches are trained, and ``batches(0)`` is only
+    what the self-check compares."""
 
     accelerator: Any
     precision: PrecisionPlan
@@ -104,7 +123,8 @@ class Loop:
     eval_loss: Loss | None = None
     """What is evaluated; None: the training loss."""
     eval_report: Callable[[dict[Ref, float]], dict[str, float]] | None = None
-    """Further held-out figures from the sum of every completion's values (scores of a reward model)."""
+    """Further held-out figures from the sum of every completion's values (scores of a reward
+    model)."""
     policy_class: type[Policy] = Policy
     """The packed forward: log-probs, or scores of a reward model."""
     reference: RunReference | None = None
@@ -126,17 +146,23 @@ class Loop:
     """Tokens of the longest row so far."""
 
     identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the numbers beside the settings (data, loss); a resumed run is warned when it differs."""
+    """What decides the numbers beside the settings (data, loss); a resumed run is warned when it
+    differs."""
 
     def run(self) -> TrainResult:
-        """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run folder."""
-        with RunFolder(self.train, self.accelerator, self.settings, num_steps=self.num_steps) as folder:
+        """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run
+        folder."""
+        with RunFolder(
+            self.train, self.accelerator, self.settings, num_steps=self.num_steps
+        ) as folder:
             return self._run(folder)
 
     def _run(self, folder: RunFolder) -> TrainResult:
         if self.train.trackers:
             flat = flat_settings(self.settings)
-            plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()}
+            plain = {
+                k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()
+            }
             self.accelerator.init_trackers("posttrain", config=plain)
         self._prepare()
         start = folder.resume(
@@ -153,8 +179,8 @@ class Loop:
         )
         if start > self.num_steps:
             raise ValueError(
-                f"{folder.path} is at step {start}, past the {self.num_steps} steps asked for. Set --train.max_steps higher, "
-                "or another --train.name."
+                f"{folder.path} is at step {start}, past the {self.num_steps} steps asked for. Set "
+                "--train.max_steps higher, or another --train.name."
             )
         metrics = MetricsLog(
             folder.metrics_path,
@@ -181,28 +207,41 @@ class Loop:
                         metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
                     self.heap.give_back()
-                    folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
+                    folder.save(
+                        step, self.policy, self.optimizer, self.schedule, extras=self._extras
+                    )
         finally:
             metrics.close()
         final = self._save_final(folder)
         if self.train.trackers:
             self.accelerator.end_training()
-        return TrainResult(folder=folder.path, final=final, step=self.num_steps, metrics=last, longest_row=self.longest_row)
+        return TrainResult(
+            folder=folder.path,
+            final=final,
+            step=self.num_steps,
+            metrics=last,
+            longest_row=self.longest_row,
+        )
 
     def _prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them."""
         device = self.accelerator.device
-        # Weights that are gathered in forward only can be compared only then; others before accelerate puts autocast around the
-        # forward, in their own precision.
+        # Weights that are gathered in forward only can be compared only then; others before
+        # accelerate puts autocast around the forward, in their own precision.
         gathers = sharding.shards_weights(self.accelerator)
         if not gathers:  # else each process moves only its part
             self.model.to(device)
         if device.type == "cpu":
             leave_mapped_checkpoint(self.model)
-        policy = self.policy_class(self.model, self.packing, device_type=device.type, temperature=self.temperature)
+        policy = self.policy_class(
+            self.model, self.packing, device_type=device.type, temperature=self.temperature
+        )
         self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
-            accelerator=self.accelerator, mode=self.mode, max_tokens=self.packing.max_tokens, length_limit=limit
+            accelerator=self.accelerator,
+            mode=self.mode,
+            max_tokens=self.packing.max_tokens,
+            length_limit=limit,
         )
         if self.train.self_check and not gathers:
             self._self_check(policy)
@@ -214,8 +253,12 @@ class Loop:
         optimizer = build_optimizer(policy, self.optimizer_config, plan=self.precision)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.num_steps)
         self.policy, self.optimizer = sharding.prepare(self.accelerator, policy, optimizer)
-        if sharding.base_optimizer(self.optimizer) is not optimizer:  # DeepSpeed's own, for an optimizer on the CPU
-            self.schedule = build_schedule(sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps)
+        if (
+            sharding.base_optimizer(self.optimizer) is not optimizer
+        ):  # DeepSpeed's own, for an optimizer on the CPU
+            self.schedule = build_schedule(
+                sharding.base_optimizer(self.optimizer), self.optimizer_config, self.num_steps
+            )
         if self.train.self_check and gathers:
             self._self_check(policy)
         self.heap = HeapGuard(self.holes_bytes if device.type == "cpu" else math.inf)
@@ -231,7 +274,10 @@ class Loop:
         """Every process compares the same two groups."""
         first = [g for g in self.batches(0) if g.num_trained]
         both = [first[0], max(first, key=lambda g: g.num_tokens_shared)] if first else []
-        lowered = sharding.kind(self.accelerator) == "fsdp2" and self.precision.compute != self.precision.weight
+        lowered = (
+            sharding.kind(self.accelerator) == "fsdp2"
+            and self.precision.compute != self.precision.weight
+        )
         compute = getattr(torch, self.precision.compute) if lowered else None
         rms = self_check(policy, both, max_tokens=self.packing.max_tokens, compute=compute)
         if self.accelerator.is_main_process:
@@ -242,7 +288,9 @@ class Loop:
         """Sharded weights are gathered by all processes; one writes."""
         model, state = sharding.unwrapped(self.policy).model, None
         if sharding.shards_weights(self.accelerator):
-            state = whole_state(model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model))
+            state = whole_state(
+                model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model)
+            )
         return folder.save_final(lambda path: save_model(model, self.tokenizer, path, state=state))  # type: ignore[arg-type]
 
     @property
@@ -253,12 +301,20 @@ class Loop:
         """One optimizer step: the whole of training, top to bottom."""
         self.heap.check()
         began = time.perf_counter()
-        batch = StepBatch(groups=self.batches(step - 1)) if self.source is None else self.source.batch(step - 1)
+        batch = (
+            StepBatch(groups=self.batches(step - 1))
+            if self.source is None
+            else self.source.batch(step - 1)
+        )
         groups = batch.groups
         sampled = time.perf_counter()
         plan = self.forward_plan.split(groups, coupled=couples_completions(self.loss))
         plan = replace(plan, counts=batch.counts or plan.counts)
-        self.longest_row = max(self.longest_row, *(m.num_tokens for rank in plan.ranks for m in rank if not m.is_dummy), 0)
+        self.longest_row = max(
+            self.longest_row,
+            *(m.num_tokens for rank in plan.ranks for m in rank if not m.is_dummy),
+            0,
+        )
         result = step_gradient(
             self.accelerator,
             self.policy,
@@ -267,16 +323,26 @@ class Loop:
             self.loss,
             mode=self.mode,
             reference=self.reference if needs_reference(self.loss) else None,
-            batch_mean=batch_mean(self.forward_plan, self.policy, self.reference, self.loss, groups),
+            batch_mean=batch_mean(
+                self.forward_plan, self.policy, self.reference, self.loss, groups
+            ),
         )
         checked = {} if self.source is None else self.source.check()
         grad_norm = clip_and_check(
-            self.accelerator, self.policy, result, groups, max_grad_norm=self.optimizer_config.max_grad_norm, step=step
+            self.accelerator,
+            self.policy,
+            result,
+            groups,
+            max_grad_norm=self.optimizer_config.max_grad_norm,
+            step=step,
         )
         lr = float(self.schedule.get_last_lr()[0])
         if batch.fresh_optimizer:
             sharding.forget_moments(self.accelerator, self.optimizer)
-        if self.optimizer_config.name in ("adamw_8bit", "adafactor"):  # which unpack, beside what the backward has freed
+        if self.optimizer_config.name in (
+            "adamw_8bit",
+            "adafactor",
+        ):  # which unpack, beside what the backward has freed
             self.heap.give_back()
         sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
@@ -286,21 +352,39 @@ class Loop:
             self.schedule.step()
         elif self.accelerator.scaler.get_scale() < 1.0:
             raise NonFiniteError(
-                f"Step {step}: the gradient overflows at every loss scale down to 1. Use --train.precision bf16 or fp32."
+                f"Step {step}: the gradient overflows at every loss scale down to 1. Use "
+                "--train.precision bf16 or fp32."
             )
         ended = time.perf_counter()
-        own = self._metrics(result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=ended - began)
+        own = self._metrics(
+            result, plan, grad_norm=grad_norm, lr=lr, skipped=skipped, seconds=ended - began
+        )
         update_s = ended - sampled
-        phase = {} if self.source is None else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
+        phase = (
+            {}
+            if self.source is None
+            else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
+        )
         return {**batch.metrics, **checked, **own, **phase}
 
     def _metrics(
-        self, result: StepResult, plan: StepPlan, *, grad_norm: float, lr: float, skipped: bool, seconds: float
+        self,
+        result: StepResult,
+        plan: StepPlan,
+        *,
+        grad_norm: float,
+        lr: float,
+        skipped: bool,
+        seconds: float,
     ) -> dict[str, Any]:
-        """One line of metrics.jsonl; names with their unit, timings last (``metrics.TIMING_KEYS``)."""
+        """One line of metrics.jsonl; names with their unit, timings last
+        (``metrics.TIMING_KEYS``)."""
         micro_batches = [m for rank in plan.ranks for m in rank if not m.is_dummy]
         computed = sum(m.num_tokens for m in micro_batches)
-        mine = [self.flops.step(b.layout, num_trained=int(b.targets_T.shape[0])) for b, _ in result.batches]
+        mine = [
+            self.flops.step(b.layout, num_trained=int(b.targets_T.shape[0]))
+            for b, _ in result.batches
+        ]
         flops_per_s = sum(mine) / seconds
         return {
             **result.metrics,

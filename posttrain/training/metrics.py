@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl, a progress bar, trackers; model FLOPs and their fraction of a measured matmul peak."""
+"""What a run reports: metrics.jsonl, a progress bar, trackers; model FLOPs and their fraction of a
+measured matmul peak."""
 
 from __future__ import annotations
 
@@ -18,9 +19,18 @@ from posttrain.models.policy import base_model
 from posttrain.packing.batch import Layout
 
 TIMING_KEYS = (
-    "step_s", "tokens_per_s", "tflops_per_s", "peak_fraction", "rollout_s", "reward_s", "prepare_s", "rollout_tokens_per_s",
-    "scores_per_s", "update_s", "update_tokens_per_s",
-)  # fmt: skip
+    "step_s",
+    "tokens_per_s",
+    "tflops_per_s",
+    "peak_fraction",
+    "rollout_s",
+    "reward_s",
+    "prepare_s",
+    "rollout_tokens_per_s",
+    "scores_per_s",
+    "update_s",
+    "update_tokens_per_s",
+)
 """Metrics that differ between two identical runs; everything else must be equal."""
 
 
@@ -31,7 +41,8 @@ def is_held_out(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
-    """Multiply-add counts of a model, 2 FLOPs each: matmul weights inside the layers, the head, and attention width."""
+    """Multiply-add counts of a model, 2 FLOPs each: matmul weights inside the layers, the head, and
+    attention width."""
 
     layer_weights: int
     trainable_layer_weights: int
@@ -41,26 +52,31 @@ class ModelFlops:
     """Sum over layers of heads * head_dim."""
 
     def step(self, layout: Layout, *, num_trained: int) -> float:
-        """Model FLOPs of forward and backward of one row: 2 per weight and token forward, 2 for the gradient of the
-        input, 2 for the gradient of a trainable weight; attention 4 per width, query and visible key, three times.
-        Recomputation is not counted: it is the work the model needs, not the work done (Chowdhery et al. 2022,
-        arXiv:2204.02311 appendix B).
+        """Model FLOPs of forward and backward of one row: 2 per weight and token forward, 2 for the
+        gradient of the input, 2 for the gradient of a trainable weight; attention 4 per width,
+        query and visible key, three times. Recomputation is not counted: it is the work the model
+        needs, not the work done (Chowdhery et al. 2022, arXiv:2204.02311 appendix B).
         """
         tokens = sum(layout.lengths)
-        pairs = sum(n * layout.length_with_prefix(i) - n * (n - 1) // 2 for i, n in enumerate(layout.lengths))
+        pairs = sum(
+            n * layout.length_with_prefix(i) - n * (n - 1) // 2
+            for i, n in enumerate(layout.lengths)
+        )
         layers = (4 * self.layer_weights + 2 * self.trainable_layer_weights) * tokens
         head = (4 * self.head_weights + 2 * self.trainable_head_weights) * num_trained
         return float(layers + head + 3 * 4 * self.attention_width * pairs)
 
 
 def model_flops(model: nn.Module) -> ModelFlops:
-    """Counts of a transformers (or PEFT) causal language model or sequence classifier; mixture-of-experts weights by the share
-    that is active."""
+    """Counts of a transformers (or PEFT) causal language model or sequence classifier;
+    mixture-of-experts weights by the share that is active."""
     base = base_model(model)
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings() or base.score
     head_weight = getattr(head, "base_layer", head).weight
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    experts = (
+        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    )
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
     layers = trainable = 0.0
     for name, parameter in base.named_parameters():
@@ -81,9 +97,11 @@ def model_flops(model: nn.Module) -> ModelFlops:
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matmul on this device with the threads of this process: the roof that `peak_fraction` refers to.
+    """FLOP/s of a square matmul on this device with the threads of this process: the roof that
+    `peak_fraction` refers to.
 
-    A small one where a larger one would take seconds (bfloat16 on a CPU without instructions for it).
+    A small one where a larger one would take seconds (bfloat16 on a CPU without instructions for
+    it).
     """
     for size in (8192,) if device.type == "cuda" else (256, 1024):
         a = torch.randn(size, size, device=device).to(dtype)
@@ -94,9 +112,19 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal and plain lines elsewhere. Main process only."""
+    """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal and plain lines
+    elsewhere. Main process only."""
 
-    def __init__(self, path: Path, *, num_steps: int, start: int, accelerator: Any, log_every: int, shown: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        num_steps: int,
+        start: int,
+        accelerator: Any,
+        log_every: int,
+        shown: Sequence[str],
+    ) -> None:
         self._accelerator = accelerator
         self._every = max(log_every, 1)
         self._num_steps = num_steps
@@ -114,11 +142,16 @@ class MetricsLog:
         """Held-out metrics after ``step`` steps."""
         self._write({"step": step, **values})
         if self._bar is not None:
-            self._bar.say(f"step {step}: " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+            self._bar.say(
+                f"step {step}: " + "  ".join(f"{k} {_short(v)}" for k, v in values.items())
+            )
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in values.items()
+            }
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
@@ -137,7 +170,13 @@ class _ProgressBar:
 
     def __init__(self, total: int, start: int, shown: Sequence[str]) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._console = Console()
         self._last_line = 0.0
@@ -150,14 +189,18 @@ class _ProgressBar:
             TextColumn("{task.fields[now]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = Progress(
+            *columns, console=self._console, disable=not self._console.is_terminal
+        )
         self._task = self._progress.add_task("training", total=total, completed=start, now="")
         self._progress.start()
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         now = "  ".join(f"{name} {_short(values[name])}" for name in self._shown if name in values)
         self._progress.update(self._task, completed=step, now=now)
-        if not self._console.is_terminal and (time.monotonic() - self._last_line > 10 or step == self._total):
+        if not self._console.is_terminal and (
+            time.monotonic() - self._last_line > 10 or step == self._total
+        ):
             self._last_line = time.monotonic()
             self.say(f"step {step}/{self._total}  {now}")
 

@@ -23,30 +23,38 @@ _DEFAULT_BETAS, _DEFAULT_EPS, _DEFAULT_MOMENTUM = (0.9, 0.999), 1e-8, 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer, its schedule and clipping. Every number is checked when the record is built."""
+    """The optimizer, its schedule and clipping. Every number is checked when the record is
+    built."""
 
     name: Name = "adamw"
-    """``adamw``: two moments in the weights' dtype, 8 bytes a parameter in fp32. ``adamw_8bit``: both in 8 bits with one fp32
-    scale per 256 elements, 2.03 bytes (tensors below 4096 elements: fp32), by bitsandbytes; slow on a CPU (3.4 s a step for 135M
-    parameters, ``adamw`` 0.1 s). ``sgd``: one momentum, 4 bytes in fp32; its lr has another scale, try 1e-2. ``adafactor``: a
-    sum per row and per column instead of a moment, about 0 bytes; lr means what it means for adamw."""
+    """``adamw``: two moments in the weights' dtype, 8 bytes a parameter in fp32. ``adamw_8bit``:
+    both in 8 bits with one fp32 scale per 256 elements, 2.03 bytes (tensors below 4096 elements:
+    fp32), by bitsandbytes; slow on a CPU (3.4 s a step for 135M parameters, ``adamw`` 0.1 s).
+    ``sgd``: one momentum, 4 bytes in fp32; its lr has another scale, try 1e-2. ``adafactor``: a sum
+    per row and per column instead of a moment, about 0 bytes; lr means what it means for adamw."""
     offload: bool = False
-    """Keep the optimizer's state in host memory and update there, one parameter at a time; an accelerator then holds weights
-    and gradients only. Costs three copies of the weights over the bus per step. Refused on a CPU, where nothing is saved."""
+    """Keep the optimizer's state in host memory and update there, one parameter at a time; an
+    accelerator then holds weights and gradients only. Costs three copies of the weights over the
+    bus per step. Refused on a CPU, where nothing is saved."""
     lr: float = 2e-5
     """Peak learning rate, per step."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices, as torch counts it: a weight shrinks by lr * weight_decay per step. Norms, biases
-    and embeddings never decay. ``sgd`` adds weight_decay * weight to the gradient instead, so it enters the momentum."""
+    """Decoupled decay of matrices, as torch counts it: a weight shrinks by lr * weight_decay per
+    step. Norms, biases and embeddings never decay. ``sgd`` adds weight_decay * weight to the
+    gradient instead, so it enters the momentum."""
     betas: tuple[float, float] = _DEFAULT_BETAS
-    """Only for ``adamw`` and ``adamw_8bit``: decay rates of the first and second moment, per step."""
+    """Only for ``adamw`` and ``adamw_8bit``: decay rates of the first and second moment, per
+    step."""
     eps: float = _DEFAULT_EPS
-    """Only for ``adamw`` and ``adamw_8bit``: added to the root of the second moment, in units of the gradient."""
+    """Only for ``adamw`` and ``adamw_8bit``: added to the root of the second moment, in units of
+    the gradient."""
     momentum: float | None = None
-    """Only for ``sgd``: share of the velocity that stays, per step; None means 0.9, 0 keeps no state."""
+    """Only for ``sgd``: share of the velocity that stays, per step; None means 0.9, 0 keeps no
+    state."""
     schedule: Schedule = "linear"
-    """Learning rate after the warmup: ``constant``, ``linear`` or ``cosine`` down to ``min_lr_ratio``, or ``wsd``
-    (constant, then linear in the last ``wsd_decay_ratio`` of the run)."""
+    """Learning rate after the warmup: ``constant``, ``linear`` or ``cosine`` down to
+    ``min_lr_ratio``, or ``wsd`` (constant, then linear in the last ``wsd_decay_ratio`` of the
+    run)."""
     warmup_steps: int = 0
     """Optimizer steps of linear warmup; excludes ``warmup_ratio``."""
     warmup_ratio: float = 0.0
@@ -54,15 +62,21 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of ``lr``, 0 to 1. Not for ``constant``."""
     wsd_decay_ratio: float | None = None
-    """Only for ``wsd``: share of all optimizer steps in which the rate decays, 0 to 1; None means 0.1."""
+    """Only for ``wsd``: share of all optimizer steps in which the rate decays, 0 to 1; None means
+    0.1."""
     max_grad_norm: float = 1.0
-    """Global L2 norm to which gradients are clipped, in units of the gradient; 0 turns clipping off."""
+    """Global L2 norm to which gradients are clipped, in units of the gradient; 0 turns clipping
+    off."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
-            raise ValueError(f"optimizer.name must be one of {', '.join(get_args(Name))}; got {self.name!r}.")
+            raise ValueError(
+                f"optimizer.name must be one of {', '.join(get_args(Name))}; got {self.name!r}."
+            )
         if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
+            raise ValueError(
+                f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}."
+            )
         if len(self.betas) != 2:
             raise ValueError(f"betas needs two numbers, e.g. [0.9, 0.95]; got {list(self.betas)}.")
         self._check_ranges()
@@ -81,35 +95,47 @@ class OptimizerConfig:
             ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)"),
             ("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("wsd_decay_ratio", self.decay_ratio, 0 < self.decay_ratio <= 1, "in (0, 1]"),
-            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0, ">= 0 (0 turns clipping off)"),
+            (
+                "max_grad_norm",
+                self.max_grad_norm,
+                self.max_grad_norm >= 0,
+                ">= 0 (0 turns clipping off)",
+            ),
         ):
             if not (ok and math.isfinite(value)):
-                raise ValueError(f"OptimizerConfig.{name} must be finite and {wanted}; got {value}.")
+                raise ValueError(
+                    f"OptimizerConfig.{name} must be finite and {wanted}; got {value}."
+                )
 
     def _check_ignored(self) -> None:
         if self.momentum is not None and self.name != "sgd":
             raise ValueError(
-                f"momentum={self.momentum} would be ignored by optimizer.name={self.name!r}. Set betas, or name 'sgd'."
+                f"momentum={self.momentum} would be ignored by optimizer.name={self.name!r}. Set "
+                "betas, or name 'sgd'."
             )
-        for name, value, default in (("betas", tuple(self.betas), _DEFAULT_BETAS), ("eps", self.eps, _DEFAULT_EPS)):
+        for name, value, default in (
+            ("betas", tuple(self.betas), _DEFAULT_BETAS),
+            ("eps", self.eps, _DEFAULT_EPS),
+        ):
             if value != default and not self.name.startswith("adamw"):
                 raise ValueError(
-                    f"{name}={value} would be ignored by optimizer.name={self.name!r}. Leave it out, or take 'adamw'."
+                    f"{name}={value} would be ignored by optimizer.name={self.name!r}. Leave it "
+                    "out, or take 'adamw'."
                 )
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both set and one would be "
-                "ignored. Set one of them to 0."
+                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both "
+                "set and one would be ignored. Set one of them to 0."
             )
         if self.schedule == "constant" and self.min_lr_ratio:
             raise ValueError(
-                f"min_lr_ratio={self.min_lr_ratio} would be ignored: schedule='constant' never decays. Set it to 0, or "
-                "take schedule 'linear', 'cosine' or 'wsd'."
+                f"min_lr_ratio={self.min_lr_ratio} would be ignored: schedule='constant' never "
+                "decays. Set it to 0, or take schedule 'linear', 'cosine' or 'wsd'."
             )
         if self.schedule != "wsd" and self.wsd_decay_ratio is not None:
             raise ValueError(
-                f"wsd_decay_ratio={self.wsd_decay_ratio} would be ignored by schedule={self.schedule!r}. Leave it out, "
-                "or take schedule 'wsd'."
+                f"wsd_decay_ratio={self.wsd_decay_ratio} would be ignored by "
+                f"schedule={self.schedule!r}. Leave it out, or take schedule 'wsd'."
             )
 
     @property
@@ -123,26 +149,31 @@ class OptimizerConfig:
         return _DEFAULT_MOMENTUM if self.momentum is None else self.momentum
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """Warmup steps of a run of ``num_steps``; a ratio always leaves one step at the full rate."""
+        """Warmup steps of a run of ``num_steps``; a ratio always leaves one step at the full
+        rate."""
         if self.warmup_ratio:
             return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
         if self.warmup_steps >= num_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or the run never "
-                f"reaches lr; got {num_steps} steps. Set a warmup_ratio (0.1) instead, or train longer."
+                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or "
+                f"the run never reaches lr; got {num_steps} steps. Set a warmup_ratio (0.1) "
+                "instead, or train longer."
             )
         return self.warmup_steps
 
 
 def _undecayed_ids(model: nn.Module) -> set[int]:
-    """ids of the parameters of norms and embeddings, found by the type of the module that owns them.
+    """ids of the parameters of norms and embeddings, found by the type of the module that owns
+    them.
 
-    A head tied to the embedding is the same object and so is in the set. Norm weights may be 2-D (per-head norms).
+    A head tied to the embedding is the same object and so is in the set. Norm weights may be 2-D
+    (per-head norms).
     """
     ids: set[int] = set()
     for module in model.modules():
         kind = type(module).__name__
-        # peft wraps an embedding: the adapter's matrices lie below the wrapper, so take all that is inside.
+        # peft wraps an embedding: the adapter's matrices lie below the wrapper, so take all that is
+        # inside.
         wraps_embedding = isinstance(getattr(module, "base_layer", None), nn.Embedding)
         inside = isinstance(module, nn.Embedding) or wraps_embedding
         if inside or "Norm" in kind or "Embedding" in kind:
@@ -151,11 +182,13 @@ def _undecayed_ids(model: nn.Module) -> set[int]:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay; norms, embeddings (and a head tied to one), biases and vectors do not.
+    """AdamW groups: matrices decay; norms, embeddings (and a head tied to one), biases and vectors
+    do not.
 
-    Loshchilov & Hutter 2019, arXiv:1711.05101, decouples the decay; which parameters take part is the habit of GPT-2
-    and its successors. Every trainable parameter is in exactly one group, a tied one once; a frozen one in none; a
-    group without parameters is left out. Raises ValueError if nothing is trainable.
+    Loshchilov & Hutter 2019, arXiv:1711.05101, decouples the decay; which parameters take part is
+    the habit of GPT-2 and its successors. Every trainable parameter is in exactly one group, a tied
+    one once; a frozen one in none; a group without parameters is left out. Raises ValueError if
+    nothing is trainable.
     """
     undecayed = _undecayed_ids(model)
     decay: list[nn.Parameter] = []
@@ -163,7 +196,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        ndim = len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 leaves an empty vector and notes the real shape beside it
+        ndim = len(
+            getattr(p, "ds_shape", p.shape)
+        )  # ZeRO-3 leaves an empty vector and notes the real shape beside it
         keep = (
             ndim < 2
             or id(p) in undecayed
@@ -174,38 +209,53 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     if not decay and not no_decay:
         frozen = sum(1 for _ in model.parameters())
         raise ValueError(
-            f"Nothing to train in {type(model).__name__}: all of its {frozen} parameters have requires_grad=False. "
-            "Unfreeze some, or add an adapter (--model.lora.rank 16)."
+            f"Nothing to train in {type(model).__name__}: all of its {frozen} parameters have "
+            "requires_grad=False. Unfreeze some, or add an adapter (--model.lora.rank 16)."
         )
-    groups = ({"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0})
+    groups = (
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    )
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: PrecisionPlan | None = None) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, plan: PrecisionPlan | None = None
+) -> Optimizer:
     """The optimizer of ``config.name`` over ``decay_groups``.
 
-    adamw: theta <- theta (1 - lr lambda) - lr m_hat / (sqrt(v_hat) + eps). Loshchilov & Hutter 2019, arXiv:1711.05101,
-    algorithm 2; torch multiplies the decay by lr (lambda_paper = lr * lambda). adamw_8bit: the same with m and v quantised
-    by blocks between steps, Dettmers et al. 2022, arXiv:2110.02861. sgd: u <- momentum u + g + lambda theta; theta <- theta
-    - lr u. adafactor: v from row and column sums, the update's RMS clipped to 1, Shazeer & Stern 2018, arXiv:1804.04235,
-    algorithm 4, with lr for the relative step size and no first moment.
+    adamw: theta <- theta (1 - lr lambda) - lr m_hat / (sqrt(v_hat) + eps). Loshchilov & Hutter
+    2019, arXiv:1711.05101, algorithm 2; torch multiplies the decay by lr (lambda_paper = lr *
+    lambda). adamw_8bit: the same with m and v quantised by blocks between steps, Dettmers et al.
+    2022, arXiv:2110.02861. sgd: u <- momentum u + g + lambda theta; theta <- theta
+    - lr u. adafactor: v from row and column sums, the update's RMS clipped to 1, Shazeer & Stern
+      2018, arXiv:1804.04235, algorithm 4, with lr for the relative step size and no first moment.
 
-    Fused kernels are used: on one core AdamW's updates the 135M parameters of SmolLM2 in 84 ms where ``foreach`` takes 528
-    ms, and repeats bit for bit. Not under loss scaling: torch then calls a fused step also on an overflow and skips inside
-    the kernel, so accelerate cannot see the skip and would advance the schedule.
+    Fused kernels are used: on one core AdamW's updates the 135M parameters of SmolLM2 in 84 ms
+    where ``foreach`` takes 528 ms, and repeats bit for bit. Not under loss scaling: torch then
+    calls a fused step also on an overflow and skips inside the kernel, so accelerate cannot see the
+    skip and would advance the schedule.
     """
     groups = decay_groups(model, config.weight_decay)
     fused = plan is None or not plan.uses_loss_scaling
     optimizer: Optimizer
     if config.name == "adamw":
-        optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+        optimizer = AdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            fused=fused,
+        )
     elif config.name == "adamw_8bit":
         optimizer = _adamw_8bit(groups, config)
     elif config.name == "sgd":
-        optimizer = SGD(groups, lr=config.lr, momentum=config.velocity)  # torch 2.13, fused on a CPU: junk in bf16 momenta
+        optimizer = SGD(
+            groups, lr=config.lr, momentum=config.velocity
+        )  # torch 2.13, fused on a CPU: junk in bf16 momenta
     else:
-        # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024 steps (1 - beta2 < 2^-8),
-        # and its lr is relative to the size of the weights.
+        # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024
+        # steps (1 - beta2 < 2^-8), and its lr is relative to the size of the weights.
         from transformers.optimization import Adafactor
 
         optimizer = Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
@@ -213,42 +263,52 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, plan: Precisio
         device = groups[0]["params"][0].device
         if device.type == "cpu":
             raise ValueError(
-                "optimizer.offload moves the optimizer's state from an accelerator to host memory; here the model is in host "
-                "memory already. Leave it off; --optimizer.name adamw_8bit or adafactor needs less memory everywhere."
+                "optimizer.offload moves the optimizer's state from an accelerator to host "
+                "memory; here the model is in host memory already. Leave it off; --optimizer.name "
+                "adamw_8bit or adafactor needs less memory everywhere."
             )
         return OffloadedOptimizer(optimizer)
     return optimizer
 
 
 def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
-    """Under ZeRO and FSDP2 (``sharding.kind``) only AdamW: 8-bit blocks and Adafactor's rows would straddle the parts."""
+    """Under ZeRO and FSDP2 (``sharding.kind``) only AdamW: 8-bit blocks and Adafactor's rows would
+    straddle the parts."""
     if kind != "whole" and (config.name != "adamw" or config.offload):
         option = "offload" if config.offload else f"name={config.name}"
         raise ValueError(
-            f"optimizer.{option} is for one process and DDP; this launch shards the optimizer state ({kind}). Take adamw, and "
-            "for offload DeepSpeed's own (offload_optimizer_device: cpu in the launch file)."
+            f"optimizer.{option} is for one process and DDP; this launch shards the optimizer "
+            f"state ({kind}). Take adamw, and for offload DeepSpeed's own "
+            "(offload_optimizer_device: cpu in the launch file)."
         )
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler must be there).
+    # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler
+    # must be there).
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(
-            f"optimizer.name=adamw_8bit needs bitsandbytes ({error}). pip install 'posttrain[adamw-8bit]', or take adafactor."
+            f"optimizer.name=adamw_8bit needs bitsandbytes ({error}). pip install "
+            "'posttrain[adamw-8bit]', or take adafactor."
         ) from error
-    optimizer: Optimizer = AdamW8bit(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
+    optimizer: Optimizer = AdamW8bit(
+        groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps
+    )
     return optimizer
 
 
 class OffloadedOptimizer(Optimizer):
-    """``inner``'s update of parameters on an accelerator, computed on the host, where its whole state lives.
+    """``inner``'s update of parameters on an accelerator, computed on the host, where its whole
+    state lives.
 
-    The optimizer half of ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840). Weight and gradient of one parameter at a time come
-    down into pinned memory, ``inner`` updates them, the weight goes up: 12 bytes a parameter over the bus per step in fp32.
-    Host memory: ``inner``'s state, and a weight and gradient of the largest parameter. Gradients stay on the accelerator
-    until the update, because clipping needs all of them. (torchao's copies them down in backward, before they are clipped.)
+    The optimizer half of ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840). Weight and gradient of
+    one parameter at a time come down into pinned memory, ``inner`` updates them, the weight goes
+    up: 12 bytes a parameter over the bus per step in fp32. Host memory: ``inner``'s state, and a
+    weight and gradient of the largest parameter. Gradients stay on the accelerator until the
+    update, because clipping needs all of them. (torchao's copies them down in backward, before they
+    are clipped.)
     """
 
     def __init__(self, inner: Optimizer) -> None:
@@ -287,14 +347,15 @@ def lr_multiplier(
 ) -> float:
     """lr(step) / lr for the optimizer step with this 0-based number.
 
-    Warmup: (step + 1) / (warmup_steps + 1). After it, with p = (step - warmup) / (num_steps - warmup) and r =
-    min_lr_ratio: constant 1; linear r + (1 - r)(1 - p); cosine r + (1 - r)(1 + cos(pi p)) / 2 (Loshchilov & Hutter
-    2017, arXiv:1608.03983, eq. 5, one cycle); wsd 1, then linear to r over the last ceil(wsd_decay_ratio * num_steps)
-    steps (warmup-stable-decay: Hu et al. 2024, arXiv:2404.06395; linear decay: Haegele et al. 2024, arXiv:2405.18392).
+    Warmup: (step + 1) / (warmup_steps + 1). After it, with p = (step - warmup) / (num_steps -
+    warmup) and r = min_lr_ratio: constant 1; linear r + (1 - r)(1 - p); cosine r + (1 - r)(1 +
+    cos(pi p)) / 2 (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5, one cycle); wsd 1, then
+    linear to r over the last ceil(wsd_decay_ratio * num_steps) steps (warmup-stable-decay: Hu et
+    al. 2024, arXiv:2404.06395; linear decay: Haegele et al. 2024, arXiv:2405.18392).
 
-    Departure from transformers, whose warmup step / warmup_steps spends the first step at rate 0. From step
-    ``warmup_steps`` on both agree. r is reached at ``num_steps``, one past the last step, so no step is wasted at rate
-    0 there either.
+    Departure from transformers, whose warmup step / warmup_steps spends the first step at rate 0.
+    From step ``warmup_steps`` on both agree. r is reached at ``num_steps``, one past the last step,
+    so no step is wasted at rate 0 there either.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -309,12 +370,16 @@ def lr_multiplier(
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:
-    """``lr_multiplier`` as a torch scheduler: call ``step()`` once after every optimizer step that was not skipped.
+    """``lr_multiplier`` as a torch scheduler: call ``step()`` once after every optimizer step that
+    was not skipped.
 
     Do not hand it to ``accelerator.prepare``: the wrapper steps it once per process.
     """
     if num_steps < 1:
-        raise ValueError(f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset empty or --train.max_steps 0?")
+        raise ValueError(
+            f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset "
+            "empty or --train.max_steps 0?"
+        )
     return LambdaLR(
         optimizer,
         partial(

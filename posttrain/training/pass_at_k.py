@@ -1,4 +1,5 @@
-"""Held-out problems, sampled and verified: pass@1, unbiased pass@k, majority vote, length. Of a run and of `posttrain eval`."""
+"""Held-out problems, sampled and verified: pass@1, unbiased pass@k, majority vote, length. Of a run
+and of `posttrain eval`."""
 
 from __future__ import annotations
 
@@ -32,23 +33,26 @@ class EvaluationConfig:
     prompts: int = 200
     """Problems (the first ones); 0: all."""
     correct: str | None = None
-    """Name of the reward that tells right (> 0) from wrong. None: the one verifier among the rewards, or the only reward."""
+    """Name of the reward that tells right (> 0) from wrong. None: the one verifier among the
+    rewards, or the only reward."""
     pass_at_powers: bool = False
     """Report pass@k for k = 2, 4, 8, ... below ``samples`` too."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
             raise ValueError(
-                "evaluation needs samples >= 1 and temperature >= 0, and more than one sample a temperature > 0; got "
-                f"samples={self.samples}, temperature={self.temperature}."
+                "evaluation needs samples >= 1 and temperature >= 0, and more than one sample a "
+                f"temperature > 0; got samples={self.samples}, temperature={self.temperature}."
             )
 
     def sampling(self, training: SamplingConfig) -> SamplingConfig:
         """What is drawn with."""
         return SamplingConfig(
-            max_tokens=self.max_tokens or training.max_tokens, temperature=self.temperature, top_p=self.top_p,
+            max_tokens=self.max_tokens or training.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
             stop_strings=training.stop_strings,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,34 +76,49 @@ class Evaluation:
         """One for each answer: where its problem is from, what was said, and how it was judged."""
         return [
             {
-                "where": g.prompt.sample.get("_where"), "text": str(t), "tokens": t.num_tokens, "finish_reason": t.finish_reason,
-                "correct": ok, "rewards": dict(s.parts),
+                "where": g.prompt.sample.get("_where"),
+                "text": str(t),
+                "tokens": t.num_tokens,
+                "finish_reason": t.finish_reason,
+                "correct": ok,
+                "rewards": dict(s.parts),
             }
             for g, row in zip(self.groups, self.correct, strict=True)
             for t, s, ok in zip(g.texts, g.scores, row, strict=True)
-        ]  # fmt: skip
+        ]
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
-        """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k = samples > 1, eval_length in
-        tokens, eval_reward, eval_truncated, and where there are such eval_unscored, the share of answers that could not be
-        judged. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too. Raises ValueError where none could be judged."""
+        """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k =
+        samples > 1, eval_length in tokens, eval_reward, eval_truncated, and where there are such
+        eval_unscored, the share of answers that could not be judged. ``powers``: eval_pass@k for k
+        = 2, 4, 8, ... < samples too. Raises ValueError where none could be judged."""
         n, judged = len(self.correct[0]), self.judged
         if not judged:
             where = self.groups[0].prompt.sample.get("_where", "the first problem")
             raise ValueError(
-                f"No answer could be judged: the verifier gave None for all, the first in {where}. Look at its answers."
+                f"No answer could be judged: the verifier gave None for all, the first in {where}. "
+                "Look at its answers."
             )
         shares = [statistics.fmean(row) for row in judged]
         texts = [t for g in self.groups for t in g.texts]
         totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
-        metrics = {"eval_pass@1": statistics.fmean(shares), "eval_pass@1_ci95": half_width(shares, samples=n)}
+        metrics = {
+            "eval_pass@1": statistics.fmean(shares),
+            "eval_pass@1_ci95": half_width(shares, samples=n),
+        }
         below = [2**i for i in range(1, (n - 1).bit_length())] if powers else []
         for k in [*below, n] if n > 1 else []:
-            metrics[f"eval_pass@{k}"] = statistics.fmean(pass_at_k(len(r), sum(r), min(k, len(r))) for r in judged)
+            metrics[f"eval_pass@{k}"] = statistics.fmean(
+                pass_at_k(len(r), sum(r), min(k, len(r))) for r in judged
+            )
         if n > 1:
             said = self.said or [[final_answer(text) for text in g.texts] for g in self.groups]
-            votes = [(s, row) for s, row in zip(said, self.correct, strict=True) if set(row) != {None}]
-            metrics[f"eval_cons@{n}"] = statistics.fmean(majority_is_right(s, row) for s, row in votes)
+            votes = [
+                (s, row) for s, row in zip(said, self.correct, strict=True) if set(row) != {None}
+            ]
+            metrics[f"eval_cons@{n}"] = statistics.fmean(
+                majority_is_right(s, row) for s, row in votes
+            )
         if totals:
             metrics["eval_reward"] = statistics.fmean(totals)
         unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
@@ -111,8 +130,11 @@ class Evaluation:
         }
 
 
-def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: EvaluationConfig, *, seed: int = 0) -> Evaluation:
-    """Answers the problems with the collector's engine, over all ranks, and judges them with its rewards."""
+def evaluate_prompts(
+    collector: Collector, prompts: Sequence[Prompt], config: EvaluationConfig, *, seed: int = 0
+) -> Evaluation:
+    """Answers the problems with the collector's engine, over all ranks, and judges them with its
+    rewards."""
     chosen = prompts[: config.prompts or len(prompts)]
     sampling = config.sampling(collector.sampling)
     for prompt in chosen:
@@ -128,7 +150,8 @@ def evaluate_prompts(collector: Collector, prompts: Sequence[Prompt], config: Ev
 
 
 def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) -> list[str]:
-    """What each answer votes for: by the task's own verifier where that can change who wins, else as it is written."""
+    """What each answer votes for: by the task's own verifier where that can change who wins, else
+    as it is written."""
     wrong = sum(right is False for right in correct)
     if 0 < sum(right is True for right in correct) <= wrong and wrong > 1:
         return rewards.alike(group.prompt.sample, group.texts)
@@ -136,7 +159,8 @@ def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) 
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k answers, drawn without replacement from n (c right), is right: 1 - C(n-c, k) / C(n, k).
+    """Probability that one of k answers, drawn without replacement from n (c right), is right: 1 -
+    C(n-c, k) / C(n, k).
 
     Chen et al. 2021, arXiv:2107.03374 eq. 1.
     """
@@ -146,9 +170,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def majority_is_right(said: Sequence[str], correct: Sequence[bool | None]) -> float:
-    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); a tie of m answers with it: 1/m.
+    """Whether the most frequent answer is right (cons@k, Wang et al. 2022, arXiv:2203.11171); a tie
+    of m answers with it: 1/m.
 
-    Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by what they say.
+    Right answers are one answer, however they are written (1/2, 0.5); wrong ones are told apart by
+    what they say.
     """
     wrong = Counter(answer for answer, right in zip(said, correct, strict=True) if right is False)
     votes = sum(right is True for right in correct)
@@ -158,10 +184,12 @@ def majority_is_right(said: Sequence[str], correct: Sequence[bool | None]) -> fl
 
 
 def half_width(shares: Sequence[float], *, samples: int = 1) -> float:
-    """Half the 95 % interval of a mean over problems of shares of right answers, each of ``samples`` answers.
+    """Half the 95 % interval of a mean over problems of shares of right answers, each of
+    ``samples`` answers.
 
-    From the spread over problems, and at least Wilson's (1927) interval for as many independent answers: problems that happen
-    to have equal shares do not make the mean exact. Where every share is 0 or 1, Wilson's for as many problems.
+    From the spread over problems, and at least Wilson's (1927) interval for as many independent
+    answers: problems that happen to have equal shares do not make the mean exact. Where every share
+    is 0 or 1, Wilson's for as many problems.
     """
     n, mean = len(shares), statistics.fmean(shares)
     if set(shares) <= {0.0, 1.0}:

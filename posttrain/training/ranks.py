@@ -8,7 +8,8 @@ T = TypeVar("T")
 
 
 def of_all_ranks(accelerator: Any, value: T) -> list[T]:
-    """[rank] the value that each process gives, on every process: a collective where there are several."""
+    """[rank] the value that each process gives, on every process: a collective where there are
+    several."""
     if accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object

@@ -1,6 +1,8 @@
-"""Reference log-probs in a run: live (frozen copy, adapters off), moving (TR-DPO), or computed once and kept on disk.
+"""Reference log-probs in a run: live (frozen copy, adapters off), moving (TR-DPO), or computed once
+and kept on disk.
 
-All three are called the same way, ``reference(groups, batch) -> [T]``, on the policy's own packed rows.
+All three are called the same way, ``reference(groups, batch) -> [T]``, on the policy's own packed
+rows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from torch import Tensor, nn
 
 from posttrain.data.cache import cache_root
 from posttrain.models.policy import Policy, in_eval_mode
-from posttrain.models.reference import adapters_off, freeze, frozen_copy, has_adapters, weights_digest
+from posttrain.models.reference import (
+    adapters_off,
+    freeze,
+    frozen_copy,
+    has_adapters,
+    weights_digest,
+)
 from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
@@ -35,31 +43,36 @@ class ReferenceConfig:
     """Which model the policy is compared with, and when its log-probs are computed."""
 
     model: str | None = None
-    """Embedded model, local folder or hub id; None: the policy as it is at the start of the run (the base under LoRA)."""
+    """Embedded model, local folder or hub id; None: the policy as it is at the start of the run
+    (the base under LoRA)."""
     cache: bool = False
-    """Compute all reference log-probs once before training and keep them on disk. Keyed by tokens and reference weights
-    (and the compute dtype), so other runs on the same data reuse them; the reference then takes no memory in training."""
+    """Compute all reference log-probs once before training and keep them on disk. Keyed by tokens
+    and reference weights (and the compute dtype), so other runs on the same data reuse them; the
+    reference then takes no memory in training."""
     cache_dir: str | None = None
     """Where; None: $POSTTRAIN_CACHE, else posttrain in the user's cache folder."""
     sync_every: int = 0
-    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): move the reference towards the policy every so many steps; 0:
-    never."""
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): move the reference towards the policy
+    every so many steps; 0: never."""
     sync_mix: float = 0.6
     """Share alpha of the policy in reference <- alpha * policy + (1 - alpha) * reference."""
 
     def __post_init__(self) -> None:
         if self.sync_every < 0 or not 0.0 < self.sync_mix <= 1.0:
             raise ValueError(
-                f"reference.sync_every is a number of steps >= 0 and reference.sync_mix a share in (0, 1]; got {self.sync_every} "
-                f"and {self.sync_mix}."
+                "reference.sync_every is a number of steps >= 0 and reference.sync_mix a share in "
+                f"(0, 1]; got {self.sync_every} and {self.sync_mix}."
             )
         if self.cache and self.sync_every:
-            raise ValueError("reference.cache keeps a fixed reference, reference.sync_every moves it. Choose one.")
+            raise ValueError(
+                "reference.cache keeps a fixed reference, reference.sync_every moves "
+                "it. Choose one."
+            )
 
 
 class RunReference:
-    """The reference of one run. ``load_other()`` gives the model that ``config.model`` names; ``groups`` are all groups whose
-    log-probs a cache must hold."""
+    """The reference of one run. ``load_other()`` gives the model that ``config.model`` names;
+    ``groups`` are all groups whose log-probs a cache must hold."""
 
     def __init__(
         self,
@@ -81,28 +94,35 @@ class RunReference:
         self._precision = precision
 
     def build(self, policy: Policy, accelerator: Any) -> None:
-        """Before accelerate wraps, and maybe shards, the policy: the weights are those the run starts from."""
+        """Before accelerate wraps, and maybe shards, the policy: the weights are those the run
+        starts from."""
         self._device = accelerator.device
         self._base_is_reference = has_adapters(policy.model) and self._load_other is None
         if self._config.sync_every and has_adapters(policy.model):
             raise ValueError(
-                "reference.sync_every averages weights, and a product of adapters is not the average's product. Train the whole "
-                "model (--model.lora.rank 0), or leave reference.sync_every at 0."
+                "reference.sync_every averages weights, and a product of adapters is not the "
+                "average's product. Train the whole model (--model.lora.rank 0), or leave "
+                "reference.sync_every at 0."
             )
         if self._load_other is not None:
             model = self._load_other()
             if not shards_weights(accelerator):
                 model.to(self._device)
-            self._frozen = freeze(policy.around(model, device_type=self._device.type), compute=self._held_in)
+            self._frozen = freeze(
+                policy.around(model, device_type=self._device.type), compute=self._held_in
+            )
         elif not self._base_is_reference and not self._config.cache:
             self._frozen = frozen_copy(policy, compute=self._held_in)
         if self._frozen is not None and is_deepspeed(accelerator):
             if self._config.sync_every and self._precision.load_dtype != torch.float32:
                 raise ValueError(
-                    "reference.sync_every would average in bfloat16, the dtype of DeepSpeed's weights, and lose small moves. Use "
-                    "--train.precision fp32, FSDP2 (launch/fsdp.yaml) or DDP."
+                    "reference.sync_every would average in bfloat16, the dtype of DeepSpeed's "
+                    "weights, and lose small moves. Use --train.precision fp32, FSDP2 "
+                    "(launch/fsdp.yaml) or DDP."
                 )
-            for p in self._frozen.parameters():  # as the engine does with the policy; buffers (rotary frequencies) stay
+            for p in (
+                self._frozen.parameters()
+            ):  # as the engine does with the policy; buffers (rotary frequencies) stay
                 p.data = p.data.to(self._precision.load_dtype)
         if self._config.cache:
             self._digest = weights_digest((self._frozen or policy).model)
@@ -113,13 +133,27 @@ class RunReference:
         self._is_sharded = self._frozen is not None and shards_weights(plan.accelerator)
         if self._frozen is not None and self._is_sharded:
             compute = None if is_deepspeed(plan.accelerator) else self._compute
-            shard_frozen(self._frozen, self._device, layer_names=self._frozen._no_split_modules or (), compute=compute)
+            shard_frozen(
+                self._frozen,
+                self._device,
+                layer_names=self._frozen._no_split_modules or (),
+                compute=compute,
+            )
         if self._config.cache:
             # before the first step the policy is its own reference: the cache needs no copy
-            live = self._live if self._frozen is not None or self._base_is_reference else self._policy_itself
+            live = (
+                self._live
+                if self._frozen is not None or self._base_is_reference
+                else self._policy_itself
+            )
             weights = f"{self._digest} {self._compute}"
             self._cache = ReferenceCache.of(
-                self._config, plan, live, self._groups, weights=weights, show_progress=self._show_progress
+                self._config,
+                plan,
+                live,
+                self._groups,
+                weights=weights,
+                show_progress=self._show_progress,
             )
             self._frozen = None
 
@@ -130,7 +164,8 @@ class RunReference:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the reference's own weights; 0 where the base under adapters or a cache is read."""
+        """Memory of the reference's own weights; 0 where the base under adapters or a cache is
+        read."""
         if self._frozen is None:
             return 0
         reshard(self._frozen)
@@ -157,7 +192,8 @@ class RunReference:
 
     @torch.no_grad()
     def after_step(self, step: int, policy: nn.Module) -> None:
-        """TR-DPO's soft update, equation 4 of the paper, after every ``sync_every``-th optimizer step."""
+        """TR-DPO's soft update, equation 4 of the paper, after every ``sync_every``-th optimizer
+        step."""
         if not self._config.sync_every or step % self._config.sync_every or self._frozen is None:
             return
         assert self._policy is not None
@@ -172,7 +208,11 @@ class RunReference:
 
     @property
     def _file(self) -> str:
-        return f"reference_{torch.distributed.get_rank()}.safetensors" if self._is_sharded else "reference.safetensors"
+        return (
+            f"reference_{torch.distributed.get_rank()}.safetensors"
+            if self._is_sharded
+            else "reference.safetensors"
+        )
 
     def write(self, folder: Path, *, is_main: bool) -> None:
         """A moving reference into a checkpoint; a fixed one is made again from the same weights."""
@@ -190,7 +230,11 @@ class RunReference:
 def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
     """16 bytes that name a sequence and its trained tokens."""
     digest = hashlib.blake2b(digest_size=16)
-    for values, dtype in ((group.prompt_ids, "<i4"), (completion.token_ids, "<i4"), (completion.loss_mask, "u1")):
+    for values, dtype in (
+        (group.prompt_ids, "<i4"),
+        (completion.token_ids, "<i4"),
+        (completion.loss_mask, "u1"),
+    ):
         array = np.asarray(values, dtype)
         digest.update(len(array).to_bytes(8, "little"))
         digest.update(array.tobytes())
@@ -198,7 +242,8 @@ def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
 
 
 class ReferenceCache:
-    """Log-probs of every trained token, by sequence. One safetensors file per (data, reference weights, compute dtype)."""
+    """Log-probs of every trained token, by sequence. One safetensors file per (data, reference
+    weights, compute dtype)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -237,16 +282,24 @@ class ReferenceCache:
         return cls(path)
 
     def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
-        """[T] log-probs. Raises KeyError with the row for a sequence that the cache does not hold."""
+        """[T] log-probs. Raises KeyError with the row for a sequence that the cache does not
+        hold."""
         pieces = []
         for (g, k), n in zip(batch.refs, batch.num_tokens_S.tolist(), strict=True):
             if n:
                 key = sequence_key(groups[g], groups[g].completions[k])
                 if key not in self._where:
-                    raise KeyError(f"{groups[g].where}: no reference log-probs of completion {k} in {self._path}.")
+                    raise KeyError(
+                        f"{groups[g].where}: no reference log-probs of completion {k} "
+                        f"in {self._path}."
+                    )
                 start, end = self._where[key]
                 pieces.append(self._logps[start:end])
-        return torch.cat(pieces).to(batch.targets_T.device) if pieces else self._logps[:0].to(batch.targets_T.device)
+        return (
+            torch.cat(pieces).to(batch.targets_T.device)
+            if pieces
+            else self._logps[:0].to(batch.targets_T.device)
+        )
 
 
 def _compute(
@@ -261,11 +314,17 @@ def _compute(
 
     values: dict[bytes, Tensor] = {}
     starts = [(groups, at) for groups in datasets for at in range(0, len(groups), GROUPS_PER_PLAN)]
-    for groups, at in track(starts, description="reference log-probs", disable=not show_progress, transient=True):
+    for groups, at in track(
+        starts, description="reference log-probs", disable=not show_progress, transient=True
+    ):
         part = groups[at : at + GROUPS_PER_PLAN]
         (found,) = forward_values(plan, part, [live])
-        values |= {sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()}
-    return {key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()}
+        values |= {
+            sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()
+        }
+    return {
+        key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()
+    }
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:

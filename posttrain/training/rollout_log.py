@@ -49,9 +49,15 @@ class RolloutLog:
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(
-        self, scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup], rejected: Sequence[ScoredGroup], *, iteration: int
+        self,
+        scored: Sequence[ScoredGroup],
+        groups: Sequence[PromptGroup],
+        rejected: Sequence[ScoredGroup],
+        *,
+        iteration: int,
     ) -> None:
-        """iteration_N.parquet: one row for each completion; those of ``rejected`` groups have no advantage."""
+        """iteration_N.parquet: one row for each completion; those of ``rejected`` groups have no
+        advantage."""
         if not self._is_main:
             return
         import pyarrow as pa
@@ -59,15 +65,24 @@ class RolloutLog:
 
         rows = [
             {
-                "iteration": iteration, "where": str(s.prompt.sample.get("_where", "")), "completion": k, "text": str(text),
-                "token_ids": list(trajectory.token_ids), "logps": list(trajectory.logps),
-                "finish_reason": trajectory.finish_reason, "versions": [version for _, version in trajectory.segments],
-                "reward": score.total, "parts": [{"name": n, "value": v} for n, v in score.parts.items()],
-                "advantage": None if group is None else group.completions[k].advantage, "problems": list(score.problems),
+                "iteration": iteration,
+                "where": str(s.prompt.sample.get("_where", "")),
+                "completion": k,
+                "text": str(text),
+                "token_ids": list(trajectory.token_ids),
+                "logps": list(trajectory.logps),
+                "finish_reason": trajectory.finish_reason,
+                "versions": [version for _, version in trajectory.segments],
+                "reward": score.total,
+                "parts": [{"name": n, "value": v} for n, v in score.parts.items()],
+                "advantage": None if group is None else group.completions[k].advantage,
+                "problems": list(score.problems),
             }
             for s, group in [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
-            for k, (trajectory, text, score) in enumerate(zip(s.group.trajectories, s.texts, s.scores, strict=True))
-        ]  # fmt: skip
+            for k, (trajectory, text, score) in enumerate(
+                zip(s.group.trajectories, s.texts, s.scores, strict=True)
+            )
+        ]
         path = self._folder / f"iteration_{iteration:06d}.parquet"
         partial = path.with_suffix(".partial")
         pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
@@ -79,7 +94,9 @@ class RolloutLog:
             return
         path = self._folder / f"held_out_{step:06d}.jsonl"
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8")
+        partial.write_text(
+            "".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8"
+        )
         partial.replace(path)
 
     def show(self, scored: Sequence[ScoredGroup], *, iteration: int, count: int = 4) -> None:
@@ -94,9 +111,24 @@ class RolloutLog:
         for column in ("question", "completion", "tokens", "reward"):
             table.add_column(column, overflow="fold")
         for s in scored[: count // 2]:
-            order = sorted(range(len(s.texts)), key=lambda k: s.scores[k].total if s.scores[k].total is not None else math.inf)
+            order = sorted(
+                range(len(s.texts)),
+                key=lambda k: s.scores[k].total if s.scores[k].total is not None else math.inf,
+            )
             for k in dict.fromkeys((order[-1], order[0])):
-                parts = ", ".join(f"{n} {v:.3g}" if v is not None else f"{n} -" for n, v in s.scores[k].parts.items())
-                question = str(s.prompt.sample.get("question") or s.prompt.sample.get("prompt") or s.prompt.sample.get("_where"))
-                table.add_row(Text(question[-200:]), Text(str(s.texts[k])[-400:]), str(s.texts[k].num_tokens), parts)
+                parts = ", ".join(
+                    f"{n} {v:.3g}" if v is not None else f"{n} -"
+                    for n, v in s.scores[k].parts.items()
+                )
+                question = str(
+                    s.prompt.sample.get("question")
+                    or s.prompt.sample.get("prompt")
+                    or s.prompt.sample.get("_where")
+                )
+                table.add_row(
+                    Text(question[-200:]),
+                    Text(str(s.texts[k])[-400:]),
+                    str(s.texts[k].num_tokens),
+                    parts,
+                )
         Console().print(table)

@@ -1,4 +1,5 @@
-"""The folder of a run: resolved settings, metrics, checkpoints, the final model. Everything in it survives a kill.
+"""The folder of a run: resolved settings, metrics, checkpoints, the final model. Everything in it
+survives a kill.
 
 runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
 """
@@ -31,16 +32,20 @@ class Extra(Protocol):
     """State of a run beside policy and optimizer (a moving reference, what was sampled)."""
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """Every process: its files into the checkpoint; what is the same everywhere only where ``is_main``."""
+        """Every process: its files into the checkpoint; what is the same everywhere only where
+        ``is_main``."""
 
     def read(self, folder: Path) -> None:
         """Every process: what ``write`` wrote."""
 
 
 class RunFolder:
-    """Opens or continues ``<run_dir>/<name>``. Raises ValueError if it cannot be written or must not be continued."""
+    """Opens or continues ``<run_dir>/<name>``. Raises ValueError if it cannot be written or must
+    not be continued."""
 
-    def __init__(self, train: TrainConfig, accelerator: Any, settings: dict[str, Any], *, num_steps: int) -> None:
+    def __init__(
+        self, train: TrainConfig, accelerator: Any, settings: dict[str, Any], *, num_steps: int
+    ) -> None:
         self.path = train.folder
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -51,7 +56,10 @@ class RunFolder:
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "num_threads": torch.get_num_threads(),
-            **{f"version of {name}": version(name) for name in ("torch", "transformers", "accelerate")},
+            **{
+                f"version of {name}": version(name)
+                for name in ("torch", "transformers", "accelerate")
+            },
         }
         if accelerator.is_main_process:
             self._open()
@@ -66,8 +74,9 @@ class RunFolder:
             except BlockingIOError as error:
                 self._lock.close()
                 raise ValueError(
-                    f"Another process is training in {self.path} (a worker of a killed launch, perhaps): two would "
-                    "overwrite each other. Wait for it, end it, or set another --train.name."
+                    f"Another process is training in {self.path} (a worker of a killed launch, "
+                    "perhaps): two would overwrite each other. Wait for it, end it, or set "
+                    "another --train.name."
                 ) from error
         self._accelerator.wait_for_everyone()
         return self
@@ -84,22 +93,37 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ValueError(
-                f"The run folder {self.path} cannot be written: {error}. Set --train.run_dir to a folder that can."
+                f"The run folder {self.path} cannot be written: {error}. Set --train.run_dir to a "
+                "folder that can."
             ) from error
         if self._train.resume == "never" and any(self.checkpoints.glob("step_*")):
             raise ValueError(
-                f"{self.checkpoints} already has checkpoints and train.resume is never. Set another --train.name, delete the "
-                "folder, or set --train.resume auto to continue it."
+                f"{self.checkpoints} already has checkpoints and train.resume is never. Set "
+                "another --train.name, delete the folder, or set --train.resume auto to continue "
+                "it."
             )
 
-    def resume(self, policy: Any, optimizer: Any, schedule: Any, *, run: dict[str, Any], extras: Sequence[Extra] = ()) -> int:
-        """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty metrics file without one.
+    def resume(
+        self,
+        policy: Any,
+        optimizer: Any,
+        schedule: Any,
+        *,
+        run: dict[str, Any],
+        extras: Sequence[Extra] = (),
+    ) -> int:
+        """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty
+        metrics file without one.
 
-        ``run``: what else decides the numbers (data, loss, mode). ValueError for other ``data``; a warning names what else
-        differs from the saved run.
+        ``run``: what else decides the numbers (data, loss, mode). ValueError for other ``data``; a
+        warning names what else differs from the saved run.
         """
         self._fingerprint.update(run)
-        found = checkpoint.find_resumable(self.checkpoints) if self._accelerator.is_main_process else None
+        found = (
+            checkpoint.find_resumable(self.checkpoints)
+            if self._accelerator.is_main_process
+            else None
+        )
         step = 0
         if (found := of_main_rank(self._accelerator, found)) is not None:
             folder, state = found
@@ -120,27 +144,47 @@ class RunFolder:
         return step
 
     def last_metrics(self) -> dict[str, Any]:
-        """The newest step's metrics and evaluation in metrics.jsonl; empty at the start of a run."""
+        """The newest step's metrics and evaluation in metrics.jsonl; empty at the start of a
+        run."""
         lines = read_metrics(self.metrics_path) if self.metrics_path.exists() else []
         return {k: v for line in lines[-2:] for k, v in line.items() if k != "data"}
 
     def _compare_with(self, state: dict[str, Any]) -> None:
-        """Other data are refused: a step of the run means certain rows. What else differs is a warning."""
+        """Other data are refused: a step of the run means certain rows. What else differs is a
+        warning."""
         now = {**flat_settings(self._settings), **self._fingerprint}
         before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
         if (was := before.get("data")) != now.get("data") and "data" in self._fingerprint:
             raise ValueError(
-                f"{self.path} was trained on other data to step {state['step']}: the rows, their order, the tokenizer or the "
-                f"options of data are not what they were (digest {was}, now {now['data']}). To start anew, set another "
-                "--train.name or delete the folder; to go on, give the same data."
+                f"{self.path} was trained on other data to step {state['step']}: the rows, their "
+                "order, the tokenizer or the options of data are not what they were (digest "
+                f"{was}, now {now['data']}). To start anew, set another --train.name or delete the "
+                "folder; to go on, give the same data."
             )
-        harmless = ("train.run_dir", "train.name", "train.log_every", "train.save", "train.resume", "train.trackers")
-        changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and not k.startswith(harmless)]
+        harmless = (
+            "train.run_dir",
+            "train.name",
+            "train.log_every",
+            "train.save",
+            "train.resume",
+            "train.trackers",
+        )
+        changed = [
+            k
+            for k in sorted(now.keys() | before.keys())
+            if now.get(k) != before.get(k) and not k.startswith(harmless)
+        ]
         if changed and self._accelerator.is_main_process:
             details = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
-            log.warning("the resumed run differs from the one that was saved, so it will not be bit-identical: %s", details)
+            log.warning(
+                "the resumed run differs from the one that was saved, so it will not be "
+                "bit-identical: %s",
+                details,
+            )
 
-    def save(self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()) -> Path:
+    def save(
+        self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()
+    ) -> Path:
         """Checkpoint of ``step``, whole or not at all; older ones beyond the limit go."""
 
         def write(folder: Path) -> None:
@@ -175,7 +219,8 @@ class RunFolder:
                 error = raised
         if not checkpoint.agree(self._accelerator)(error is None):
             raise checkpoint.CheckpointError(
-                f"The final model was not written to {final}: {error or 'the main process says why'}. The last checkpoint is "
-                "intact: make room and start the same command again."
+                f"The final model was not written to {final}: "
+                f"{error or 'the main process says why'}. The last checkpoint is intact: make room "
+                "and start the same command again."
             ) from error
         return final

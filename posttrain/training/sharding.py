@@ -35,12 +35,15 @@ def kind(accelerator: Any) -> Kind:
 
 
 def offloads(accelerator: Any) -> frozenset[Offload]:
-    """What the launch file lets DeepSpeed keep in main memory (offload_optimizer_device, offload_param_device)."""
+    """What the launch file lets DeepSpeed keep in main memory (offload_optimizer_device,
+    offload_param_device)."""
     if not is_deepspeed(accelerator):
         return frozenset()
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     places: dict[Offload, str] = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    return frozenset(what for what, key in places.items() if (zero.get(key) or {}).get("device") == "cpu")
+    return frozenset(
+        what for what, key in places.items() if (zero.get(key) or {}).get("device") == "cpu"
+    )
 
 
 def shards_weights(accelerator: Any) -> bool:
@@ -54,12 +57,14 @@ def is_deepspeed(accelerator: Any) -> bool:
 
 
 def unwrapped(policy: Any) -> Any:
-    """The policy inside of DDP or a DeepSpeed engine (accelerate's own function imports deepspeed, wherever it is installed)."""
+    """The policy inside of DDP or a DeepSpeed engine (accelerate's own function imports deepspeed,
+    wherever it is installed)."""
     return getattr(policy, "module", policy)
 
 
 def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-    """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it became something else."""
+    """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it
+    became something else."""
     if shards_weights(accelerator):
         _refuse_4bit(policy)
     if is_deepspeed(accelerator):
@@ -72,7 +77,8 @@ def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[
         if kind(accelerator) == "zero3":
             import deepspeed
 
-            # the chunk loop reads the head outside of its module: the policy gathers it, in forward and backward, and releases it
+            # the chunk loop reads the head outside of its module: the policy gathers it, in forward
+            # and backward, and releases it
             head = policy.base.get_output_embeddings()
             for parameter in head.parameters() if head is not None else ():
                 deepspeed.zero.register_external_parameter(policy, parameter)
@@ -88,11 +94,15 @@ def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
     for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
         zero.setdefault(name, DEEPSPEED_LIVE)
     # norms and biases stay whole
-    zero.setdefault("stage3_param_persistence_threshold", ZERO3_WHOLE_BELOW * policy.config.get_text_config().hidden_size)
+    zero.setdefault(
+        "stage3_param_persistence_threshold",
+        ZERO3_WHOLE_BELOW * policy.config.get_text_config().hidden_size,
+    )
 
 
 def _partition(accelerator: Any, policy: nn.Module) -> None:
-    """Parameter by parameter, from the CPU: ``deepspeed.initialize`` alone would first move the whole model to the device."""
+    """Parameter by parameter, from the CPU: ``deepspeed.initialize`` alone would first move the
+    whole model to the device."""
     import deepspeed
 
     config = accelerator.deepspeed_plugin.deepspeed_config
@@ -101,50 +111,67 @@ def _partition(accelerator: Any, policy: nn.Module) -> None:
             tensor.data = tensor.data.to(torch.bfloat16)
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(accelerator.device)
-    known = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": config["zero_optimization"], "bf16": config["bf16"]}
+    known = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": config["zero_optimization"],
+        "bf16": config["bf16"],
+    }
     deepspeed.zero.Init(module=policy, config_dict_or_path=known)
 
 
 def _check_engine(accelerator: Any, engine: Any) -> None:
     wanted = int(kind(accelerator)[-1])
-    stage, size, steps = engine.zero_optimization_stage(), engine.dp_world_size, engine.gradient_accumulation_steps()
+    stage, size, steps = (
+        engine.zero_optimization_stage(),
+        engine.dp_world_size,
+        engine.gradient_accumulation_steps(),
+    )
     if (stage, size, steps) != (wanted, accelerator.num_processes, 1):
         raise UserFacingError(
-            f"DeepSpeed runs ZeRO-{stage} on {size} processes with {steps} accumulation steps; ZeRO-{wanted} on "
-            f"{accelerator.num_processes} with 1 was asked for. Check the launch configuration."
+            f"DeepSpeed runs ZeRO-{stage} on {size} processes with {steps} accumulation steps; "
+            f"ZeRO-{wanted} on {accelerator.num_processes} with 1 was asked for. Check the launch "
+            "configuration."
         )
 
 
 def _refuse_4bit(policy: nn.Module) -> None:
     if any(type(p).__name__ == "Params4bit" for p in policy.parameters()):
         raise UserFacingError(
-            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with lora.quantize_4bit, or train "
-            "adapters on unquantised weights."
+            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with "
+            "lora.quantize_4bit, or train adapters on unquantised weights."
         )
 
 
 def base_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's and DeepSpeed's wrappers: its groups hold the learning rates."""
+    """The torch optimizer inside accelerate's and DeepSpeed's wrappers: its groups hold the
+    learning rates."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
-    """After the last backward of a step, this process's part of the reduced gradient; changing it changes the update."""
+    """After the last backward of a step, this process's part of the reduced gradient; changing it
+    changes the update."""
     if not is_deepspeed(accelerator):
         return [local(p.grad) for p in policy.parameters() if p.grad is not None]
     zero = policy.optimizer
     if hasattr(zero, "fp32_groups_gradient_flat_partition"):
         return list(zero.fp32_groups_gradient_flat_partition)
     offloaded = [m.grad for m in masters(zero) if m.grad is not None]
-    return offloaded or [g for group in zero.averaged_gradients.values() if group is not None for g in group]
+    return offloaded or [
+        g for group in zero.averaged_gradients.values() if group is not None for g in group
+    ]
 
 
 def masters(zero: Any) -> list[Tensor]:
     """This process's parts of the fp32 copy that a DeepSpeed optimizer updates."""
     # ZeRO-3; ZeRO-1 and 2; ZeRO-1 with bfloat16 weights, which is another class
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    names = (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    )
     return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
 
 
@@ -161,7 +188,8 @@ def forget_moments(accelerator: Any, optimizer: Any) -> None:
     """The optimizer as if it had never stepped."""
     base = base_optimizer(optimizer)
     if not is_deepspeed(accelerator):
-        base.state.clear()  # not zeroed: 8-bit moments have code books and step counters that are no tensors
+        # not zeroed: 8-bit moments have code books and step counters that are no tensors
+        base.state.clear()
         return
     for state in base.state.values():
         for value in state.values():

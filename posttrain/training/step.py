@@ -1,11 +1,13 @@
-"""One optimizer step's gradient: the only place that divides by a denominator, and the only caller of ``backward``.
+"""One optimizer step's gradient: the only place that divides by a denominator, and the only caller
+of ``backward``.
 
-    plan -> for every micro-batch of this rank: forward, loss terms, share of the global mean, backward
+    plan -> for every micro-batch of this rank: forward, loss terms, share of the global mean,
+    backward
          -> one reduction of the metrics -> finite check -> clip
 
-accelerate, DDP and FSDP each have an idea of averaging (over accumulation steps, over ranks). Accumulation is set to 1
-everywhere, the shares are multiplied by the world size because DDP and FSDP average over ranks, and what is left is the
-plain sum over the global batch.
+accelerate, DDP and FSDP each have an idea of averaging (over accumulation steps, over ranks).
+Accumulation is set to 1 everywhere, the shares are multiplied by the world size because DDP and
+FSDP average over ranks, and what is left is the plain sum over the global batch.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
 
 Loss = Callable[..., LossOutput]
 Reference = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
-"""(groups of the global batch, a micro-batch of them) -> [T] log-probs of its trained tokens under the reference model."""
+"""(groups of the global batch, a micro-batch of them) -> [T] log-probs of its trained tokens under
+the reference model."""
 
 
 class NonFiniteError(UserFacingError):
-    """A loss or gradient became inf or NaN; raised before the optimizer steps, so the weights are still good."""
+    """A loss or gradient became inf or NaN; raised before the optimizer steps, so the weights are
+    still good."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +48,8 @@ class StepResult:
     loss: float
     metrics: dict[str, float]
     batches: list[tuple[PackedBatch, Tensor]] = field(default_factory=list)
-    """[micro-batch, its detached sums of log-probs by completion]: read when something is not finite."""
+    """[micro-batch, its detached sums of log-probs by completion]: read when something is not
+    finite."""
 
 
 @dataclass(kw_only=True)
@@ -58,7 +63,11 @@ class Totals:
     @classmethod
     def on(cls, device: torch.device) -> Totals:
         """Nothing yet; in float64 where the device has it."""
-        return cls(loss=torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+        return cls(
+            loss=torch.zeros(
+                (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+            )
+        )
 
     def add(self, share: Tensor, metrics: dict[str, Tensor]) -> None:
         """What ``loss_share`` gave."""
@@ -69,19 +78,31 @@ class Totals:
             self.sizes[name] = self.sizes.get(name, 0) + values.numel()
 
     def over_ranks(self, accelerator: Any) -> tuple[float, dict[str, float]]:
-        """(sum of the shares, means of the metrics), in one collective. A rank with only dummies has no metrics, so names come
-        from all ranks."""
-        names = sorted({name for rank_names in of_all_ranks(accelerator, list(self.sums)) for name in rank_names})
+        """(sum of the shares, means of the metrics), in one collective. A rank with only dummies
+        has no metrics, so names come from all ranks."""
+        names = sorted(
+            {
+                name
+                for rank_names in of_all_ranks(accelerator, list(self.sums))
+                for name in rank_names
+            }
+        )
         zero = self.loss.new_zeros(())
         sums = [self.sums.get(name, zero) for name in names]
         sizes = [zero + self.sizes.get(name, 0) for name in names]
-        reduced = accelerator.reduce(torch.stack([self.loss, *sums, *sizes]), reduction="sum").tolist()
-        return reduced[0], {name: reduced[1 + i] / max(reduced[1 + len(names) + i], 1.0) for i, name in enumerate(names)}
+        reduced = accelerator.reduce(
+            torch.stack([self.loss, *sums, *sizes]), reduction="sum"
+        ).tolist()
+        return reduced[0], {
+            name: reduced[1 + i] / max(reduced[1 + len(names) + i], 1.0)
+            for i, name in enumerate(names)
+        }
 
 
 def couples_completions(loss: Loss) -> bool:
-    """Whether a loss mixes the completions of a group. A loss that does not say so is taken to: exact either way, only slower
-    for groups over the token budget. A loss of independent items says ``my_loss.couples_completions = False``."""
+    """Whether a loss mixes the completions of a group. A loss that does not say so is taken to:
+    exact either way, only slower for groups over the token budget. A loss of independent items says
+    ``my_loss.couples_completions = False``."""
     return bool(getattr(loss, "couples_completions", True))
 
 
@@ -112,10 +133,13 @@ class _Step:
 
     def others_read_the_reference(self, index: int) -> bool:
         """A forward of sharded weights is a collective: all ranks make it if one needs it."""
-        return shards_weights(self.accelerator) and any(rank[index].coupled_group is None for rank in self.plan.ranks)
+        return shards_weights(self.accelerator) and any(
+            rank[index].coupled_group is None for rank in self.plan.ranks
+        )
 
     def share(self, batch: PackedBatch, logps_T: Tensor, reference_T: Tensor | None) -> Tensor:
-        """This micro-batch's part of the loss of the global batch; it and the metrics go into the totals."""
+        """This micro-batch's part of the loss of the global batch; it and the metrics go into the
+        totals."""
         logps = batch.with_logps(logps_T, reference_T=reference_T, batch_mean=self.batch_mean)
         share, metrics = loss_share(self.loss, logps, self.plan.counts)
         self.totals.add(share, metrics)
@@ -133,29 +157,45 @@ def step_gradient(
     reference: Reference | None = None,
     batch_mean: Tensor | None = None,
 ) -> StepResult:
-    """Adds d(loss of the global batch)/d(parameters) to ``.grad``; the value does not depend on how ``plan`` splits the batch.
+    """Adds d(loss of the global batch)/d(parameters) to ``.grad``; the value does not depend on how
+    ``plan`` splits the batch.
 
-    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on every rank; ``batch_mean``
-    what ``training.forward.batch_mean`` gives for a loss that declares a statistic. The dtype of the result is float32 or
-    wider. Raises ValueError for a loss that returns reduced items.
+    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on
+    every rank; ``batch_mean`` what ``training.forward.batch_mean`` gives for a loss that declares a
+    statistic. The dtype of the result is float32 or wider. Raises ValueError for a loss that
+    returns reduced items.
     """
     micro_batches = plan.ranks[accelerator.process_index]
     totals = Totals.on(accelerator.device)
     step = _Step(
-        accelerator=accelerator, policy=policy, groups=groups, plan=plan, loss=loss, mode=mode,
-        reference=reference, batch_mean=batch_mean, totals=totals,
-    )  # fmt: skip
+        accelerator=accelerator,
+        policy=policy,
+        groups=groups,
+        plan=plan,
+        loss=loss,
+        mode=mode,
+        reference=reference,
+        batch_mean=batch_mean,
+        totals=totals,
+    )
     cache = _GradientCache(step)
     result = StepResult(loss=0.0, metrics={})
     for i, micro_batch in enumerate(micro_batches):
         batch = step.pack(micro_batch.parts)
         cached = micro_batch.coupled_group is not None
-        reference_T = step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
+        reference_T = (
+            step.reference_logps(batch) if not cached or step.others_read_the_reference(i) else None
+        )
         is_last = i == len(micro_batches) - 1
-        # Autocast ends with each micro-batch: weights cast in an earlier one would keep the gradients of all casts alive until
-        # the end of the backward, because autograd runs the oldest nodes last. Not around the gradient cache: weights cast
-        # without gradient would be reused, and the gradient lost.
-        with accelerator.autocast(), _no_sync(accelerator, policy, skip=not is_last), cache.rng_of(i):
+        # Autocast ends with each micro-batch: weights cast in an earlier one would keep the
+        # gradients of all casts alive until the end of the backward, because autograd runs the
+        # oldest nodes last. Not around the gradient cache: weights cast without gradient would be
+        # reused, and the gradient lost.
+        with (
+            accelerator.autocast(),
+            _no_sync(accelerator, policy, skip=not is_last),
+            cache.rng_of(i),
+        ):
             logps_T = policy(batch)
             if micro_batch.is_dummy:
                 share = 0.0 * logps_T.sum()
@@ -163,7 +203,9 @@ def step_gradient(
                 share = (logps_T * cache.gradient_of(batch)).sum()
             else:
                 share = step.share(batch, logps_T, reference_T)
-                share = share + 0.0 * logps_T.sum()  # a pair loss has no item where a group has one completion
+                share = (
+                    share + 0.0 * logps_T.sum()
+                )  # a pair loss has no item where a group has one completion
             _backward(accelerator, policy, share * accelerator.num_processes, is_last=is_last)
         batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
         if not micro_batch.is_dummy:
@@ -173,41 +215,50 @@ def step_gradient(
 
 
 def loss_share(loss: Loss, logps: TokenLogps, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-    """A part of the batch's share of a loss whose denominators are ``counts``, and its unreduced metrics. Never in 16 bit."""
+    """A part of the batch's share of a loss whose denominators are ``counts``, and its unreduced
+    metrics. Never in 16 bit."""
     with torch.autocast(logps.logps_T.device.type, enabled=False):
         output = loss(logps)
         units = {term.unit for term in output.terms}
         if units & {"pair", "group"} and not couples_completions(loss):
             raise ValueError(
-                "A loss with items of unit 'pair' or 'group' couples the completions of a group, but this one declares "
-                "couples_completions = False, so a group over the token budget would be cut between them. Remove the declaration."
+                "A loss with items of unit 'pair' or 'group' couples the completions of a group, "
+                "but this one declares couples_completions = False, so a group over the token "
+                "budget would be cut between them. Remove the declaration."
             )
         shares = [reduce_term(term, logps, counts) for term in output.terms]
-        share = torch.stack([s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]).sum()
+        share = torch.stack(
+            [s.to(torch.promote_types(s.dtype, torch.float32)) for s in shares]
+        ).sum()
     return share, dict(output.metrics)
 
 
 def _backward(accelerator: Any, policy: Any, loss: Tensor, *, is_last: bool) -> None:
     """DeepSpeed's engine is called here and not through accelerate, which would step as well."""
     if is_deepspeed(accelerator):
-        policy.set_gradient_accumulation_boundary(is_last)  # ZeRO-1 reduces at the last, ZeRO-2 and 3 every time
+        policy.set_gradient_accumulation_boundary(
+            is_last
+        )  # ZeRO-1 reduces at the last, ZeRO-2 and 3 every time
         policy.backward(loss)
     else:
         accelerator.backward(loss)
 
 
 def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
-    """Gradients of DDP are reduced once, with the last micro-batch. Sharded modules reduce every time."""
+    """Gradients of DDP are reduced once, with the last micro-batch. Sharded modules reduce every
+    time."""
     is_ddp = isinstance(policy, torch.nn.parallel.DistributedDataParallel)
     return accelerator.no_sync(policy) if skip and is_ddp else nullcontext()
 
 
 class _GradientCache:
-    """d loss / d logps of groups that are over the token budget, for losses that couple the completions of a group.
+    """d loss / d logps of groups that are over the token budget, for losses that couple the
+    completions of a group.
 
-    Gao et al. 2021, arXiv:2101.06983: a forward without gradient of every part, the loss of the whole group on the joined
-    log-probs, its gradient with respect to them; each part then backpropagates its own slice. Same gradient as one forward
-    of the whole group. The random state of each part is kept, so that dropout draws the same masks twice.
+    Gao et al. 2021, arXiv:2101.06983: a forward without gradient of every part, the loss of the
+    whole group on the joined log-probs, its gradient with respect to them; each part then
+    backpropagates its own slice. Same gradient as one forward of the whole group. The random state
+    of each part is kept, so that dropout draws the same masks twice.
     """
 
     def __init__(self, step: _Step) -> None:
@@ -217,7 +268,9 @@ class _GradientCache:
         self._device = step.accelerator.device
         mine = list(enumerate(step.plan.ranks[step.accelerator.process_index]))
         coupled = [(i, m) for i, m in mine if m.coupled_group is not None]
-        num_forwards = max(sum(m.coupled_group is not None for m in rank) for rank in step.plan.ranks)
+        num_forwards = max(
+            sum(m.coupled_group is not None for m in rank) for rank in step.plan.ranks
+        )
         if num_forwards == 0:
             return
         logps: dict[tuple[int, int], Tensor] = {}
@@ -237,15 +290,23 @@ class _GradientCache:
             self._differentiate(group, logps, reference)
 
     def _run_spare_forwards(self, any_batch: MicroBatch, count: int) -> None:
-        """Sharded modules gather parameters in every forward: all ranks run the same number of them."""
+        """Sharded modules gather parameters in every forward: all ranks run the same number of
+        them."""
         for _ in range(count):
             batch = self._step.pack(any_batch.parts)
             self._step.reference_logps(batch)
             with torch.no_grad():
                 self._step.policy(batch)
 
-    def _differentiate(self, group: int, logps: dict[tuple[int, int], Tensor], reference: dict[tuple[int, int], Tensor]) -> None:
-        trained = tuple(k for k, c in enumerate(self._step.groups[group].completions) if c.num_trained)
+    def _differentiate(
+        self,
+        group: int,
+        logps: dict[tuple[int, int], Tensor],
+        reference: dict[tuple[int, int], Tensor],
+    ) -> None:
+        trained = tuple(
+            k for k, c in enumerate(self._step.groups[group].completions) if c.num_trained
+        )
         whole = self._step.pack([GroupPart(group=group, completions=trained)])
         logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()
         reference_T = torch.cat([reference[ref] for ref in whole.refs]) if reference else None
@@ -260,17 +321,21 @@ class _GradientCache:
         return torch.cat([self._gradient[ref] for ref in batch.refs])
 
     def rng_of(self, index: int) -> Any:
-        """Replays the random state of the forward without gradient; nothing for other micro-batches."""
+        """Replays the random state of the forward without gradient; nothing for other
+        micro-batches."""
         return _replay(self._rng[index], self._device) if index in self._rng else nullcontext()
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
 
 
 @contextmanager
 def _replay(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are those of ``state``; outside, the stream goes on as if nothing had been drawn."""
+    """Inside, random numbers are those of ``state``; outside, the stream goes on as if nothing had
+    been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:
@@ -287,27 +352,36 @@ def clip_and_check(
     max_grad_norm: float,
     step: int,
 ) -> float:
-    """Global L2 norm of the gradient, clipped to ``max_grad_norm`` (0: measured only). Raises NonFiniteError on all
-    ranks together.
+    """Global L2 norm of the gradient, clipped to ``max_grad_norm`` (0: measured only). Raises
+    NonFiniteError on all ranks together.
 
-    Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers the scale.
+    Under loss scaling a non-finite gradient is not an error: the scaler skips the update and lowers
+    the scale.
     """
     accelerator.unscale_gradients()
     grad_norm = _clip(accelerator, policy, max_grad_norm)
     if math.isfinite(result.loss) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
         return grad_norm
     raise NonFiniteError(
-        f"Step {step} stopped before the optimizer: loss={result.loss}, gradient norm={grad_norm}; both must be finite. "
-        f"{_suspects(policy, result, groups)} Lower --optimizer.lr, use --train.precision fp32, or look at the named samples; "
-        "the last checkpoint is intact."
+        f"Step {step} stopped before the optimizer: loss={result.loss}, gradient norm={grad_norm}; "
+        f"both must be finite. {_suspects(policy, result, groups)} Lower --optimizer.lr, use "
+        "--train.precision fp32, or look at the named samples; the last checkpoint is intact."
     )
 
 
 def _clip(accelerator: Any, policy: nn.Module, max_grad_norm: float) -> float:
-    """Norm over all gradients, summed in at least float32, and torch's clipping g * min(1, max / (norm + 1e-6))."""
+    """Norm over all gradients, summed in at least float32, and torch's clipping g * min(1, max /
+    (norm + 1e-6))."""
     gradients = local_gradients(accelerator, policy)
-    wide = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(wide)) if wide else torch.zeros((), device=accelerator.device)
+    wide = [
+        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in gradients
+    ]
+    norm = (
+        torch.linalg.vector_norm(torch.stack(wide))
+        if wide
+        else torch.zeros((), device=accelerator.device)
+    )
     if kind(accelerator) != "whole":  # disjoint parts
         square = norm.to(torch.float64 if accelerator.device.type != "mps" else norm.dtype).square()
         norm = accelerator.reduce(square, reduction="sum").sqrt()
@@ -329,6 +403,8 @@ def _suspects(policy: nn.Module, result: StepResult, groups: Sequence[PromptGrou
         return f"Non-finite log-probs in {', '.join(dict.fromkeys(bad[:5]))}."
     named = [(n, local(p.grad)) for n, p in policy.named_parameters() if p.grad is not None]
     names = [n for n, gradient in named if not torch.isfinite(gradient).all()]
-    where = ", ".join(dict.fromkeys(groups[batch.refs[0][0]].where for batch, _ in result.batches[:3]))
+    where = ", ".join(
+        dict.fromkeys(groups[batch.refs[0][0]].where for batch, _ in result.batches[:3])
+    )
     parameters = ", ".join(names[:3]) or "no parameter of this rank"
     return f"Log-probs are finite; non-finite gradient in {parameters} (batch from {where})."

@@ -1,4 +1,5 @@
-"""Run by `accelerate launch`: the step gradient of this topology, against one sequence at a time, as JSON on rank 0."""
+"""Run by `accelerate launch`: the step gradient of this topology, against one sequence at a time,
+as JSON on rank 0."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.launch import make_accelerator
 from posttrain.training.step import couples_completions, step_gradient
-from tests.helpers import gradients_of, max_difference, random_groups, reference_gradient, tiny_gpt2, token_mean
+from tests.helpers import (
+    gradients_of,
+    max_difference,
+    random_groups,
+    reference_gradient,
+    tiny_gpt2,
+    token_mean,
+)
 from tests.losses_for_tests import (
     all_pairs,
     all_pairs_reference,
@@ -21,12 +29,13 @@ from tests.losses_for_tests import (
     k15_reference,
     policy_loss,
     policy_reference,
-)  # fmt: skip
+)
 
 
 def main(out: Path) -> None:
     accelerator, _ = make_accelerator(precision="fp32", project_dir=out.parent)
-    # 9 groups; 1 group, so that one rank has nothing to do; 3 long ones, so that one rank has more micro-batches than the other
+    # 9 groups; 1 group, so that one rank has nothing to do; 3 long ones, so that one rank has more
+    # micro-batches than the other
     batches = {
         "many": random_groups(9, seed=3),
         "one": random_groups(1, sizes=(4,), seed=5),
@@ -56,7 +65,11 @@ def main(out: Path) -> None:
             model.activation_checkpointing_enable()
         policy = accelerator.prepare(Policy(model, PackingConfig(mode=mode, logits_chunk=7)))
         plan = plan_step(
-            groups, world_size=accelerator.num_processes, max_tokens=tokens, mode=mode, coupled=couples_completions(loss)
+            groups,
+            world_size=accelerator.num_processes,
+            max_tokens=tokens,
+            mode=mode,
+            coupled=couples_completions(loss),
         )
         result = step_gradient(accelerator, policy, groups, plan, loss, mode=mode)
         results.append(

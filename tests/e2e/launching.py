@@ -1,4 +1,5 @@
-"""Runs commands as a user would: `accelerate launch --config_file ...`, or the same without the launcher and the imports."""
+"""Runs commands as a user would: `accelerate launch --config_file ...`, or the same without the
+launcher and the imports."""
 
 from __future__ import annotations
 
@@ -25,29 +26,58 @@ REPO = Path(__file__).resolve().parents[2]
 def environment(**extra: str) -> dict[str, str]:
     """One thread per process (libgomp spins), the repository importable, no hub."""
     keep = {
-        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_"))
     }
     path = os.pathsep.join([str(REPO), *filter(None, [keep.get("PYTHONPATH")])])
-    return {**keep, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
+    return {
+        **keep,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **extra,
+    }
 
 
 def launch_options(launch: str, script: str, *arguments: str) -> list[str]:
-    """What comes after `accelerate launch`. ``launch``: a file of launch/, and options of the launcher after it."""
+    """What comes after `accelerate launch`. ``launch``: a file of launch/, and options of the
+    launcher after it."""
     file, *options = launch.split()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     several = ["--main_process_port", str(port)] if launch != "cpu.yaml" else []
-    return ["--config_file", str(REPO / "launch" / file), *options, *several, str(REPO / script), *arguments]
+    return [
+        "--config_file",
+        str(REPO / "launch" / file),
+        *options,
+        *several,
+        str(REPO / script),
+        *arguments,
+    ]
 
 
 def command(launch: str, script: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", *launch_options(launch, script, *arguments)]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launch_options(launch, script, *arguments),
+    ]
 
 
-def run(launch: str, script: str, *arguments: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    launch: str, script: str, *arguments: str, timeout_s: float = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(launch, script, *arguments), env=environment(**env), cwd=REPO, capture_output=True, text=True, timeout=timeout_s
+        command(launch, script, *arguments),
+        env=environment(**env),
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
     )
 
 
@@ -58,7 +88,9 @@ def check(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProce
 
 def posttrain(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     full: Sequence[str] = [sys.executable, "-m", "posttrain.cli.main", *arguments]
-    return subprocess.run(full, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(
+        full, env=environment(), cwd=REPO, capture_output=True, text=True, timeout=timeout_s
+    )
 
 
 class Server:
@@ -66,9 +98,14 @@ class Server:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(REPO / "tests" / "e2e" / "warm.py")], env=environment(), cwd=REPO, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, str(REPO / "tests" / "e2e" / "warm.py")],
+            env=environment(),
+            cwd=REPO,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         atexit.register(self._process.kill)
 
     def ask(self, request: dict[str, Any]) -> int | None:
@@ -82,9 +119,11 @@ STARTED = itertools.count()
 
 
 class Run:
-    """Processes of a run that do not go through a launcher and have their imports already: a fork of a warm process each.
+    """Processes of a run that do not go through a launcher and have their imports already: a fork
+    of a warm process each.
 
-    Two such processes take turns: ranks, and a run and its continuation, differ in the hashes of strings and in addresses.
+    Two such processes take turns: ranks, and a run and its continuation, differ in the hashes of
+    strings and in addresses.
     """
 
     def __init__(self, parts: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
@@ -134,7 +173,8 @@ class Run:
 
 
 def start_warm(launch: str, script: str, *arguments: str) -> Run:
-    """As `accelerate launch` would: with the environment that accelerate makes of the launch file."""
+    """As `accelerate launch` would: with the environment that accelerate makes of the launch
+    file."""
     from accelerate.commands import launch as accelerate
 
     options = launch_options(launch, script, *arguments)
@@ -144,24 +184,37 @@ def start_warm(launch: str, script: str, *arguments: str) -> Run:
         )
         num_processes = args.num_processes
         if args.use_deepspeed:
-            fields = [*defaults.deepspeed_config, *(["mixed_precision"] if mixed_precision_given else [])]
+            fields = [
+                *defaults.deepspeed_config,
+                *(["mixed_precision"] if mixed_precision_given else []),
+            ]
             args.deepspeed_fields_from_accelerate_config = ",".join(fields)
             env = accelerate.prepare_deepspeed_cmd_env(args)[1]
         elif num_processes > 1:
             env = accelerate.prepare_multi_gpu_env(args)
         else:
             env = accelerate.prepare_simple_launcher_cmd_env(args)[1]
-    ranks = [{}] if num_processes == 1 else [
-        {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.main_process_port),
-        }
-        for rank in range(num_processes)
-    ]  # fmt: skip
+    ranks = (
+        [{}]
+        if num_processes == 1
+        else [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_processes),
+                "LOCAL_WORLD_SIZE": str(num_processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(args.main_process_port),
+            }
+            for rank in range(num_processes)
+        ]
+    )
     return Run([str(REPO / script), *arguments], [{**env, **rank} for rank in ranks])
 
 
-def run_warm(launch: str, script: str, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run_warm(
+    launch: str, script: str, *arguments: str, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
     return start_warm(launch, script, *arguments).wait(timeout_s)
 
 

@@ -1,4 +1,5 @@
-"""Run by `accelerate launch`: every algorithm's step gradient on these ranks against the paper's objective, as JSON on rank 0."""
+"""Run by `accelerate launch`: every algorithm's step gradient on these ranks against the paper's
+objective, as JSON on rank 0."""
 
 from __future__ import annotations
 
@@ -33,7 +34,13 @@ def main(out: Path) -> None:
         skips = algorithm.skips(first_update=not later)
         used = [g for g in groups if has_signal(g)] if skips else groups
         plan = replace(
-            plan_step(used, world_size=accelerator.num_processes, max_tokens=60, mode="shared", coupled=False),
+            plan_step(
+                used,
+                world_size=accelerator.num_processes,
+                max_tokens=60,
+                mode="shared",
+                coupled=False,
+            ),
             counts=count_units(groups),
         )
         model = tiny_gpt2().double().train()

@@ -1,4 +1,5 @@
-"""Run by `accelerate launch`: model states of every rank between backward and update, and what the planner says of them."""
+"""Run by `accelerate launch`: model states of every rank between backward and update, and what the
+planner says of them."""
 
 from __future__ import annotations
 
@@ -61,10 +62,21 @@ def main(folder: str, out: Path, precision: str) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         parameters = parameters_of(model)
         elements = sum(p.numel for p in parameters)
-        predicted = run_states(parameters, plan=plan, engine=engine, zero_stage=stage, num_devices=2, whole_below=10 * 32)
+        predicted = run_states(
+            parameters,
+            plan=plan,
+            engine=engine,
+            zero_stage=stage,
+            num_devices=2,
+            whole_below=10 * 32,
+        )
         optimizer: Any
-        policy, optimizer = sharding.prepare(accelerator, policy, build_optimizer(policy, OptimizerConfig(), plan=plan))
-        rows = plan_step(groups, world_size=2, max_tokens=200, mode="shared", coupled=couples_completions(loss))
+        policy, optimizer = sharding.prepare(
+            accelerator, policy, build_optimizer(policy, OptimizerConfig(), plan=plan)
+        )
+        rows = plan_step(
+            groups, world_size=2, max_tokens=200, mode="shared", coupled=couples_completions(loss)
+        )
         gathered = watch_gathered(policy)
         for _ in range(2):
             step_gradient(accelerator, policy, groups, rows, loss, mode="shared")
@@ -72,10 +84,15 @@ def main(folder: str, out: Path, precision: str) -> None:
             sharding.take_step(accelerator, policy, optimizer)
         results.append(
             {
-                "case": [role, rank], "kind": kind, "trained": trained, "measured": states, "predicted": dict(predicted.device),
-                "gathered": max(gathered, default=0), "parameters": elements,
+                "case": [role, rank],
+                "kind": kind,
+                "trained": trained,
+                "measured": states,
+                "predicted": dict(predicted.device),
+                "gathered": max(gathered, default=0),
+                "parameters": elements,
             }
-        )  # fmt: skip
+        )
         accelerator.free_memory()
     if accelerator.is_main_process:
         out.write_text(json.dumps(results))

@@ -1,4 +1,5 @@
-"""The gradient does not depend on the number of ranks, on one process and on two; and no launch shrinks silently."""
+"""The gradient does not depend on the number of ranks, on one process and on two; and no launch
+shrinks silently."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
     check(run_warm(launch, "tests/e2e/gradient_script.py", str(out)))
     results = json.loads(out.read_text())
     assert len(results) == 72 + 12 and {r["ranks"] for r in results} == {ranks}
-    assert [sum(name in r["case"] for r in results) for name in ("policy_loss", "k15_loss")] == [6, 6]
+    assert [sum(name in r["case"] for r in results) for name in ("policy_loss", "k15_loss")] == [
+        6,
+        6,
+    ]
     worst = max(results, key=lambda r: max(r["gradient"], r["loss"]))
     assert max(worst["gradient"], worst["loss"]) < 1e-10, worst
     if ranks == 2:
@@ -30,11 +34,14 @@ def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
 
 
 def test_every_algorithm_on_two_ranks_is_the_papers_objective(tmp_path):
-    """Float64; two of six groups have no signal and one completion no score, so denominators count what no rank computes."""
+    """Float64; two of six groups have no signal and one completion no score, so denominators count
+    what no rank computes."""
     out = tmp_path / "results.json"
     check(run_warm("cpu2.yaml", "tests/e2e/policy_gradient_script.py", str(out)))
     results = json.loads(out.read_text())
-    assert {r["algorithm"] for r in results} == set(ALGORITHMS) and len(results) == 2 * len(ALGORITHMS)
+    assert {r["algorithm"] for r in results} == set(ALGORITHMS) and len(results) == 2 * len(
+        ALGORITHMS
+    )
     assert all(min(r["micro_batches"]) >= 1 for r in results) and any(r["skipped"] for r in results)
     worst = max(results, key=lambda r: r["gradient"])
     assert worst["gradient"] < 1e-10 and min(r["largest"] for r in results) > 1e-6, worst
@@ -53,14 +60,22 @@ if "RANK" in os.environ:
 
 
 def test_a_finished_run_has_no_thread_of_gloo(tmp_path):
-    """One that frees a tensor while Python shuts down aborts the process, and a finished run is called failed."""
+    """One that frees a tensor while Python shuts down aborts the process, and a finished run is
+    called failed."""
     (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
     threads = tmp_path / "threads"
     threads.mkdir()
     model, rows = model_folder(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 12)
     arguments = [
-        "--model.name", str(model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.max_steps", "2",
-    ]  # fmt: skip
+        "--model.name",
+        str(model),
+        "--data.train",
+        f"[{rows}]",
+        "--train.run_dir",
+        str(tmp_path),
+        "--train.max_steps",
+        "2",
+    ]
     path = os.pathsep.join([str(tmp_path), str(REPO)])
     check(run("cpu2.yaml", "recipes/sft.py", *arguments, THREADS=str(threads), PYTHONPATH=path))
     names = {file.name: file.read_text() for file in threads.iterdir()}
@@ -86,13 +101,22 @@ def test_independent_processes_are_refused():
 
 
 def test_a_launch_that_would_not_shard_is_refused(tmp_path):
-    """accelerate takes sharding from the environment of several processes only: with one, the model would stay whole."""
-    result = run("fsdp_cpu2.yaml --num_processes 1", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    """accelerate takes sharding from the environment of several processes only: with one, the model
+    would stay whole."""
+    result = run(
+        "fsdp_cpu2.yaml --num_processes 1",
+        "tests/e2e/gradient_script.py",
+        str(tmp_path / "out.json"),
+    )
     assert result.returncode != 0
     assert "asks for FSDP, but the run became" in result.stderr
 
 
 def test_a_launch_option_that_would_be_ignored_is_refused(tmp_path):
-    result = run("zero_cpu2.yaml --gradient_clipping 0.5", "tests/e2e/gradient_script.py", str(tmp_path / "out.json"))
+    result = run(
+        "zero_cpu2.yaml --gradient_clipping 0.5",
+        "tests/e2e/gradient_script.py",
+        str(tmp_path / "out.json"),
+    )
     assert result.returncode != 0
     assert "would be ignored" in result.stderr and "--optimizer.max_grad_norm" in result.stderr

@@ -1,4 +1,5 @@
-"""SIGKILL anywhere, start again: the same weights bit for bit and the same metrics as a run that was never interrupted."""
+"""SIGKILL anywhere, start again: the same weights bit for bit and the same metrics as a run that
+was never interrupted."""
 
 from __future__ import annotations
 
@@ -28,11 +29,33 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
 def arguments(inputs, run_dir: Path, name: str) -> list[str]:
     model, rows = inputs
     return [
-        "--model.name", str(model), "--data.train", f"[{rows}]", "--data.cache_dir", str(run_dir / "cache"), "--data.eval_fraction", "0.1",
-        "--train.run_dir", str(run_dir), "--train.name", name, "--train.max_steps", str(STEPS), "--train.batch_size", "8",
-        "--train.save_every", "4", "--train.eval_every", "3", "--optimizer.lr", "3e-3", "--optimizer.weight_decay", "0.1",
-        "--packing.max_tokens", "200",
-    ]  # fmt: skip
+        "--model.name",
+        str(model),
+        "--data.train",
+        f"[{rows}]",
+        "--data.cache_dir",
+        str(run_dir / "cache"),
+        "--data.eval_fraction",
+        "0.1",
+        "--train.run_dir",
+        str(run_dir),
+        "--train.name",
+        name,
+        "--train.max_steps",
+        str(STEPS),
+        "--train.batch_size",
+        "8",
+        "--train.save_every",
+        "4",
+        "--train.eval_every",
+        "3",
+        "--optimizer.lr",
+        "3e-3",
+        "--optimizer.weight_decay",
+        "0.1",
+        "--packing.max_tokens",
+        "200",
+    ]
 
 
 def outcome(folder: Path) -> tuple[str, list[dict]]:
@@ -41,7 +64,8 @@ def outcome(folder: Path) -> tuple[str, list[dict]]:
 
 
 def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Random) -> None:
-    """Starts the recipe and kills all its processes a moment after a random one of its next steps."""
+    """Starts the recipe and kills all its processes a moment after a random one of its next
+    steps."""
     process = start_warm(launch, "recipes/sft.py", *args)
     metrics = folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -99,7 +123,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path, i
 def test_other_optimizers_resume_as_if_never_interrupted(tmp_path, inputs, optimizer):
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    args = [*arguments(inputs, tmp_path, "run"), "--optimizer.name", optimizer, "--train.max_steps", "8"]
+    args = [
+        *arguments(inputs, tmp_path, "run"),
+        "--optimizer.name",
+        optimizer,
+        "--train.max_steps",
+        "8",
+    ]
     check(run_warm("cpu.yaml", "recipes/sft.py", *args))
     folder = tmp_path / "run"
     wanted = outcome(folder)

@@ -1,4 +1,5 @@
-"""recipes/rl.py end to end on a tiny model: it learns, is the same on two ranks, and survives a kill at any moment."""
+"""recipes/rl.py end to end on a tiny model: it learns, is the same on two ranks, and survives a
+kill at any moment."""
 
 from __future__ import annotations
 
@@ -30,13 +31,40 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     return model_folder(folder / "model"), folder / "rows.jsonl"
 
 
-def settings(inputs, tmp_path: Path, name: str, *more: str, reward: str = "starts_with_digit") -> list[str]:
+def settings(
+    inputs, tmp_path: Path, name: str, *more: str, reward: str = "starts_with_digit"
+) -> list[str]:
     return [
-        "--model.name", str(inputs[0]), "--data.train", f"[{inputs[1]}]", "--train.run_dir", str(tmp_path), "--train.name", name,
-        "--train.batch_size", "8", "--rollout.group_size", "8", "--sampling.max_tokens", "2", "--train.max_steps", "60", "--optimizer.lr", "1e-2",
-        "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0", "--packing.max_tokens", "400", "--train.precision", "fp32",
-        "--rewards.functions", json.dumps({f"{REWARD}.{reward}": 1.0}), *more,
-    ]  # fmt: skip
+        "--model.name",
+        str(inputs[0]),
+        "--data.train",
+        f"[{inputs[1]}]",
+        "--train.run_dir",
+        str(tmp_path),
+        "--train.name",
+        name,
+        "--train.batch_size",
+        "8",
+        "--rollout.group_size",
+        "8",
+        "--sampling.max_tokens",
+        "2",
+        "--train.max_steps",
+        "60",
+        "--optimizer.lr",
+        "1e-2",
+        "--optimizer.schedule",
+        "constant",
+        "--optimizer.weight_decay",
+        "0",
+        "--packing.max_tokens",
+        "400",
+        "--train.precision",
+        "fp32",
+        "--rewards.functions",
+        json.dumps({f"{REWARD}.{reward}": 1.0}),
+        *more,
+    ]
 
 
 def steps_of(folder: Path) -> list[dict]:
@@ -48,16 +76,36 @@ def steps_of(folder: Path) -> list[dict]:
     [
         ("grpo", ["--algorithm_options.beta", "0.0"]),
         ("rloo", ["--algorithm_options.beta", "0.001"]),
-        ("k15", ["--algorithm_options.tau", "0.1", "--rollout.updates", "2", "--rollout.epochs", "2"]),
+        (
+            "k15",
+            ["--algorithm_options.tau", "0.1", "--rollout.updates", "2", "--rollout.epochs", "2"],
+        ),
         ("dapo", ["--rollout.updates", "2"]),
         ("reinforce_pp", ["--algorithm_options.beta", "0.001"]),
     ],
 )
 def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
-    """Over six seeds and two sets of CPU instructions the median of the last 20 steps was never below 0.97."""
-    arguments = settings(inputs, tmp_path, "run", "--algorithm", algorithm, *more, "--data.eval", f"[{inputs[1]}]",
-                         "--evaluation.samples", "4", "--evaluation.temperature", "1.0", "--optimizer.lr", "6e-3")  # fmt: skip
-    result = check((run if algorithm == "grpo" else run_warm)("cpu.yaml", "recipes/rl.py", *arguments))
+    """Over six seeds and two sets of CPU instructions the median of the last 20 steps was never
+    below 0.97."""
+    arguments = settings(
+        inputs,
+        tmp_path,
+        "run",
+        "--algorithm",
+        algorithm,
+        *more,
+        "--data.eval",
+        f"[{inputs[1]}]",
+        "--evaluation.samples",
+        "4",
+        "--evaluation.temperature",
+        "1.0",
+        "--optimizer.lr",
+        "6e-3",
+    )
+    result = check(
+        (run if algorithm == "grpo" else run_warm)("cpu.yaml", "recipes/rl.py", *arguments)
+    )
     steps = steps_of(tmp_path / "run")
     rewards = [s["reward"] for s in steps]
     assert rewards[0] < 0.25 and statistics.median(rewards[-20:]) > 0.9, rewards
@@ -72,23 +120,43 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
 
 
 def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):
-    """Matrices: w (1 - lr decay)^steps. Norms and embeddings, which do not decay, stay as they were."""
+    """Matrices: w (1 - lr decay)^steps. Norms and embeddings, which do not decay, stay as they
+    were."""
     more = [*SHORT, "--algorithm_options.beta", "0.0", "--optimizer.weight_decay", "0.1"]
-    check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")))
-    before, after = load_file(inputs[0] / "model.safetensors"), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    check(
+        run_warm(
+            "cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")
+        )
+    )
+    before, after = (
+        load_file(inputs[0] / "model.safetensors"),
+        load_file(tmp_path / "run" / "final" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, w in before.items():
         if name.endswith("proj.weight"):
-            assert torch.allclose(after[name].double(), w.double() * (1 - 1e-2 * 0.1) ** 6, rtol=1e-6, atol=0), name
+            assert torch.allclose(
+                after[name].double(), w.double() * (1 - 1e-2 * 0.1) ** 6, rtol=1e-6, atol=0
+            ), name
         else:
             assert "norm" in name or "embed" in name
             assert torch.equal(after[name], w), name
-    assert all(s["groups_without_signal"] == 1.0 and s["grad_norm"] == 0.0 for s in steps_of(tmp_path / "run"))
+    assert all(
+        s["groups_without_signal"] == 1.0 and s["grad_norm"] == 0.0
+        for s in steps_of(tmp_path / "run")
+    )
 
 
 def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
     for name, beta in (("free", "0.0"), ("held", "30.0")):
-        more = ["--train.max_steps", "50", "--algorithm_options.beta", beta, "--optimizer.lr", "6e-3"]
+        more = [
+            "--train.max_steps",
+            "50",
+            "--algorithm_options.beta",
+            beta,
+            "--optimizer.lr",
+            "6e-3",
+        ]
         check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
     free, held = steps_of(tmp_path / "free"), steps_of(tmp_path / "held")
     assert free[-1]["reward"] > held[-1]["reward"] + 0.2
@@ -107,7 +175,9 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
 def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
     more = [*SHORT, "--rollout.updates", "2", *options]
     for launch in ("cpu", "cpu2"):
-        check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more)))
+        check(
+            run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more))
+        )
     for a, b in zip(steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cpu2"), strict=True):
         assert a["reward"] == b["reward"] and a["length"] == b["length"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
@@ -115,19 +185,47 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
 
 
 def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
-    more = ["--sampling.max_tokens", "9", "--sampling.budget_tokens", "4", "--algorithm", "k15", "--algorithm_options.tau", "0.1",
-            "--train.max_steps", "10", "--rollout.updates", "2", "--rollout.group_size", "2",
-            "--sampling.stop_strings", json.dumps(LETTERS)]  # fmt: skip
+    more = [
+        "--sampling.max_tokens",
+        "9",
+        "--sampling.budget_tokens",
+        "4",
+        "--algorithm",
+        "k15",
+        "--algorithm_options.tau",
+        "0.1",
+        "--train.max_steps",
+        "10",
+        "--rollout.updates",
+        "2",
+        "--rollout.group_size",
+        "2",
+        "--sampling.stop_strings",
+        json.dumps(LETTERS),
+    ]
     check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
     import pyarrow.parquet as pq
 
-    rows = [r for p in (tmp_path / "run" / "rollouts").glob("*.parquet") for r in pq.read_table(p).to_pylist()]
-    assert any(len(set(r["versions"])) > 1 for r in rows) and all(r["finish_reason"] in ("stop", "length") for r in rows)
+    rows = [
+        r
+        for p in (tmp_path / "run" / "rollouts").glob("*.parquet")
+        for r in pq.read_table(p).to_pylist()
+    ]
+    assert any(len(set(r["versions"])) > 1 for r in rows) and all(
+        r["finish_reason"] in ("stop", "length") for r in rows
+    )
     assert max(len(r["token_ids"]) for r in rows) == 9
 
 
 def last_rollouts(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in (folder / "rollouts").glob("iteration_*") if path.exists()), default=0.0)
+    return max(
+        (
+            path.stat().st_mtime
+            for path in (folder / "rollouts").glob("iteration_*")
+            if path.exists()
+        ),
+        default=0.0,
+    )
 
 
 def num_steps(folder: Path) -> int:
@@ -136,18 +234,43 @@ def num_steps(folder: Path) -> int:
 
 
 MOMENTS = [(last_rollouts, 0.7), (num_steps, 0.15)] * 2
-"""What has to grow before a kill, and the seconds within which it comes then: scoring takes 0.7 s, four updates 0.1 s."""
+"""What has to grow before a kill, and the seconds within which it comes then: scoring takes 0.7 s,
+four updates 0.1 s."""
 
 
 @pytest.mark.parametrize("launch", ["cpu", "cpu2"])
 def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, launch):
-    """Kills fall into rollouts, scoring and updates; mini-batches and unfinished completions are in flight at checkpoints."""
+    """Kills fall into rollouts, scoring and updates; mini-batches and unfinished completions are in
+    flight at checkpoints."""
     more = [
-        "--train.max_steps", "13", "--train.save_every", "2", "--rollout.updates", "2", "--rollout.epochs", "2", "--algorithm", "k15",
-        "--rollout.group_size", "4", "--sampling.max_tokens", "6", "--sampling.budget_tokens", "2", "--curriculum.order", "prioritized",
-        "--sampling.stop_strings", json.dumps(LETTERS),
-    ]  # fmt: skip
-    check(run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "whole", *more, reward="slow_digit")))
+        "--train.max_steps",
+        "13",
+        "--train.save_every",
+        "2",
+        "--rollout.updates",
+        "2",
+        "--rollout.epochs",
+        "2",
+        "--algorithm",
+        "k15",
+        "--rollout.group_size",
+        "4",
+        "--sampling.max_tokens",
+        "6",
+        "--sampling.budget_tokens",
+        "2",
+        "--curriculum.order",
+        "prioritized",
+        "--sampling.stop_strings",
+        json.dumps(LETTERS),
+    ]
+    check(
+        run_warm(
+            f"{launch}.yaml",
+            "recipes/rl.py",
+            *settings(inputs, tmp_path, "whole", *more, reward="slow_digit"),
+        )
+    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     saved = [json.loads(path.read_text()) for path in whole.glob("checkpoints/*/rollouts.json")]
     assert any(s["buffer"] for s in saved) and any(s["pending"] for s in saved)
@@ -162,7 +285,9 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, laun
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
     check((run if launch == "cpu" else run_warm)(f"{launch}.yaml", "recipes/rl.py", *arguments))
-    assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
+    assert (whole / "final" / "model.safetensors").read_bytes() == (
+        cut / "final" / "model.safetensors"
+    ).read_bytes()
     assert steps_of(whole) == steps_of(cut)
     assert not list((cut / "rollouts").glob("iteration_000000_*.jsonl"))
 
@@ -188,4 +313,7 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path):
     for more, message in cases.items():
         result = run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "bad", *more))
         assert result.returncode == 2, (more, result.stderr[-2000:])
-        assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (more, result.stderr[-2000:])
+        assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (
+            more,
+            result.stderr[-2000:],
+        )

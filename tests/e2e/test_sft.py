@@ -22,9 +22,22 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
 def options(inputs, run_dir: Path, *more: str) -> list[str]:
     model, rows = inputs
     return [
-        "--model.name", str(model), "--data.train", f"[{rows}]", "--data.cache_dir", str(run_dir / "cache"),
-        "--train.run_dir", str(run_dir), "--train.max_steps", "3", "--train.batch_size", "8", "--packing.max_tokens", "400", *more,
-    ]  # fmt: skip
+        "--model.name",
+        str(model),
+        "--data.train",
+        f"[{rows}]",
+        "--data.cache_dir",
+        str(run_dir / "cache"),
+        "--train.run_dir",
+        str(run_dir),
+        "--train.max_steps",
+        "3",
+        "--train.batch_size",
+        "8",
+        "--packing.max_tokens",
+        "400",
+        *more,
+    ]
 
 
 def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
@@ -34,14 +47,19 @@ def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
         run(
             "cpu.yaml",
             "recipes/sft.py",
-            *options(inputs, tmp_path, "--data.eval_fraction", "0.2", "--train.trackers", "[tensorboard]"),
+            *options(
+                inputs, tmp_path, "--data.eval_fraction", "0.2", "--train.trackers", "[tensorboard]"
+            ),
         )
     )
     folder = tmp_path / "sft"
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "1+1"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "1+1"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     assert model.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -64,13 +82,21 @@ def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
     assert (folder / "config.yaml").read_text().startswith("model:")
     assert (folder / "checkpoints" / "step_3" / "manifest.json").is_file()
     assert list(folder.rglob("events.out.tfevents*")), "tensorboard was asked for"
-    assert "trained tokens are highlighted" in result.stdout and "self-check passed" in result.stdout
+    assert (
+        "trained tokens are highlighted" in result.stdout and "self-check passed" in result.stdout
+    )
     assert str(folder / "final") in result.stdout.replace("\n", "")
 
 
 def test_the_printed_config_is_the_same_run(tmp_path, inputs):
     """--print_config of YAML plus overrides, fed back, resolves to itself."""
-    first = check(run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--optimizer.lr", "0.5", "--print_config")))
+    first = check(
+        run_warm(
+            "cpu.yaml",
+            "recipes/sft.py",
+            *options(inputs, tmp_path, "--optimizer.lr", "0.5", "--print_config"),
+        )
+    )
     saved = tmp_path / "resolved.yaml"
     saved.write_text(first.stdout)
     second = check(run_warm("cpu.yaml", "recipes/sft.py", "--config", str(saved), "--print_config"))
@@ -90,7 +116,11 @@ def test_help_lists_every_option_with_its_meaning_and_default():
     ):
         assert option in text
     assert "Global L2 norm" in text and "(type: int, default: 4096)" in text
-    lines = [line for line in result.stdout.splitlines() if line.startswith("  --") and " CONFIG" not in line]
+    lines = [
+        line
+        for line in result.stdout.splitlines()
+        if line.startswith("  --") and " CONFIG" not in line
+    ]
     assert len(lines) > 50
 
 
@@ -102,12 +132,21 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
             "cpu.yaml",
             "recipes/sft.py",
             *options(
-                inputs, tmp_path, "--model.lora.rank", "4", "--optimizer.lr", "0.01", "--model.gradient_checkpointing", "true"
+                inputs,
+                tmp_path,
+                "--model.lora.rank",
+                "4",
+                "--optimizer.lr",
+                "0.01",
+                "--model.gradient_checkpointing",
+                "true",
             ),
         )
     )
     adapter = tmp_path / "sft" / "final"
-    assert (adapter / "adapter_model.safetensors").is_file() and not (adapter / "model.safetensors").exists()
+    assert (adapter / "adapter_model.safetensors").is_file() and not (
+        adapter / "model.safetensors"
+    ).exists()
     check(posttrain_warm("merge", str(adapter), "--out", str(tmp_path / "merged")))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(inputs[0])
@@ -117,9 +156,20 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
 
 def test_loss_falls_in_every_precision_that_a_cpu_has(tmp_path, inputs):
     for precision in ("fp32", "bf16", "bf16-pure"):
-        name = ["--train.name", precision, "--train.precision", precision, "--train.max_steps", "12", "--optimizer.lr", "0.01"]
+        name = [
+            "--train.name",
+            precision,
+            "--train.precision",
+            precision,
+            "--train.max_steps",
+            "12",
+            "--optimizer.lr",
+            "0.01",
+        ]
         check(run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *name)))
-        losses = [m["loss"] for m in read_metrics(tmp_path / precision / "metrics.jsonl") if "loss" in m]
+        losses = [
+            m["loss"] for m in read_metrics(tmp_path / precision / "metrics.jsonl") if "loss" in m
+        ]
         assert losses[-1] < losses[0] - 0.5, precision
         dtype = json.loads((tmp_path / precision / "final" / "config.json").read_text())["dtype"]
         assert dtype == ("bfloat16" if precision == "bf16-pure" else "float32")
@@ -158,7 +208,9 @@ def empty(path: Path) -> Path:
 def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
     result = run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *arguments))
     assert result.returncode == 2
-    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, result.stderr[-1500:]
+    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (
+        result.stderr[-1500:]
+    )
 
 
 def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
@@ -167,7 +219,10 @@ def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
     assert result.returncode != 0
     ours = result.stderr.split("subprocess.CalledProcessError")[0]
     assert "Did you mean --train.batch_size?" in " ".join(ours.split()), ours[-1500:]
-    assert "Traceback" not in ours.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
+    assert (
+        "Traceback"
+        not in ours.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +240,11 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, inputs):
     bigger = byte_tokenizer()
     bigger.add_tokens(["<one>", "<two>"])
     bigger.save_pretrained(tmp_path / "bigger")
-    result = run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--model.tokenizer", str(tmp_path / "bigger")))
+    result = run_warm(
+        "cpu.yaml",
+        "recipes/sft.py",
+        *options(inputs, tmp_path, "--model.tokenizer", str(tmp_path / "bigger")),
+    )
     assert result.returncode != 0 and "2 tokens have no row" in " ".join(result.stderr.split())
     pickled = model_folder(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -196,7 +255,9 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, inputs):
 def test_an_unwritable_output_folder_is_said_before_training(tmp_path, inputs):
     (tmp_path / "file").write_text("")
     result = run_warm(
-        "cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--train.run_dir", str(tmp_path / "file" / "runs"))
+        "cpu.yaml",
+        "recipes/sft.py",
+        *options(inputs, tmp_path, "--train.run_dir", str(tmp_path / "file" / "runs")),
     )
     assert result.returncode != 0 and "cannot be written" in " ".join(result.stderr.split())
     assert "step 1" not in result.stdout
@@ -204,10 +265,23 @@ def test_an_unwritable_output_folder_is_said_before_training(tmp_path, inputs):
 
 def test_a_diverging_run_stops_before_the_optimizer_and_names_where(tmp_path, inputs):
     result = run_warm(
-        "cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--optimizer.lr", "1e30", "--optimizer.max_grad_norm", "0", "--train.save_every", "1")
-    )  # fmt: skip
+        "cpu.yaml",
+        "recipes/sft.py",
+        *options(
+            inputs,
+            tmp_path,
+            "--optimizer.lr",
+            "1e30",
+            "--optimizer.max_grad_norm",
+            "0",
+            "--train.save_every",
+            "1",
+        ),
+    )
     text = " ".join(result.stderr.split())
-    assert result.returncode != 0 and "stopped before the optimizer" in text and "rows.jsonl:" in text
+    assert (
+        result.returncode != 0 and "stopped before the optimizer" in text and "rows.jsonl:" in text
+    )
     assert "the last checkpoint is intact" in text
 
 
@@ -215,9 +289,21 @@ def test_two_processes_train_the_same_model_as_one(tmp_path, inputs):
     from safetensors.torch import load_file
 
     for launch in ("cpu.yaml", "cpu2.yaml"):
-        arguments = options(inputs, tmp_path, "--train.name", launch, "--train.precision", "fp32", "--optimizer.lr", "1e-3")
+        arguments = options(
+            inputs,
+            tmp_path,
+            "--train.name",
+            launch,
+            "--train.precision",
+            "fp32",
+            "--optimizer.lr",
+            "1e-3",
+        )
         check(run_warm(launch, "recipes/sft.py", *arguments))
-    one, two = (load_file(tmp_path / launch / "final" / "model.safetensors") for launch in ("cpu.yaml", "cpu2.yaml"))
+    one, two = (
+        load_file(tmp_path / launch / "final" / "model.safetensors")
+        for launch in ("cpu.yaml", "cpu2.yaml")
+    )
     base = load_file(inputs[0] / "model.safetensors")
     for name in one:
         moved = float((one[name] - base[name]).norm())

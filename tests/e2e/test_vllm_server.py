@@ -1,4 +1,5 @@
-"""The client and recipes/rl.py against a real vLLM server on the CPU: ``make test-vllm`` (it has an environment of its own)."""
+"""The client and recipes/rl.py against a real vLLM server on the CPU: ``make test-vllm`` (it has an
+environment of its own)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ from tests.e2e.launching import REPO, check, command, environment, run
 from tests.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.vllm
-REQUESTS = [Request(prompt_ids=tuple(b"one and"), seeds=(1, 2, 3)), Request(prompt_ids=tuple(b"two"), seeds=(4, 5))]
+REQUESTS = [
+    Request(prompt_ids=tuple(b"one and"), seeds=(1, 2, 3)),
+    Request(prompt_ids=tuple(b"two"), seeds=(4, 5)),
+]
 
 
 def tiny_model(path: Path) -> Path:
@@ -36,10 +40,19 @@ def tiny_model(path: Path) -> Path:
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -59,10 +72,19 @@ class Server:
     def start(self) -> None:
         environment = {**os.environ, "MAX_MODEL_LEN": "256", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_PYTHON", str(REPO / ".venv-vllm" / "bin" / "python"))
-        command = ["bash", str(REPO / "launch" / "vllm.sh"), str(self._model), str(self.port), "--dtype", "float32"]
+        command = [
+            "bash",
+            str(REPO / "launch" / "vllm.sh"),
+            str(self._model),
+            str(self.port),
+            "--dtype",
+            "float32",
+        ]
         command += ["--max-num-batched-tokens", "256"]  # two long prompts do not fit
         with self._log.open("a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         for _ in range(300):
             if self.process.poll() is not None:
                 break
@@ -95,9 +117,13 @@ def policy(server):
 
 def engine(server, policy, tmp_path, **options) -> VLLMEngine:
     model, tokenizer = policy
-    handover = FolderHandover(tmp_path / "weights", lambda folder: save_model(model, tokenizer, folder))
+    handover = FolderHandover(
+        tmp_path / "weights", lambda folder: save_model(model, tokenizer, folder)
+    )
     config = VLLMConfig(url=server.url, **options)
-    return VLLMEngine(config, handover=handover, stop_ids=[tokenizer.eos_token_id], decode=tokenizer.decode)
+    return VLLMEngine(
+        config, handover=handover, stop_ids=[tokenizer.eos_token_id], decode=tokenizer.decode
+    )
 
 
 def mismatch(model, request: Request, drawn: Sampled, k: int, temperature: float) -> float:
@@ -106,7 +132,9 @@ def mismatch(model, request: Request, drawn: Sampled, k: int, temperature: float
     before = [*request.prompt_ids, *prefix]
     with torch.no_grad():
         logits = model(torch.tensor([[*before, *drawn.token_ids]])).logits[0] / temperature
-    logps = logits.log_softmax(-1)[len(before) - 1 : -1].gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    logps = logits.log_softmax(-1)[len(before) - 1 : -1].gather(
+        1, torch.tensor(drawn.token_ids)[:, None]
+    )[:, 0]
     return float((logps - torch.tensor(drawn.logps)).abs().max())
 
 
@@ -121,7 +149,9 @@ def test_log_probs_are_those_of_the_weights_that_were_handed_over(server, policy
                 parameter.mul_(1.2)
         client.refresh(version)
         drawn = client.generate(REQUESTS, sampling)
-        assert [[d.token_ids for d in row] for row in drawn] != [[d.token_ids for d in row] for row in drawn_before]
+        assert [[d.token_ids for d in row] for row in drawn] != [
+            [d.token_ids for d in row] for row in drawn_before
+        ]
         for request, row in zip(REQUESTS, drawn, strict=True):
             for k, d in enumerate(row):
                 assert d.policy_version == version and mismatch(model, request, d, k, 0.7) < 2e-4
@@ -135,25 +165,45 @@ def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
     whole = client.generate(REQUESTS, SamplingConfig(max_tokens=40))
     for d in (d for row in whole for d in row):
         stopped = d.token_ids[-1] == tokenizer.eos_token_id
-        assert d.finish_reason == ("stop" if stopped else "length") and (stopped or len(d.token_ids) == 40)
+        assert d.finish_reason == ("stop" if stopped else "length") and (
+            stopped or len(d.token_ids) == 40
+        )
     letter = next(text for t in whole[0][0].token_ids if (text := tokenizer.decode([t])).isalpha())
     (first, *_), _ = client.generate(REQUESTS, SamplingConfig(max_tokens=40, stop_strings=[letter]))
-    assert first.finish_reason == "stop" and first.token_ids == whole[0][0].token_ids[: len(first.token_ids)]
-    assert tokenizer.decode(first.token_ids).endswith(letter) and letter not in tokenizer.decode(first.token_ids[:-1])
-    looping = client.generate(REQUESTS, SamplingConfig(max_tokens=40, repeat_ngram=1, repeat_times=2))
+    assert (
+        first.finish_reason == "stop"
+        and first.token_ids == whole[0][0].token_ids[: len(first.token_ids)]
+    )
+    assert tokenizer.decode(first.token_ids).endswith(letter) and letter not in tokenizer.decode(
+        first.token_ids[:-1]
+    )
+    looping = client.generate(
+        REQUESTS, SamplingConfig(max_tokens=40, repeat_ngram=1, repeat_times=2)
+    )
     for drawn, row in zip(looping, whole, strict=True):
         for a, b in zip(drawn, row, strict=True):
             assert a.token_ids == b.token_ids[: len(a.token_ids)]
-            assert (a.finish_reason == "repeat") == (len(a.token_ids) > 1 and a.token_ids[-1] == a.token_ids[-2])
+            assert (a.finish_reason == "repeat") == (
+                len(a.token_ids) > 1 and a.token_ids[-1] == a.token_ids[-2]
+            )
     begun = client.generate(REQUESTS, SamplingConfig(max_tokens=12, budget_tokens=5))
-    assert all(d.finish_reason in ("budget", "stop") and len(d.token_ids) <= 5 for row in begun for d in row)
+    assert all(
+        d.finish_reason in ("budget", "stop") and len(d.token_ids) <= 5
+        for row in begun
+        for d in row
+    )
     going_on = [
         Request(prompt_ids=r.prompt_ids, seeds=r.seeds, prefixes=tuple(d.token_ids for d in row))
         for r, row in zip(REQUESTS, begun, strict=True)
     ]
-    for request, row in zip(going_on, client.generate(going_on, SamplingConfig(max_tokens=12)), strict=True):
+    for request, row in zip(
+        going_on, client.generate(going_on, SamplingConfig(max_tokens=12)), strict=True
+    ):
         for k, d in enumerate(row):
-            assert len(request.prefixes[k]) + len(d.token_ids) <= 12 and mismatch(model, request, d, k, 1.0) < 2e-4
+            assert (
+                len(request.prefixes[k]) + len(d.token_ids) <= 12
+                and mismatch(model, request, d, k, 1.0) < 2e-4
+            )
 
 
 def test_more_prompts_than_a_batch_of_the_server_holds(server, policy, tmp_path):
@@ -173,7 +223,10 @@ def test_a_restart_in_the_middle_loses_nothing_and_gets_the_weights_again(server
         for parameter in model.parameters():
             parameter.mul_(1.3)
     client.refresh(7)
-    requests = [Request(prompt_ids=tuple(f"question {i}".encode()), seeds=tuple(range(8 * i, 8 * i + 8))) for i in range(8)]
+    requests = [
+        Request(prompt_ids=tuple(f"question {i}".encode()), seeds=tuple(range(8 * i, 8 * i + 8)))
+        for i in range(8)
+    ]
     finished: list[tuple[int, int]] = []
     enough = threading.Event()
 
@@ -194,19 +247,46 @@ def test_a_restart_in_the_middle_loses_nothing_and_gets_the_weights_again(server
     assert sorted(finished) == [(i, k) for i in range(8) for k in range(8)]  # each once
     for request, row in zip(requests, drawn, strict=True):
         for k, d in enumerate(row):
-            assert mismatch(model, request, d, k, 1.0) < 2e-4  # the restarted one would have the folder's own weights
+            assert (
+                mismatch(model, request, d, k, 1.0) < 2e-4
+            )  # the restarted one would have the folder's own weights
 
 
 def settings(server, tmp_path: Path, name: str, reward: str) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{a}?"}) + "\n" for a in range(40)))
     return [
-        "--model.name", str(server.model), "--data.train", f"[{rows}]", "--train.run_dir", str(tmp_path), "--train.name", name,
-        "--train.batch_size", "8", "--rollout.group_size", "8", "--optimizer.lr", "1e-2",
-        "--optimizer.schedule", "constant", "--optimizer.weight_decay", "0", "--packing.max_tokens", "400", "--train.precision",
-        "fp32", "--rewards.functions", json.dumps({f"tests.reward_functions.{reward}": 1.0}), "--engine", "vllm",
-        "--vllm.url", server.url, "--algorithm_options.beta", "0.0",
-    ]  # fmt: skip
+        "--model.name",
+        str(server.model),
+        "--data.train",
+        f"[{rows}]",
+        "--train.run_dir",
+        str(tmp_path),
+        "--train.name",
+        name,
+        "--train.batch_size",
+        "8",
+        "--rollout.group_size",
+        "8",
+        "--optimizer.lr",
+        "1e-2",
+        "--optimizer.schedule",
+        "constant",
+        "--optimizer.weight_decay",
+        "0",
+        "--packing.max_tokens",
+        "400",
+        "--train.precision",
+        "fp32",
+        "--rewards.functions",
+        json.dumps({f"tests.reward_functions.{reward}": 1.0}),
+        "--engine",
+        "vllm",
+        "--vllm.url",
+        server.url,
+        "--algorithm_options.beta",
+        "0.0",
+    ]
 
 
 def steps_of(folder: Path) -> list[dict]:
@@ -214,7 +294,13 @@ def steps_of(folder: Path) -> list[dict]:
 
 
 def test_recipe_learns_with_the_server(server, tmp_path):
-    arguments = [*settings(server, tmp_path, "run", "starts_with_digit"), "--sampling.max_tokens", "2", "--train.max_steps", "30"]
+    arguments = [
+        *settings(server, tmp_path, "run", "starts_with_digit"),
+        "--sampling.max_tokens",
+        "2",
+        "--train.max_steps",
+        "30",
+    ]
     check(run("cpu.yaml", "recipes/rl.py", *arguments))
     steps = steps_of(tmp_path / "run")
     assert [s["step"] for s in steps] == list(range(1, 31))
@@ -224,17 +310,32 @@ def test_recipe_learns_with_the_server(server, tmp_path):
 
 
 def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp_path):
-    """Some completions of the iteration are in the journal, the others are still with the server."""
-    more = ["--sampling.max_tokens", "30", "--train.max_steps", "6", "--train.save_every", "2", "--vllm.concurrency", "1"]
-    check(run("cpu.yaml", "recipes/rl.py", *settings(server, tmp_path, "whole", "slow_digit"), *more))
+    """Some completions of the iteration are in the journal, the others are still with the
+    server."""
+    more = [
+        "--sampling.max_tokens",
+        "30",
+        "--train.max_steps",
+        "6",
+        "--train.save_every",
+        "2",
+        "--vllm.concurrency",
+        "1",
+    ]
+    check(
+        run("cpu.yaml", "recipes/rl.py", *settings(server, tmp_path, "whole", "slow_digit"), *more)
+    )
     arguments = [*settings(server, tmp_path, "cut", "slow_digit"), *more]
     kept = 0
     for iteration in (1, 4):
         journal = tmp_path / "cut" / "rollouts" / f"iteration_{iteration:06d}_rank0.jsonl"
         process = subprocess.Popen(
-            command("cpu.yaml", "recipes/rl.py", *arguments), cwd=REPO, env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command("cpu.yaml", "recipes/rl.py", *arguments),
+            cwd=REPO,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while not (journal.exists() and journal.read_text().count("\n") > 4):
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.002)
@@ -245,5 +346,7 @@ def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp
     assert kept == 2, "no kill fell into a rollout"
     check(run("cpu.yaml", "recipes/rl.py", *arguments))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert (whole / "final" / "model.safetensors").read_bytes() == (cut / "final" / "model.safetensors").read_bytes()
+    assert (whole / "final" / "model.safetensors").read_bytes() == (
+        cut / "final" / "model.safetensors"
+    ).read_bytes()
     assert steps_of(whole) == steps_of(cut)

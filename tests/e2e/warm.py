@@ -1,6 +1,8 @@
-"""Has imported what a run imports, and runs commands in forks of itself: importing takes longer than most runs of a test.
+"""Has imported what a run imports, and runs commands in forks of itself: importing takes longer
+than most runs of a test.
 
-Requests come as lines of JSON on stdin, answers go to stdout; it ends with its stdin. See ``launching.Run``.
+Requests come as lines of JSON on stdin, answers go to stdout; it ends with its stdin. See
+``launching.Run``.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def serve(answers: TextIO) -> dict[str, Any] | None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """This process is as a new one would be, but for what it has imported, and runs the script or module to its end."""
+    """This process is as a new one would be, but for what it has imported, and runs the script or
+    module to its end."""
     for stream, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, request["stdout"], os.O_WRONLY),

@@ -1,5 +1,6 @@
-"""The gradient of a step depends on the global batch alone: not on micro-batches, packing, prefix sharing, chunks of the LM
-head, checkpointing, or the split of groups over the token budget. float64, 1e-10, against one sequence at a time."""
+"""The gradient of a step depends on the global batch alone: not on micro-batches, packing, prefix
+sharing, chunks of the LM head, checkpointing, or the split of groups over the token budget.
+float64, 1e-10, against one sequence at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step, row_tokens
 from posttrain.training.step import couples_completions, step_gradient
 from posttrain.types import PromptGroup
-from tests.helpers import gradients_of, max_difference, random_groups, reference_gradient, tiny_gpt2, token_mean
+from tests.helpers import (
+    gradients_of,
+    max_difference,
+    random_groups,
+    reference_gradient,
+    tiny_gpt2,
+    token_mean,
+)
 from tests.losses_for_tests import all_pairs, all_pairs_reference
 
 GROUPS = random_groups(9, seed=3)
@@ -24,10 +32,13 @@ TOLERANCE = 1e-10
 
 @functools.cache
 def budgets() -> dict[str, int]:
-    """Token budgets that give one, two and five micro-batches of the packed groups, and one that cuts the larger groups apart."""
+    """Token budgets that give one, two and five micro-batches of the packed groups, and one that
+    cuts the larger groups apart."""
     total = sum(row_tokens(g, mode="shared") for g in GROUPS)
     longest = max(
-        row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared") for g in GROUPS for c in g.completions
+        row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared")
+        for g in GROUPS
+        for c in g.completions
     )
     found = {}
     for tokens in range(total, longest, -1):
@@ -47,19 +58,31 @@ def references() -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
 
 MATRIX = list(
     itertools.product(
-        ["sft", "all_pairs"], ["shared", "packed", "single"], ["one", "two", "five", "split"], [1, 7, 512], [False, True]
+        ["sft", "all_pairs"],
+        ["shared", "packed", "single"],
+        ["one", "two", "five", "split"],
+        [1, 7, 512],
+        [False, True],
     )
 )
 
 
 @pytest.mark.parametrize(("loss_name", "mode", "budget", "chunk", "checkpointing"), MATRIX)
-def test_gradient_is_that_of_one_sequence_at_a_time(references, loss_name, mode, budget, chunk, checkpointing):
+def test_gradient_is_that_of_one_sequence_at_a_time(
+    references, loss_name, mode, budget, chunk, checkpointing
+):
     loss = {"sft": sft, "all_pairs": all_pairs}[loss_name]
     model = tiny_gpt2().double().train()
     if checkpointing:
         model.activation_checkpointing_enable()
     policy = Policy(model, PackingConfig(mode=mode, logits_chunk=chunk))
-    plan = plan_step(GROUPS, world_size=1, max_tokens=budgets()[budget], mode=mode, coupled=couples_completions(loss))
+    plan = plan_step(
+        GROUPS,
+        world_size=1,
+        max_tokens=budgets()[budget],
+        mode=mode,
+        coupled=couples_completions(loss),
+    )
     result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, loss, mode=mode)
     wanted_loss, wanted_gradient = references[loss_name]
     assert abs(result.loss - wanted_loss) < TOLERANCE
@@ -77,12 +100,15 @@ def test_the_matrix_really_has_one_two_and_five_micro_batches_and_split_groups()
 
 
 def test_dropout_with_a_split_group_has_the_gradient_of_its_own_masks():
-    """Gradient caching runs every part twice; with dropout both runs must draw the same masks, or the vector does not fit.
+    """Gradient caching runs every part twice; with dropout both runs must draw the same masks, or
+    the vector does not fit.
 
     Finite differences along a random direction, the random state fixed, give the truth."""
     model = tiny_gpt2(dropout=0.3).double().train()
     policy = Policy(model, PackingConfig(mode="packed"))
-    plan = plan_step(GROUPS, world_size=1, max_tokens=budgets()["split"], mode="packed", coupled=True)
+    plan = plan_step(
+        GROUPS, world_size=1, max_tokens=budgets()["split"], mode="packed", coupled=True
+    )
     accelerator = Accelerator(cpu=True)
 
     def value() -> float:
@@ -92,7 +118,10 @@ def test_dropout_with_a_split_group_has_the_gradient_of_its_own_masks():
     value()
     gradient = gradients_of(model)
     generator = torch.Generator().manual_seed(1)
-    direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in model.named_parameters()}
+    direction = {
+        n: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for n, p in model.named_parameters()
+    }
     slope = sum(float((gradient[n] * direction[n]).sum()) for n in gradient)
     step = 1e-6
     sides = []

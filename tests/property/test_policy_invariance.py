@@ -1,5 +1,6 @@
-"""The gradient of a reinforcement-learning step depends on the global batch alone: not on packing, prefix sharing, micro-batches or
-left-out groups without a signal. float64, 1e-10, against a loop over sequences that is written from the papers."""
+"""The gradient of a reinforcement-learning step depends on the global batch alone: not on packing,
+prefix sharing, micro-batches or left-out groups without a signal. float64, 1e-10, against a loop
+over sequences that is written from the papers."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ BETA, EPSILON, TAU, CONSTANT = 0.04, 0.2, 0.5, 12.0
 
 
 def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
-    """Six prompts with four completions; two groups have equal rewards; one completion is unscored, one has an old segment.
+    """Six prompts with four completions; two groups have equal rewards; one completion is unscored,
+    one has an old segment.
 
     With the KL in each token's reward, advantages differ along a completion; two groups have none.
     """
@@ -50,10 +52,17 @@ def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
                     advantage=0.0 if by_token else advantages[row][k] or 0.0,
                     token_advantages=by_token,
                     proximal_logps=[rng.uniform(-6, -3) for _ in range(n)] if later else None,
-                )  # fmt: skip
+                )
             )
         prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
-        groups.append(PromptGroup(prompt_ids=prompt, completions=completions, pairs=(), meta={"file": "made", "row": row}))
+        groups.append(
+            PromptGroup(
+                prompt_ids=prompt,
+                completions=completions,
+                pairs=(),
+                meta={"file": "made", "row": row},
+            )
+        )
     return groups
 
 
@@ -69,7 +78,9 @@ ITEMS = {
     "gspo": lambda r, a, d: -clip(torch.exp(r.log().mean()), a, EPSILON, EPSILON),
     "rloo": lambda r, a, d: -(r * a).sum(),
     "reinforce_pp": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
-    "reinforce_pp_baseline": lambda r, a, d: (-clip(r, a, EPSILON, EPSILON) + BETA * d**2 / 2).sum(),
+    "reinforce_pp_baseline": lambda r, a, d: (
+        -clip(r, a, EPSILON, EPSILON) + BETA * d**2 / 2
+    ).sum(),
     "k15": lambda r, a, d: (a - TAU * r.log().sum()) ** 2 / (2 * TAU),
 }
 """A completion's item from its tokens' ratios, advantages and d = log pi_ref - log pi."""
@@ -89,7 +100,10 @@ def value_of(name, groups, model, reference):
                 return torch.tensor([values[i] for i in kept], dtype=torch.float64)
 
             old = logp.detach() if c.proximal_logps is None else given(c.proximal_logps)
-            ratio, a = torch.exp(logp - old), c.advantage if c.token_advantages is None else given(c.token_advantages)
+            ratio, a = (
+                torch.exp(logp - old),
+                c.advantage if c.token_advantages is None else given(c.token_advantages),
+            )
             with torch.no_grad():
                 of_reference = plain_logps(reference, group, k)
             if name == "cispo":
@@ -102,10 +116,17 @@ def value_of(name, groups, model, reference):
 
 
 OPTIONS = {
-    "grpo": {"beta": BETA}, "dapo": {"epsilon_high": EPSILON}, "dr_grpo": {"constant": CONSTANT}, "rloo": {"beta": 0.0}, "k15": {"tau": TAU},
-    "gspo": {"epsilon_low": EPSILON, "epsilon_high": EPSILON}, "cispo": {"cap": 1.5},
-    "r1": {"beta": BETA}, "reinforce_pp": {}, "reinforce_pp_baseline": {"beta": BETA},
-}  # fmt: skip
+    "grpo": {"beta": BETA},
+    "dapo": {"epsilon_high": EPSILON},
+    "dr_grpo": {"constant": CONSTANT},
+    "rloo": {"beta": 0.0},
+    "k15": {"tau": TAU},
+    "gspo": {"epsilon_low": EPSILON, "epsilon_high": EPSILON},
+    "cispo": {"cap": 1.5},
+    "r1": {"beta": BETA},
+    "reinforce_pp": {},
+    "reinforce_pp_baseline": {"beta": BETA},
+}
 MODELS = {"policy": tiny_gpt2().double(), "reference": tiny_gpt2(seed=9).double().eval()}
 
 
@@ -119,7 +140,11 @@ def truth():
             groups = make_groups(resolve_algorithm(name, OPTIONS[name]), later=later)
             loss = value_of(name, groups, model, MODELS["reference"])
             loss.backward()
-            cache[name, later] = groups, float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}
+            cache[name, later] = (
+                groups,
+                float(loss.detach()),
+                {n: p.grad.clone() for n, p in model.named_parameters()},
+            )
         return cache[name, later]
 
     return of
@@ -131,15 +156,26 @@ def test_no_algorithm_is_left_out():
 
 @pytest.mark.parametrize(
     ("name", "later", "mode", "budget"),
-    list(itertools.product(OPTIONS, [False, True], ["shared", "packed", "single"], ["one", "four", "split"])),
+    list(
+        itertools.product(
+            OPTIONS, [False, True], ["shared", "packed", "single"], ["one", "four", "split"]
+        )
+    ),
 )
 def test_gradient(truth, name, later, mode, budget):
     groups, wanted_loss, wanted = truth(name, later)
     algorithm = resolve_algorithm(name, OPTIONS[name])
-    alone = max(row_tokens(replace(g, completions=[c]), mode="shared") for g in groups for c in g.completions if c.num_trained)
-    max_tokens = {"one": 10**4, "four": max(alone, sum(row_tokens(g, mode="shared") for g in groups) // 3), "split": alone}[
-        budget
-    ]
+    alone = max(
+        row_tokens(replace(g, completions=[c]), mode="shared")
+        for g in groups
+        for c in g.completions
+        if c.num_trained
+    )
+    max_tokens = {
+        "one": 10**4,
+        "four": max(alone, sum(row_tokens(g, mode="shared") for g in groups) // 3),
+        "split": alone,
+    }[budget]
     model = tiny_gpt2().double().train()
     policy = Policy(model, PackingConfig(mode=mode))
     frozen = frozen_copy(Policy(tiny_gpt2(seed=9).double(), PackingConfig(mode=mode)))
@@ -156,7 +192,9 @@ def test_gradient(truth, name, later, mode, budget):
     plan = plan_step(used, world_size=1, max_tokens=max_tokens, mode=mode, coupled=False)
     plan = replace(plan, counts=count_units(groups))
     reference = (lambda _, batch: frozen(batch)) if kl else None
-    result = step_gradient(Accelerator(cpu=True), policy, used, plan, loss, mode=mode, reference=reference)
+    result = step_gradient(
+        Accelerator(cpu=True), policy, used, plan, loss, mode=mode, reference=reference
+    )
     gradient = gradients_of(model)
     assert max_difference(gradient, {n: g for n, g in wanted.items() if n in gradient}) < TOLERANCE
     if not skips:  # a group without a signal may have a value, never a gradient

@@ -1,5 +1,6 @@
-"""The gradient of a preference, KTO or reward step depends on the global batch alone. float64, 1e-10, against a loop over
-sequences that is written from the papers: no packing, no sharing, one forward per sequence."""
+"""The gradient of a preference, KTO or reward step depends on the global batch alone. float64,
+1e-10, against a loop over sequences that is written from the papers: no packing, no sharing, one
+forward per sequence."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ BETA = 0.3
 
 
 def make_groups(size: int, *, slots: bool = False, labels: bool = False) -> list[PromptGroup]:
-    """Seven prompts with ``size`` compared completions each; one group has margins, weights and a tie; masks have holes."""
+    """Seven prompts with ``size`` compared completions each; one group has margins, weights and a
+    tie; masks have holes."""
     rng = random.Random(size)
     groups = []
     for row in range(7):
@@ -39,14 +41,28 @@ def make_groups(size: int, *, slots: bool = False, labels: bool = False) -> list
             mask[rng.randrange(length)] = True
             if slots:
                 ids, mask = [*ids, SCORE_SLOT], [0] * length + [1]
-            completions.append(Completion(token_ids=ids, loss_mask=mask, label=rng.random() < 0.5 if labels else None))
+            completions.append(
+                Completion(
+                    token_ids=ids, loss_mask=mask, label=rng.random() < 0.5 if labels else None
+                )
+            )
         pairs = None
         if labels:
             pairs = ()
         elif row == 3:
-            pairs = [Pair(chosen=1, rejected=0, margin=0.7, weight=2.5), Pair(chosen=0, rejected=1, weight=0.5)]
+            pairs = [
+                Pair(chosen=1, rejected=0, margin=0.7, weight=2.5),
+                Pair(chosen=0, rejected=1, weight=0.5),
+            ]
         prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
-        groups.append(PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta={"file": "made", "row": row}))
+        groups.append(
+            PromptGroup(
+                prompt_ids=prompt,
+                completions=completions,
+                pairs=pairs,
+                meta={"file": "made", "row": row},
+            )
+        )
     return groups
 
 
@@ -69,7 +85,9 @@ def reference_gradient(model, value):
     model.zero_grad()
     loss = value()
     loss.backward()
-    gradient = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradient = {
+        n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None
+    }
     model.zero_grad()
     return float(loss.detach()), gradient
 
@@ -80,7 +98,9 @@ def preference_truth(groups, *, nll_weight: float):
     def value():
         now = [[plain_logps(model, g, k) for k in range(len(g.completions))] for g in groups]
         with torch.no_grad():
-            before = [[plain_logps(old, g, k).sum() for k in range(len(g.completions))] for g in groups]
+            before = [
+                [plain_logps(old, g, k).sum() for k in range(len(g.completions))] for g in groups
+            ]
 
         def one(g, pair):
             w = now[g][pair.chosen].sum() - before[g][pair.chosen]
@@ -103,13 +123,17 @@ def kto_truth(groups):
     def value():
         with torch.no_grad():
             other = [
-                PromptGroup(prompt_ids=g.prompt_ids, completions=groups[(i + 1) % len(groups)].completions)
+                PromptGroup(
+                    prompt_ids=g.prompt_ids, completions=groups[(i + 1) % len(groups)].completions
+                )
                 for i, g in enumerate(groups)
             ]
             kl = [ratio(o, k) for o in other for k in range(len(o.completions))]
             z0 = torch.stack(kl).mean().clamp(min=0)
         items = [
-            torch.sigmoid(BETA * (z0 - ratio(g, k))) if c.label else 1.5 * torch.sigmoid(BETA * (ratio(g, k) - z0))
+            torch.sigmoid(BETA * (z0 - ratio(g, k)))
+            if c.label
+            else 1.5 * torch.sigmoid(BETA * (ratio(g, k) - z0))
             for g in groups
             for k, c in enumerate(g.completions)
         ]
@@ -125,11 +149,19 @@ def kto_loss(logps):
 kto_loss.couples_completions = False
 kto_loss.batch_statistic = kto.batch_statistic
 CASES = {
-    "dpo": (lambda logps: dpo(logps, beta=BETA), lambda groups: preference_truth(groups, nll_weight=0.0)),
-    "rpo": (lambda logps: rpo(logps, beta=BETA, nll_weight=0.4), lambda groups: preference_truth(groups, nll_weight=0.4)),
+    "dpo": (
+        lambda logps: dpo(logps, beta=BETA),
+        lambda groups: preference_truth(groups, nll_weight=0.0),
+    ),
+    "rpo": (
+        lambda logps: rpo(logps, beta=BETA, nll_weight=0.4),
+        lambda groups: preference_truth(groups, nll_weight=0.4),
+    ),
     "kto": (kto_loss, kto_truth),
 }
-GROUPS = {(name, size): make_groups(size, labels=name == "kto") for name in CASES for size in (2, 4)}
+GROUPS = {
+    (name, size): make_groups(size, labels=name == "kto") for name in CASES for size in (2, 4)
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +170,25 @@ def truths():
 
 
 def budget_of(groups, budget: str) -> int:
-    """All in one row; about four rows; or so little that every group is cut between its completions."""
+    """All in one row; about four rows; or so little that every group is cut between its
+    completions."""
     alone = max(
-        row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared") for g in groups for c in g.completions
+        row_tokens(PromptGroup(prompt_ids=g.prompt_ids, completions=[c]), mode="shared")
+        for g in groups
+        for c in g.completions
     )
-    return {"one": 10**4, "four": sum(row_tokens(g, mode="shared") for g in groups) // 3, "split": alone}[budget]
+    return {
+        "one": 10**4,
+        "four": sum(row_tokens(g, mode="shared") for g in groups) // 3,
+        "split": alone,
+    }[budget]
 
 
 @pytest.mark.parametrize(
     ("name", "size", "mode", "budget"),
-    list(itertools.product(CASES, [2, 4], ["shared", "packed", "single"], ["one", "four", "split"])),
+    list(
+        itertools.product(CASES, [2, 4], ["shared", "packed", "single"], ["one", "four", "split"])
+    ),
 )
 def test_preference_gradient(truths, name, size, mode, budget):
     groups, loss = GROUPS[name, size], CASES[name][0]
@@ -162,14 +203,20 @@ def test_preference_gradient(truths, name, size, mode, budget):
 
     forward = ForwardPlan(accelerator=accelerator, mode=mode, max_tokens=max_tokens)
     mean = batch_mean(forward, policy, reference, loss, groups)
-    plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=mode, coupled=couples_completions(loss))
-    result = step_gradient(accelerator, policy, groups, plan, loss, mode=mode, reference=reference, batch_mean=mean)
+    plan = plan_step(
+        groups, world_size=1, max_tokens=max_tokens, mode=mode, coupled=couples_completions(loss)
+    )
+    result = step_gradient(
+        accelerator, policy, groups, plan, loss, mode=mode, reference=reference, batch_mean=mean
+    )
     wanted_loss, wanted_gradient = truths[name, size]
     assert abs(result.loss - wanted_loss) < TOLERANCE
     assert max_difference(gradients_of(model), wanted_gradient) < TOLERANCE
     if budget == "split" and couples_completions(loss) and mode != "single":
         assert any(m.coupled_group is not None for m in plan.ranks[0])
-    held_out = evaluate(forward, policy, groups, loss, reference=reference, counts=count_units(groups))
+    held_out = evaluate(
+        forward, policy, groups, loss, reference=reference, counts=count_units(groups)
+    )
     assert abs(held_out["eval_loss"] - wanted_loss) < TOLERANCE
 
 
@@ -196,14 +243,19 @@ def reward_truths():
 
         def one(g, pair, score=score):
             chosen, rejected = score(g, pair.chosen), score(g, pair.rejected)
-            return -logsigmoid(chosen - rejected - 0.8 * pair.margin) + 0.02 * (chosen + rejected) ** 2
+            return (
+                -logsigmoid(chosen - rejected - 0.8 * pair.margin) + 0.02 * (chosen + rejected) ** 2
+            )
 
-        truths[size] = reference_gradient(model, lambda groups=groups, one=one: pair_loop(groups, one, by_group=True))
+        truths[size] = reference_gradient(
+            model, lambda groups=groups, one=one: pair_loop(groups, one, by_group=True)
+        )
     return truths
 
 
 @pytest.mark.parametrize(
-    ("size", "mode", "budget"), list(itertools.product([2, 4], ["shared", "packed", "single"], ["one", "four", "split"]))
+    ("size", "mode", "budget"),
+    list(itertools.product([2, 4], ["shared", "packed", "single"], ["one", "four", "split"])),
 )
 def test_reward_gradient(reward_truths, size, mode, budget):
     groups = make_groups(size, slots=True)

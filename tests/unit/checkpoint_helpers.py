@@ -18,8 +18,12 @@ def write_files(folder: Path, *, size: int = 5000) -> None:
     (folder / "sub" / "rank_0.json").write_text("{}")
 
 
-def save(root: Path, step: int, write: Callable[[Path], None] = write_files, **settings: Any) -> Path:
-    return save_checkpoint(root, step, write, state={"seen": step * 10}, **{"keep": None, **ALONE, **settings})
+def save(
+    root: Path, step: int, write: Callable[[Path], None] = write_files, **settings: Any
+) -> Path:
+    return save_checkpoint(
+        root, step, write, state={"seen": step * 10}, **{"keep": None, **ALONE, **settings}
+    )
 
 
 def names(root: Path) -> list[str]:

@@ -1,4 +1,5 @@
-"""Tiny tokenizers, templates and rows for the data tests: byte-level BPE, and one that adds a space to every text."""
+"""Tiny tokenizers, templates and rows for the data tests: byte-level BPE, and one that adds a space
+to every text."""
 
 import dataclasses
 import json
@@ -31,22 +32,29 @@ def marked(body: str) -> str:
 
 
 HEADER = "{{ '<|im_start|>assistant\n' }}"
-MARKED_WITH_END = marked(HEADER + "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
-MARKED_WITHOUT_END = marked(HEADER + "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}")
-MARKED_WITH_HEADER = marked("{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}")
+MARKED_WITH_END = marked(
+    HEADER + "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+)
+MARKED_WITHOUT_END = marked(
+    HEADER + "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}"
+)
+MARKED_WITH_HEADER = marked(
+    "{% generation %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+)
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-NO_GENERATION_PROMPT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-)
+NO_GENERATION_PROMPT = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
 # deletes the reasoning of all turns but the last, as several reasoning models do
 FORGETS_THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
 ) + GENERATION_PROMPT
-ALTERNATING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+ALTERNATING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
 INST = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
@@ -59,7 +67,9 @@ def _byte_level() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer.to_str()
 
@@ -70,21 +80,29 @@ def _metaspace() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator([*CORPUS, "[INST] [/INST] abcdefghijklmnopqrstuvwxyz0123456789.,"], trainer)
+    tokenizer.train_from_iterator(
+        [*CORPUS, "[INST] [/INST] abcdefghijklmnopqrstuvwxyz0123456789.,"], trainer
+    )
     return tokenizer.to_str()
 
 
 def byte_level(template: str | None = CHATML, *, eos: str | None = "<|im_end|>", bos: bool = False):
     tokenizer = Tokenizer.from_str(_byte_level())
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 3)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>"
+    )
     fast.chat_template = template
     return fast
 
 
 def metaspace(template: str | None = INST):
-    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_metaspace()), eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_metaspace()), eos_token="</s>"
+    )
     fast.chat_template = template
     return fast
 
@@ -107,12 +125,20 @@ def write(path, rows):
 
 
 def pairs(n, start=0, words=1):
-    return [{"prompt": f"question {i}", "completion": " ".join(["four"] * words)} for i in range(start, start + n)]
+    return [
+        {"prompt": f"question {i}", "completion": " ".join(["four"] * words)}
+        for i in range(start, start + n)
+    ]
 
 
 def load(config, tokenizer=None, **changes):
-    return load_groups(dataclasses.replace(config, **changes), tokenizer or byte_level(), progress=False)
+    return load_groups(
+        dataclasses.replace(config, **changes), tokenizer or byte_level(), progress=False
+    )
 
 
 def everything(dataset):
-    return [(g.prompt_ids, g.completions[0].token_ids, g.completions[0].loss_mask, g.meta) for g in dataset]
+    return [
+        (g.prompt_ids, g.completions[0].token_ids, g.completions[0].loss_mask, g.meta)
+        for g in dataset
+    ]

@@ -20,13 +20,16 @@ def batch_of(
     pairs: Sequence[Pair] | None = None,
     mean: float | None = None,
 ) -> PairLogps:
-    """Groups whose completions have the given sums of log-probs (spread evenly over their tokens), in float64."""
+    """Groups whose completions have the given sums of log-probs (spread evenly over their tokens),
+    in float64."""
     lengths = lengths or [[1] * len(group) for group in sums]
     groups = [
         PromptGroup(
             prompt_ids=[1 + g],
             completions=[
-                Completion(token_ids=[5] * n, loss_mask=[1] * n, label=labels[g][k] if labels else None)
+                Completion(
+                    token_ids=[5] * n, loss_mask=[1] * n, label=labels[g][k] if labels else None
+                )
                 for k, n in enumerate(lengths[g])
             ],
             pairs=pairs if pairs is not None else () if labels else None,

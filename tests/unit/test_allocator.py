@@ -1,4 +1,5 @@
-"""Freed memory goes back to the system when it is asked to, or where a layer trains once too much is held."""
+"""Freed memory goes back to the system when it is asked to, or where a layer trains once too much
+is held."""
 
 from __future__ import annotations
 
@@ -71,6 +72,12 @@ print(*((n - empty) // 10**6 for n in held.values()))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_a_layer_that_trains_gives_freed_memory_back_once_too_much_is_held():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
     *kept, trains, forward, backward, checkpoint, recomputed, gives = map(int, done.stdout.split())
-    assert len(kept) == 5 and min(*kept, forward, checkpoint) > 150 and max(trains, backward, recomputed, gives) < 50
+    assert (
+        len(kept) == 5
+        and min(*kept, forward, checkpoint) > 150
+        and max(trains, backward, recomputed, gives) < 50
+    )

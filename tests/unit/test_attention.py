@@ -1,4 +1,5 @@
-"""Both attention backends against a dense mask written from the definition: a token sees its sequence up to itself."""
+"""Both attention backends against a dense mask written from the definition: a token sees its
+sequence up to itself."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def dense_mask(lengths, prefixes, window=None):
     total = sum(lengths)
     seen = torch.zeros(total, total, dtype=torch.bool)
     for i, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
-        before = list(range(starts[prefix], starts[prefix] + lengths[prefix])) if prefix >= 0 else []
+        before = (
+            list(range(starts[prefix], starts[prefix] + lengths[prefix])) if prefix >= 0 else []
+        )
         tokens = before + list(range(starts[i], starts[i] + length))
         for q_at in range(len(before), len(tokens)):
             for k_at in range(q_at + 1):
@@ -50,13 +53,27 @@ def dense_attention(q, k, v, seen, *, scaling, softcap):
 def test_segments_equal_a_dense_mask_with_gradients(window, softcap):
     torch.manual_seed(0)
     total = sum(LAYOUT["lengths"])
-    inputs = [torch.randn(1, h, total, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    got, _ = segment_attention(None, *inputs, None, packing=Layout(**LAYOUT), scaling=0.4, sliding_window=window, softcap=softcap)
-    wanted = dense_attention(*inputs, dense_mask(**LAYOUT, window=window), scaling=0.4, softcap=softcap)
+    inputs = [
+        torch.randn(1, h, total, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)
+    ]
+    got, _ = segment_attention(
+        None,
+        *inputs,
+        None,
+        packing=Layout(**LAYOUT),
+        scaling=0.4,
+        sliding_window=window,
+        softcap=softcap,
+    )
+    wanted = dense_attention(
+        *inputs, dense_mask(**LAYOUT, window=window), scaling=0.4, softcap=softcap
+    )
     torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
     weight = torch.randn_like(got)
     for a, b in zip(
-        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((wanted * weight).sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
@@ -85,7 +102,8 @@ def random_layout(rng):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 38])
 def test_the_block_table_lists_what_the_mask_says(window, monkeypatch):
-    """Every block with a visible pair is listed, no other one is, and one that is called full has no hidden pair."""
+    """Every block with a visible pair is listed, no other one is, and one that is called full has
+    no hidden pair."""
     monkeypatch.setattr(flex, "BLOCK", 16)
     rng = random.Random(0)
     for _ in range(40):
@@ -103,25 +121,35 @@ def test_the_block_table_lists_what_the_mask_says(window, monkeypatch):
 
 
 def test_inner_blocks_are_full():
-    """A prompt of four blocks and its two completions: only the diagonals need the mask, and no block sees the other completion."""
-    partial, full = flex.block_table(Layout(lengths=(512, 128, 128), prefixes=(-1, 0, 0)), sliding_window=None)
+    """A prompt of four blocks and its two completions: only the diagonals need the mask, and no
+    block sees the other completion."""
+    partial, full = flex.block_table(
+        Layout(lengths=(512, 128, 128), prefixes=(-1, 0, 0)), sliding_window=None
+    )
     assert (partial == np.eye(6, dtype=bool)).all()
     assert (full[:4] == np.tri(4, 6, -1, dtype=bool)).all()
     assert (full[4:] == np.array([True] * 4 + [False] * 2)).all()
-    _, full = flex.block_table(Layout(lengths=(512, 50, 78), prefixes=(-1, 0, 0)), sliding_window=None)
-    assert full[4].tolist() == [True] * 4 + [False], "also for a block with queries of both completions"
+    _, full = flex.block_table(
+        Layout(lengths=(512, 50, 78), prefixes=(-1, 0, 0)), sliding_window=None
+    )
+    assert full[4].tolist() == [True] * 4 + [False], (
+        "also for a block with queries of both completions"
+    )
 
 
 def test_block_mask_has_empty_blocks_between_sequences():
     """What makes it fast: 20 sequences of one block each fill 20 of 400 blocks."""
     layout = Layout(lengths=(128,) * 20, prefixes=(-1,) * 20)
-    assert flex.block_mask(layout, sliding_window=None, device="cpu").sparsity() == pytest.approx(95.0)
+    assert flex.block_mask(layout, sliding_window=None, device="cpu").sparsity() == pytest.approx(
+        95.0
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 100])
 def test_flex_attention_forward_equals_segments(window, softcap):
-    """The block mask drives the real FlexAttention on CPU (forward only there), over rows that are padded to whole blocks."""
+    """The block mask drives the real FlexAttention on CPU (forward only there), over rows that are
+    padded to whole blocks."""
     torch.manual_seed(0)
     layout = Layout(lengths=(150, 40, 61, 30), prefixes=(-1, 0, 0, -1))
     q, k, v = (torch.randn(1, h, 281, 16) for h in (4, 2, 2))
@@ -133,7 +161,8 @@ def test_flex_attention_forward_equals_segments(window, softcap):
 
 
 def test_flex_attention_gets_one_dtype_and_whole_blocks(monkeypatch):
-    """Under autocast the rotary embedding leaves query and key in float32, beside a bfloat16 value."""
+    """Under autocast the rotary embedding leaves query and key in float32, beside a bfloat16
+    value."""
     given = []
     real = flex._kernel(torch.device("cpu"))
 
@@ -142,7 +171,9 @@ def test_flex_attention_gets_one_dtype_and_whole_blocks(monkeypatch):
         return real(query, key, value, **options)
 
     monkeypatch.setattr(flex, "_kernel", lambda device: kernel)
-    layout = Layout(lengths=(600,), prefixes=(-1,))  # longer than what is computed in float32 on a CPU
+    layout = Layout(
+        lengths=(600,), prefixes=(-1,)
+    )  # longer than what is computed in float32 on a CPU
     q, k, v = (torch.randn(1, 2, 600, 16) for _ in range(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got, _ = flex_segment_attention(None, q, k, v.bfloat16(), None, packing=layout)
@@ -152,8 +183,9 @@ def test_flex_attention_gets_one_dtype_and_whole_blocks(monkeypatch):
 
 
 def test_the_compiled_kernel_has_a_budget_of_variants_and_ends_loudly():
-    """Rows of other lengths are no new variants; one variant too many is an error, not a silent fall back. What is a variant is
-    dynamo's matter, so the graphs themselves are not compiled here. In a process of its own, since the limit is torch's."""
+    """Rows of other lengths are no new variants; one variant too many is an error, not a silent
+    fall back. What is a variant is dynamo's matter, so the graphs themselves are not compiled here.
+    In a process of its own, since the limit is torch's."""
     script = """
 import functools
 import torch
@@ -178,14 +210,21 @@ with torch.no_grad():
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         print("refused", graphs)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.startswith("refused"), done.stdout + done.stderr
 
 
 def test_a_kernel_that_does_not_work_is_replaced_in_one_line(monkeypatch, caplog):
-    """No Triton, no compiler, an unsupported card: attention by segment instead, and FlexAttention by name is refused."""
+    """No Triton, no compiler, an unsupported card: attention by segment instead, and FlexAttention
+    by name is refused."""
     monkeypatch.setattr(attention, "TRIED_FLEX", {})
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("Cannot find Triton\nlong")))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("Cannot find Triton\nlong")),
+    )
     monkeypatch.setattr(flex, "_COMPILED", {})
     monkeypatch.setattr(flex, "_kernel", lambda device: flex.compiled())
     policy = Policy(tiny_llama(), PackingConfig())
@@ -195,7 +234,9 @@ def test_a_kernel_that_does_not_work_is_replaced_in_one_line(monkeypatch, caplog
     assert [r.message for r in caplog.records] == [
         "FlexAttention does not work here (RuntimeError: Cannot find Triton); attention runs segment by segment, exact but slower"
     ]
-    assert policy.forward_mode.backend == attention.SEGMENT_NAME == policy.config._attn_implementation
+    assert (
+        policy.forward_mode.backend == attention.SEGMENT_NAME == policy.config._attn_implementation
+    )
     policy.packing = PackingConfig(backend="flex")
     with pytest.raises(ValueError, match="backend=flex does not work here: RuntimeError"):
         policy._use_flex(torch.device("cpu"))
@@ -203,14 +244,19 @@ def test_a_kernel_that_does_not_work_is_replaced_in_one_line(monkeypatch, caplog
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_trial_compares_the_kernel_with_plain_attention(broken, monkeypatch):
-    """Forward and backward, by a kernel made of torch's attention here, since FlexAttention has no backward on a CPU."""
+    """Forward and backward, by a kernel made of torch's attention here, since FlexAttention has no
+    backward on a CPU."""
     from torch.nn.attention.flex_attention import create_mask
 
     def kernel(q, k, v, *, score_mod, block_mask, scale, enable_gqa):
-        mask = create_mask(block_mask.mask_mod, None, None, q.shape[2], k.shape[2], device="cpu")[0, 0]
+        mask = create_mask(block_mask.mask_mod, None, None, q.shape[2], k.shape[2], device="cpu")[
+            0, 0
+        ]
         if broken:
             mask = mask | mask.roll(1, dims=1)
-        return dense_attention(q, k, v, mask, scaling=q.shape[-1] ** -0.5, softcap=None).transpose(1, 2)
+        return dense_attention(q, k, v, mask, scaling=q.shape[-1] ** -0.5, softcap=None).transpose(
+            1, 2
+        )
 
     monkeypatch.setattr(attention, "TRIED_FLEX", {})
     monkeypatch.setattr(flex, "_kernel", lambda device: kernel)

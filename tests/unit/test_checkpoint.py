@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not at all, the damaged ones passed over, on failing ranks too; and the metrics that belong to them."""
+"""Checkpoints: whole or not at all, the damaged ones passed over, on failing ranks too; and the
+metrics that belong to them."""
 
 import errno
 import json
@@ -17,7 +18,8 @@ from posttrain.training.checkpoint import CheckpointError, cut_metrics, find_res
 from tests.unit.checkpoint_helpers import names, resumable_step, save
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------------
+# --- the folder
+# -----------------------------------------------------------------------------------------------------------
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert find_resumable(tmp_path / "none") is None
     save(tmp_path, 9)
@@ -36,11 +38,19 @@ def test_every_file_is_on_disk_before_the_rename_and_the_rename_before_the_retur
 ) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1]
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"{a} -> {b}"), rename(a, b))[1])
     save(tmp_path, 1)
     temp = f"{tmp_path}/.tmp_step_1"
-    inside = {temp, *(f"{temp}/{n}" for n in ("weights.bin", "sub", "sub/rank_0.json", "state.json", "manifest.json"))}
+    inside = {
+        temp,
+        *(
+            f"{temp}/{n}"
+            for n in ("weights.bin", "sub", "sub/rank_0.json", "state.json", "manifest.json")
+        ),
+    }
     cut = events.index(f"{temp} -> {tmp_path}/step_1")
     assert set(events[:cut]) == inside
     assert events[cut + 1 :] == [str(tmp_path)]
@@ -64,21 +74,44 @@ def truncate(path: Path, size: int) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (flip_a_byte, "sha256 of weights.bin"),
-    "a short file": (lambda f: truncate(f / "weights.bin", 4999), "weights.bin has 4999 bytes, the manifest says 5000"),
-    "a missing file": (lambda f: (f / "sub" / "rank_0.json").unlink(), "sub/rank_0.json is missing"),
+    "a short file": (
+        lambda f: truncate(f / "weights.bin", 4999),
+        "weights.bin has 4999 bytes, the manifest says 5000",
+    ),
+    "a missing file": (
+        lambda f: (f / "sub" / "rank_0.json").unlink(),
+        "sub/rank_0.json is missing",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    "a truncated manifest": (lambda f: truncate(f / "manifest.json", 60), "manifest cannot be read"),
+    "a truncated manifest": (
+        lambda f: truncate(f / "manifest.json", 60),
+        "manifest cannot be read",
+    ),
     "an empty manifest": (lambda f: truncate(f / "manifest.json", 0), "manifest cannot be read"),
-    "a manifest of zeros": (lambda f: (f / "manifest.json").write_bytes(bytes(300)), "manifest cannot be read"),
-    "a manifest of another kind": (lambda f: (f / "manifest.json").write_text("[]"), "manifest cannot be read"),
-    "a manifest of another step": (lambda f: edit_manifest(f, lambda m: m.update(step=7)), "it is of step"),
-    "a manifest without the state": (lambda f: edit_manifest(f, lambda m: m["files"].pop("state.json")), "cannot be read"),
+    "a manifest of zeros": (
+        lambda f: (f / "manifest.json").write_bytes(bytes(300)),
+        "manifest cannot be read",
+    ),
+    "a manifest of another kind": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        "manifest cannot be read",
+    ),
+    "a manifest of another step": (
+        lambda f: edit_manifest(f, lambda m: m.update(step=7)),
+        "it is of step",
+    ),
+    "a manifest without the state": (
+        lambda f: edit_manifest(f, lambda m: m["files"].pop("state.json")),
+        "cannot be read",
+    ),
     "a renamed folder": (lambda f: f.rename(f.with_name("step_11")), "it is of step"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_skipped(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 9)
     newest = save(tmp_path, 10)
     harm, reason = DAMAGES[kind]
@@ -90,7 +123,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(kind: str, tmp_path: Path, ca
     assert reason in caplog.text
 
 
-def test_leftovers_of_a_crash_are_ignored_and_then_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_leftovers_of_a_crash_are_ignored_and_then_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step_3", tmp_path / ".tmp_step_5")
     shutil.copytree(tmp_path / "step_3", tmp_path / ".tmp_delete_step_1")
@@ -113,7 +148,8 @@ def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_a_rewound_run_never_deletes_what_it_just_wrote(tmp_path: Path) -> None:
-    """step_9 is damaged, the run resumed from step_6: with keep=1 the newest *valid* one must stay."""
+    """step_9 is damaged, the run resumed from step_6: with keep=1 the newest *valid* one must
+    stay."""
     save(tmp_path, 6)
     flip_a_byte(save(tmp_path, 9))
     save(tmp_path, 8)  # valid and of the abandoned future: not ours to delete
@@ -128,9 +164,11 @@ def test_a_step_can_be_written_again(tmp_path: Path) -> None:
     assert resumable_step(tmp_path) == 5
 
 
-# --- several ranks --------------------------------------------------------------------------------------------------------
+# --- several ranks
+# --------------------------------------------------------------------------------------------------------
 def on_ranks(count: int, action: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-    """Runs ``action(rank, collectives)`` on threads; a rank that misses a collective breaks the test after 10 s."""
+    """Runs ``action(rank, collectives)`` on threads; a rank that misses a collective breaks the
+    test after 10 s."""
     gate = threading.Barrier(count, timeout=10)
     flags = [True] * count
     results: list[Any] = [None] * count
@@ -144,7 +182,9 @@ def on_ranks(count: int, action: Callable[[int, dict[str, Any]], Any]) -> list[A
             return answer
 
         try:
-            results[rank] = action(rank, {"is_main": rank == 0, "barrier": gate.wait, "all_ok": all_ok})
+            results[rank] = action(
+                rank, {"is_main": rank == 0, "barrier": gate.wait, "all_ok": all_ok}
+            )
         except Exception as error:
             results[rank] = error
 
@@ -165,13 +205,23 @@ def test_every_rank_writes_into_one_folder(tmp_path: Path) -> None:
         return save(tmp_path, 4, write, **collectives)
 
     assert on_ranks(3, action) == [tmp_path / "step_4"] * 3
-    assert names(tmp_path / "step_4") == ["manifest.json", "rank_0", "rank_1", "rank_2", "state.json"]
+    assert names(tmp_path / "step_4") == [
+        "manifest.json",
+        "rank_0",
+        "rank_1",
+        "rank_2",
+        "state.json",
+    ]
     assert resumable_step(tmp_path) == 4
 
 
 @pytest.mark.parametrize("bad_rank", [0, 2])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("a bug")], ids=str)
-def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(bad_rank: int, error: Exception, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("a bug")], ids=str
+)
+def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(
+    bad_rank: int, error: Exception, tmp_path: Path
+) -> None:
     save(tmp_path, 1)
 
     def action(rank: int, collectives: dict[str, Any]) -> Path:
@@ -185,11 +235,15 @@ def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(bad_rank: int, e
     results = on_ranks(3, action)
     assert all(isinstance(r, CheckpointError) for r in results)
     assert results[bad_rank].__cause__ is error
-    assert all("another process failed" in str(r) for rank, r in enumerate(results) if rank != bad_rank)
+    assert all(
+        "another process failed" in str(r) for rank, r in enumerate(results) if rank != bad_rank
+    )
     assert names(tmp_path) == ["step_1"]
 
 
-def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk_usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (time.sleep(0.2), disk_usage(path))[1])
 
@@ -204,18 +258,23 @@ def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(tmp_path: Pa
     assert "at least 12,345 bytes" in str(on_ranks(2, action)[1])
 
 
-def test_a_failure_while_publishing_reaches_the_other_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_publishing_reaches_the_other_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
-    results = on_ranks(2, lambda rank, collectives: save(tmp_path, 2, lambda folder: None, **collectives))
+    results = on_ranks(
+        2, lambda rank, collectives: save(tmp_path, 2, lambda folder: None, **collectives)
+    )
     assert "the disk is full" in str(results[0])
     assert "another process failed" in str(results[1])
     assert names(tmp_path) == []
 
 
-# --- metrics.jsonl --------------------------------------------------------------------------------------------------------
+# --- metrics.jsonl
+# --------------------------------------------------------------------------------------------------------
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": %d, "loss": 0.%d}\n' % (step, step) for step in (1, 2, 2, 3, 4)]
@@ -231,7 +290,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 2', b'{"step"', b"\x00\x00\x00", b"\xff\xfe", b"2"])
-def test_a_torn_last_line_goes_and_a_torn_line_elsewhere_is_an_error(tail: bytes, tmp_path: Path) -> None:
+def test_a_torn_last_line_goes_and_a_torn_line_elsewhere_is_an_error(
+    tail: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + tail)
     assert cut_metrics(path, 9) == 1

@@ -21,7 +21,8 @@ from posttrain.training.checkpoint import CheckpointError, damage
 from tests.unit.checkpoint_helpers import names, resumable_step, save, write_files
 
 
-# --- crashes --------------------------------------------------------------------------------------------------------------
+# --- crashes
+# --------------------------------------------------------------------------------------------------------------
 def in_a_fork(action: Callable[[], None]) -> int:
     """Runs the action in a child process and returns its pid."""
     pid = os.fork()
@@ -34,7 +35,8 @@ def in_a_fork(action: Callable[[], None]) -> int:
 
 
 def die_before_call(n: int) -> None:
-    """This process kills itself before its n-th call that changes the disk in an order that matters."""
+    """This process kills itself before its n-th call that changes the disk in an order that
+    matters."""
     calls = iter(range(1, 10_000))
 
     def armed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +89,9 @@ def test_sigkill_at_every_point_of_saving_leaves_a_valid_checkpoint(
     assert seen == {1, new}
 
 
-def test_sigkill_at_random_times_leaves_a_valid_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sigkill_at_random_times_leaves_a_valid_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def save_for_ever() -> None:
         step = resumable_step(tmp_path) or 0
         while True:
@@ -108,14 +112,18 @@ def test_sigkill_at_random_times_leaves_a_valid_checkpoint(tmp_path: Path, caplo
     assert last > 5
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------------------
+# --- a full disk
+# ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB, where the user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("mounting a tmpfs needs root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -141,7 +149,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_survives(writer: str, small_disk: Path) -> None:
+def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_survives(
+    writer: str, small_disk: Path
+) -> None:
     root = small_disk / "checkpoints"
     save(root, 1, lambda folder: write_files(folder, size=100_000))
     with pytest.raises(CheckpointError) as caught:
@@ -163,7 +173,9 @@ def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_survives(write
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
-def test_a_disk_that_is_full_at_any_call(call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_call(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -182,5 +194,7 @@ def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_no_other(tmp_pat
         (folder / "part").write_bytes(bytes(1234))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="at least 1,234 bytes.*There is no earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="at least 1,234 bytes.*There is no earlier checkpoint"
+    ):
         save(tmp_path / "new", 1, full)

@@ -1,6 +1,7 @@
 """A training state comes back bit for bit, random states and all; what does not fit is refused.
 
-Run as a script it is one rank of the distributed test: ``torchrun ... test_checkpoint_state.py ddp|fsdp FOLDER``.
+Run as a script it is one rank of the distributed test: ``torchrun ... test_checkpoint_state.py
+ddp|fsdp FOLDER``.
 """
 
 import errno
@@ -33,12 +34,17 @@ from posttrain.training.state import (
 from tests.unit.checkpoint_helpers import OneProcess, assert_same, names, save
 
 
-# --- random state ---------------------------------------------------------------------------------------------------------
+# --- random state
+# ---------------------------------------------------------------------------------------------------------
 def draw() -> tuple[Any, ...]:
     return (
-        random.random(), random.gauss(), np.random.standard_normal(3).tolist(), np.random.rand(2).tolist(),
-        torch.randn(5).tolist(), torch.nn.functional.dropout(torch.ones(50)).tolist(),
-    )  # fmt: skip
+        random.random(),
+        random.gauss(),
+        np.random.standard_normal(3).tolist(),
+        np.random.rand(2).tolist(),
+        torch.randn(5).tolist(),
+        torch.nn.functional.dropout(torch.ones(50)).tolist(),
+    )
 
 
 def test_random_states_survive_json() -> None:
@@ -56,9 +62,20 @@ def test_the_random_state_of_a_missing_device_is_an_error() -> None:
         restore_rng({**capture_rng(), "cuda": "00"})
 
 
-# --- training state -------------------------------------------------------------------------------------------------------
-TINY = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+# --- training state
+# -------------------------------------------------------------------------------------------------------
+TINY = dict(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.1, schedule="cosine", warmup_steps=2)
 
 
@@ -69,18 +86,23 @@ def llama(**overrides: Any) -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=4, resid_pdrop=0.1)
+    config = transformers.GPT2Config(
+        vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=4, resid_pdrop=0.1
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def lora() -> nn.Module:
     peft = pytest.importorskip("peft")
     base = llama()
-    return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    return peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)
+    )
 
 
 class WithViews(nn.Module):
-    """A buffer that views a parameter, one of another dtype, a matrix stored transposed, a parameter without gradient."""
+    """A buffer that views a parameter, one of another dtype, a matrix stored transposed, a
+    parameter without gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +118,9 @@ class WithViews(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         self.count += 1
         logits = self.weight.t()[input_ids] @ (self.weight * self.scale)
-        return transformers.utils.ModelOutput(loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        return transformers.utils.ModelOutput(
+            loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -134,7 +158,9 @@ def everything(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_ten_steps_equal_five_and_five_after_a_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_ten_steps_equal_five_and_five_after_a_resume_bit_for_bit(
+    name: str, tmp_path: Path
+) -> None:
     run = build(MODELS[name])
     torch.manual_seed(7)
     train(*run, range(5))
@@ -170,7 +196,9 @@ def test_no_pickle_and_a_tied_tensor_once(tmp_path: Path) -> None:
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert weights.keys() == {n for n, _ in model.named_parameters()}
     moments = safetensors.torch.load_file(tmp_path / "optimizer.safetensors")
-    assert moments.keys() == {f"{kind}/{n}" for n in weights for kind in ("step", "exp_avg", "exp_avg_sq")}
+    assert moments.keys() == {
+        f"{kind}/{n}" for n in weights for kind in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 def test_adapters_are_saved_without_the_base(tmp_path: Path) -> None:
@@ -202,13 +230,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(tmp_p
 
     def refuse(make: Callable[[], nn.Module], message: str, **changes: Any) -> None:
         other = make()
-        fresh = build_optimizer(other, OptimizerConfig(**{"lr": 1e-2, "weight_decay": 0.1, **changes}))
+        fresh = build_optimizer(
+            other, OptimizerConfig(**{"lr": 1e-2, "weight_decay": 0.1, **changes})
+        )
         before = everything(other, fresh)
         with pytest.raises(ValueError, match=message):
             load_training_state(tmp_path, other, fresh)
         assert_same(everything(other, fresh), before)
 
-    refuse(lambda: llama(attention_bias=True), "8 names are missing.*layers.0.self_attn.k_proj.bias")
+    refuse(
+        lambda: llama(attention_bias=True), "8 names are missing.*layers.0.self_attn.k_proj.bias"
+    )
     refuse(lambda: llama(tie_word_embeddings=True), "1 are unexpected.*lm_head.weight")
     refuse(
         lambda: llama(intermediate_size=32),
@@ -229,9 +261,15 @@ def test_moments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     whole = safetensors.torch.load_file(path)
     key = "exp_avg/lm_head.weight"
     for broken, message in (
-        ({k: v for k, v in whole.items() if k != key}, "1 names are missing.*exp_avg/lm_head.weight"),
+        (
+            {k: v for k, v in whole.items() if k != key},
+            "1 names are missing.*exp_avg/lm_head.weight",
+        ),
         ({**whole, key: whole[key][:5].clone()}, r"exp_avg/lm_head.weight has \[\(5, 16\)"),
-        ({**whole, key: whole[key].double()}, r"exp_avg/lm_head.weight has \[\(31, 16\) torch.float64"),
+        (
+            {**whole, key: whole[key].double()},
+            r"exp_avg/lm_head.weight has \[\(31, 16\) torch.float64",
+        ),
     ):
         safetensors.torch.save_file(broken, path)
         with pytest.raises(ValueError, match=message):
@@ -260,7 +298,8 @@ def test_the_state_of_the_loss_scaler_comes_back(tmp_path: Path) -> None:
     assert second.scaler.get_scale() == 32.0
 
 
-# --- real processes -------------------------------------------------------------------------------------------------------
+# --- real processes
+# -------------------------------------------------------------------------------------------------------
 def accelerator_for(kind: str) -> Any:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
@@ -270,14 +309,19 @@ def accelerator_for(kind: str) -> Any:
         return Accelerator(cpu=True)
     state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="SHARDED_STATE_DICT", cpu_offload=False,
-    )  # fmt: skip
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_offload=False,
+    )
     return Accelerator(fsdp_plugin=plugin)
 
 
 def distributed_rank(kind: str, root: Path) -> None:
-    """Trains 4 steps, or 2 and a resume; rank 1 fails once on the way. Every rank writes ``ok`` at its end."""
+    """Trains 4 steps, or 2 and a resume; rank 1 fails once on the way. Every rank writes ``ok`` at
+    its end."""
     torch.manual_seed(0)
     accelerator = accelerator_for(kind)
     assert accelerator.num_processes == 2
@@ -299,7 +343,9 @@ def distributed_rank(kind: str, root: Path) -> None:
                 model,
                 optimizer,
                 schedule,
-                range(step * 2 + accelerator.process_index, step * 2 + accelerator.process_index + 1),
+                range(
+                    step * 2 + accelerator.process_index, step * 2 + accelerator.process_index + 1
+                ),
             )
 
     def fail_on_rank_1(folder: Path) -> None:
@@ -307,9 +353,11 @@ def distributed_rank(kind: str, root: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     together: dict[str, Any] = {
-        "is_main": accelerator.is_main_process, "barrier": accelerator.wait_for_everyone,
-        "all_ok": agree(accelerator), "keep": 1,
-    }  # fmt: skip
+        "is_main": accelerator.is_main_process,
+        "barrier": accelerator.wait_for_everyone,
+        "all_ok": agree(accelerator),
+        "keep": 1,
+    }
     run = prepared()
     steps(*run, range(2))
     save(root, 2, lambda folder: write_state(accelerator, *run, folder), **together)
@@ -319,7 +367,9 @@ def distributed_rank(kind: str, root: Path) -> None:
     try:
         save(root, 4, fail_on_rank_1, **together)
     except CheckpointError as error:
-        assert ("the disk is full" if accelerator.process_index == 1 else "another process failed") in str(error)
+        assert (
+            "the disk is full" if accelerator.process_index == 1 else "another process failed"
+        ) in str(error)
     else:
         raise AssertionError("a failing rank was not noticed")
     fresh = prepared()
@@ -331,7 +381,9 @@ def distributed_rank(kind: str, root: Path) -> None:
     steps(*fresh, range(2, 4))
     assert_same(local(*fresh[:2]), final)
     assert fresh[2].last_epoch == run[2].last_epoch == 4
-    (root.parent / f"ok_{accelerator.process_index}").write_text(json.dumps(sorted(p.name for p in path.rglob("*"))))
+    (root.parent / f"ok_{accelerator.process_index}").write_text(
+        json.dumps(sorted(p.name for p in path.rglob("*")))
+    )
     accelerator.end_training()
 
 
@@ -344,9 +396,25 @@ def test_two_processes_save_fail_and_resume_bit_for_bit(kind: str, tmp_path: Pat
         "CUDA_VISIBLE_DEVICES": "",
     }
     env |= {"ACCELERATE_USE_CPU": "true"} if kind == "ddp" else {"ACCELERATE_USE_FSDP": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend",
-               "c10d", "--rdzv_endpoint", "localhost:0", __file__, kind, str(tmp_path / "checkpoints")]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        __file__,
+        kind,
+        str(tmp_path / "checkpoints"),
+    ]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     files = json.loads((tmp_path / "ok_0").read_text())
     assert (tmp_path / "ok_1").exists()

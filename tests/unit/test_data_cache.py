@@ -7,18 +7,34 @@ import pytest
 from posttrain.data import DataConfig, load_groups
 from posttrain.data import cache as data_cache
 from posttrain.data import dataset as data_dataset
-from tests.unit.data_tokenizers import CHATML, MARKED_WITHOUT_END, byte_level, everything, load, pairs, write
+from tests.unit.data_tokenizers import (
+    CHATML,
+    MARKED_WITHOUT_END,
+    byte_level,
+    everything,
+    load,
+    pairs,
+    write,
+)
 
 
 @pytest.fixture
 def config(tmp_path):
-    return DataConfig(train=[write(tmp_path / "rows.jsonl", pairs(20))], cache_dir=str(tmp_path / "cache"))
+    return DataConfig(
+        train=[write(tmp_path / "rows.jsonl", pairs(20))], cache_dir=str(tmp_path / "cache")
+    )
 
 
 @pytest.fixture
 def long_rows(tmp_path):
-    rows = [*pairs(3), *pairs(2, start=3, words=40), {"prompt": "question " * 40, "completion": "no"}]
-    return DataConfig(train=[write(tmp_path / "long.jsonl", rows)], cache_dir=str(tmp_path / "cache"))
+    rows = [
+        *pairs(3),
+        *pairs(2, start=3, words=40),
+        {"prompt": "question " * 40, "completion": "no"},
+    ]
+    return DataConfig(
+        train=[write(tmp_path / "long.jsonl", rows)], cache_dir=str(tmp_path / "cache")
+    )
 
 
 @pytest.fixture
@@ -89,10 +105,14 @@ def test_the_key_is_the_content_not_the_name_nor_the_time(config, tmp_path, enco
     assert len(encoded_rows) == 40
 
 
-def test_another_template_or_vocabulary_misses_and_padding_state_does_not(config, encoded_rows, tmp_path):
+def test_another_template_or_vocabulary_misses_and_padding_state_does_not(
+    config, encoded_rows, tmp_path
+):
     tokenizer = byte_level()
     load(config, tokenizer)
-    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its state in the tokenizer
+    tokenizer(
+        ["a", "a b c"], padding=True, truncation=True, max_length=2
+    )  # leaves its state in the tokenizer
     load(config, tokenizer)
     assert len(encoded_rows) == 20
     (tmp_path / "t.jinja").write_text(MARKED_WITHOUT_END)
@@ -130,7 +150,9 @@ def _load_in_process(config, barrier, results):
 def test_two_processes_at_once_read_the_same_and_leave_one_folder(config):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_load_in_process, args=(config, barrier, results)) for _ in range(2)]
+    processes = [
+        context.Process(target=_load_in_process, args=(config, barrier, results)) for _ in range(2)
+    ]
     for p in processes:
         p.start()
     outcomes = [results.get(timeout=60) for _ in processes]
@@ -166,7 +188,10 @@ def test_the_cache_folder_follows_option_then_environment_then_user_cache(monkey
     assert data_cache.cache_folder(DataConfig()) == tmp_path / "xdg" / "posttrain" / "data"
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "env"))
     assert data_cache.cache_folder(DataConfig()) == tmp_path / "env" / "data"
-    assert data_cache.cache_folder(DataConfig(cache_dir=str(tmp_path / "own"))) == tmp_path / "own" / "data"
+    assert (
+        data_cache.cache_folder(DataConfig(cache_dir=str(tmp_path / "own")))
+        == tmp_path / "own" / "data"
+    )
 
 
 def test_several_processes_tokenise_the_same_in_the_same_order(config, tmp_path):

@@ -42,7 +42,9 @@ TALKS = {
 }
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED_WITH_END, MARKED_WITHOUT_END, MARKED_WITH_HEADER])
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED_WITH_END, MARKED_WITHOUT_END, MARKED_WITH_HEADER]
+)
 @pytest.mark.parametrize("name", TALKS)
 def test_trained_text_is_the_assistant_contents_and_their_end_of_turn_tokens(name, template):
     tokenizer, messages = byte_level(template), TALKS[name]
@@ -51,7 +53,9 @@ def test_trained_text_is_the_assistant_contents_and_their_end_of_turn_tokens(nam
     assert trained_text(group, tokenizer) == "".join(answers)
     assert whole_text(group, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
     served = tokenizer.apply_chat_template(
-        messages[: [m["role"] for m in messages].index("assistant")], add_generation_prompt=True, return_dict=False
+        messages[: [m["role"] for m in messages].index("assistant")],
+        add_generation_prompt=True,
+        return_dict=False,
     )
     assert list(group.prompt_ids) == served
     assert group.completions[0].loss_mask[0] == 1
@@ -68,27 +72,40 @@ def test_without_a_token_across_a_border_the_ids_are_those_of_the_whole_text():
 def test_markers_agree_with_transformers_mask_where_that_is_right():
     tokenizer = byte_level(MARKED_WITH_END)
     messages = TALKS["three turns"]
-    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     group = encode_conversation(messages, tokenizer)
     ours = [0] * len(group.prompt_ids) + list(group.completions[0].loss_mask)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    after_end = [a == 1 and t == newline for a, t in zip(theirs["assistant_masks"], theirs["input_ids"], strict=True)]
+    after_end = [
+        a == 1 and t == newline
+        for a, t in zip(theirs["assistant_masks"], theirs["input_ids"], strict=True)
+    ]
     assert sum(after_end) == 3  # their marker holds the line break after each end of turn
-    assert ours == [0 if x else a for a, x in zip(theirs["assistant_masks"], after_end, strict=True)]
+    assert ours == [
+        0 if x else a for a, x in zip(theirs["assistant_masks"], after_end, strict=True)
+    ]
 
 
 def test_a_marked_span_that_ends_in_a_character_of_several_tokens_is_trained_to_its_last_byte():
     tokenizer = byte_level(MARKED_WITHOUT_END)
     messages = talk("hello", "👩‍🚀")
-    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     group = encode_conversation(messages, tokenizer)
-    assert sum(theirs["assistant_masks"]) < group.num_trained - 1  # why transformers' mask is not used
+    assert (
+        sum(theirs["assistant_masks"]) < group.num_trained - 1
+    )  # why transformers' mask is not used
     assert trained_text(group, tokenizer) == "👩‍🚀<|im_end|>"
 
 
 def test_flags_choose_the_trained_turns_and_the_first_untrained_one_joins_the_prompt():
     tokenizer, messages = byte_level(), TALKS["three turns"]
-    group = encode_conversation(messages, tokenizer, trained=[False, False, False, True, False, True])
+    group = encode_conversation(
+        messages, tokenizer, trained=[False, False, False, True, False, True]
+    )
     assert trained_text(group, tokenizer) == "no<|im_end|>five<|im_end|>"
     assert "yes<|im_end|>" in tokenizer.decode(group.prompt_ids)
 
@@ -104,18 +121,29 @@ def test_a_tokenizer_that_adds_a_space_to_every_text():
 
 
 def test_a_token_across_the_border_that_cannot_be_split_is_an_error():
-    template = INST.replace("' [/INST]'", "' ans'").replace("' ' + m['content']", "m['content']")  # "ans" + "wer"
+    template = INST.replace("' [/INST]'", "' ans'").replace(
+        "' ' + m['content']", "m['content']"
+    )  # "ans" + "wer"
     with pytest.raises(ValueError, match="a token lies across the border of an assistant turn"):
         encode_conversation(talk("the", "wer is four"), metaspace(template))
 
 
 def test_tool_turns_are_context():
     tokenizer = byte_level()
-    messages = [*talk("hello", "yes"), {"role": "tool", "content": "five"}, {"role": "assistant", "content": "no"}]
-    assert trained_text(encode_conversation(messages, tokenizer), tokenizer) == "yes<|im_end|>no<|im_end|>"
+    messages = [
+        *talk("hello", "yes"),
+        {"role": "tool", "content": "five"},
+        {"role": "assistant", "content": "no"},
+    ]
+    assert (
+        trained_text(encode_conversation(messages, tokenizer), tokenizer)
+        == "yes<|im_end|>no<|im_end|>"
+    )
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gemma", "gptoss", "phi3", "deepseek_r1_distill"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "llama3", "gemma", "gptoss", "phi3", "deepseek_r1_distill"]
+)
 def test_templates_that_trl_knows_train_no_header(name):
     import re
     from pathlib import Path
@@ -129,7 +157,9 @@ def test_templates_that_trl_knows_train_no_header(name):
     encoder = ChatEncoder(tokenizer)
     assert encoder.mask_from == "trl"
     text = trained_text(encoder.encode(talk("hello", "yes", "question", "five")), tokenizer)
-    before = {"qwen3": "<think>\n\n</think>\n\n", "gptoss": "<|channel|>final<|message|>"}.get(name, "")
+    before = {"qwen3": "<think>\n\n</think>\n\n", "gptoss": "<|channel|>final<|message|>"}.get(
+        name, ""
+    )
     ends = {
         "llama3": ("<|eot_id|>",) * 2,
         "gemma": ("<end_of_turn>",) * 2,
@@ -141,17 +171,30 @@ def test_templates_that_trl_knows_train_no_header(name):
 
 
 def test_a_thought_that_does_not_begin_as_the_prompt_gives_it_is_trained_with_its_tag():
-    """DeepSeek's template opens ``<think>\\n``: what follows exactly that is given; another beginning is the row's own."""
+    """DeepSeek's template opens ``<think>\\n``: what follows exactly that is given; another
+    beginning is the row's own."""
     from pathlib import Path
 
     import trl
 
-    tokenizer = byte_level((Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja").read_text())
-    tokenizer.add_special_tokens(
-        {"eos_token": "<｜end▁of▁sentence｜>", "additional_special_tokens": ["<｜Assistant｜>", "<think>"]}
+    tokenizer = byte_level(
+        (Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja").read_text()
     )
-    for said, wanted in (("<think>x</think>4", "<think>x</think>4"), ("<think>\nx</think>4", "x</think>4"), ("4", "4")):
-        assert trained_text(encode_conversation(talk("hello", said), tokenizer), tokenizer) == f"{wanted}<｜end▁of▁sentence｜>"
+    tokenizer.add_special_tokens(
+        {
+            "eos_token": "<｜end▁of▁sentence｜>",
+            "additional_special_tokens": ["<｜Assistant｜>", "<think>"],
+        }
+    )
+    for said, wanted in (
+        ("<think>x</think>4", "<think>x</think>4"),
+        ("<think>\nx</think>4", "x</think>4"),
+        ("4", "4"),
+    ):
+        assert (
+            trained_text(encode_conversation(talk("hello", said), tokenizer), tokenizer)
+            == f"{wanted}<｜end▁of▁sentence｜>"
+        )
 
 
 NO_ROLES = (
@@ -161,7 +204,11 @@ NO_ROLES = (
 LIFT = [
     {
         "type": "function",
-        "function": {"name": "lift", "description": "goes up", "parameters": {"type": "object", "properties": {}}},
+        "function": {
+            "name": "lift",
+            "description": "goes up",
+            "parameters": {"type": "object", "properties": {}},
+        },
     }
 ]
 
@@ -174,9 +221,13 @@ def test_a_role_that_the_template_does_not_write_is_an_error_in_training_and_in_
     aside = {"role": role, "content": "in capitals"}
     lost = f"all that the {role} message says; would be lost: 'in capitals'"
     with pytest.raises(ValueError, match=lost):
-        encode_conversation([*talk("hello", "yes")[:1], aside, {"role": "assistant", "content": "yes"}], tokenizer)
+        encode_conversation(
+            [*talk("hello", "yes")[:1], aside, {"role": "assistant", "content": "yes"}], tokenizer
+        )
     with pytest.raises(ValueError, match=f"row 1: .*{lost}"):
-        prompts_from_rows([{"prompt": [aside, {"role": "user", "content": "hello"}]}], tokenizer, PromptConfig())
+        prompts_from_rows(
+            [{"prompt": [aside, {"role": "user", "content": "hello"}]}], tokenizer, PromptConfig()
+        )
     assert encode_conversation(talk("hello", "yes"), tokenizer)
 
 
@@ -186,17 +237,24 @@ def test_tools_that_the_template_does_not_write_are_an_error_and_results_as_json
     tokenizer = byte_level(NO_ROLES)
     with pytest.raises(ValueError, match="writes nothing of the row's 1 tools"):
         encode_conversation(talk("hello", "yes"), tokenizer, tools=LIFT)
-    with pytest.raises(ValueError, match="row 1: the chat template writes nothing of the row's 1 tools"):
+    with pytest.raises(
+        ValueError, match="row 1: the chat template writes nothing of the row's 1 tools"
+    ):
         prompts_from_rows([{"prompt": "hello", "tools": LIFT}], tokenizer, PromptConfig())
     as_json = byte_level(CHATML.replace("message['content']", "(message['content'] | tojson)"))
     result = {"role": "tool", "content": 'floor "3"\nä'}
-    assert encode_conversation([*talk("hello", "yes"), result, {"role": "assistant", "content": "no"}], as_json)
+    assert encode_conversation(
+        [*talk("hello", "yes"), result, {"role": "assistant", "content": "no"}], as_json
+    )
 
 
 def test_reasoning_that_the_template_deletes_from_earlier_turns_is_an_error_and_kept_in_the_last():
     tokenizer = byte_level(FORGETS_THINKING)
     one = talk("hello", "<think>x</think>yes")
-    assert trained_text(encode_conversation(one, tokenizer), tokenizer) == "<think>x</think>yes<|im_end|>"
+    assert (
+        trained_text(encode_conversation(one, tokenizer), tokenizer)
+        == "<think>x</think>yes<|im_end|>"
+    )
     meta = {"file": "d.jsonl", "row": 9}
     with pytest.raises(
         ValueError,
@@ -235,7 +293,10 @@ BAD = {
     ),
     "tool call is lost": (
         CHATML,
-        [talk("hello")[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}],
+        [
+            talk("hello")[0],
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]},
+        ],
         "would be lost: 'add'",
     ),
     "template refuses": (
@@ -265,11 +326,18 @@ def test_what_cannot_be_exact_is_an_error_that_names_the_row(case):
 
 def test_markers_that_do_not_match_the_turns_cannot_tell_which_to_train():
     other_role = MARKED_WITH_END.replace("== 'assistant'", "== 'bot'")
-    with pytest.raises(ValueError, match=r"^d\.jsonl:9: the template marks 0 generated spans for 1 assistant turns"):
+    with pytest.raises(
+        ValueError, match=r"^d\.jsonl:9: the template marks 0 generated spans for 1 assistant turns"
+    ):
         encode_conversation(talk("a", "yes"), byte_level(other_role), meta=META)
-    twice = MARKED_WITH_END.replace("{% generation %}", "{% generation %}{{ 'x' }}{% endgeneration %}{% generation %}")
+    twice = MARKED_WITH_END.replace(
+        "{% generation %}", "{% generation %}{{ 'x' }}{% endgeneration %}{% generation %}"
+    )
     messages, tokenizer = talk("a", "yes", "b", "no"), byte_level(twice)
-    assert trained_text(encode_conversation(messages, tokenizer), tokenizer) == "xyes<|im_end|>xno<|im_end|>"
+    assert (
+        trained_text(encode_conversation(messages, tokenizer), tokenizer)
+        == "xyes<|im_end|>xno<|im_end|>"
+    )
     with pytest.raises(ValueError, match="marks 4 generated spans for 2 assistant turns"):
         encode_conversation(messages, tokenizer, trained=[False, False, False, True])
 
@@ -287,13 +355,20 @@ def test_stop_tokens_are_eos_and_the_end_of_turn():
 def test_a_run_whose_template_ends_no_turn_is_refused():
     tokenizer = byte_level(NO_END, eos="<|endoftext|>")
     groups = [encode_conversation(talk("hello", "yes"), tokenizer) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"No stop token is ever trained: none of the 3 samples has one of the ids \[0\]",
+    ):
         check_stop_trained(groups, stop_token_ids(tokenizer))
 
 
 def test_a_stop_token_outside_the_mask_does_not_count():
-    masked = PromptGroup(prompt_ids=[2], completions=[Completion(token_ids=[9, 2], loss_mask=[1, 0])])
-    trained = PromptGroup(prompt_ids=[5], completions=[Completion(token_ids=[9, 2], loss_mask=[0, 1])])
+    masked = PromptGroup(
+        prompt_ids=[2], completions=[Completion(token_ids=[9, 2], loss_mask=[1, 0])]
+    )
+    trained = PromptGroup(
+        prompt_ids=[5], completions=[Completion(token_ids=[9, 2], loss_mask=[0, 1])]
+    )
     with pytest.raises(ValueError, match="none of the 1 samples"):
         check_stop_trained([masked], [2])
     check_stop_trained([masked, trained], [2])
@@ -325,7 +400,9 @@ def test_highlighting_a_character_split_by_the_mask_loses_nothing():
     tokenizer = byte_level()
     ids = tokenizer("a👩b", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6
-    group = PromptGroup(prompt_ids=ids[:3], completions=[Completion(token_ids=ids[3:], loss_mask=[1, 1, 1])])
+    group = PromptGroup(
+        prompt_ids=ids[:3], completions=[Completion(token_ids=ids[3:], loss_mask=[1, 1, 1])]
+    )
     text = highlight_sample(group, tokenizer)
     assert text.plain == "a👩b"
     assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["👩b"]
@@ -336,7 +413,10 @@ def test_a_template_file_replaces_the_tokenizers(tmp_path):
     path.write_text(MARKED_WITH_END)
     tokenizer = byte_level(None)
     set_chat_template(tokenizer, path)
-    assert trained_text(encode_conversation(talk("hello", "yes"), tokenizer), tokenizer) == "yes<|im_end|>"
+    assert (
+        trained_text(encode_conversation(talk("hello", "yes"), tokenizer), tokenizer)
+        == "yes<|im_end|>"
+    )
     with pytest.raises(ValueError, match="none.jinja: cannot be read"):
         set_chat_template(tokenizer, tmp_path / "none.jinja")
     path.write_text("chatml")

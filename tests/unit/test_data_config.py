@@ -9,9 +9,15 @@ from posttrain.data import DataConfig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": "rows.jsonl"}, r"data\.train is a list of sources; got the string 'rows\.jsonl'"),
+        (
+            {"train": "rows.jsonl"},
+            r"data\.train is a list of sources; got the string 'rows\.jsonl'",
+        ),
         ({"train": ["a", "b"], "weights": [1.0]}, "got 1 weights for 2 sources"),
-        ({"train": ["a", "b"], "weights": [1.0, 0.0]}, "finite and > 0; got 0.0.*remove it from data.train"),
+        (
+            {"train": ["a", "b"], "weights": [1.0, 0.0]},
+            "finite and > 0; got 0.0.*remove it from data.train",
+        ),
         ({"train": ["a"], "weights": [float("nan")]}, "finite and > 0; got nan"),
         ({"eval_fraction": 1.0}, r"in \[0, 1\); got 1.0"),
         ({"eval": ["e.jsonl"], "eval_fraction": 0.1}, "eval_fraction=0.1 would be ignored"),

@@ -20,17 +20,24 @@ from tests.unit.data_tokenizers import (
 
 @pytest.fixture
 def config(tmp_path):
-    return DataConfig(train=[write(tmp_path / "rows.jsonl", pairs(20))], cache_dir=str(tmp_path / "cache"))
+    return DataConfig(
+        train=[write(tmp_path / "rows.jsonl", pairs(20))], cache_dir=str(tmp_path / "cache")
+    )
 
 
 def test_groups_on_disk_are_those_of_the_rows_less_what_follows_the_last_trained_token(config):
     data, tokenizer = load(config), byte_level()
     assert len(data.train) == 20 and data.eval is None
     for i, row in enumerate(pairs(20)):
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
         direct, group = encode_conversation(messages, tokenizer), data.train[i]
         assert group.prompt_ids == list(direct.prompt_ids)
-        assert group.completions[0].token_ids == list(direct.completions[0].token_ids)[:-1]  # the line break
+        assert (
+            group.completions[0].token_ids == list(direct.completions[0].token_ids)[:-1]
+        )  # the line break
         assert trained_text(group, tokenizer) == row["completion"] + "<|im_end|>"
         assert group.where == f"{config.train[0]}:{i + 1}"
         assert data.train.lengths[i] == len(group.prompt_ids) + len(group.completions[0].token_ids)
@@ -43,8 +50,15 @@ def test_sources_are_laid_end_to_end_and_found_by_source_and_index(config, tmp_p
     alpaca = [{"instruction": f"add {i}", "output": "five"} for i in range(3)]
     data = load(config, train=[*config.train, write(tmp_path / "alpaca.jsonl", alpaca)])
     assert data.train.sizes == [20, 3]
-    assert data.train.at(1, 2).meta == data.train[22].meta == {"file": str(tmp_path / "alpaca.jsonl"), "row": 3}
-    assert [list(s.layouts) for s in data.report.train] == [["prompt_completion"], ["prompt_completion"]]
+    assert (
+        data.train.at(1, 2).meta
+        == data.train[22].meta
+        == {"file": str(tmp_path / "alpaca.jsonl"), "row": 3}
+    )
+    assert [list(s.layouts) for s in data.report.train] == [
+        ["prompt_completion"],
+        ["prompt_completion"],
+    ]
 
 
 def test_a_folder_keeps_the_name_of_each_file(config, tmp_path):
@@ -53,7 +67,9 @@ def test_a_folder_keeps_the_name_of_each_file(config, tmp_path):
     for name in ("a", "b"):
         write(folder / f"{name}.jsonl", pairs(2))
     data = load(config, train=[str(folder)])
-    assert [g.where for g in data.train] == [f"{folder}/{n}.jsonl:{i}" for n in "ab" for i in (1, 2)]
+    assert [g.where for g in data.train] == [
+        f"{folder}/{n}.jsonl:{i}" for n in "ab" for i in (1, 2)
+    ]
 
 
 def test_a_tokenizer_without_template_trains_raw_text_and_refuses_turns(config, tmp_path):
@@ -66,7 +82,8 @@ def test_a_tokenizer_without_template_trains_raw_text_and_refuses_turns(config, 
         load(config, tokenizer, train=[path])
 
 
-# --- length ---------------------------------------------------------------------------------------------------------
+# --- length
+# ---------------------------------------------------------------------------------------------------------
 
 
 def lengths_of(config):
@@ -76,8 +93,14 @@ def lengths_of(config):
 
 @pytest.fixture
 def long_rows(tmp_path):
-    rows = [*pairs(3), *pairs(2, start=3, words=40), {"prompt": "question " * 40, "completion": "no"}]
-    return DataConfig(train=[write(tmp_path / "long.jsonl", rows)], cache_dir=str(tmp_path / "cache"))
+    rows = [
+        *pairs(3),
+        *pairs(2, start=3, words=40),
+        {"prompt": "question " * 40, "completion": "no"},
+    ]
+    return DataConfig(
+        train=[write(tmp_path / "long.jsonl", rows)], cache_dir=str(tmp_path / "cache")
+    )
 
 
 def test_truncation_cuts_the_completions_end_and_counts_what_it_does(long_rows):
@@ -109,23 +132,33 @@ def test_a_row_of_exactly_the_limit_is_whole_and_one_token_less_room_cuts_it(lon
     assert cut.num_truncated == list(lengths_of(long_rows).values()).count(n) == cut.num_cut_tokens
 
 
-def test_a_prompt_that_leaves_room_for_one_token_is_kept_and_one_that_fills_the_limit_dropped(long_rows):
+def test_a_prompt_that_leaves_room_for_one_token_is_kept_and_one_that_fills_the_limit_dropped(
+    long_rows,
+):
     prompt = len(load(long_rows).train[5].prompt_ids)
     assert load(long_rows, max_length=prompt + 1).report.train[0].dropped == {}
-    assert load(long_rows, max_length=prompt).report.train[0].dropped == {"prompt fills max_length": 1}
+    assert load(long_rows, max_length=prompt).report.train[0].dropped == {
+        "prompt fills max_length": 1
+    }
 
 
 def test_overlong_drop_and_error(long_rows):
     limit = lengths_of(long_rows)[1] + 5
     report = load(long_rows, max_length=limit, overlong="drop").report
     assert report.counts()["kept"] == 3 and report.dropped() == {"longer than max_length": 3}
-    with pytest.raises(ValueError, match=rf"long\.jsonl:4: \d+ tokens, more than data\.max_length={limit}\. Raise"):
+    with pytest.raises(
+        ValueError, match=rf"long\.jsonl:4: \d+ tokens, more than data\.max_length={limit}\. Raise"
+    ):
         load(long_rows, max_length=limit, overlong="error")
 
 
 def test_truncation_inside_a_later_user_turn_ends_with_a_trained_token(config, tmp_path):
     turns = ["question", "four", "hello " * 30, "five"]
-    talk = {"messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(turns)]}
+    talk = {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(turns)
+        ]
+    }
     path, tokenizer = write(tmp_path / "talk.jsonl", [talk]), byte_level()
     whole = load(config, train=[path]).train[0]
     first_answer = whole.completions[0].loss_mask.index(0)
@@ -146,7 +179,9 @@ def test_if_every_row_is_dropped_the_run_stops(long_rows):
 
 def test_if_every_completion_is_cut_no_stop_is_trained_and_the_run_stops(config):
     prompt = max(len(g.prompt_ids) for g in load(config).train)
-    with pytest.raises(ValueError, match="No stop token is ever trained: none of the 20 samples.*max_length"):
+    with pytest.raises(
+        ValueError, match="No stop token is ever trained: none of the 20 samples.*max_length"
+    ):
         load(config, max_length=prompt + 1)
 
 
@@ -170,7 +205,8 @@ def test_the_report_renders_all_counts(long_rows):
     assert f"{data.report.train[0].num_cut_tokens:,} tokens cut from 2 completions" in text
 
 
-# --- evaluation split -----------------------------------------------------------------------------------------------
+# --- evaluation split
+# -----------------------------------------------------------------------------------------------
 
 
 def prompts(dataset):
@@ -183,7 +219,9 @@ def test_held_out_rows_are_the_fraction_disjoint_and_chosen_by_seed_and_content(
     data = load(config, train=[path], eval_fraction=0.1)
     assert (len(data.train), len(data.eval)) == (180, 20)
     assert (data.report.num_train_rows, data.report.num_eval_rows) == (180, 20)
-    assert Counter(prompts(data.train) + prompts(data.eval)) == Counter(prompts(load(config, train=[path]).train))
+    assert Counter(prompts(data.train) + prompts(data.eval)) == Counter(
+        prompts(load(config, train=[path]).train)
+    )
     shuffled = load(config, train=[write(tmp_path / "s.jsonl", rows[::-1])], eval_fraction=0.1)
     assert set(prompts(shuffled.eval)) == set(prompts(data.eval))
     other = load(config, train=[path], eval_fraction=0.1, seed=1)
@@ -201,7 +239,10 @@ def test_rows_with_the_same_prompt_stay_on_one_side(config, tmp_path):
 
 def test_a_fraction_that_leaves_nothing_to_train_on_is_refused(config, tmp_path):
     rows = [{"prompt": "same", "completion": f"five {i}"} for i in range(10)]
-    with pytest.raises(ValueError, match="holds out every row of training source 0 .*1 different prompts in 10 rows"):
+    with pytest.raises(
+        ValueError,
+        match="holds out every row of training source 0 .*1 different prompts in 10 rows",
+    ):
         load(config, train=[write(tmp_path / "r.jsonl", rows)], eval_fraction=0.1)
 
 
@@ -211,7 +252,8 @@ def test_evaluation_sources_are_loaded_and_reported(config, tmp_path):
     assert data.report.eval[0].num_read == 4 and data.report.counts()["read"] == 20
 
 
-# --- bad input, through the front door ------------------------------------------------------------------------------
+# --- bad input, through the front door
+# ------------------------------------------------------------------------------
 
 
 def test_bad_sources_name_file_and_row(config, tmp_path):
@@ -219,7 +261,9 @@ def test_bad_sources_name_file_and_row(config, tmp_path):
     empty.write_text("")
     broken = tmp_path / "broken.jsonl"
     broken.write_text(json.dumps(pairs(1)[0]) + "\nnot json\n")
-    silent = write(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    silent = write(
+        tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}]
+    )
     for path, message in (
         (empty, r"empty\.jsonl: no rows"),
         (broken, r"broken\.jsonl:2: not JSON"),
@@ -231,13 +275,21 @@ def test_bad_sources_name_file_and_row(config, tmp_path):
         load(DataConfig())
 
 
-def test_every_row_is_read_by_its_own_columns_and_must_be_of_the_kind_that_is_trained(config, tmp_path):
+def test_every_row_is_read_by_its_own_columns_and_must_be_of_the_kind_that_is_trained(
+    config, tmp_path
+):
     path = write(
         tmp_path / "m.jsonl",
         [
             *pairs(2),
             {"instruction": "a", "output": "b"},
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1},
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
+                "id": 1,
+            },
         ],
     )
     report = load(config, train=[path]).report.train[0]
@@ -247,7 +299,10 @@ def test_every_row_is_read_by_its_own_columns_and_must_be_of_the_kind_that_is_tr
         "used": {"completion": 2, "instruction": 1, "messages": 1, "output": 1, "prompt": 2},
     }
     path = write(tmp_path / "m.jsonl", [*pairs(2), {"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(ValueError, match=r"m\.jsonl:3: pairs rows are no sft data, which is messages, prompt_completion"):
+    with pytest.raises(
+        ValueError,
+        match=r"m\.jsonl:3: pairs rows are no sft data, which is messages, prompt_completion",
+    ):
         load(config, train=[path])
 
 
@@ -256,7 +311,9 @@ def test_rows_in_memory_become_the_same_groups(config):
     from_disk = load(config, tokenizer).train
     in_memory = groups_from_rows(pairs(20), tokenizer)
     assert [g.prompt_ids for g in from_disk] == [list(g.prompt_ids) for g in in_memory]
-    assert [g.completions[0].token_ids for g in from_disk] == [list(g.completions[0].token_ids) for g in in_memory]
+    assert [g.completions[0].token_ids for g in from_disk] == [
+        list(g.completions[0].token_ids) for g in in_memory
+    ]
     with pytest.raises(ValueError, match="<memory>:2: an assistant turn is empty"):
         groups_from_rows([*pairs(1), {"prompt": "a", "completion": " "}], tokenizer)
     with pytest.raises(ValueError, match="No rows were given"):
@@ -267,7 +324,10 @@ def test_rows_in_memory_that_are_cut_or_dropped_are_counted_in_a_warning(long_ro
     rows = [json.loads(line) for line in open(long_rows.train[0])]
     limit = lengths_of(long_rows)[1] + 5
     config = DataConfig(max_length=limit)
-    with pytest.warns(UserWarning, match=rf"6 rows, 2 cut to data.max_length={limit}, dropped: {{'prompt fills max_length': 1}}"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"6 rows, 2 cut to data.max_length={limit}, dropped: {{'prompt fills max_length': 1}}",
+    ):
         groups = groups_from_rows(rows, byte_level(), config=config)
     assert len(groups) == 5 and max(g.num_tokens_shared for g in groups) == limit
     with pytest.raises(ValueError, match="<memory>: no row is left to train on: 6 read"):

@@ -8,7 +8,9 @@ from posttrain.data.mixture import _epoch_order
 
 
 def epoch(n_steps, first=0, **options):
-    return [pair for step in range(first, first + n_steps) for pair in batch_indices(step, **options)]
+    return [
+        pair for step in range(first, first + n_steps) for pair in batch_indices(step, **options)
+    ]
 
 
 def test_without_weights_an_epoch_has_every_row_exactly_once_also_when_batches_span_epochs():
@@ -65,7 +67,12 @@ def test_a_mixed_dataset_repeats_no_row_before_all_came_once():
 
 
 def test_a_mixed_dataset_comes_in_another_order_each_round():
-    options = {"seed": 0, "batch_size": 100, "sizes": [50, 50], "weights": [1.0, 3.0]}  # dataset 0: 25 rows an epoch
+    options = {
+        "seed": 0,
+        "batch_size": 100,
+        "sizes": [50, 50],
+        "weights": [1.0, 3.0],
+    }  # dataset 0: 25 rows an epoch
     drawn = [{i for d, i in batch_indices(step, **options) if d == 0} for step in range(4)]
     assert drawn[0] | drawn[1] == drawn[2] | drawn[3] == set(range(50))
     assert drawn[2] not in (drawn[0], drawn[1])

@@ -34,7 +34,9 @@ WRITERS = {
     "rows.csv": write_csv,
     "rows.csv.gz": lambda p: write_csv(p, gzip.open),
     "rows.parquet": lambda p: pq.write_table(pa.Table.from_pylist(ROWS), p),
-    "bom.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + "\n".join(json.dumps(r) for r in ROWS).encode()),
+    "bom.jsonl": lambda p: p.write_bytes(
+        b"\xef\xbb\xbf" + "\n".join(json.dumps(r) for r in ROWS).encode()
+    ),
 }
 
 
@@ -71,7 +73,8 @@ def test_of_a_folder_with_several_splits_the_one_that_is_meant_is_read(tmp_path)
     assert values(tmp_path) == [{"x": 1}] and values(tmp_path, split="test") == [{"x": 2}]
     write_jsonl(tmp_path / "data" / "more.jsonl", [{"x": 3}])
     with pytest.raises(
-        ValueError, match=r"several splits, among them data/test-00000.jsonl.*'train' cannot be told.*Name the files"
+        ValueError,
+        match=r"several splits, among them data/test-00000.jsonl.*'train' cannot be told.*Name the files",
     ):
         values(tmp_path)
 
@@ -89,10 +92,14 @@ def test_what_datasets_saved_is_read_and_what_describes_rows_is_no_row(tmp_path)
         values(tmp_path / "splits", split="dev")
     (tmp_path / "mixed").mkdir()
     write_jsonl(tmp_path / "mixed" / "rows.jsonl", rows[:1])
-    (tmp_path / "mixed" / "dataset_info.json").write_text('{"features": {"prompt": {"dtype": "string"}}}')
+    (tmp_path / "mixed" / "dataset_info.json").write_text(
+        '{"features": {"prompt": {"dtype": "string"}}}'
+    )
     assert values(tmp_path / "mixed") == rows[:1]
     write_jsonl(tmp_path / "mixed" / "rejects.jsonl", rows[1:2])
-    assert values(tmp_path / "mixed") == [rows[1], rows[0]], "a file of one's own, whatever its name"
+    assert values(tmp_path / "mixed") == [rows[1], rows[0]], (
+        "a file of one's own, whatever its name"
+    )
 
 
 def test_what_prep_wrote_is_read_as_a_folder(tmp_path):
@@ -100,7 +107,9 @@ def test_what_prep_wrote_is_read_as_a_folder(tmp_path):
 
     raw = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(20)] + [{"x": 1}]
     write_jsonl(tmp_path / "raw.jsonl", raw)
-    config = PrepConfig(inputs=[str(tmp_path / "raw.jsonl")], out=tmp_path / "out", workers=1, test_fraction=0.3)
+    config = PrepConfig(
+        inputs=[str(tmp_path / "raw.jsonl")], out=tmp_path / "out", workers=1, test_fraction=0.3
+    )
     counts = prepare(config, show_progress=False)["counts"]
     assert len(values(tmp_path / "out")) == counts["written_train"] > 0
     assert len(values(tmp_path / "out", split="test")) == counts["written_test"] > 0
@@ -112,9 +121,15 @@ def test_a_data_set_of_the_hub_on_disk_is_read_by_its_card(tmp_path):
     for config in ("main", "other"):
         (tmp_path / config).mkdir()
         for k, split in enumerate(("train", "test")):
-            write_jsonl(tmp_path / config / f"{split}-00000-of-00001.jsonl", [{"x": f"{config} {k}"}])
-    assert values(tmp_path) == [{"x": "main 0"}] and values(tmp_path, split="test") == [{"x": "main 1"}]
-    (tmp_path / "README.md").write_text(card + "- config_name: other\n  data_files: other/train-*\n---\n")
+            write_jsonl(
+                tmp_path / config / f"{split}-00000-of-00001.jsonl", [{"x": f"{config} {k}"}]
+            )
+    assert values(tmp_path) == [{"x": "main 0"}] and values(tmp_path, split="test") == [
+        {"x": "main 1"}
+    ]
+    (tmp_path / "README.md").write_text(
+        card + "- config_name: other\n  data_files: other/train-*\n---\n"
+    )
     with pytest.raises(ValueError, match="which of its configs. README.md names main, other"):
         values(tmp_path)
     assert values(f"{tmp_path}:other") == [{"x": "other 0"}]
@@ -139,20 +154,29 @@ BAD_FILES = {
     "empty csv": (*bad("e.csv", ""), r"e\.csv: no rows"),
     "csv with a header only": (*bad("e.csv", "prompt,completion\n"), r"e\.csv: no rows"),
     "empty array": (*bad("e.json", "[]"), r"e\.json: no rows"),
-    "not JSON": (*bad("b.jsonl", GOOD_LINE * 2 + "{'prompt': 1}\n"), r"b\.jsonl:3: not JSON: .*\{'prompt': 1\}"),
+    "not JSON": (
+        *bad("b.jsonl", GOOD_LINE * 2 + "{'prompt': 1}\n"),
+        r"b\.jsonl:3: not JSON: .*\{'prompt': 1\}",
+    ),
     "cut line": (*bad("b.jsonl", GOOD_LINE + GOOD_LINE[:-10]), r"b\.jsonl:2: not JSON"),
     "broken array": (*bad("b.json", "[\n{},\n{]"), r"b\.json:3: not JSON"),
     "no object": (
         *bad("b.jsonl", GOOD_LINE + '["a", "b"]\n'),
         r'b\.jsonl:2: a row is a JSON object.*got an array: \["a"',
     ),
-    "a string": (*bad("b.json", '[{"a": 1}, "x"]'), r"b\.json:2: a row is a JSON object.*got a string: x"),
+    "a string": (
+        *bad("b.json", '[{"a": 1}, "x"]'),
+        r"b\.json:2: a row is a JSON object.*got a string: x",
+    ),
     "null": (*bad("b.jsonl", "null\n"), r"b\.jsonl:1: a row is a JSON object.*got null"),
     "latin-1": (
         *bad("b.jsonl", GOOD_LINE.encode() + '{"prompt": "ü"}\n'.encode("latin-1")),
         r"b\.jsonl:2: not UTF-8: byte 0xfc.*iconv",
     ),
-    "utf-16": (*bad("b.csv", "prompt,completion\n".encode("utf-16")), r"b\.csv:1: not UTF-8: byte 0xff"),
+    "utf-16": (
+        *bad("b.csv", "prompt,completion\n".encode("utf-16")),
+        r"b\.csv:1: not UTF-8: byte 0xff",
+    ),
     "cut gzip": (
         *bad("b.jsonl.gz", gzip.compress(GOOD_LINE.encode() * 2)[:-9]),
         r"b\.jsonl\.gz:3: the gzip file is damaged or cut short after 2 lines",
@@ -162,10 +186,16 @@ BAD_FILES = {
         *bad("b.csv", "prompt,completion\na,b\nc\n"),
         r"b\.csv:2: .*ends on line 3 has not the 2 fields",
     ),
-    "csv field too many": (*bad("b.csv", "prompt,completion\na,b,c\n"), r"b\.csv:1: .*Quote fields"),
+    "csv field too many": (
+        *bad("b.csv", "prompt,completion\na,b,c\n"),
+        r"b\.csv:1: .*Quote fields",
+    ),
     "csv open quote": (*bad("b.csv", 'prompt,completion\na,b\n"c,d\n'), r"b\.csv:2: not CSV"),
     "no parquet": (*bad("b.parquet", "PAR"), r"b\.parquet:1: not a readable Parquet file"),
-    "suffix": (*bad("b.txt", "hello"), r"b\.txt: unknown suffix '\.txt'; rows are read from \.jsonl"),
+    "suffix": (
+        *bad("b.txt", "hello"),
+        r"b\.txt: unknown suffix '\.txt'; rows are read from \.jsonl",
+    ),
 }
 
 
@@ -177,7 +207,9 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, case):
         list(read_rows(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("source", ["missing.jsonl", "./nowhere", "a/b/c", "justaname", "data/train.jsonl"])
+@pytest.mark.parametrize(
+    "source", ["missing.jsonl", "./nowhere", "a/b/c", "justaname", "data/train.jsonl"]
+)
 def test_a_missing_path_that_is_no_hub_id_fails_without_the_network(source, monkeypatch):
     import datasets
 
@@ -201,7 +233,9 @@ def test_a_hub_id_gives_its_split_and_a_missing_one_says_both_readings(monkeypat
     rows = list(read_rows("openai/gsm8k:main", split="test"))
     assert [r.values for r in rows] == ROWS and rows[1].where == "openai/gsm8k:main[test]:2"
     assert asked == [("openai/gsm8k", "main", "test")]
-    with pytest.raises(ValueError, match="no/where: no such file or folder here.*hub id.*Couldn't reach"):
+    with pytest.raises(
+        ValueError, match="no/where: no such file or folder here.*hub id.*Couldn't reach"
+    ):
         list(read_rows("no/where"))
 
 

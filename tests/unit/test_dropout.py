@@ -1,6 +1,8 @@
-"""Dropout: off where probabilities are compared, unless asked; never on in a reference, an evaluation or a statistic.
+"""Dropout: off where probabilities are compared, unless asked; never on in a reference, an
+evaluation or a statistic.
 
-And temperature: what is sampled, trained and compared with is the same distribution, also at a temperature that is not 1.
+And temperature: what is sampled, trained and compared with is the same distribution, also at a
+temperature that is not 1.
 """
 
 from __future__ import annotations
@@ -55,10 +57,18 @@ def opt():
     torch.manual_seed(0)
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(
-            vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=RATE,
-            attention_dropout=RATE, activation_dropout=RATE, layerdrop=RATE,
+            vocab_size=97,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            dropout=RATE,
+            attention_dropout=RATE,
+            activation_dropout=RATE,
+            layerdrop=RATE,
         )
-    )  # fmt: skip
+    )
 
 
 def llama_with_adapters():
@@ -70,10 +80,16 @@ def llama_with_adapters():
     model.config.attention_dropout = RATE
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = RATE
-    return get_peft_model(model, Peft(r=4, target_modules="all-linear", lora_dropout=RATE, init_lora_weights=False))
+    return get_peft_model(
+        model, Peft(r=4, target_modules="all-linear", lora_dropout=RATE, init_lora_weights=False)
+    )
 
 
-MODELS = {"gpt2": lambda: tiny_gpt2(dropout=RATE), "opt": opt, "llama with lora": llama_with_adapters}
+MODELS = {
+    "gpt2": lambda: tiny_gpt2(dropout=RATE),
+    "opt": opt,
+    "llama with lora": llama_with_adapters,
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,8 +97,13 @@ def test_without_dropout_training_mode_is_evaluation_mode_and_the_prompt_can_be_
     model = MODELS[name]()
     ids = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(1))
     expected = model.eval()(input_ids=ids).logits
-    assert has_dropout(model) and choose_mode(model, PackingConfig(), device_type="cpu").mode == "packed"
-    assert not torch.allclose(model.train()(input_ids=ids).logits, expected, atol=1e-4), "the rate must matter"
+    assert (
+        has_dropout(model)
+        and choose_mode(model, PackingConfig(), device_type="cpu").mode == "packed"
+    )
+    assert not torch.allclose(model.train()(input_ids=ids).logits, expected, atol=1e-4), (
+        "the rate must matter"
+    )
     set_dropout(model, ModelConfig(), default=False)
     assert model.training and not has_dropout(model)
     assert torch.equal(model(input_ids=ids).logits, expected)
@@ -103,7 +124,9 @@ def test_dropout_that_is_asked_for_stays_and_adapters_say_when_theirs_would_not_
     set_dropout(model, ModelConfig(dropout=True), default=False)
     set_dropout(model, ModelConfig(), default=True)
     assert has_dropout(model)
-    with pytest.raises(ValueError, match=r"lora.dropout=0.1 would have no effect.*--model.dropout true"):
+    with pytest.raises(
+        ValueError, match=r"lora.dropout=0.1 would have no effect.*--model.dropout true"
+    ):
         set_dropout(model, ModelConfig(lora=LoraConfig(rank=4, dropout=0.1)), default=False)
 
 
@@ -113,10 +136,18 @@ def gpt2_folder(path):
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, resid_pdrop=RATE, embd_pdrop=RATE, attn_pdrop=RATE,
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            resid_pdrop=RATE,
+            embd_pdrop=RATE,
+            attn_pdrop=RATE,
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         model.transformer.wte.weight.mul_(10)  # else every distribution is nearly uniform
     model.save_pretrained(path)
@@ -134,7 +165,9 @@ def peft_model(folder):
     from peft import get_peft_model
 
     model = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
-    return get_peft_model(model, Peft(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=RATE))
+    return get_peft_model(
+        model, Peft(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=RATE)
+    )
 
 
 def steps_of(folder):
@@ -147,14 +180,18 @@ PAIRS = [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_dpo_starts_at_ln_2_with_a_model_that_has_dropout(folder, tmp_path, adapters):
     model = peft_model(folder) if adapters else None
-    train = TrainConfig(run_dir=str(tmp_path), name="run", batch_size=8, max_steps=1, precision="fp32")
+    train = TrainConfig(
+        run_dir=str(tmp_path), name="run", batch_size=8, max_steps=1, precision="fp32"
+    )
     config = DPOConfig(model=ModelConfig(name=str(folder)), train=train)
     tokenizer = load_tokenizer(config.model)
     DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=PAIRS, config=config).train()
     (step,) = steps_of(tmp_path / "run")
     assert step["loss"] == pytest.approx(math.log(2), abs=2e-6)
     if not adapters:
-        asked = replace(config, model=replace(config.model, dropout=True), train=replace(train, name="asked"))
+        asked = replace(
+            config, model=replace(config.model, dropout=True), train=replace(train, name="asked")
+        )
         DPOTrainer(train_dataset=PAIRS, config=asked).train()
         assert abs(steps_of(tmp_path / "asked")[0]["loss"] - math.log(2)) > 1e-3
 
@@ -163,7 +200,9 @@ def test_sft_keeps_the_models_dropout(folder, tmp_path):
     rows = [{"prompt": f"{i}?", "completion": f"yes {i}"} for i in range(8)]
     losses = {}
     for name, asked in (("own", None), ("off", False)):
-        train = TrainConfig(run_dir=str(tmp_path), name=name, batch_size=8, max_steps=1, precision="fp32")
+        train = TrainConfig(
+            run_dir=str(tmp_path), name=name, batch_size=8, max_steps=1, precision="fp32"
+        )
         config = SFTConfig(model=ModelConfig(name=str(folder), dropout=asked), train=train)
         SFTTrainer(train_dataset=rows, config=config).train()
         losses[name] = steps_of(tmp_path / name)[0]["loss"]
@@ -179,7 +218,8 @@ def spread(completion, sample):
 def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_every_temperature(
     folder, tmp_path, adapters, temperature, monkeypatch
 ):
-    """Two updates on each batch of rollouts: in the first the policy is the one that sampled, in the second it is not."""
+    """Two updates on each batch of rollouts: in the first the policy is the one that sampled, in
+    the second it is not."""
     seen = []
     from posttrain.losses import policy as losses
 
@@ -195,10 +235,14 @@ def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_eve
     watched.couples_completions = False
     model = peft_model(folder) if adapters else None
     config = RLConfig(
-        model=ModelConfig(name=str(folder)), sampling=SamplingConfig(max_tokens=6, temperature=temperature),
-        rollout=RolloutConfig(group_size=4, show_every=0, updates=2), optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
-        train=TrainConfig(run_dir=str(tmp_path), name="run", batch_size=4, max_steps=2, precision="fp32"),
-    )  # fmt: skip
+        model=ModelConfig(name=str(folder)),
+        sampling=SamplingConfig(max_tokens=6, temperature=temperature),
+        rollout=RolloutConfig(group_size=4, show_every=0, updates=2),
+        optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
+        train=TrainConfig(
+            run_dir=str(tmp_path), name="run", batch_size=4, max_steps=2, precision="fp32"
+        ),
+    )
     rows = [{"prompt": f"{a}?"} for a in range(16)]
     RLTrainer(
         model=model,
@@ -211,7 +255,9 @@ def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_eve
     first, second = steps_of(tmp_path / "run")
     assert seen and seen[0] < 1e-6, "exp of it is the ratio"
     assert max(first["sampler_mismatch_nats"], second["sampler_mismatch_nats"]) < 1e-4
-    assert abs(first["kl_reference_nats"]) < 1e-6, "the reference is the policy at its start, at the same temperature"
+    assert abs(first["kl_reference_nats"]) < 1e-6, (
+        "the reference is the policy at its start, at the same temperature"
+    )
     assert second["kl_reference_nats"] > 1e-9
 
 
@@ -241,7 +287,9 @@ def test_a_reference_has_no_dropout(adapters, cache, tmp_path):
     reference.start(policy, plan())
     once, again = values(reference), values(reference)
     assert policy.training and all(torch.equal(once[ref], again[ref]) for ref in once)
-    plain = RunReference(ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS])
+    plain = RunReference(
+        ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS]
+    )
     plain.build(policy.eval(), plan().accelerator)
     plain.start(policy, plan())
     wanted = values(plain)
@@ -254,19 +302,27 @@ def test_a_reference_has_no_dropout(adapters, cache, tmp_path):
 def test_a_held_out_evaluation_has_no_dropout():
     policy = policy_with_dropout()
     counts = Counts(
-        tokens=sum(g.num_trained for g in GROUPS), completions=sum(len(g.completions) for g in GROUPS), groups=len(GROUPS)
+        tokens=sum(g.num_trained for g in GROUPS),
+        completions=sum(len(g.completions) for g in GROUPS),
+        groups=len(GROUPS),
     )
-    once, again = (evaluate(plan(), policy, GROUPS, sft, counts=counts)["eval_loss"] for _ in range(2))
+    once, again = (
+        evaluate(plan(), policy, GROUPS, sft, counts=counts)["eval_loss"] for _ in range(2)
+    )
     policy.eval()
     assert once == again == evaluate(plan(), policy, GROUPS, sft, counts=counts)["eval_loss"]
 
 
 def test_ktos_reference_point_has_no_dropout():
     policy = policy_with_dropout()
-    reference = RunReference(ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS])
+    reference = RunReference(
+        ReferenceConfig(), precision=resolve_precision("fp32", "cpu"), groups=[GROUPS]
+    )
     reference.build(policy, plan().accelerator)
     reference.start(policy, plan())
-    assert policy.training and float(batch_mean(plan(), policy, reference, kto, GROUPS)) == 0.0, "policy = reference"
+    assert policy.training and float(batch_mean(plan(), policy, reference, kto, GROUPS)) == 0.0, (
+        "policy = reference"
+    )
 
 
 def test_another_model_around_the_same_forward_has_its_temperature():
@@ -280,8 +336,8 @@ def test_another_model_around_the_same_forward_has_its_temperature():
 
 @pytest.mark.parametrize("mode", ["shared", "packed"])
 def test_the_parts_of_a_cut_group_know_its_whole_size(mode):
-    """``group_size_S`` counts the group's completions with a trained token, not those in the micro-batch: group means divide by
-    it."""
+    """``group_size_S`` counts the group's completions with a trained token, not those in the
+    micro-batch: group means divide by it."""
     (group,) = random_groups(1, sizes=(5,), seed=3)
     untrained = replace(group.completions[4], loss_mask=[0] * len(group.completions[4].token_ids))
     group = replace(group, completions=[*group.completions[:4], untrained])

@@ -1,4 +1,5 @@
-"""Where a text begins and ends: stop tokens of the saved model and of sampling, and prompts that do not end before they begin."""
+"""Where a text begins and ends: stop tokens of the saved model and of sampling, and prompts that do
+not end before they begin."""
 
 from __future__ import annotations
 
@@ -39,21 +40,27 @@ def test_the_saved_model_stops_where_it_was_trained_to(base_model, tmp_path):
 
 def test_sampling_stops_at_every_end_that_the_model_knows(base_model):
     model, tokenizer, turn = base_model
-    loop = SimpleNamespace(policy=Policy(model, PackingConfig()), precision=SimpleNamespace(compute="float32"))
+    loop = SimpleNamespace(
+        policy=Policy(model, PackingConfig()), precision=SimpleNamespace(compute="float32")
+    )
     engine = local_engine(loop, tokenizer, LocalConfig())
     assert set(engine.stop_ids) == {turn, tokenizer.eos_token_id, 5}
 
 
 @pytest.mark.parametrize("template", ["plain", "r1-zero"])
 def test_a_prompt_does_not_end_in_an_end_of_text(template):
-    """A tokenizer that puts BOS before and EOS after every text: the model would continue after the end."""
+    """A tokenizer that puts BOS before and EOS after every text: the model would continue after the
+    end."""
     tokenizer = byte_tokenizer()
     start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)]
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[("<|im_start|>", start), ("<|im_end|>", end)],
     )
     assert tokenizer("a")["input_ids"][-1] == end
-    (prompt,), _ = prompts_from_rows([{"prompt": "1+1="}], tokenizer, PromptConfig(template=template))
+    (prompt,), _ = prompts_from_rows(
+        [{"prompt": "1+1="}], tokenizer, PromptConfig(template=template)
+    )
     assert prompt.ids[0] == start and end not in prompt.ids and start not in prompt.ids[1:]
 
 

@@ -1,4 +1,5 @@
-"""Iterations of an RL run with an engine that plays a script: what is drawn, what it costs, how it is cut into updates."""
+"""Iterations of an RL run with an engine that plays a script: what is drawn, what it costs, how it
+is cut into updates."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ class ScriptedEngine:
 
     def generate(self, requests, sampling, *, on_finished=None):
         self.asked += [r.prompt_ids[0] for r in requests]
-        made = Sampled(token_ids=(70, 71), logps=(0.0, 0.0), finish_reason=self.finish_reason, policy_version=self.version)
+        made = Sampled(
+            token_ids=(70, 71),
+            logps=(0.0, 0.0),
+            finish_reason=self.finish_reason,
+            policy_version=self.version,
+        )
         return [[made] * len(r.seeds) for r in requests]
 
     def refresh(self, version):
@@ -69,7 +75,8 @@ def source_of(tmp_path):
     opened = []
 
     def make(algorithm, *, lively, batch_size=4, engine=None, noise=0.0, **config):
-        """``lively``: of each prompt, whether its completions get different rewards; ``noise``: a second reward that always differs."""
+        """``lively``: of each prompt, whether its completions get different rewards; ``noise``: a
+        second reward that always differs."""
 
         def reward(completions, sample, scores):
             return [float(sample["lively"] and k % 2) for k in range(len(completions))]
@@ -78,23 +85,39 @@ def source_of(tmp_path):
             return [noise * k for k in range(len(completions))]
 
         reward.grouped = second.grouped = True
-        prompts = [Prompt(ids=(i, 5), sample={"lively": x, "_where": f"rows:{i}"}) for i, x in enumerate(lively)]
+        prompts = [
+            Prompt(ids=(i, 5), sample={"lively": x, "_where": f"rows:{i}"})
+            for i, x in enumerate(lively)
+        ]
         rewards = Rewards(RewardsConfig(), given={"reward": (reward, 1.0), "second": (second, 1.0)})
         opened.append(rewards)
         engine = engine or ScriptedEngine()
         policy = CertainPolicy()
         accelerator = Accelerator(cpu=True)
         source = RolloutSource(
-            config=RolloutConfig(**{"group_size": 4, "show_every": 0} | config), algorithm=algorithm, batch_size=batch_size, seed=0,
+            config=RolloutConfig(**{"group_size": 4, "show_every": 0} | config),
+            algorithm=algorithm,
+            batch_size=batch_size,
+            seed=0,
             sampler=PromptSampler(CurriculumConfig(), [p.sample for p in prompts], seed=0),
             make_collector=lambda loop: BoundedCollector(
-                accelerator=accelerator, engine=engine, rewards=rewards, prompts=prompts, tokenizer=byte_tokenizer(),
-                sampling=SamplingConfig(max_tokens=4), by_completion=False,
+                accelerator=accelerator,
+                engine=engine,
+                rewards=rewards,
+                prompts=prompts,
+                tokenizer=byte_tokenizer(),
+                sampling=SamplingConfig(max_tokens=4),
+                by_completion=False,
             ),
-            evaluator=None, folder=tmp_path / f"rollouts{len(opened)}",
-        )  # fmt: skip
+            evaluator=None,
+            folder=tmp_path / f"rollouts{len(opened)}",
+        )
         plan = ForwardPlan(accelerator=accelerator, mode="shared", max_tokens=10**6)
-        source.start(SimpleNamespace(accelerator=accelerator, policy=policy, reference=None, forward_plan=plan))
+        source.start(
+            SimpleNamespace(
+                accelerator=accelerator, policy=policy, reference=None, forward_plan=plan
+            )
+        )
         return source, engine, policy
 
     yield make
@@ -107,7 +130,8 @@ def order_of(count: int) -> list[int]:
 
 
 def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
-    """The last prompt that is drawn is the fourth with a signal; its place in the order over 4 is the cost."""
+    """The last prompt that is drawn is the fourth with a signal; its place in the order over 4 is
+    the cost."""
     lively = [i % 3 == 0 for i in range(12)]
     source, engine, _ = source_of(DAPO, lively=lively)
     batch = source.batch(0)
@@ -115,7 +139,9 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
     place = [n for n, i in enumerate(order, start=1) if lively[i]][3]
     assert place > 4 and engine.asked == order[:place]
     assert sorted(g.prompt_ids[0] for g in batch.groups) == [0, 3, 6, 9]
-    assert batch.metrics["drawn_per_used"] == place / 4 and batch.metrics["groups_without_signal"] == pytest.approx(1 - 4 / place)
+    assert batch.metrics["drawn_per_used"] == place / 4 and batch.metrics[
+        "groups_without_signal"
+    ] == pytest.approx(1 - 4 / place)
 
 
 def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):
@@ -132,7 +158,8 @@ def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):
 @pytest.mark.parametrize("lively", [[False] * 30, [True] + [False] * 11])
 @pytest.mark.parametrize("oversample", [1.0, 1.5, 3.0])
 def test_dynamic_sampling_stops_at_its_limit(source_of, lively, oversample):
-    """With few groups that have a signal those are trained; with none the last ones drawn, with a gradient of exactly 0."""
+    """With few groups that have a signal those are trained; with none the last ones drawn, with a
+    gradient of exactly 0."""
     source, engine, _ = source_of(DAPO, lively=lively, oversample=oversample)
     batch = source.batch(0)
     limit = int(oversample * 4)
@@ -150,7 +177,9 @@ def test_a_limit_that_is_no_whole_number_of_prompts_ends_as_well(source_of):
     assert len(engine.asked) == 5
 
 
-def test_without_dynamic_sampling_prompts_are_drawn_once_and_groups_without_a_signal_count(source_of):
+def test_without_dynamic_sampling_prompts_are_drawn_once_and_groups_without_a_signal_count(
+    source_of,
+):
     lively = [i % 2 == 0 for i in range(8)]
     source, engine, _ = source_of(replace(GRPO, beta=0.0), lively=lively)
     batch = source.batch(0)
@@ -161,27 +190,43 @@ def test_without_dynamic_sampling_prompts_are_drawn_once_and_groups_without_a_si
 
 
 def test_r1s_rollout_8192_completions_in_16_updates_of_512(source_of):
-    """32 questions x 16 completions per update, 16 updates on one rollout; a group's advantages are made before the split."""
-    source, engine, _ = source_of(replace(R1, beta=0.0), lively=[True] * 600, batch_size=32, group_size=16, updates=16)
+    """32 questions x 16 completions per update, 16 updates on one rollout; a group's advantages are
+    made before the split."""
+    source, engine, _ = source_of(
+        replace(R1, beta=0.0), lively=[True] * 600, batch_size=32, group_size=16, updates=16
+    )
     batches = [source.batch(step) for step in range(16)]
     assert len(engine.asked) == len(set(engine.asked)) == 8192 // 16
     assert [sum(len(g.completions) for g in b.groups) for b in batches] == [512] * 16
     assert [b.counts.completions for b in batches] == [512] * 16
     assert set(Counter(g.prompt_ids[0] for b in batches for g in b.groups).values()) == {1}
     assert sorted(g.prompt_ids[0] for b in batches for g in b.groups) == sorted(engine.asked)
-    assert all([c.advantage for c in g.completions] == [-1.0, 1.0] * 8 for b in batches for g in b.groups)
-    assert batches[0].groups[0].prompt_ids[0] != engine.asked[0] or batches[0].groups[1].prompt_ids[0] != engine.asked[1]
+    assert all(
+        [c.advantage for c in g.completions] == [-1.0, 1.0] * 8 for b in batches for g in b.groups
+    )
+    assert (
+        batches[0].groups[0].prompt_ids[0] != engine.asked[0]
+        or batches[0].groups[1].prompt_ids[0] != engine.asked[1]
+    )
     source.batch(16)
-    assert len(engine.asked) == 2 * 512 and engine.version == 16, "the next rollout is drawn by the policy after 16 updates"
+    assert len(engine.asked) == 2 * 512 and engine.version == 16, (
+        "the next rollout is drawn by the policy after 16 updates"
+    )
 
 
 def test_epochs_train_the_same_groups_again_and_old_log_probs_are_computed_once(source_of):
-    source, engine, policy = source_of(KIMI_K15, lively=[True] * 8, updates=2, epochs=2, batch_size=2)
+    source, engine, policy = source_of(
+        KIMI_K15, lively=[True] * 8, updates=2, epochs=2, batch_size=2
+    )
     batches = [source.batch(step) for step in range(4)]
     assert policy.forwards == 1 and len(engine.asked) == 4
     assert set(Counter(g.prompt_ids[0] for b in batches for g in b.groups).values()) == {2}
-    assert [b.fresh_optimizer for b in batches] == [True, False, False, False], "k1.5 forgets its moments once an iteration"
-    assert all(c.proximal_logps == (0.0, 0.0) for b in batches for g in b.groups for c in g.completions)
+    assert [b.fresh_optimizer for b in batches] == [True, False, False, False], (
+        "k1.5 forgets its moments once an iteration"
+    )
+    assert all(
+        c.proximal_logps == (0.0, 0.0) for b in batches for g in b.groups for c in g.completions
+    )
     source.batch(4)
     assert policy.forwards == 2
 
@@ -195,8 +240,16 @@ def test_a_single_update_computes_no_old_log_probs(source_of):
 
 @pytest.mark.parametrize("algorithm", [KIMI_K15, replace(GRPO, beta=0.0)])
 def test_an_iteration_of_truncated_completions_says_so(source_of, algorithm):
-    source, _, _ = source_of(algorithm, lively=[True] * 8, engine=ScriptedEngine("length"), mask_truncated=True, updates=2)
-    with pytest.raises(UserFacingError, match="no completion can be trained .*turn rollout.mask_truncated off"):
+    source, _, _ = source_of(
+        algorithm,
+        lively=[True] * 8,
+        engine=ScriptedEngine("length"),
+        mask_truncated=True,
+        updates=2,
+    )
+    with pytest.raises(
+        UserFacingError, match="no completion can be trained .*turn rollout.mask_truncated off"
+    ):
         source.batch(0)
 
 

@@ -1,4 +1,5 @@
-"""Packed log-probs and gradients of every supported family against the model's own forward, one sequence at a time."""
+"""Packed log-probs and gradients of every supported family against the model's own forward, one
+sequence at a time."""
 
 from __future__ import annotations
 
@@ -14,29 +15,83 @@ from posttrain.models.policy import Policy, plain_attention
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.step import step_gradient
-from tests.helpers import VOCAB, gradients_of, max_difference, plain_logps, random_groups, reference_gradient, token_mean
+from tests.helpers import (
+    VOCAB,
+    gradients_of,
+    max_difference,
+    plain_logps,
+    random_groups,
+    reference_gradient,
+    token_mean,
+)
 
 SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
-    "qwen2_sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen2_sliding": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    ),
     "qwen3": ("Qwen3", dict(head_dim=16)),
-    "gemma2": ("Gemma2", dict(head_dim=16, sliding_window=6, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=16)),
-    "gemma3": ("Gemma3", dict(head_dim=16, sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=16)),
+    "gemma2": (
+        "Gemma2",
+        dict(
+            head_dim=16,
+            sliding_window=6,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=16,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3",
+        dict(head_dim=16, sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=16),
+    ),
     "mistral": ("Mistral", dict(sliding_window=6, head_dim=16)),
-    "gpt2": ("GPT2", dict(n_positions=256, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    "gpt2": (
+        "GPT2",
+        dict(
+            n_positions=256,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        ),
+    ),
     "phi3": ("Phi3", {}),
-    "granite": ("Granite", dict(logits_scaling=3.0, residual_multiplier=0.7, embedding_multiplier=2.0, attention_multiplier=0.2)),
+    "granite": (
+        "Granite",
+        dict(
+            logits_scaling=3.0,
+            residual_multiplier=0.7,
+            embedding_multiplier=2.0,
+            attention_multiplier=0.2,
+        ),
+    ),
     "cohere": ("Cohere", dict(logit_scale=0.3)),
     "smollm3": ("SmolLM3", {}),
     "olmo2": ("Olmo2", {}),
-}  # fmt: skip
-CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+}
+CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+}
 GROUPS = random_groups(5, sizes=(1, 3), seed=11)
 
 
@@ -44,7 +99,9 @@ def build(family: str) -> torch.nn.Module:
     name, overrides = FAMILIES[family]
     config_name, model_name = CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
     torch.manual_seed(0)
-    return getattr(transformers, model_name)(getattr(transformers, config_name)(**{**SMALL, **overrides}))
+    return getattr(transformers, model_name)(
+        getattr(transformers, config_name)(**{**SMALL, **overrides})
+    )
 
 
 @pytest.mark.parametrize("mode", ["shared", "packed", "single"])
@@ -72,7 +129,9 @@ def test_checkpointing_recomputes_windows_and_softcaps_of_packed_rows(family):
     plan = plan_step(GROUPS, world_size=1, max_tokens=60, mode="shared")
     result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, sft, mode="shared")
     assert result.loss == pytest.approx(wanted_loss, abs=1e-6)
-    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(float(g.abs().max()) for g in wanted.values())
+    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(
+        float(g.abs().max()) for g in wanted.values()
+    )
 
 
 @pytest.mark.parametrize("mode", ["shared", "single"])
@@ -83,7 +142,10 @@ def test_lora_on_every_layer_and_the_head(mode):
         model = build("llama")
         torch.manual_seed(3)
         targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
-        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+        return get_peft_model(
+            model,
+            LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"),
+        )
 
     wanted_loss, wanted = reference_gradient(adapted(), GROUPS, token_mean)
     model = adapted()
@@ -92,7 +154,9 @@ def test_lora_on_every_layer_and_the_head(mode):
     result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, sft, mode=mode)
     assert result.loss == pytest.approx(wanted_loss, abs=1e-6)
     assert wanted and all("lora" in name for name in wanted)
-    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(float(g.abs().max()) for g in wanted.values())
+    assert max_difference(gradients_of(model), wanted) < 2e-6 * max(
+        float(g.abs().max()) for g in wanted.values()
+    )
 
 
 def phi3_longrope() -> torch.nn.Module:
@@ -105,7 +169,9 @@ def phi3_longrope() -> torch.nn.Module:
         long_factor=[3.0] * 4,
         original_max_position_embeddings=20,
     )
-    config = transformers.Phi3Config(**{**SMALL, "rope_parameters": rope, "original_max_position_embeddings": 20})
+    config = transformers.Phi3Config(
+        **{**SMALL, "rope_parameters": rope, "original_max_position_embeddings": 20}
+    )
     return transformers.Phi3ForCausalLM(config)
 
 
@@ -160,7 +226,8 @@ def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, 
 
 
 def test_the_self_check_is_bounded(monkeypatch):
-    """Of a long prompt and long completions only the ends that meet are computed; an untrained head counts as prompt."""
+    """Of a long prompt and long completions only the ends that meet are computed; an untrained head
+    counts as prompt."""
     from posttrain.training import evaluate
     from posttrain.types import Completion, Pair, PromptGroup
 
@@ -168,7 +235,10 @@ def test_the_self_check_is_bounded(monkeypatch):
     monkeypatch.setattr(evaluate, "SELF_CHECK_PROMPT_TOKENS", 20)
     policy, seen = Policy(build("llama"), PackingConfig()), []
     policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    completions = [Completion(token_ids=[3] * 30, loss_mask=[0] * 25 + [1] * 5), Completion(token_ids=[4] * 9, loss_mask=[1] * 9)]
+    completions = [
+        Completion(token_ids=[3] * 30, loss_mask=[0] * 25 + [1] * 5),
+        Completion(token_ids=[4] * 9, loss_mask=[1] * 9),
+    ]
     pairs = (Pair(chosen=0, rejected=1),)
     groups = [
         PromptGroup(prompt_ids=list(range(5, 65)), completions=completions, pairs=pairs),
@@ -183,8 +253,8 @@ def test_the_self_check_is_bounded(monkeypatch):
 
 
 def test_the_self_check_of_4_bit_layers_is_in_float32(tmp_path, monkeypatch):
-    """Products in bfloat16 would round by more than the limit of float32 weights in a model of some depth; they are in bfloat16
-    again afterwards."""
+    """Products in bfloat16 would round by more than the limit of float32 weights in a model of some
+    depth; they are in bfloat16 again afterwards."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig, load_model
@@ -192,7 +262,9 @@ def test_the_self_check_of_4_bit_layers_is_in_float32(tmp_path, monkeypatch):
 
     build("llama").save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), lora=LoraConfig(rank=2, quantize_4bit=True))
-    policy = Policy(load_model(config, dtype=torch.float32, compute=torch.bfloat16), PackingConfig())
+    policy = Policy(
+        load_model(config, dtype=torch.float32, compute=torch.bfloat16), PackingConfig()
+    )
     multiply, multiplied = bitsandbytes.matmul_4bit, set()
 
     def watched(x, *args, **kwargs):
@@ -216,7 +288,9 @@ def test_dropout_that_is_no_module_is_found():
         dropout=0.1,
         word_embed_proj_dim=32,
     )
-    assert Policy(transformers.OPTForCausalLM(config), PackingConfig()).forward_mode.mode != "shared"
+    assert (
+        Policy(transformers.OPTForCausalLM(config), PackingConfig()).forward_mode.mode != "shared"
+    )
 
 
 def test_layers_that_drop_the_layout_step_down_to_single():
@@ -228,36 +302,53 @@ def test_layers_that_drop_the_layout_step_down_to_single():
 
 
 def test_attention_sinks_and_state_space_layers_run_one_sequence_per_forward():
-    config = transformers.GptOssConfig(**{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8})
+    config = transformers.GptOssConfig(
+        **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    )
     policy = Policy(transformers.GptOssForCausalLM(config), PackingConfig())
     assert policy.forward_mode.mode == "single" and "sinks" in policy.forward_mode.reason
-    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config = transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
     policy = Policy(transformers.MambaForCausalLM(config), PackingConfig())
-    assert policy.forward_mode.mode == "single" and "AttentionInterface" in policy.forward_mode.reason
+    assert (
+        policy.forward_mode.mode == "single" and "AttentionInterface" in policy.forward_mode.reason
+    )
     with pytest.raises(ValueError, match="not exact for this model"):
         Policy(transformers.MambaForCausalLM(config), PackingConfig(mode="shared"))
 
 
 def test_dropout_falls_back_to_one_segment_per_completion():
     name, overrides = FAMILIES["llama"]
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **overrides, "attention_dropout": 0.1}))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, **overrides, "attention_dropout": 0.1})
+    )
     assert Policy(model, PackingConfig()).forward_mode.mode == "packed"
     with pytest.raises(ValueError, match="dropout"):
         Policy(model, PackingConfig(mode="shared"))
 
 
 def test_a_packed_row_is_blind_to_other_groups_and_siblings():
-    """Other tokens in a sibling or in another group leave a completion's log-probs bit-identical."""
+    """Other tokens in a sibling or in another group leave a completion's log-probs
+    bit-identical."""
     model = build("llama")
     policy = Policy(model, PackingConfig())
-    parts = [GroupPart(group=i, completions=tuple(range(len(g.completions)))) for i, g in enumerate(GROUPS)]
+    parts = [
+        GroupPart(group=i, completions=tuple(range(len(g.completions))))
+        for i, g in enumerate(GROUPS)
+    ]
     before_batch = pack(GROUPS, parts, mode="shared")
     before = policy(before_batch)
     g = GROUPS[1]
     changed = type(g.completions[0])(
-        token_ids=[(t + 1) % VOCAB for t in g.completions[0].token_ids], loss_mask=g.completions[0].loss_mask
+        token_ids=[(t + 1) % VOCAB for t in g.completions[0].token_ids],
+        loss_mask=g.completions[0].loss_mask,
     )
-    other = [*GROUPS[:1], type(g)(prompt_ids=g.prompt_ids, completions=[changed, *g.completions[1:]]), *GROUPS[2:]]
+    other = [
+        *GROUPS[:1],
+        type(g)(prompt_ids=g.prompt_ids, completions=[changed, *g.completions[1:]]),
+        *GROUPS[2:],
+    ]
     after = policy(pack(other, parts, mode="shared"))
     index = before_batch.refs.index((1, 0))
     same = before_batch.sequence_T != index

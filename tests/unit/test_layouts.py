@@ -1,4 +1,5 @@
-"""Rows of public layouts become the sample they must become, or are refused; and no change to a row changes it silently."""
+"""Rows of public layouts become the sample they must become, or are refused; and no change to a row
+changes it silently."""
 
 from __future__ import annotations
 
@@ -27,16 +28,22 @@ def said(sample):
     by_rank = {}
     for a in rated:
         by_rank.setdefault(a.rank, []).append("\n".join(message_text(m) for m in a.messages))
-    return [" = ".join(texts) + tools for texts in by_rank.values()] + [f"[{a.text}]" for a in sample.answers if a.rank is None]
+    return [" = ".join(texts) + tools for texts in by_rank.values()] + [
+        f"[{a.text}]" for a in sample.answers if a.rank is None
+    ]
 
 
 def read(case, row):
-    return read_sample(row, format=case.format, carry=case.carry, columns=dict(case.columns) or None)
+    return read_sample(
+        row, format=case.format, carry=case.carry, columns=dict(case.columns) or None
+    )
 
 
 def test_there_are_many_layouts_and_the_documentation_has_them():
     assert len(CASES) >= 60
-    assert layouts.table() in (Path(__file__).parents[2] / "docs" / "data.md").read_text(), "run python -m tests.layouts"
+    assert layouts.table() in (Path(__file__).parents[2] / "docs" / "data.md").read_text(), (
+        "run python -m tests.layouts"
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.of for c in CASES])
@@ -55,7 +62,10 @@ def test_a_public_layout(case):
         assert filled <= sample.columns.keys(), "every filled column is used or carried"
     if case.rl:
         found = read_prompt(case.row)
-        assert ["\n".join(map(shown, found.messages)), case.row.get("answer") or found.answer] == list(case.rl)
+        assert [
+            "\n".join(map(shown, found.messages)),
+            case.row.get("answer") or found.answer,
+        ] == list(case.rl)
 
 
 def test_lists_of_names_have_no_name_twice_and_what_is_carried_is_read_by_no_layout():
@@ -74,7 +84,9 @@ def tokens(row, case):
         except ValueError as error:
             found.append(f"refused: {error}"[:8])
             continue
-        sides = [(tuple(c.token_ids), tuple(map(bool, c.loss_mask)), c.label) for c in group.completions]
+        sides = [
+            (tuple(c.token_ids), tuple(map(bool, c.loss_mask)), c.label) for c in group.completions
+        ]
         found.append((tuple(group.prompt_ids), tuple(sides), tuple(group.trained_pairs)))
     return found
 
@@ -134,11 +146,17 @@ def test_no_change_to_one_key_is_silently_another_row(seed):
     before = {}
     silent = []
     for _ in range(200):
-        case = rng.choice([c for c in CASES if c.of != "solutions with verdicts"])  # whose columns have any name
+        case = rng.choice(
+            [c for c in CASES if c.of != "solutions with verdicts"]
+        )  # whose columns have any name
         if case.of not in before:
             before[case.of] = tokens(json.loads(json.dumps(case.row)), case)
         what, row, without = changed(case.row, rng)
         wanted = tokens(without, case) if what.endswith("nulled") else before[case.of]
         after = tokens(row, case)
-        silent += [(case.of, what, b, a) for b, a in zip(wanted, after, strict=True) if a not in (b, "refused:")]
+        silent += [
+            (case.of, what, b, a)
+            for b, a in zip(wanted, after, strict=True)
+            if a not in (b, "refused:")
+        ]
     assert not silent, [(of, what) for of, what, _, _ in silent]

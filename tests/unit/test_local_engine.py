@@ -1,4 +1,5 @@
-"""The engine in this process: the model's own greedy tokens, the trainer's log-probs, and nothing depends on the batch."""
+"""The engine in this process: the model's own greedy tokens, the trainer's log-probs, and nothing
+depends on the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +23,18 @@ from posttrain.training.collect import Collector
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama
 
-FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "phi3", "granite", "cohere", "olmo2"]
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mistral",
+    "gpt2",
+    "phi3",
+    "granite",
+    "cohere",
+    "olmo2",
+]
 
 
 def tiny(family: str, dtype=torch.float64):
@@ -40,7 +52,14 @@ def tiny(family: str, dtype=torch.float64):
     )
     if family == "gpt2":
         shape = dict(
-            vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+            vocab_size=61,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
         )
     else:
         shape |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -61,7 +80,10 @@ def tiny(family: str, dtype=torch.float64):
 def engine_of(model, *, max_rows=64, stop_ids=(), compute=None, max_tokens=400):
     policy = Policy(model, PackingConfig(max_tokens=max_tokens))
     return policy, LocalEngine(
-        policy, compute=compute or next(model.parameters()).dtype, stop_ids=stop_ids, config=LocalConfig(max_rows=max_rows)
+        policy,
+        compute=compute or next(model.parameters()).dtype,
+        stop_ids=stop_ids,
+        config=LocalConfig(max_rows=max_rows),
     )
 
 
@@ -85,13 +107,18 @@ def test_greedy_tokens_are_those_of_generate(family):
     wanted = []
     for r in requests():
         out = model.generate(
-            input_ids=torch.tensor([r.prompt_ids]), attention_mask=torch.ones(1, len(r.prompt_ids), dtype=torch.long), max_new_tokens=12,
-            do_sample=False, eos_token_id=7, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=torch.tensor([r.prompt_ids]),
+            attention_mask=torch.ones(1, len(r.prompt_ids), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=7,
+            pad_token_id=0,
+        )
         wanted.append(tuple(out[0, len(r.prompt_ids) :].tolist()))
     _, engine = engine_of(model, stop_ids=[7], max_rows=4)
     drawn = engine.generate(
-        [Request(prompt_ids=r.prompt_ids, seeds=(0,)) for r in requests()], SamplingConfig(max_tokens=12, temperature=0)
+        [Request(prompt_ids=r.prompt_ids, seeds=(0,)) for r in requests()],
+        SamplingConfig(max_tokens=12, temperature=0),
     )
     assert [d.token_ids for (d,) in drawn] == wanted
     assert all(d.finish_reason == ("stop" if d.token_ids[-1] == 7 else "length") for (d,) in drawn)
@@ -103,13 +130,22 @@ def test_samples_depend_on_neither_rows_nor_order(family):
     sampling = SamplingConfig(max_tokens=16, temperature=1.2)
     wanted = engine_of(model, max_rows=64, stop_ids=[7])[1].generate(requests(), sampling)
     for max_rows in (1, 2, 5):
-        assert tokens(engine_of(model, max_rows=max_rows, stop_ids=[7])[1].generate(requests(), sampling)) == tokens(wanted)
-    backwards = engine_of(model, stop_ids=[7], max_tokens=20)[1].generate(requests()[::-1], sampling)[::-1]
+        assert tokens(
+            engine_of(model, max_rows=max_rows, stop_ids=[7])[1].generate(requests(), sampling)
+        ) == tokens(wanted)
+    backwards = engine_of(model, stop_ids=[7], max_tokens=20)[1].generate(
+        requests()[::-1], sampling
+    )[::-1]
     assert tokens(backwards) == tokens(wanted)
-    assert len({len(d.token_ids) for row in wanted for d in row}) > 2  # of different lengths, so that slots were handed on
+    assert (
+        len({len(d.token_ids) for row in wanted for d in row}) > 2
+    )  # of different lengths, so that slots were handed on
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5, "temperature": 1.3}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5, "temperature": 1.3}, {"min_p": 0.1}],
+)
 def test_log_probs_are_the_trainers(options):
     model = tiny("llama")
     policy, engine = engine_of(model, stop_ids=[7])
@@ -119,12 +155,21 @@ def test_log_probs_are_the_trainers(options):
     groups = [
         PromptGroup(
             prompt_ids=r.prompt_ids,
-            completions=[Completion(token_ids=d.token_ids, loss_mask=[1] * len(d.token_ids), kept_ids=d.kept_ids) for d in row],
+            completions=[
+                Completion(
+                    token_ids=d.token_ids, loss_mask=[1] * len(d.token_ids), kept_ids=d.kept_ids
+                )
+                for d in row
+            ],
             pairs=(),
         )
         for r, row in zip(requests(), drawn, strict=True)
     ]
-    batch = pack(groups, [GroupPart(group=g, completions=(0, 1, 2)) for g in range(len(groups))], mode="shared")
+    batch = pack(
+        groups,
+        [GroupPart(group=g, completions=(0, 1, 2)) for g in range(len(groups))],
+        mode="shared",
+    )
     with torch.no_grad():
         trainer = policy(batch)
     sampler = torch.tensor([p for row in drawn for d in row for p in d.logps], dtype=torch.float64)
@@ -147,9 +192,19 @@ def test_a_partial_rollout_continues_as_if_it_had_never_stopped():
             ks = [k for k in range(len(r.seeds)) if (i, k) in open_ones]
             if ks:
                 prefixes = tuple(state[i][k] for k in ks) if any(state[i][k] for k in ks) else ()
-                asked.append(Request(prompt_ids=r.prompt_ids, seeds=tuple(r.seeds[k] for k in ks), prefixes=prefixes))
+                asked.append(
+                    Request(
+                        prompt_ids=r.prompt_ids,
+                        seeds=tuple(r.seeds[k] for k in ks),
+                        prefixes=prefixes,
+                    )
+                )
                 where.append([(i, k) for k in ks])
-        for places, row in zip(where, engine.generate(asked, SamplingConfig(max_tokens=17, budget_tokens=5)), strict=True):
+        for places, row in zip(
+            where,
+            engine.generate(asked, SamplingConfig(max_tokens=17, budget_tokens=5)),
+            strict=True,
+        ):
             for (i, k), d in zip(places, row, strict=True):
                 state[i][k] += d.token_ids
                 if d.finish_reason != "budget":
@@ -166,7 +221,9 @@ def test_the_training_model_is_left_as_it_was():
     weights = {n: p.clone() for n, p in model.named_parameters()}
     engine.generate(requests(), SamplingConfig(max_tokens=5))
     assert [(m.training, tuple(m._forward_hooks)) for m in policy.modules()] == before
-    assert all(p.dtype == torch.float32 and torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert all(
+        p.dtype == torch.float32 and torch.equal(p, weights[n]) for n, p in model.named_parameters()
+    )
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -176,7 +233,9 @@ def test_refresh_takes_over_new_weights_and_not_before(lora):
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        )
     policy, engine = engine_of(model, compute=torch.bfloat16)
     sampling = SamplingConfig(max_tokens=6, temperature=0)
     before = engine.generate(requests(), sampling)
@@ -200,7 +259,12 @@ def test_what_cannot_be_sampled_says_why():
     policy = Policy(model, PackingConfig(mode="single"))
     with pytest.raises(ValueError, match="Use a vLLM server"):
         LocalEngine(policy, compute=torch.float64, stop_ids=[])
-    small = LocalEngine(Policy(model, PackingConfig()), compute=torch.float64, stop_ids=[], config=LocalConfig(kv_cache_gb=1e-6))
+    small = LocalEngine(
+        Policy(model, PackingConfig()),
+        compute=torch.float64,
+        stop_ids=[],
+        config=LocalConfig(kv_cache_gb=1e-6),
+    )
     with pytest.raises(ValueError, match="Raise kv_cache_gb"):
         small.generate(requests(), SamplingConfig(max_tokens=10))
 
@@ -210,11 +274,19 @@ def exact_distribution(model, prompt, sampling, *, stop):
 
     def following(ids):
         with torch.no_grad():
-            p = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / sampling.temperature, 0).tolist()
+            p = torch.softmax(
+                model(input_ids=torch.tensor([ids])).logits[0, -1] / sampling.temperature, 0
+            ).tolist()
         order = sorted(range(len(p)), key=lambda v: -p[v])
         kept = order[: sampling.top_k or len(order)]
-        if sampling.top_p < 1:  # the smallest set of likeliest tokens with at least this probability
-            kept = kept[: next(n for n in range(1, len(p) + 1) if sum(p[v] for v in kept[:n]) >= sampling.top_p)]
+        if (
+            sampling.top_p < 1
+        ):  # the smallest set of likeliest tokens with at least this probability
+            kept = kept[
+                : next(
+                    n for n in range(1, len(p) + 1) if sum(p[v] for v in kept[:n]) >= sampling.top_p
+                )
+            ]
         total = sum(p[v] for v in kept)
         return {v: p[v] / total for v in kept}
 
@@ -227,20 +299,30 @@ def exact_distribution(model, prompt, sampling, *, stop):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.5, "top_k": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.5, "top_k": 4}]
+)
 def test_completions_follow_the_exact_distribution(options):
-    """Chi-square over all completions of two tokens, of which a stop token ends some after the first; two prompts in one batch."""
+    """Chi-square over all completions of two tokens, of which a stop token ends some after the
+    first; two prompts in one batch."""
     count, prompts = 8000, [(3, 4, 5), (6,)]
     model = tiny_llama(vocab_size=7, initializer_range=0.15).double().eval()
     plain = copy.deepcopy(model)
     sampling = SamplingConfig(max_tokens=2, **options)
     _, engine = engine_of(model, stop_ids=[2], max_rows=1000)
-    asked = [Request(prompt_ids=p, seeds=tuple(range(i * count, (i + 1) * count))) for i, p in enumerate(prompts)]
+    asked = [
+        Request(prompt_ids=p, seeds=tuple(range(i * count, (i + 1) * count)))
+        for i, p in enumerate(prompts)
+    ]
     for prompt, row in zip(prompts, engine.generate(asked, sampling), strict=True):
         exact = exact_distribution(plain, prompt, sampling, stop=2)
         seen = Counter(d.token_ids for d in row)
-        assert sum(exact.values()) == pytest.approx(1) and set(seen) <= set(exact) and len(exact) > 8
-        assert all(sum(d.logps) == pytest.approx(math.log(exact[d.token_ids]), abs=1e-9) for d in row[:500])
+        assert (
+            sum(exact.values()) == pytest.approx(1) and set(seen) <= set(exact) and len(exact) > 8
+        )
+        assert all(
+            sum(d.logps) == pytest.approx(math.log(exact[d.token_ids]), abs=1e-9) for d in row[:500]
+        )
         assert all(d.finish_reason == ("stop" if d.token_ids[-1] == 2 else "length") for d in row)
         big = [c for c, p in exact.items() if p * count >= 5]
         observed = [*(seen[c] for c in big), count - sum(seen[c] for c in big)]
@@ -252,7 +334,8 @@ def test_completions_follow_the_exact_distribution(options):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
-    """The collector's own share of each of 2 and 3 ranks, each in its own engine; with budgets, so that completions are continued."""
+    """The collector's own share of each of 2 and 3 ranks, each in its own engine; with budgets, so
+    that completions are continued."""
     prompts = [Prompt(ids=r.prompt_ids, sample={}) for r in requests(count=7)]
     model = tiny(family)
     sampling = SamplingConfig(max_tokens=12, budget_tokens=5, temperature=1.2)
@@ -260,13 +343,24 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
     def collector_of(engine, rank=0, ranks=1):
         accelerator = SimpleNamespace(process_index=rank, num_processes=ranks)
         return Collector(
-            accelerator=accelerator, engine=engine, rewards=None, prompts=prompts, tokenizer=None, sampling=sampling, by_completion=False
-        )  # fmt: skip
+            accelerator=accelerator,
+            engine=engine,
+            rewards=None,
+            prompts=prompts,
+            tokenizer=None,
+            sampling=sampling,
+            by_completion=False,
+        )
 
     class Ranks:
         def __init__(self, count):
-            engines = [engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1] for _ in range(count)]
-            self.collectors = [collector_of(engine, rank, count) for rank, engine in enumerate(engines)]
+            engines = [
+                engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1]
+                for _ in range(count)
+            ]
+            self.collectors = [
+                collector_of(engine, rank, count) for rank, engine in enumerate(engines)
+            ]
 
         def generate(self, asked, sampling):
             drawn = {}
@@ -289,5 +383,9 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
     assert len({len(t.token_ids) for t in whole}) > 3 and len({len(t.segments) for t in whole}) > 2
     for ranks in (2, 3):
         for one, other in zip(whole, draw_of(ranks), strict=True):
-            assert (one.token_ids, one.segments, one.finish_reason) == (other.token_ids, other.segments, other.finish_reason)
+            assert (one.token_ids, one.segments, one.finish_reason) == (
+                other.token_ids,
+                other.segments,
+                other.finish_reason,
+            )
             assert other.logps == pytest.approx(one.logps, abs=1e-12)

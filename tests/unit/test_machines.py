@@ -1,4 +1,5 @@
-"""What a machine may lack: instructions, a C library, /proc, namespaces, a high limit. Each has a way around it."""
+"""What a machine may lack: instructions, a C library, /proc, namespaces, a high limit. Each has a
+way around it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def without_blocked_products(monkeypatch):
     """oneDNN on a CPU with neither AVX-512 nor avx_ne_convert: the operator exists and raises."""
 
     def refuses(*arguments):
-        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+        raise RuntimeError(
+            "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw"
+        )
 
     monkeypatch.setattr(weights, "_reorder", refuses)
     weights.blocked_products_work.cache_clear()
@@ -54,12 +57,16 @@ def test_both_paths_give_the_same_numbers(request):
     request.getfixturevalue("without_blocked_products")
     plain = SamplingLinear(base, BF16)
     plain.take(base.weight)
-    assert not plain._blocked and bool(((plain(x) - blocked).abs() <= 2**-7 * blocked.abs() + 1e-3).all())
+    assert not plain._blocked and bool(
+        ((plain(x) - blocked).abs() <= 2**-7 * blocked.abs() + 1e-3).all()
+    )
 
 
 def test_another_result_of_the_operator_is_not_trusted(monkeypatch):
     monkeypatch.setattr(weights, "_reorder", lambda weight: weight)
-    monkeypatch.setattr(weights, "_blocked_linear", lambda x, weight, bias: torch.zeros(2, 64, dtype=BF16))
+    monkeypatch.setattr(
+        weights, "_blocked_linear", lambda x, weight, bias: torch.zeros(2, 64, dtype=BF16)
+    )
     weights.blocked_products_work.cache_clear()
     try:
         assert not weights.blocked_products_work()
@@ -90,8 +97,16 @@ def test_without_glibcs_heap_functions_nothing_is_told_to_it(lacks, monkeypatch)
 def test_without_proc_memory_is_unknown_and_nothing_is_copied(tmp_path, monkeypatch):
     for module in (limits, mapped):
         real = module.Path
-        monkeypatch.setattr(module, "Path", lambda text, real=real: tmp_path / "none" if "proc" in str(text) else real(text))
-    assert limits.rss_bytes() is None and limits.peak_rss_bytes() is None and limits.available_bytes() is None
+        monkeypatch.setattr(
+            module,
+            "Path",
+            lambda text, real=real: tmp_path / "none" if "proc" in str(text) else real(text),
+        )
+    assert (
+        limits.rss_bytes() is None
+        and limits.peak_rss_bytes() is None
+        and limits.available_bytes() is None
+    )
     layer = nn.Linear(2, 2)
     place = layer.weight.data_ptr()
     mapped.leave_mapped_checkpoint(layer)
@@ -107,7 +122,8 @@ def test_the_limit_of_a_cgroup_of_version_1_counts(tmp_path):
 
 
 def test_a_lower_limit_of_the_container_is_kept():
-    """Workers and programs are limited to what is allowed; asking for more would end every worker before its first answer."""
+    """Workers and programs are limited to what is allowed; asking for more would end every worker
+    before its first answer."""
     script = """
 import resource, sys
 from unittest import mock
@@ -133,7 +149,10 @@ print(resource.getrlimit(resource.RLIMIT_AS)[0] == limit, resource.getrlimit(res
 
 def test_a_system_without_namespaces_refuses_and_gives_no_verdict(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
-    assert sandbox.run({"parent": 1}) == {"status": "refused", "problem": "darwin has no namespaces"}
+    assert sandbox.run({"parent": 1}) == {
+        "status": "refused",
+        "problem": "darwin has no namespaces",
+    }
 
 
 def test_a_worker_without_a_memory_limit_still_works(monkeypatch):

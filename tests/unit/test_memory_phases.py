@@ -1,4 +1,5 @@
-"""What a plan holds beside the update: a learned reward, copies for a sampler, what saving gathers, what is offloaded."""
+"""What a plan holds beside the update: a learned reward, copies for a sampler, what saving gathers,
+what is offloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ RECIPE = str(Path(__file__).parents[2] / "recipes" / "configs" / "sft_smollm2.ya
 def job_of(folder: Path, *, rank: int = 0) -> Job:
     lora = LoraConfig(rank=abs(rank), quantize_4bit=rank < 0)
     config = SFTConfig(model=ModelConfig(name=str(folder), lora=lora))
-    return memory.job_of(config, "sft", precision=PRECISIONS["bf16"], device="cpu", wants_reference=False)
+    return memory.job_of(
+        config, "sft", precision=PRECISIONS["bf16"], device="cpu", wants_reference=False
+    )
 
 
 @pytest.fixture
@@ -44,9 +47,14 @@ def test_a_learned_reward_has_its_own_forward(job):
     from posttrain.tracing.live import LiveStorages
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_labels=1,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_labels=1,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     model = LlamaForSequenceClassification(config).eval()
     parameters = tuple(parameters_of(model))
     scorer = Scoring(
@@ -62,9 +70,16 @@ def test_a_learned_reward_has_its_own_forward(job):
         model(torch.randint(1, 64, (1, 512)), use_cache=False)
     held = sum(p.num_bytes for p in parameters)
     # a bound: without gradients a layer frees some of what it keeps for a backward
-    assert live.peak.total_bytes <= held + scorer.forward_bytes <= held + 3 * (live.peak.total_bytes - held)
+    assert (
+        live.peak.total_bytes
+        <= held + scorer.forward_bytes
+        <= held + 3 * (live.peak.total_bytes - held)
+    )
     plan = memory_plan(replace(job, method="rl", reward_model=scorer))
-    assert plan.phases["score"]["activations"] == scorer.forward_bytes and plan.phases["score"]["reward model"] == held
+    assert (
+        plan.phases["score"]["activations"] == scorer.forward_bytes
+        and plan.phases["score"]["reward model"] == held
+    )
     assert plan.phases["update"]["reward model"] == held and "score" not in memory_plan(job).phases
 
 
@@ -76,9 +91,15 @@ def test_a_server_is_handed_a_merged_copy(tmp_path):
 
 
 def test_saving_gathers_a_sharded_model(job):
-    whole, largest = sum(p.num_bytes for p in job.parameters), max(p.num_bytes for p in job.parameters)
+    whole, largest = (
+        sum(p.num_bytes for p in job.parameters),
+        max(p.num_bytes for p in job.parameters),
+    )
     on_gpu = memory_plan(replace(job, device="cuda").sharded(3, 4))
-    assert on_gpu.phases["save"]["gathered weights"] == largest and on_gpu.host["gathered weights"] == whole
+    assert (
+        on_gpu.phases["save"]["gathered weights"] == largest
+        and on_gpu.host["gathered weights"] == whole
+    )
     on_cpu = memory_plan(job.sharded(3, 4))
     assert on_cpu.phases["save"]["gathered weights"] == largest + whole and not on_cpu.host
     assert "gathered weights" not in memory_plan(job.sharded(2, 4)).phases["save"]
@@ -89,9 +110,14 @@ def test_offloading_frees_a_gpu_and_not_a_cpu(job):
     away = replace(on, offload=frozenset({"optimizer"}))
     gpu = [memory_plan(replace(j, device="cuda")) for j in (on, away)]
     moved = gpu[0].phases["update"]["moments"] + gpu[0].phases["update"]["master"]
-    assert "moments" not in gpu[1].phases["update"] and gpu[1].host["moments"] + gpu[1].host["master"] == moved > 0
+    assert (
+        "moments" not in gpu[1].phases["update"]
+        and gpu[1].host["moments"] + gpu[1].host["master"] == moved > 0
+    )
     cpu = [memory_plan(j) for j in (on, away)]
-    assert cpu[1].phases["update"]["moments"] == cpu[0].phases["update"]["moments"] and not cpu[1].host
+    assert (
+        cpu[1].phases["update"]["moments"] == cpu[0].phases["update"]["moments"] and not cpu[1].host
+    )
 
 
 def test_offloading_is_read_from_the_launch(monkeypatch):
@@ -103,13 +129,20 @@ def test_offloading_is_read_from_the_launch(monkeypatch):
     cpu, none = {"device": "cpu"}, {"device": "none"}
     assert sharding.offloads(launched(stage=2)) == frozenset()
     assert sharding.offloads(launched(offload_optimizer=cpu, offload_param=none)) == {"optimizer"}
-    assert sharding.offloads(launched(offload_optimizer=cpu, offload_param=cpu)) == {"optimizer", "weights"}
+    assert sharding.offloads(launched(offload_optimizer=cpu, offload_param=cpu)) == {
+        "optimizer",
+        "weights",
+    }
     monkeypatch.setattr(sharding, "is_deepspeed", lambda accelerator: False)
     assert sharding.offloads(SimpleNamespace()) == frozenset()
 
 
 def test_what_does_not_fit_into_main_memory_is_refused(job, monkeypatch):
-    plan = memory_plan(replace(job, device="cuda", offload=frozenset({"optimizer"})).sharded(2, 2, engine="deepspeed"))
+    plan = memory_plan(
+        replace(job, device="cuda", offload=frozenset({"optimizer"})).sharded(
+            2, 2, engine="deepspeed"
+        )
+    )
     needed = 2 * sum(plan.host.values())
     monkeypatch.setattr(memory, "available_bytes", lambda: needed)
     memory._check_host(plan, 2, force=False)
@@ -128,7 +161,15 @@ def test_weights_in_4_bit_are_never_sharded(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, -4])
 def test_the_command_traces_the_step(rank, tmp_path, capsys):
-    arguments = ["plan", RECIPE, "--model.name", str(model_folder(tmp_path)), "--packing.max_tokens", "200", "--traced"]
+    arguments = [
+        "plan",
+        RECIPE,
+        "--model.name",
+        str(model_folder(tmp_path)),
+        "--packing.max_tokens",
+        "200",
+        "--traced",
+    ]
     if rank:
         pytest.importorskip("bitsandbytes")
         arguments += ["--model.lora.rank", "4", "--model.lora.quantize_4bit", "true"]

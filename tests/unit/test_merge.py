@@ -1,4 +1,5 @@
-"""Merging: the plain model has the logits of the model with adapters, and the command says what is wrong in one line."""
+"""Merging: the plain model has the logits of the model with adapters, and the command says what is
+wrong in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.cli.main import main
 from posttrain.models.adapters import LoraConfig
@@ -22,7 +29,9 @@ from posttrain.models.merge import MERGE_DTYPES, merge_adapter
 PROMPT = torch.tensor([[1, 5, 9, 2, 30], [3, 3, 4, 8, 7]])
 
 
-def write_base(folder: Path, *, tied: bool = True, num_layers: int = 2, hidden_size: int = 16) -> None:
+def write_base(
+    folder: Path, *, tied: bool = True, num_layers: int = 2, hidden_size: int = 16
+) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -36,10 +45,14 @@ def write_base(folder: Path, *, tied: bool = True, num_layers: int = 2, hidden_s
     LlamaForCausalLM(config).save_pretrained(folder)
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
-def write_adapter(base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, **lora: object) -> torch.Tensor:
+def write_adapter(
+    base: Path, folder: Path, *, dtype: torch.dtype = torch.float32, **lora: object
+) -> torch.Tensor:
     """An adapter with random A and B; returns the logits of the model that carries it."""
     config = ModelConfig(name=str(base), lora=LoraConfig(**({"rank": 4} | lora)))  # type: ignore[arg-type]
     model = load_model(config, dtype=dtype).eval()
@@ -76,10 +89,14 @@ def base(tmp_path: Path) -> Path:
     ],
     ids=["all-linear", "alpha-dropout", "two-modules", "head", "embedding", "embedding-head"],
 )
-def test_merged_logits_are_those_of_the_adapter_model(tmp_path: Path, tied: bool, lora: dict) -> None:
+def test_merged_logits_are_those_of_the_adapter_model(
+    tmp_path: Path, tied: bool, lora: dict
+) -> None:
     write_base(tmp_path / "base", tied=tied)
     expected = write_adapter(tmp_path / "base", tmp_path / "adapter", **lora)
-    assert (expected - plain_logits(tmp_path / "base")).abs().max() > 0.1  # the adapter does something
+    assert (
+        expected - plain_logits(tmp_path / "base")
+    ).abs().max() > 0.1  # the adapter does something
     out = merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
     torch.testing.assert_close(plain_logits(out), expected, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("a a")["input_ids"] == [2, 2]
@@ -89,7 +106,9 @@ def test_merged_logits_are_those_of_the_adapter_model(tmp_path: Path, tied: bool
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tokens_that_were_added_for_an_adapter_are_in_the_merged_model(tmp_path: Path, tied: bool) -> None:
+def test_tokens_that_were_added_for_an_adapter_are_in_the_merged_model(
+    tmp_path: Path, tied: bool
+) -> None:
     """Embedding and head are in the adapter whole, with more rows than the base has."""
     import peft
 
@@ -100,14 +119,21 @@ def test_tokens_that_were_added_for_an_adapter_are_in_the_merged_model(tmp_path:
     model = load_model(config, dtype=torch.float32)
     rows = model.get_input_embeddings().weight.shape[0] + 2
     model.resize_token_embeddings(rows, mean_resizing=False)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
     adapted = peft.get_peft_model(model, lora).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[1, rows - 2, 2, rows - 1]])
     with torch.no_grad():
         expected = adapted(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")).eval()
+        merged = AutoModelForCausalLM.from_pretrained(
+            merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
+        ).eval()
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -122,15 +148,21 @@ def test_merged_weight_is_w_plus_scaled_b_a(base: Path, tmp_path: Path) -> None:
     for name, weight in before.items():
         if "v_proj" in name:
             prefix = "base_model.model." + name.removesuffix("weight")
-            weight = weight + 1.5 * adapter[prefix + "lora_B.weight"] @ adapter[prefix + "lora_A.weight"]
+            weight = (
+                weight + 1.5 * adapter[prefix + "lora_B.weight"] @ adapter[prefix + "lora_A.weight"]
+            )
         torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-7)
 
 
-def test_adapter_trained_on_4_bit_weights_is_added_to_the_unquantised_ones(base: Path, tmp_path: Path) -> None:
+def test_adapter_trained_on_4_bit_weights_is_added_to_the_unquantised_ones(
+    base: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     quantised = write_adapter(base, tmp_path / "adapter", quantize_4bit=True)
     with torch.no_grad():
-        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+        model = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+        )
         expected = model.eval()(PROMPT).logits
     assert (expected - quantised).abs().max() > 1e-3
     out = merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
@@ -138,8 +170,11 @@ def test_adapter_trained_on_4_bit_weights_is_added_to_the_unquantised_ones(base:
 
 
 def test_a_trained_copy_of_a_tied_head_is_kept(base: Path, tmp_path: Path) -> None:
-    """peft's modules_to_save trains a full copy of the head: the merged model must not be tied again when it is loaded."""
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    """peft's modules_to_save trains a full copy of the head: the merged model must not be tied
+    again when it is loaded."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save["default"].weight)
     model.save_pretrained(tmp_path / "adapter")
@@ -161,15 +196,21 @@ def test_dtype_is_the_one_of_the_base_checkpoint_or_the_one_asked_for(tmp_path: 
     for name, exact in weights["float32"].items():
         assert exact.dtype == torch.float32
         assert weights["auto"][name].dtype == torch.bfloat16
-        assert torch.equal(weights["auto"][name], exact.to(torch.bfloat16)), name  # rounded once, from the exact sum
+        assert torch.equal(weights["auto"][name], exact.to(torch.bfloat16)), (
+            name
+        )  # rounded once, from the exact sum
 
 
 def test_moved_base_is_told_and_can_be_given(base: Path, tmp_path: Path) -> None:
     expected = write_adapter(base, tmp_path / "adapter")
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="The base model of .* cannot be read.*does not exist.*give --base"):
+    with pytest.raises(
+        FileNotFoundError, match="The base model of .* cannot be read.*does not exist.*give --base"
+    ):
         merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
-    out = merge_adapter(tmp_path / "adapter", out=tmp_path / "merged", base=str(tmp_path / "elsewhere"))
+    out = merge_adapter(
+        tmp_path / "adapter", out=tmp_path / "merged", base=str(tmp_path / "elsewhere")
+    )
     torch.testing.assert_close(plain_logits(out), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -192,10 +233,14 @@ def test_bad_folders(base: Path, tmp_path: Path) -> None:
         merge_adapter(tmp_path / "adapter", out=base)
     with pytest.raises(ValueError, match="must be one of auto"):
         merge_adapter(tmp_path / "adapter", out=tmp_path / "merged", dtype="int8")
-    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(
+        tmp_path / "adapter" / "adapter_model.bin"
+    )
     with pytest.raises(ValueError, match="are pickle only"):
         merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "PROMPT_TUNING"})
+    )
     with pytest.raises(ValueError, match="is a PROMPT_TUNING adapter"):
         merge_adapter(tmp_path / "adapter", out=tmp_path / "merged")
 
@@ -206,7 +251,21 @@ def test_bad_folders(base: Path, tmp_path: Path) -> None:
 def test_command_merges(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = write_adapter(base, tmp_path / "adapter")
     out = tmp_path / "deep" / "merged"
-    assert main(["merge", str(tmp_path / "adapter"), "--out", str(out), "--base", str(base), "--dtype", "float32"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "adapter"),
+                "--out",
+                str(out),
+                "--base",
+                str(base),
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     assert str(out) in capsys.readouterr().out
     torch.testing.assert_close(plain_logits(out), expected, rtol=1e-5, atol=1e-5)
     assert [path.name for path in out.parent.iterdir()] == ["merged"]
@@ -216,7 +275,9 @@ def test_command_offers_the_dtypes_there_are(base: Path, tmp_path: Path) -> None
     from posttrain.cli.main import build_parser
 
     for dtype in MERGE_DTYPES:
-        assert build_parser().parse_args(["merge", "a", "--out", "b", "--dtype", dtype]).dtype == dtype
+        assert (
+            build_parser().parse_args(["merge", "a", "--out", "b", "--dtype", dtype]).dtype == dtype
+        )
 
 
 def test_command_errors_are_one_line_and_exit_2(

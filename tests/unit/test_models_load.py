@@ -1,4 +1,5 @@
-"""Loading and saving: what comes out is what went in, and each bad folder is told apart by its message."""
+"""Loading and saving: what comes out is what went in, and each bad folder is told apart by its
+message."""
 
 from __future__ import annotations
 
@@ -83,9 +84,13 @@ def test_local_folder_gives_the_saved_logits_attention_and_tokenizer(folder: Pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_save_then_load_keeps_logits_dtype_and_tying(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+def test_save_then_load_keeps_logits_dtype_and_tying(
+    tmp_path: Path, dtype: torch.dtype, tied: bool
+) -> None:
     model = make_llama(tied=tied)
-    for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+    for (
+        parameter
+    ) in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
     model.generation_config.max_new_tokens = 7
     save_model(model, make_tokenizer(), tmp_path / "out")
@@ -96,7 +101,9 @@ def test_save_then_load_keeps_logits_dtype_and_tying(tmp_path: Path, dtype: torc
     assert again.generation_config.max_new_tokens == 7
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("t5")["input_ids"] == [5]
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # weights as readable as the rest
+    assert (
+        len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1
+    )  # weights as readable as the rest
 
 
 def test_weights_take_the_dtype_asked_for_and_rotary_frequencies_stay_exact(folder: Path) -> None:
@@ -104,10 +111,14 @@ def test_weights_take_the_dtype_asked_for_and_rotary_frequencies_stay_exact(fold
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     head_dim, theta = 16, 10_000.0
     expected = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    torch.testing.assert_close(model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-6, atol=0
+    )
 
 
-def test_saved_config_does_not_name_an_attention_that_only_this_process_registered(tmp_path: Path) -> None:
+def test_saved_config_does_not_name_an_attention_that_only_this_process_registered(
+    tmp_path: Path,
+) -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -121,7 +132,9 @@ def test_saved_config_does_not_name_an_attention_that_only_this_process_register
 def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = load_model(ModelConfig(name=str(folder), gradient_checkpointing=checkpointing), dtype=torch.float32)
+        model = load_model(
+            ModelConfig(name=str(folder), gradient_checkpointing=checkpointing), dtype=torch.float32
+        )
         assert model.is_activation_checkpointing == checkpointing
         model.train()(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad)
@@ -130,18 +143,29 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
 
 def test_another_tokenizer_can_be_named(folder: Path, tmp_path: Path) -> None:
     make_tokenizer(8).save_pretrained(tmp_path / "small")
-    assert len(load_tokenizer(ModelConfig(name=str(folder), tokenizer=str(tmp_path / "small")))) == 8
+    assert (
+        len(load_tokenizer(ModelConfig(name=str(folder), tokenizer=str(tmp_path / "small")))) == 8
+    )
 
 
 # --- bad input ---
 
 
-def test_pickle_only_folder_is_refused_and_the_advice_it_gives_works(folder: Path, tmp_path: Path) -> None:
+def test_pickle_only_folder_is_refused_and_the_advice_it_gives_works(
+    folder: Path, tmp_path: Path
+) -> None:
     torch.save(make_llama().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"pickle only \(pytorch_model.bin\).*convert it once") as caught:
+    with pytest.raises(
+        ValueError, match=r"pickle only \(pytorch_model.bin\).*convert it once"
+    ) as caught:
         load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
-    code = str(caught.value).split('python -c "')[1].rstrip('"').replace("'OUT'", repr(str(tmp_path / "converted")))
+    code = (
+        str(caught.value)
+        .split('python -c "')[1]
+        .rstrip('"')
+        .replace("'OUT'", repr(str(tmp_path / "converted")))
+    )
     exec(code)  # the command that the message tells the user to run
     model = load_model(ModelConfig(name=str(tmp_path / "converted")), dtype=torch.float32)
     assert torch.equal(model.eval()(PROMPT).logits, make_llama()(PROMPT).logits)
@@ -150,12 +174,16 @@ def test_pickle_only_folder_is_refused_and_the_advice_it_gives_works(folder: Pat
 def test_a_pickle_beside_safetensors_is_never_read(folder: Path) -> None:
     wanted = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)(PROMPT).logits
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
-    assert torch.equal(load_model(ModelConfig(name=str(folder)), dtype=torch.float32)(PROMPT).logits, wanted)
+    assert torch.equal(
+        load_model(ModelConfig(name=str(folder)), dtype=torch.float32)(PROMPT).logits, wanted
+    )
 
 
 def test_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no weights: model.safetensors or .* is wanted"):
+    with pytest.raises(
+        FileNotFoundError, match="has no weights: model.safetensors or .* is wanted"
+    ):
         load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
 
 
@@ -177,7 +205,9 @@ def test_missing_folder_near_miss_and_unreachable_hub(monkeypatch: pytest.Monkey
         resolve_source("smollm-135m")
     assert resolve_source("organisation/model") == "organisation/model"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="neither an embedded model .* nor a local folder, and reading it"):
+    with pytest.raises(
+        FileNotFoundError, match="neither an embedded model .* nor a local folder, and reading it"
+    ):
         load_model(ModelConfig(name="organisation/model"), dtype=torch.float32)
 
 
@@ -194,13 +224,18 @@ def test_weights_missing_from_the_checkpoint_are_not_left_random(folder: Path) -
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights \(model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the model's weights \(model.layers.1.mlp.up_proj.weight\)"
+    ):
         load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
 
 
 def test_code_from_the_repository_is_never_run(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "made_up", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    config |= {
+        "model_type": "made_up",
+        "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('foreign code ran')")
     with pytest.raises(ValueError, match="needs Python code from its own repository"):
@@ -209,14 +244,22 @@ def test_code_from_the_repository_is_never_run(folder: Path) -> None:
 
 def test_not_a_causal_language_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(ValueError, match="is a 't5', which transformers' AutoModelForCausalLM does not have"):
+    with pytest.raises(
+        ValueError, match="is a 't5', which transformers' AutoModelForCausalLM does not have"
+    ):
         load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
 
 
 def test_vocabulary_mismatch_names_both_numbers(folder: Path) -> None:
     make_tokenizer(VOCABULARY + 3).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"largest id is 34 \('t34'\).* 32 rows \(ids 0 to 31\); 3 tokens have no row"):
-        check_vocabulary(load_model(ModelConfig(name=str(folder)), dtype=torch.float32), make_tokenizer(VOCABULARY + 3))
+    with pytest.raises(
+        ValueError,
+        match=r"largest id is 34 \('t34'\).* 32 rows \(ids 0 to 31\); 3 tokens have no row",
+    ):
+        check_vocabulary(
+            load_model(ModelConfig(name=str(folder)), dtype=torch.float32),
+            make_tokenizer(VOCABULARY + 3),
+        )
 
 
 def test_padded_embedding_fits_and_a_placeholder_for_images_is_exempt() -> None:
@@ -232,13 +275,25 @@ def test_padded_embedding_fits_and_a_placeholder_for_images_is_exempt() -> None:
 
 
 def test_router_loss_is_refused_unless_left_out_on_purpose(tmp_path: Path) -> None:
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     sizes |= dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1)
     for name, wants_router_loss in (("plain", False), ("router", True)):
-        config = MixtralConfig(**sizes, output_router_logits=wants_router_loss, router_aux_loss_coef=0.02)
+        config = MixtralConfig(
+            **sizes, output_router_logits=wants_router_loss, router_aux_loss_coef=0.02
+        )
         MixtralForCausalLM(config).save_pretrained(tmp_path / name)
-    load_model(ModelConfig(name=str(tmp_path / "plain")), dtype=torch.float32)  # a coefficient alone adds nothing
-    with pytest.raises(ValueError, match="Router auxiliary loss refused.*router_aux_loss_coef=0.02"):
+    load_model(
+        ModelConfig(name=str(tmp_path / "plain")), dtype=torch.float32
+    )  # a coefficient alone adds nothing
+    with pytest.raises(
+        ValueError, match="Router auxiliary loss refused.*router_aux_loss_coef=0.02"
+    ):
         load_model(ModelConfig(name=str(tmp_path / "router")), dtype=torch.float32)
     config = ModelConfig(name=str(tmp_path / "router"), train_without_router_loss=True)
     model = load_model(config, dtype=torch.float32)
@@ -278,7 +333,10 @@ def test_adapters_start_at_the_base_and_only_they_train(folder: Path) -> None:
     assert len(trained) == 2 * per_layer * 2
     assert all("lora_A" in name or "lora_B" in name for name in trained)
     layer = model.base_model.model.model.layers[0].self_attn.k_proj
-    assert trained["base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight"] == (3, 64)
+    assert trained["base_model.model.model.layers.0.self_attn.k_proj.lora_A.default.weight"] == (
+        3,
+        64,
+    )
     assert layer.scaling["default"] == 2.0  # alpha = 2 * rank
 
 
@@ -288,17 +346,27 @@ def test_adapter_computes_w_plus_scaled_b_a(folder: Path) -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(4, 64)
-    expected = x @ (layer.base_layer.weight + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight).T
+    expected = (
+        x
+        @ (
+            layer.base_layer.weight
+            + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        ).T
+    )
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_adapter_folder_records_its_base_and_holds_safetensors_only(folder: Path, tmp_path: Path) -> None:
+def test_adapter_folder_records_its_base_and_holds_safetensors_only(
+    folder: Path, tmp_path: Path
+) -> None:
     config = ModelConfig(name=str(folder), lora=LoraConfig(rank=2))
     model, tokenizer = load_model(config, dtype=torch.bfloat16), load_tokenizer(config)
     save_model(model, tokenizer, tmp_path / "adapter")
     recorded = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert recorded["base_model_name_or_path"] == str(folder.resolve())
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000  # no base weights in it
+    assert (
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    ).stat().st_size < 60_000  # no base weights in it
     assert not list((tmp_path / "adapter").glob("*.bin"))
 
 
@@ -308,14 +376,27 @@ def mapped(folder: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
-def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(folder: Path, tmp_path: Path) -> None:
-    """Joined experts and 4-bit weights are memory of their own: the rest leaves the file too, and its pages with it."""
+def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Joined experts and 4-bit weights are memory of their own: the rest leaves the file too, and
+    its pages with it."""
     experts = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=8,
-            num_key_value_heads=2, head_dim=8, moe_intermediate_size=64, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_experts=8,
+            num_key_value_heads=2,
+            head_dim=8,
+            moe_intermediate_size=64,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     experts.save_pretrained(tmp_path / "experts")
     cached = tmp_path / "cached"  # a hub's cache: links to files named by their hash
     shutil.copytree(tmp_path / "experts", cached)
@@ -325,7 +406,9 @@ def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(folder: Path, t
     assert mapped(tmp_path / "0123abcd")
     leave_mapped_checkpoint(loaded)
     assert not mapped(tmp_path / "0123abcd")
-    torch.testing.assert_close(dict(loaded.state_dict()), dict(experts.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(loaded.state_dict()), dict(experts.state_dict()), rtol=0, atol=0
+    )
 
     dense = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
     leave_mapped_checkpoint(dense)
@@ -334,14 +417,20 @@ def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(folder: Path, t
     gc.collect()
     assert not mapped(folder)
     pytest.importorskip("bitsandbytes")
-    packed = load_model(ModelConfig(name=str(folder), lora=LoraConfig(rank=2, quantize_4bit=True)), dtype=torch.float32)
+    packed = load_model(
+        ModelConfig(name=str(folder), lora=LoraConfig(rank=2, quantize_4bit=True)),
+        dtype=torch.float32,
+    )
     leave_mapped_checkpoint(packed)
     assert not mapped(folder) and any(p.dtype == torch.uint8 for p in packed.parameters())
 
 
-def test_four_bit_weights_are_close_and_gradients_are_those_of_the_dequantised_model(folder: Path) -> None:
-    """The reference is a plain model with the dequantised weights: same loss, same adapter gradients, also after an
-    evaluation, which makes bitsandbytes repack weights for a kernel without backward on some CPUs."""
+def test_four_bit_weights_are_close_and_gradients_are_those_of_the_dequantised_model(
+    folder: Path,
+) -> None:
+    """The reference is a plain model with the dequantised weights: same loss, same adapter
+    gradients, also after an evaluation, which makes bitsandbytes repack weights for a kernel
+    without backward on some CPUs."""
     functional = pytest.importorskip("bitsandbytes").functional
     lora = LoraConfig(rank=2, quantize_4bit=True)
     model = load_model(ModelConfig(name=str(folder), lora=lora), dtype=torch.float32)
@@ -374,5 +463,9 @@ def test_four_bit_weights_are_close_and_gradients_are_those_of_the_dequantised_m
         if "lora_" in name:
             assert parameter.grad.abs().max() > 0, name
             torch.testing.assert_close(
-                parameter.grad, adapters[name].grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                parameter.grad,
+                adapters[name].grad,
+                rtol=1e-3,
+                atol=1e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
             )

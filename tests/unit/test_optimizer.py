@@ -1,4 +1,5 @@
-"""AdamW against the numbers of Loshchilov & Hutter 2019 (arXiv:1711.05101), decay groups on real architectures, schedules."""
+"""AdamW against the numbers of Loshchilov & Hutter 2019 (arXiv:1711.05101), decay groups on real
+architectures, schedules."""
 
 import math
 from collections import Counter
@@ -20,12 +21,17 @@ from posttrain.training.optimizer import (
     lr_multiplier,
 )
 
-# --- AdamW: the numbers ---------------------------------------------------------------------------------------------------
-PAPER = OptimizerConfig(lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, schedule="constant")
+# --- AdamW: the numbers
+# ---------------------------------------------------------------------------------------------------
+PAPER = OptimizerConfig(
+    lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8, schedule="constant"
+)
 PLANS = [pytest.param(None, id="fused"), pytest.param(PRECISIONS["fp16"], id="foreach")]
 
 
-def trajectory(config: OptimizerConfig, gradients: Iterable[float], *, plan: Any = None) -> list[float]:
+def trajectory(
+    config: OptimizerConfig, gradients: Iterable[float], *, plan: Any = None
+) -> list[float]:
     """theta after every step from theta = 1, in float64, of a 1x1 matrix (a matrix decays)."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
@@ -47,7 +53,8 @@ def test_one_and_three_steps_of_the_paper(plan: Any) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_decay_stays_out_of_the_moments(plan: Any) -> None:
-    """g = 0: AdamW shrinks by exactly 1 - lr lambda per step, (0.99)^10; Adam with L2 would reach 0.07625."""
+    """g = 0: AdamW shrinks by exactly 1 - lr lambda per step, (0.99)^10; Adam with L2 would reach
+    0.07625."""
     config = OptimizerConfig(lr=0.1, weight_decay=0.1)
     assert trajectory(config, [0.0] * 10, plan=plan)[-1] == pytest.approx(0.9043820750, abs=5e-11)
 
@@ -70,7 +77,9 @@ def test_the_scale_of_the_gradient_does_not_matter() -> None:
 
 def test_against_the_algorithm_in_plain_python() -> None:
     """Algorithm 2 with torch's lambda, for a changing rate and gradient."""
-    config = OptimizerConfig(lr=0.02, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-3, schedule="cosine", warmup_steps=3)
+    config = OptimizerConfig(
+        lr=0.02, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-3, schedule="cosine", warmup_steps=3
+    )
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
     optimizer = build_optimizer(model, config)
@@ -101,9 +110,20 @@ def test_fused_repeats_bit_for_bit_and_agrees_with_foreach() -> None:
     torch.testing.assert_close(run(None), run(PRECISIONS["fp16"]), rtol=0, atol=1e-6)
 
 
-# --- decay groups ---------------------------------------------------------------------------------------------------------
-TINY = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+# --- decay groups
+# ---------------------------------------------------------------------------------------------------------
+TINY = dict(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def llama(**overrides: Any) -> nn.Module:
@@ -111,7 +131,9 @@ def llama(**overrides: Any) -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=4))  # fmt: skip
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=31, n_positions=32, n_embd=16, n_layer=2, n_head=4)
+    )
 
 
 def gemma2() -> nn.Module:
@@ -119,7 +141,9 @@ def gemma2() -> nn.Module:
 
 
 def qwen2() -> nn.Module:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY, tie_word_embeddings=False))
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**TINY, tie_word_embeddings=False)
+    )
 
 
 def cohere() -> nn.Module:
@@ -127,7 +151,9 @@ def cohere() -> nn.Module:
 
 
 def gpt_oss() -> nn.Module:
-    config = transformers.GptOssConfig(**TINY, head_dim=4, num_local_experts=2, num_experts_per_tok=1)
+    config = transformers.GptOssConfig(
+        **TINY, head_dim=4, num_local_experts=2, num_experts_per_tok=1
+    )
     return transformers.GptOssForCausalLM(config)
 
 
@@ -148,8 +174,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lora": lambda: lora(llama(), target_modules="all-linear"),
     "dora": lambda: lora(llama(), target_modules=["q_proj"], use_dora=True),
     "lora-embedding": lambda: lora(llama(), target_modules=["embed_tokens", "q_proj"]),
-    "lora-full-embedding": lambda: lora(llama(), target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-    "lora-trainable-tokens": lambda: lora(llama(), target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "lora-full-embedding": lambda: lora(
+        llama(), target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    ),
+    "lora-trainable-tokens": lambda: lora(
+        llama(), target_modules=["q_proj"], trainable_token_indices=[3, 4]
+    ),
     "lora-gpt2": lambda: lora(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True),
 }
 
@@ -157,7 +187,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def decaying_names(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of the parameters that decay, and of those that do not."""
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in decay_groups(model, 0.1)}
+    groups = {
+        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in decay_groups(model, 0.1)
+    }
     return groups.get(0.1, set()), groups.get(0.0, set())
 
 
@@ -181,8 +213,12 @@ def test_what_decays_is_told_by_the_names(name: str) -> None:
 def test_the_groups_of_a_llama_by_hand() -> None:
     decay, keep = decaying_names(llama(num_hidden_layers=1))
     layer = "model.layers.0"
-    assert keep == {"model.embed_tokens.weight", "model.norm.weight",
-                    f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"}  # fmt: skip
+    assert keep == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        f"{layer}.input_layernorm.weight",
+        f"{layer}.post_attention_layernorm.weight",
+    }
     matrices = [f"{layer}.self_attn.{x}_proj.weight" for x in "qkvo"]
     matrices += [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
     assert decay == {*matrices, "lm_head.weight"}
@@ -208,7 +244,10 @@ def test_matrices_that_are_norms_or_biases_do_not_decay() -> None:
 
 def test_lora_trains_the_adapter_only() -> None:
     decay, keep = decaying_names(MODELS["lora-embedding"]())
-    assert sorted(n.split("embed_tokens.")[1] for n in keep) == ["lora_embedding_A.default", "lora_embedding_B.default"]
+    assert sorted(n.split("embed_tokens.")[1] for n in keep) == [
+        "lora_embedding_A.default",
+        "lora_embedding_B.default",
+    ]
     assert all("q_proj.lora_" in n for n in decay)
     assert len(decay) == 4  # A and B of two layers
 
@@ -217,13 +256,18 @@ def test_an_embedding_is_known_by_its_base_class() -> None:
     class Lookup(nn.Embedding):
         pass
 
-    assert decaying_names(nn.Sequential(Lookup(4, 4), nn.Linear(4, 4, bias=False))) == ({"1.weight"}, {"0.weight"})
+    assert decaying_names(nn.Sequential(Lookup(4, 4), nn.Linear(4, 4, bias=False))) == (
+        {"1.weight"},
+        {"0.weight"},
+    )
 
 
 def test_groups_do_not_depend_on_the_wrapper(tmp_path) -> None:
     model = llama()
     plain = decaying_names(model)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         wrapped = decaying_names(nn.parallel.DistributedDataParallel(model))
     finally:
@@ -232,7 +276,8 @@ def test_groups_do_not_depend_on_the_wrapper(tmp_path) -> None:
 
 
 def test_partitioned_and_marked_parameters() -> None:
-    """ZeRO-3 leaves an empty vector and the real shape in ds_shape; state-space models mark 2-D vectors."""
+    """ZeRO-3 leaves an empty vector and the real shape in ds_shape; state-space models mark 2-D
+    vectors."""
     model = nn.Module()
     model.matrix, model.a_log = nn.Parameter(torch.empty(0)), nn.Parameter(torch.ones(4, 4))
     model.matrix.ds_shape = (4, 4)
@@ -270,7 +315,8 @@ def test_nothing_to_train_is_an_error() -> None:
         build_optimizer(llama().requires_grad_(False), OptimizerConfig())
 
 
-# --- schedules ------------------------------------------------------------------------------------------------------------
+# --- schedules
+# ------------------------------------------------------------------------------------------------------------
 def curve(num_steps: int, **settings: Any) -> list[float]:
     return [lr_multiplier(step, num_steps=num_steps, **settings) for step in range(num_steps + 2)]
 
@@ -278,17 +324,23 @@ def curve(num_steps: int, **settings: Any) -> list[float]:
 def test_closed_form_values() -> None:
     assert curve(4, schedule="constant", warmup_steps=3) == [0.25, 0.5, 0.75, 1, 1, 1]
     assert curve(4, schedule="linear") == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert curve(4, schedule="linear", min_lr_ratio=0.2) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert curve(4, schedule="linear", min_lr_ratio=0.2) == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0.2]
+    )
     assert curve(5, schedule="linear", warmup_steps=1) == [0.5, 1, 0.75, 0.5, 0.25, 0, 0]
     half = math.sqrt(0.5)
-    assert curve(4, schedule="cosine") == pytest.approx([1, (1 + half) / 2, 0.5, (1 - half) / 2, 0, 0], abs=1e-15)
+    assert curve(4, schedule="cosine") == pytest.approx(
+        [1, (1 + half) / 2, 0.5, (1 - half) / 2, 0, 0], abs=1e-15
+    )
     assert curve(4, schedule="cosine", min_lr_ratio=0.1)[2:5:2] == pytest.approx([0.55, 0.1])
     wsd = curve(10, schedule="wsd", warmup_steps=1, wsd_decay_ratio=0.4, min_lr_ratio=0.2)
     assert wsd == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 def test_a_decay_that_would_start_within_the_warmup_starts_after_it() -> None:
-    assert curve(4, schedule="wsd", warmup_steps=2, wsd_decay_ratio=1.0) == pytest.approx([1 / 3, 2 / 3, 1, 0.5, 0, 0])
+    assert curve(4, schedule="wsd", warmup_steps=2, wsd_decay_ratio=1.0) == pytest.approx(
+        [1 / 3, 2 / 3, 1, 0.5, 0, 0]
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -312,11 +364,15 @@ def test_no_step_is_spent_at_rate_zero(schedule: Any, warmup: int) -> None:
         ),
         (
             OptimizerConfig(schedule="cosine", warmup_steps=4, min_lr_ratio=0.1),
-            lambda o: transformers.get_cosine_with_min_lr_schedule_with_warmup(o, 4, 20, min_lr_rate=0.1),
+            lambda o: transformers.get_cosine_with_min_lr_schedule_with_warmup(
+                o, 4, 20, min_lr_rate=0.1
+            ),
         ),
         (
             OptimizerConfig(schedule="wsd", warmup_steps=4, min_lr_ratio=0.1, wsd_decay_ratio=0.25),
-            lambda o: transformers.get_wsd_schedule(o, 4, 5, num_training_steps=20, decay_type="linear", min_lr_ratio=0.1),
+            lambda o: transformers.get_wsd_schedule(
+                o, 4, 5, num_training_steps=20, decay_type="linear", min_lr_ratio=0.1
+            ),
         ),
     ],
     ids=lambda x: x.schedule if isinstance(x, OptimizerConfig) else "",
@@ -341,14 +397,17 @@ def test_transformers_gives_the_same_rates_after_the_warmup(
 
 def test_warmup_as_a_ratio() -> None:
     assert OptimizerConfig(warmup_ratio=0.1).num_warmup_steps(25) == 3  # rounded up
-    assert OptimizerConfig(warmup_ratio=0.9).num_warmup_steps(1) == 0  # a smoke test of one step trains at the full rate
+    assert (
+        OptimizerConfig(warmup_ratio=0.9).num_warmup_steps(1) == 0
+    )  # a smoke test of one step trains at the full rate
     with pytest.raises(ValueError, match="warmup_steps=10 must be below.*got 10 steps"):
         OptimizerConfig(warmup_steps=10).num_warmup_steps(10)
     with pytest.raises(ValueError, match="num_steps >= 1"):
         build_schedule(build_optimizer(nn.Linear(1, 1), OptimizerConfig()), OptimizerConfig(), 0)
 
 
-# --- config ---------------------------------------------------------------------------------------------------------------
+# --- config
+# ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -360,7 +419,10 @@ def test_warmup_as_a_ratio() -> None:
         ({"betas": (-0.1, 0.9)}, r"betas\[0\]"),
         ({"betas": (0.9,)}, "betas needs two numbers"),
         ({"eps": 0.0}, "eps must be"),
-        ({"schedule": "cosin"}, "schedule must be one of constant, linear, cosine, wsd; got 'cosin'"),
+        (
+            {"schedule": "cosin"},
+            "schedule must be one of constant, linear, cosine, wsd; got 'cosin'",
+        ),
         ({"warmup_steps": -1}, "warmup_steps must be"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "both set and one would be ignored"),
@@ -371,6 +433,8 @@ def test_warmup_as_a_ratio() -> None:
         ({"max_grad_norm": -1.0}, "max_grad_norm must be"),
     ],
 )
-def test_bad_settings_are_refused_when_the_config_is_built(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused_when_the_config_is_built(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**settings)

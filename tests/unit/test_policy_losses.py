@@ -1,4 +1,5 @@
-"""Policy losses and advantages against the numbers of their papers and against loops written from the formulas."""
+"""Policy losses and advantages against the numbers of their papers and against loops written from
+the formulas."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from posttrain.algorithms import (
     log_mean_exp,
     mirror_baseline,
     resolve_algorithm,
-)  # fmt: skip
+)
 from posttrain.losses import policy
 from posttrain.losses.reduce import reduce_term
 from posttrain.packing.batch import GroupPart, pack
@@ -31,16 +32,24 @@ F64 = torch.float64
 
 
 def batch(lengths, advantages, *, ratio=None, prompt=1):
-    """One group; log-probs drawn once, the proximal ones so that every token's ratio is ``ratio[k]``."""
+    """One group; log-probs drawn once, the proximal ones so that every token's ratio is
+    ``ratio[k]``."""
     completions = [
-        Completion(token_ids=[5] * n, loss_mask=[1] * n, advantage=a) for n, a in zip(lengths, advantages, strict=True)
+        Completion(token_ids=[5] * n, loss_mask=[1] * n, advantage=a)
+        for n, a in zip(lengths, advantages, strict=True)
     ]
     groups = [PromptGroup(prompt_ids=[prompt], completions=completions, pairs=())]
-    packed = pack(groups, [GroupPart(group=0, completions=tuple(range(len(lengths))))], mode="shared")
-    logps = (-torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0), dtype=F64)).requires_grad_()
+    packed = pack(
+        groups, [GroupPart(group=0, completions=tuple(range(len(lengths))))], mode="shared"
+    )
+    logps = (
+        -torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0), dtype=F64)
+    ).requires_grad_()
     view = packed.with_logps(logps)
     if ratio is not None:
-        shift = torch.cat([torch.full((n,), math.log(r), dtype=F64) for n, r in zip(lengths, ratio, strict=True)])
+        shift = torch.cat(
+            [torch.full((n,), math.log(r), dtype=F64) for n, r in zip(lengths, ratio, strict=True)]
+        )
         view = replace(view, given_proximal_T=logps.detach() - shift)
     return view, count_units(groups)
 
@@ -53,16 +62,24 @@ def value(loss, view, counts, **options):
 def test_advantages_of_one_right_in_four():
     r = [[1.0, 0.0, 0.0, 0.0]]
     third = 1 / 3
-    assert group_normalised(r)[0] == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3], abs=1e-12)
+    assert group_normalised(r)[0] == pytest.approx(
+        [math.sqrt(3), *[-1 / math.sqrt(3)] * 3], abs=1e-12
+    )
     assert group_normalised(r, std="sample")[0] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-12)
     assert leave_one_out(r)[0] == pytest.approx([1, -third, -third, -third], abs=1e-12)
-    assert group_normalised(r, std="none")[0] == pytest.approx([0.75, -0.25, -0.25, -0.25], abs=1e-12)
+    assert group_normalised(r, std="none")[0] == pytest.approx(
+        [0.75, -0.25, -0.25, -0.25], abs=1e-12
+    )
     sixteen = [[1.0] * 4 + [0.0] * 12]
     assert group_normalised(sixteen)[0][::15] == pytest.approx([1.7320508, -0.5773503], abs=1e-7)
-    assert group_normalised(sixteen, std="sample")[0][::15] == pytest.approx([1.6770510, -0.5590170], abs=1e-7)
+    assert group_normalised(sixteen, std="sample")[0][::15] == pytest.approx(
+        [1.6770510, -0.5590170], abs=1e-7
+    )
 
 
-@pytest.mark.parametrize("make", [group_normalised, leave_one_out, batch_normalised, mirror_baseline])
+@pytest.mark.parametrize(
+    "make", [group_normalised, leave_one_out, batch_normalised, mirror_baseline]
+)
 def test_equal_rewards_give_exactly_zero_and_unscored_ones_none(make):
     assert make([[0.1, 0.1, 0.1]]) == [[0.0, 0.0, 0.0]]
     scored = make([[0.3, None, 0.7], [0.2, 0.2, 0.9]])
@@ -81,26 +98,39 @@ def test_advantages_ignore_what_they_should():
         for a, b in zip(make(r), make(shifted), strict=True):
             assert a == pytest.approx(b, abs=1e-12)
     permuted = [g[::-1] for g in r]
-    assert [g[::-1] for g in group_normalised(permuted)] == [pytest.approx(g) for g in group_normalised(r)]
+    assert [g[::-1] for g in group_normalised(permuted)] == [
+        pytest.approx(g) for g in group_normalised(r)
+    ]
     flat = [a for g in batch_normalised(r) for a in g]
-    assert sum(flat) == pytest.approx(0, abs=1e-12) and sum(a * a for a in flat) / 8 == pytest.approx(1, abs=1e-6)
+    assert sum(flat) == pytest.approx(0, abs=1e-12) and sum(
+        a * a for a in flat
+    ) / 8 == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(("tau", "wanted"), [(0.1, 0.930690), (1, 0.620115), (10, 0.512495), (100, 0.501250)])
+@pytest.mark.parametrize(
+    ("tau", "wanted"), [(0.1, 0.930690), (1, 0.620115), (10, 0.512495), (100, 0.501250)]
+)
 def test_log_mean_exp_between_maximum_and_mean(tau, wanted):
     assert log_mean_exp([1.0, 0.0], tau=tau) == pytest.approx(wanted, abs=1e-6)
-    assert mirror_baseline([[1.0, 0.0]], baseline="log_mean_exp", tau=tau)[0] == pytest.approx([1 - wanted, -wanted], abs=1e-6)
+    assert mirror_baseline([[1.0, 0.0]], baseline="log_mean_exp", tau=tau)[0] == pytest.approx(
+        [1 - wanted, -wanted], abs=1e-6
+    )
 
 
 def test_values_by_aggregation():
     view, counts = batch([2, 8], [1.0, -1.0])
     assert float(value(policy.clipped, view, counts)) == pytest.approx(0, abs=1e-12)
-    assert float(value(policy.clipped, view, counts, aggregation="token_mean")) == pytest.approx(0.6, abs=1e-12)
-    assert float(value(policy.clipped, view, counts, aggregation="constant", constant=16.0)) == pytest.approx(0.1875, abs=1e-12)
+    assert float(value(policy.clipped, view, counts, aggregation="token_mean")) == pytest.approx(
+        0.6, abs=1e-12
+    )
+    assert float(
+        value(policy.clipped, view, counts, aggregation="constant", constant=16.0)
+    ) == pytest.approx(0.1875, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "item", "slope"), [(1.5, 1, -1.2, 0), (1.5, -1, 1.5, 1.5), (0.5, 1, -0.5, -0.5), (0.5, -1, 0.8, 0)]
+    ("ratio", "advantage", "item", "slope"),
+    [(1.5, 1, -1.2, 0), (1.5, -1, 1.5, 1.5), (0.5, 1, -0.5, -0.5), (0.5, -1, 0.8, 0)],
 )
 def test_clipping(ratio, advantage, item, slope):
     view, _ = batch([1], [float(advantage)], ratio=[ratio])
@@ -126,13 +156,18 @@ def test_gspo_ratio_is_the_geometric_mean():
     view, counts = batch([3], [1.0], ratio=[1.0])
     shift = torch.log(torch.tensor([1.1, 0.9, 1.2], dtype=F64))
     view = replace(view, given_proximal_T=view.logps_T.detach() - shift)
-    assert float(value(policy.gspo, view, counts, epsilon_high=1.0)) == pytest.approx(-1.0591045, abs=1e-7)
+    assert float(value(policy.gspo, view, counts, epsilon_high=1.0)) == pytest.approx(
+        -1.0591045, abs=1e-7
+    )
     assert float(value(policy.gspo, view, counts)) == pytest.approx(-1.0004, abs=1e-9)
 
 
-@pytest.mark.parametrize("loss", [policy.clipped, policy.reinforce, policy.cispo, policy.gspo, policy.mirror_descent])
+@pytest.mark.parametrize(
+    "loss", [policy.clipped, policy.reinforce, policy.cispo, policy.gspo, policy.mirror_descent]
+)
 def test_on_policy_gradient_is_reinforce(loss):
-    """At the sampling policy: -(1/N) sum A d log pi, with the normalisation of each loss's own aggregation; epsilon plays no role."""
+    """At the sampling policy: -(1/N) sum A d log pi, with the normalisation of each loss's own
+    aggregation; epsilon plays no role."""
     lengths, advantages = [2, 8, 3], [0.7, -0.4, -0.3]
     view, counts = batch(lengths, advantages)
     (gradient,) = torch.autograd.grad(value(loss, view, counts), view.logps_T)
@@ -153,7 +188,9 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
 def test_k15_equation_3():
     view, counts = batch([1, 1, 1], [1 / 3, -2 / 3, 1 / 3])
     logps = torch.tensor([-3.0, -4.0, -2.5], dtype=F64, requires_grad=True)
-    view = replace(view, logps_T=logps, given_proximal_T=torch.tensor([-3.2, -3.9, -2.5], dtype=F64))
+    view = replace(
+        view, logps_T=logps, given_proximal_T=torch.tensor([-3.2, -3.9, -2.5], dtype=F64)
+    )
     tau = 0.5
     loss = value(policy.mirror_descent, view, counts, tau=tau)
     assert float(2 * tau * loss) == pytest.approx(0.1819444, abs=1e-7)
@@ -162,17 +199,26 @@ def test_k15_equation_3():
 
 
 def test_k15_optimum_of_two_actions():
-    """pi_i = (.5, .5), r = (1, 0), tau = 1: with the exact Z the squared residual is 0 at pi* = pi_i exp(r / tau) / Z."""
+    """pi_i = (.5, .5), r = (1, 0), tau = 1: with the exact Z the squared residual is 0 at pi* =
+    pi_i exp(r / tau) / Z."""
     pi = torch.tensor([0.731059, 0.268941], dtype=F64)
     b = log_mean_exp([1.0, 0.0], tau=1.0)
     view, counts = batch([1, 1], [1 - b, -b])
-    view = replace(view, logps_T=pi.log(), given_proximal_T=torch.full((2,), math.log(0.5), dtype=F64))
+    view = replace(
+        view, logps_T=pi.log(), given_proximal_T=torch.full((2,), math.log(0.5), dtype=F64)
+    )
     assert float(value(policy.mirror_descent, view, counts, tau=1.0)) == pytest.approx(0, abs=1e-11)
 
 
 def test_k15_leaves_masked_tokens_out_of_the_log_ratio():
-    """A segment of an earlier iteration is prompt: neither its gradient nor its log-ratio counts."""
-    whole = Completion(token_ids=[5] * 4, loss_mask=[0, 0, 1, 1], advantage=0.5, proximal_logps=[-9.0, -9.0, -1.0, -2.0])
+    """A segment of an earlier iteration is prompt: neither its gradient nor its log-ratio
+    counts."""
+    whole = Completion(
+        token_ids=[5] * 4,
+        loss_mask=[0, 0, 1, 1],
+        advantage=0.5,
+        proximal_logps=[-9.0, -9.0, -1.0, -2.0],
+    )
     groups = [PromptGroup(prompt_ids=[1], completions=[whole], pairs=())]
     packed = pack(groups, [GroupPart(group=0, completions=(0,))], mode="shared")
     logps = torch.tensor([-1.5, -1.7], dtype=F64)
@@ -183,17 +229,25 @@ def test_k15_leaves_masked_tokens_out_of_the_log_ratio():
 def test_k15_corrected_for_the_sampler_weighs_whole_completions():
     """min(w, cap) of the completion times its square; above the cap a mask leaves it out."""
     view, counts = batch([2, 1], [0.5, -0.5])
-    view = replace(view, sampler_T=view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 4.0], dtype=F64)))
+    view = replace(
+        view, sampler_T=view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 4.0], dtype=F64))
+    )
     squares = [0.25 / 2, 0.25 / 2]  # tau = 1, at pi_i
     for correction, weights in (("sequence_truncate", (1.5, 2.0)), ("sequence_mask", (1.5, 0.0))):
         wanted = sum(w * s for w, s in zip(weights, squares, strict=True)) / 2
-        assert float(value(policy.mirror_descent, view, counts, correction=correction)) == pytest.approx(wanted, abs=1e-12)
+        assert float(
+            value(policy.mirror_descent, view, counts, correction=correction)
+        ) == pytest.approx(wanted, abs=1e-12)
     with pytest.raises(ValueError, match="items are completions"):
         policy.mirror_descent(view, correction="token_mask")
 
 
 @pytest.mark.parametrize(
-    ("d", "wanted"), [(math.log(2), (-0.693147, 0.240227, 0.306853)), (-math.log(2), (0.693147, 0.240227, 0.193147))]
+    ("d", "wanted"),
+    [
+        (math.log(2), (-0.693147, 0.240227, 0.306853)),
+        (-math.log(2), (0.693147, 0.240227, 0.193147)),
+    ],
 )
 def test_kl_estimators(d, wanted):
     view, _ = batch([1], [0.0])
@@ -203,8 +257,8 @@ def test_kl_estimators(d, wanted):
 
 
 def test_kl_estimators_and_their_gradients_in_expectation():
-    """Two actions, pi = (.5, .5), ref = (.25, .75): E k3 is the KL; as losses, k2 and the corrected k3 have the gradient of KL(pi || ref),
-    k3 that of KL(ref || pi), k1 none."""
+    """Two actions, pi = (.5, .5), ref = (.25, .75): E k3 is the KL; as losses, k2 and the corrected
+    k3 have the gradient of KL(pi || ref), k3 that of KL(ref || pi), k1 none."""
     logits = torch.zeros(2, dtype=F64, requires_grad=True)
     ref = torch.tensor([0.25, 0.75], dtype=F64).log()
 
@@ -221,7 +275,12 @@ def test_kl_estimators_and_their_gradients_in_expectation():
     assert float(expectation("k3")) == pytest.approx(0.143841036, abs=1e-9)
     reverse = gradient_of((pi.exp() * (pi - ref)).sum())
     forward = gradient_of((ref.exp() * (ref - torch.log_softmax(logits, 0))).sum())
-    for name, wanted in (("k1", torch.zeros(2, dtype=F64)), ("k2", reverse), ("k3", forward), ("k3_corrected", reverse)):
+    for name, wanted in (
+        ("k1", torch.zeros(2, dtype=F64)),
+        ("k2", reverse),
+        ("k3", forward),
+        ("k3_corrected", reverse),
+    ):
         assert torch.allclose(gradient_of(expectation(name)), wanted, atol=1e-12), name
 
 
@@ -229,8 +288,14 @@ def test_grpo_gradient_with_kl_is_the_papers():
     """(1/G)(1/|o|)[A + beta (pi_ref / pi - 1)] by token, to be ascended. DeepSeekMath eq. 21."""
     view, counts = batch([2, 3], [1.0, -1.0])
     view = replace(view, reference_T=view.logps_T.detach() + 0.3)
-    (gradient,) = torch.autograd.grad(value(policy.clipped, view, counts, kl_weight=0.04), view.logps_T)
-    coefficient = [-(a + 0.04 * (math.exp(0.3) - 1)) / (2 * n) for n, a in ((2, 1.0), (3, -1.0)) for _ in range(n)]
+    (gradient,) = torch.autograd.grad(
+        value(policy.clipped, view, counts, kl_weight=0.04), view.logps_T
+    )
+    coefficient = [
+        -(a + 0.04 * (math.exp(0.3) - 1)) / (2 * n)
+        for n, a in ((2, 1.0), (3, -1.0))
+        for _ in range(n)
+    ]
     assert gradient.tolist() == pytest.approx(coefficient, abs=1e-12)
 
 
@@ -247,16 +312,25 @@ def test_importance_weights(correction, wanted):
     view, _ = batch([2, 1], [1.0, 1.0])
     sampler = view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 1.0], dtype=F64))
     view = replace(view, sampler_T=sampler)
-    assert policy.importance_weights(view, correction=correction, cap=2.0).tolist() == pytest.approx(wanted)
+    assert policy.importance_weights(
+        view, correction=correction, cap=2.0
+    ).tolist() == pytest.approx(wanted)
     (term,) = policy.clipped(view, correction=correction).terms
     assert term.items.tolist() == pytest.approx([-w for w in wanted])
 
 
 def test_options_reach_what_has_them_and_unknown_ones_are_refused():
     made = resolve_algorithm("grpo", {"std": "sample", "epsilon_high": 0.28, "beta": 0.0})
-    assert made.advantage_options == {"std": "sample"} and made.loss_options == {"epsilon_high": 0.28} and made.beta == 0.0
+    assert (
+        made.advantage_options == {"std": "sample"}
+        and made.loss_options == {"epsilon_high": 0.28}
+        and made.beta == 0.0
+    )
     k15 = resolve_algorithm("k15", {"tau": 0.3, "baseline": "log_mean_exp"})
-    assert k15.loss_options["tau"] == 0.3 and k15.advantage_options == {"baseline": "log_mean_exp", "tau": 0.3}
+    assert k15.loss_options["tau"] == 0.3 and k15.advantage_options == {
+        "baseline": "log_mean_exp",
+        "tau": 0.3,
+    }
     with pytest.raises(ValueError, match="Did you mean epsilon_high"):
         resolve_algorithm("grpo", {"epsilon_hi": 1})
     with pytest.raises(ValueError, match="dotted path of an Algorithm"):
@@ -273,11 +347,17 @@ def test_a_kl_of_each_token_needs_advantages_over_the_batch():
 
 
 def test_sums_of_equal_rewards_in_another_order_are_equal():
-    assert group_normalised([[0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1]]) == leave_one_out([[0.1 + 0.2, 0.3]]) == [[0.0, 0.0]]
+    assert (
+        group_normalised([[0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1]])
+        == leave_one_out([[0.1 + 0.2, 0.3]])
+        == [[0.0, 0.0]]
+    )
 
 
 def test_a_kl_that_the_loss_has_no_place_for_is_refused():
-    with pytest.raises(ValueError, match="k15: its loss mirror_descent has no term for the KL .*beta=0.1"):
+    with pytest.raises(
+        ValueError, match="k15: its loss mirror_descent has no term for the KL .*beta=0.1"
+    ):
         resolve_algorithm("k15", {"beta": 0.1})
     with pytest.raises(ValueError, match="mirror_descent has no term"):
         replace(GRPO, loss=policy.mirror_descent, loss_options={})
@@ -294,8 +374,16 @@ def test_a_zero_advantage_means_a_zero_gradient_where_the_algorithm_says_so(name
     for view, is_first in ((first, True), (later, False)):
         options = {
             **algorithm.loss_options,
-            **({"constant": 8.0} if algorithm.loss_options.get("aggregation") == "constant" else {}),
+            **(
+                {"constant": 8.0} if algorithm.loss_options.get("aggregation") == "constant" else {}
+            ),
         }
-        (gradient,) = torch.autograd.grad(value(algorithm.loss, view, counts, **options), view.logps_T)
+        (gradient,) = torch.autograd.grad(
+            value(algorithm.loss, view, counts, **options), view.logps_T
+        )
         assert bool((gradient == 0).all()) == algorithm.skips(first_update=is_first)
-    assert not GRPO.skips(first_update=True) and DAPO.skips(first_update=False) and KIMI_K15.skips(first_update=True)
+    assert (
+        not GRPO.skips(first_update=True)
+        and DAPO.skips(first_update=False)
+        and KIMI_K15.skips(first_update=True)
+    )

@@ -1,4 +1,5 @@
-"""Dtypes of a run, and the facts of mixed precision (Micikevicius et al. 2018, arXiv:1710.03740) that the plans rest on."""
+"""Dtypes of a run, and the facts of mixed precision (Micikevicius et al. 2018, arXiv:1710.03740)
+that the plans rest on."""
 
 import math
 import subprocess
@@ -21,7 +22,8 @@ from posttrain.precision import (
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 
 
-# --- what the dtypes can hold -------------------------------------------------------------------------------------------
+# --- what the dtypes can hold
+# -------------------------------------------------------------------------------------------
 def fp16(x: float) -> float:
     return torch.tensor(x, dtype=torch.float64).to(torch.float16).double().item()
 
@@ -37,7 +39,10 @@ def test_fp16_underflow_and_overflow() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "lost", "kept", "value"),
-    [(torch.float16, 2.0**-11, 2.0**-10, 1 + 2.0**-10), (torch.bfloat16, 2.0**-8, 2.0**-7, 1.0078125)],
+    [
+        (torch.float16, 2.0**-11, 2.0**-10, 1 + 2.0**-10),
+        (torch.bfloat16, 2.0**-8, 2.0**-7, 1.0078125),
+    ],
 )
 def test_an_update_below_half_a_unit_in_the_last_place_is_lost(
     dtype: torch.dtype, lost: float, kept: float, value: float
@@ -58,17 +63,23 @@ def after_a_thousand_updates(dtype: torch.dtype) -> torch.Tensor:
 def test_a_thousand_small_updates_need_a_master_weight() -> None:
     def seen_by_the_matmul(name: str) -> float:
         plan = PRECISIONS[name]
-        return after_a_thousand_updates(torch_dtype(plan.update)).to(torch_dtype(plan.compute)).item()
+        return (
+            after_a_thousand_updates(torch_dtype(plan.update)).to(torch_dtype(plan.compute)).item()
+        )
 
     assert seen_by_the_matmul("bf16-pure") == 1.0
     assert seen_by_the_matmul("bf16") == 0.8984375
     assert seen_by_the_matmul("fp32") == pytest.approx(0.9, abs=6e-5)
-    assert seen_by_the_matmul("fp16") == pytest.approx(0.9, abs=5e-4)  # the resolution of fp16 at 0.9
+    assert seen_by_the_matmul("fp16") == pytest.approx(
+        0.9, abs=5e-4
+    )  # the resolution of fp16 at 0.9
     assert after_a_thousand_updates(torch.float16).item() == 1.0  # so no plan updates in fp16
     assert "float16" not in {plan.update for plan in PRECISIONS.values()}
 
 
-@pytest.mark.parametrize(("dtype", "total"), [("float16", 2048), ("bfloat16", 256), ("float32", 4096)])
+@pytest.mark.parametrize(
+    ("dtype", "total"), [("float16", 2048), ("bfloat16", 256), ("float32", 4096)]
+)
 def test_an_accumulator_of_16_bits_stops_growing(dtype: str, total: float) -> None:
     total_so_far = torch.zeros((), dtype=torch_dtype(dtype))
     for _ in range(4096):
@@ -93,7 +104,9 @@ def test_the_importance_ratio_is_exactly_one_on_the_first_inner_step(name: str) 
     tokens = torch.arange(48)
 
     def logps() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.accelerate_mixed_precision == "bf16"):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=plan.accelerate_mixed_precision == "bf16"
+        ):
             logits = model(tokens)
         return torch.log_softmax(logits.to(torch_dtype(plan.reduce)), -1)[tokens, (tokens + 1) % 64]
 
@@ -102,8 +115,11 @@ def test_the_importance_ratio_is_exactly_one_on_the_first_inner_step(name: str) 
     assert torch.equal(torch.exp(logps() - sampler), torch.ones(48))
 
 
-# --- loss scaling through accelerate's optimizer, our AdamW and our schedule ----------------------------------------------
-def scaled_run(scale: float, *, interval: int = 2000) -> tuple[nn.Linear, AcceleratedOptimizer, torch.amp.GradScaler]:
+# --- loss scaling through accelerate's optimizer, our AdamW and our schedule
+# ----------------------------------------------
+def scaled_run(
+    scale: float, *, interval: int = 2000
+) -> tuple[nn.Linear, AcceleratedOptimizer, torch.amp.GradScaler]:
     Accelerator(cpu=True)
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
@@ -163,19 +179,23 @@ def test_an_overflow_changes_nothing_but_the_scale() -> None:
 
 
 def test_a_fused_optimizer_would_hide_the_overflow_from_accelerate() -> None:
-    """Why ``build_optimizer`` is not fused under loss scaling; if this fails, torch or accelerate changed and it may be."""
+    """Why ``build_optimizer`` is not fused under loss scaling; if this fails, torch or accelerate
+    changed and it may be."""
     model = nn.Linear(8, 4)
     assert build_optimizer(model, OptimizerConfig()).defaults["fused"]
     assert not build_optimizer(model, OptimizerConfig(), plan=PRECISIONS["fp16"]).defaults["fused"]
     Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu")
-    optimizer = AcceleratedOptimizer(build_optimizer(model, OptimizerConfig()), device_placement=False, scaler=scaler)
+    optimizer = AcceleratedOptimizer(
+        build_optimizer(model, OptimizerConfig()), device_placement=False, scaler=scaler
+    )
     backward(model, scaler, float("inf"))
     optimizer.step()
     assert not optimizer.step_was_skipped
 
 
-# --- plans ----------------------------------------------------------------------------------------------------------------
+# --- plans
+# ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "accelerate", "weight", "update", "bytes_per_param"),
     [
@@ -197,9 +217,15 @@ def test_what_a_plan_tells_accelerate_and_the_loader(
 
 
 def test_a_separate_master_is_counted_once() -> None:
-    """ZeRO's mixed precision Adam: 2 + 2 + K = 12 (Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1)."""
+    """ZeRO's mixed precision Adam: 2 + 2 + K = 12 (Rajbhandari et al. 2020, arXiv:1910.02054,
+    section 3.1)."""
     zero = replace(
-        PRECISIONS["bf16-pure"], name="zero", master="float32", moment="float32", gradient="bfloat16", weight="bfloat16"
+        PRECISIONS["bf16-pure"],
+        name="zero",
+        master="float32",
+        moment="float32",
+        gradient="bfloat16",
+        weight="bfloat16",
     )
     assert zero.state_bytes_per_param == 16
     assert zero.update == "float32"
@@ -217,12 +243,17 @@ def test_the_plan_states_the_bytes_that_a_real_step_allocates(name: str) -> None
     optimizer.step()
     p = model.weight
     held = [p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
-    assert [t.dtype for t in held] == [torch_dtype(d) for d in (plan.weight, plan.gradient, plan.moment, plan.moment)]
+    assert [t.dtype for t in held] == [
+        torch_dtype(d) for d in (plan.weight, plan.gradient, plan.moment, plan.moment)
+    ]
     assert sum(t.numel() * t.element_size() for t in held) == plan.state_bytes_per_param * p.numel()
 
 
 def test_fp16_is_refused_where_it_cannot_work() -> None:
-    with pytest.raises(ValueError, match=r"needs a CUDA device; got device type 'cpu'.*0\.4 GFLOP/s.*Use '(bf16|fp32)'"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs a CUDA device; got device type 'cpu'.*0\.4 GFLOP/s.*Use '(bf16|fp32)'",
+    ):
         resolve_precision("fp16", "cpu")
     with pytest.raises(ValueError, match="got device type 'mps'"):
         resolve_precision("fp16", "mps")
@@ -230,7 +261,9 @@ def test_fp16_is_refused_where_it_cannot_work() -> None:
 
 
 def test_unknown_names_get_the_nearest_one() -> None:
-    with pytest.raises(ValueError, match="Unknown precision 'bfloat16-pure'.*Did you mean 'bf16-pure'"):
+    with pytest.raises(
+        ValueError, match="Unknown precision 'bfloat16-pure'.*Did you mean 'bf16-pure'"
+    ):
         resolve_precision("bfloat16-pure", "cpu")
     with pytest.raises(ValueError, match="Use the torch name"):
         bytes_per_element("int8")
@@ -265,7 +298,9 @@ def test_the_default_follows_the_flags_of_the_cpu(tmp_path, cpuinfo: str | None,
 def test_the_default_on_cuda_needs_native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native, name in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
         assert resolve_precision(None, "cuda").name == name
 
 

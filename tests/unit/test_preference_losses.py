@@ -1,4 +1,5 @@
-"""Preference losses against numbers computed from the papers' formulas, identities, and gradients."""
+"""Preference losses against numbers computed from the papers' formulas, identities, and
+gradients."""
 
 from __future__ import annotations
 
@@ -49,7 +50,11 @@ OTHERS = [
     ("nll_chosen", {}, 2.0),
     ("dpop", {"lambda_": 5.0}, 0.554355244),  # w > 0: no penalty
     ("r_dpo", {"length_weight": 0.01}, math.log1p(math.exp(-(0.3 + 0.01 * (10 - 20))))),
-    ("discopop", {}, (lambda s: 0.554355244 * (1 - s) + math.exp(-0.3) * s)(1 / (1 + math.exp(-6)))),
+    (
+        "discopop",
+        {},
+        (lambda s: 0.554355244 * (1 - s) + math.exp(-0.3) * s)(1 / (1 + math.exp(-6))),
+    ),
     ("bco", {"delta": 0.05}, math.log1p(math.exp(-0.15)) + math.log1p(math.exp(-0.15))),
 ]
 
@@ -72,12 +77,16 @@ def test_parts_of_orpo():
     assert float(output.metrics["log_odds_loss"]) == pytest.approx(0.451931604, abs=1e-9)
     gap = (-2 - math.log(1 - math.exp(-2))) - (-2.5 - math.log(1 - math.exp(-2.5)))
     assert gap == pytest.approx(0.559762974, abs=1e-9)
-    assert float(output.metrics["log_odds_loss"]) == pytest.approx(math.log1p(math.exp(-gap)), abs=1e-12)
+    assert float(output.metrics["log_odds_loss"]) == pytest.approx(
+        math.log1p(math.exp(-gap)), abs=1e-12
+    )
 
 
 def test_dpop_pays_for_a_chosen_that_became_less_likely():
     logps = one_pair(-2.0, -6.0)  # h = 4, w = -2
-    assert float(value("dpop", logps, lambda_=1.5)) == pytest.approx(math.log1p(math.exp(-0.1 * (4 - 1.5 * 2))))
+    assert float(value("dpop", logps, lambda_=1.5)) == pytest.approx(
+        math.log1p(math.exp(-0.1 * (4 - 1.5 * 2)))
+    )
 
 
 def test_at_initialisation_the_loss_is_ln_2_and_nothing_is_preferred():
@@ -93,13 +102,20 @@ def test_metrics_have_the_authors_names_and_subtract_the_reference():
     metrics = preference_metrics(one_pair(2.0, -1.0), beta=0.1)
     wanted = {"chosen": 0.2, "rejected": -0.1, "accuracies": 1.0, "margins": 0.3}
     assert {n: round(float(metrics[f"rewards_train/{n}"]), 12) for n in wanted} == wanted
-    assert (float(metrics["logps_train/chosen"]), float(metrics["logps_train/rejected"])) == (-20.0, -50.0)
+    assert (float(metrics["logps_train/chosen"]), float(metrics["logps_train/rejected"])) == (
+        -20.0,
+        -50.0,
+    )
     assert not any(m.requires_grad for m in metrics.values())
 
 
 def test_metrics_without_a_reference_are_beta_times_the_log_probs():
     metrics = preference_metrics(batch_of([[-2.0, -5.0]]), beta=0.5)
-    assert [float(metrics[f"rewards_train/{n}"]) for n in ("chosen", "rejected", "margins")] == [-1.0, -2.5, 1.5]
+    assert [float(metrics[f"rewards_train/{n}"]) for n in ("chosen", "rejected", "margins")] == [
+        -1.0,
+        -2.5,
+        1.5,
+    ]
 
 
 def test_swapping_chosen_and_rejected_changes_the_loss_by_beta_h():
@@ -125,7 +141,8 @@ def test_stationary_points_and_gradient_coefficients():
 
 
 def test_gradient_is_the_papers():
-    """-beta sigmoid(r_l - r_w) [grad log pi(y_w) - grad log pi(y_l)], Rafailov et al. 2023 section 4, over several pairs."""
+    """-beta sigmoid(r_l - r_w) [grad log pi(y_w) - grad log pi(y_l)], Rafailov et al. 2023 section
+    4, over several pairs."""
     torch.manual_seed(0)
     policy = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     reference = torch.randn(4, 2, dtype=torch.float64)
@@ -138,12 +155,15 @@ def test_gradient_is_the_papers():
 
 
 def test_all_pairs_of_a_ranked_group_and_their_weights():
-    """K = 4: the step's mean over pairs is the mean of the C(4, 2) pair losses written as a loop; ties are not compared."""
+    """K = 4: the step's mean over pairs is the mean of the C(4, 2) pair losses written as a loop;
+    ties are not compared."""
     sums, reference = [-3.0, -4.0, -9.0, -5.0], [-3.5, -3.0, -8.0, -7.0]
     ratio = [s - r for s, r in zip(sums, reference, strict=True)]
 
     def mean(pairs):
-        group = PromptGroup(prompt_ids=[1], completions=[Completion(token_ids=[5], loss_mask=[1])] * 4, pairs=pairs)
+        group = PromptGroup(
+            prompt_ids=[1], completions=[Completion(token_ids=[5], loss_mask=[1])] * 4, pairs=pairs
+        )
         logps = batch_of([sums], reference=[reference], pairs=pairs)
         items = value("dpo", logps)
         return float(reduce_term(LossTerm(items=items, unit="pair"), logps, count_units([group])))
@@ -157,15 +177,21 @@ def test_all_pairs_of_a_ranked_group_and_their_weights():
     assert mean(some) == pytest.approx((3 * one(2, 0) + one(1, 3)) / 4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "hinge", "ipo", "ipo_avg", "exo", "robust", "dpo_norm", "discopop"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "cdpo", "hinge", "ipo", "ipo_avg", "exo", "robust", "dpo_norm", "discopop"]
+)
 def test_divergences(name):
     logps = one_pair(0.7, -0.4)
     plain = value(name, logps)
     assert torch.equal(plain, value(name, logps, f_divergence="reverse_kl"))
-    assert torch.allclose(plain, value(name, logps, f_divergence="alpha_divergence", alpha=1e-7), atol=1e-5)
+    assert torch.allclose(
+        plain, value(name, logps, f_divergence="alpha_divergence", alpha=1e-7), atol=1e-5
+    )
     forward = value(name, logps, f_divergence="forward_kl")
     assert not torch.allclose(plain, forward, atol=1e-3)
-    assert torch.allclose(forward, value(name, logps, f_divergence="alpha_divergence", alpha=1.0), atol=1e-12)
+    assert torch.allclose(
+        forward, value(name, logps, f_divergence="alpha_divergence", alpha=1.0), atol=1e-12
+    )
 
 
 def test_divergences_by_hand():
@@ -179,15 +205,22 @@ def test_divergences_by_hand():
     for name, (up, down) in by_hand.items():
         options = {"f_divergence": name, "beta": 0.3}
         logps = one_pair(0.7, -0.4)
-        assert float(value("dpo", logps, **options)) == pytest.approx(math.log1p(math.exp(-0.3 * (up - down))), abs=1e-12)
+        assert float(value("dpo", logps, **options)) == pytest.approx(
+            math.log1p(math.exp(-0.3 * (up - down))), abs=1e-12
+        )
         mean = up / 10 - down / 20
-        assert float(value("dpo_norm", logps, **options)) == pytest.approx(math.log1p(math.exp(-0.3 * mean)), abs=1e-12)
-        assert float(value("ipo_avg", logps, **options)) == pytest.approx((mean - 1 / 0.6) ** 2, abs=1e-12)
+        assert float(value("dpo_norm", logps, **options)) == pytest.approx(
+            math.log1p(math.exp(-0.3 * mean)), abs=1e-12
+        )
+        assert float(value("ipo_avg", logps, **options)) == pytest.approx(
+            (mean - 1 / 0.6) ** 2, abs=1e-12
+        )
         assert float(f_prime(torch.zeros(()), name)) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_f_prime_is_the_derivative_of_f():
-    """f(u) by Wang et al. 2023 table 1, differentiated by autograd; equal up to a constant that is the same for every u."""
+    """f(u) by Wang et al. 2023 table 1, differentiated by autograd; equal up to a constant that is
+    the same for every u."""
     u = torch.tensor([0.2, 0.9, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
     a = 0.3
     functions = {
@@ -205,11 +238,16 @@ def test_f_prime_is_the_derivative_of_f():
 
 
 def test_kto_numbers_and_labels():
-    """z0 = 0.5: desirable with w = 2 and undesirable with l = -1 both cost .462570155; an unrated answer nothing."""
-    logps = batch_of([[2.0], [-1.0], [9.0]], reference=[[0.0]] * 3, labels=[[True], [False], [None]], mean=0.5)
+    """z0 = 0.5: desirable with w = 2 and undesirable with l = -1 both cost .462570155; an unrated
+    answer nothing."""
+    logps = batch_of(
+        [[2.0], [-1.0], [9.0]], reference=[[0.0]] * 3, labels=[[True], [False], [None]], mean=0.5
+    )
     output = preference.kto(logps)
     assert output.terms[0].unit == "completion"
-    assert output.terms[0].items.tolist() == pytest.approx([0.462570155, 0.462570155, 0.0], abs=1e-9)
+    assert output.terms[0].items.tolist() == pytest.approx(
+        [0.462570155, 0.462570155, 0.0], abs=1e-9
+    )
     weighted = preference.kto(logps, desirable_weight=2.0, undesirable_weight=3.0).terms[0].items
     assert weighted.tolist() == pytest.approx([2 * 0.462570155, 3 * 0.462570155, 0.0], abs=1e-8)
     below = batch_of([[2.0]], reference=[[0.0]], labels=[[True]], mean=-3.0)  # z0 is never negative
@@ -218,54 +256,96 @@ def test_kto_numbers_and_labels():
 
 def test_kto_mismatches_every_prompt_with_another_prompts_answer():
     def group(prompt, token):
-        return PromptGroup(prompt_ids=[prompt], completions=[Completion(token_ids=[token], loss_mask=[1], label=True)])
+        return PromptGroup(
+            prompt_ids=[prompt],
+            completions=[Completion(token_ids=[token], loss_mask=[1], label=True)],
+        )
 
     made = mismatched_groups([group(1, 10), group(1, 11), group(2, 12)])
-    assert [(g.prompt_ids, g.completions[0].token_ids) for g in made] == [([1], [12]), ([1], [12]), ([2], [10])]
-    assert mismatched_groups([group(1, 10), group(1, 11)]) == [], "no answer in it belongs to another prompt"
+    assert [(g.prompt_ids, g.completions[0].token_ids) for g in made] == [
+        ([1], [12]),
+        ([1], [12]),
+        ([2], [10]),
+    ]
+    assert mismatched_groups([group(1, 10), group(1, 11)]) == [], (
+        "no answer in it belongs to another prompt"
+    )
 
 
 OWN_REWARDS = {
-    "simpo": lambda b, o: (o["beta"] * b.chosen_logps_B / b.chosen_length_B, o["beta"] * b.rejected_logps_B / b.rejected_length_B),
-    "dpo_norm": lambda b, o: (o["beta"] * b.chosen_logratio_B / b.chosen_length_B, o["beta"] * b.rejected_logratio_B / b.rejected_length_B),
-    "ipo_avg": lambda b, o: (o["beta"] * b.chosen_logratio_B / b.chosen_length_B, o["beta"] * b.rejected_logratio_B / b.rejected_length_B),
+    "simpo": lambda b, o: (
+        o["beta"] * b.chosen_logps_B / b.chosen_length_B,
+        o["beta"] * b.rejected_logps_B / b.rejected_length_B,
+    ),
+    "dpo_norm": lambda b, o: (
+        o["beta"] * b.chosen_logratio_B / b.chosen_length_B,
+        o["beta"] * b.rejected_logratio_B / b.rejected_length_B,
+    ),
+    "ipo_avg": lambda b, o: (
+        o["beta"] * b.chosen_logratio_B / b.chosen_length_B,
+        o["beta"] * b.rejected_logratio_B / b.rejected_length_B,
+    ),
     "r_dpo": lambda b, o: (
-        o["beta"] * b.chosen_logratio_B + o["length_weight"] * b.chosen_length_B.double(), o["beta"] * b.rejected_logratio_B + o["length_weight"] * b.rejected_length_B.double(),
+        o["beta"] * b.chosen_logratio_B + o["length_weight"] * b.chosen_length_B.double(),
+        o["beta"] * b.rejected_logratio_B + o["length_weight"] * b.rejected_length_B.double(),
     ),
     "orpo": lambda b, o: tuple(
-        torch.log(torch.exp(m) / (1 - torch.exp(m))) for m in (b.chosen_logps_B / b.chosen_length_B, b.rejected_logps_B / b.rejected_length_B)
+        torch.log(torch.exp(m) / (1 - torch.exp(m)))
+        for m in (b.chosen_logps_B / b.chosen_length_B, b.rejected_logps_B / b.rejected_length_B)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*OWN_REWARDS, "dpo", "hinge", "cpo"])
 def test_the_accuracy_that_is_shown_is_that_of_what_the_loss_compares(name):
-    """A long answer with a good sum and a bad mean: the loss prefers what its own reward prefers."""
+    """A long answer with a good sum and a bad mean: the loss prefers what its own reward
+    prefers."""
     from posttrain.trainers.dpo import with_preference_metrics
 
     loss = getattr(preference, name)
-    options = {n: p.default for n, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    options = {
+        n: p.default
+        for n, p in inspect.signature(loss).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
     sums, lengths = [[-33.0, -3.0], [-4.0, -6.0], [-9.0, -4.0]], [[30, 2], [5, 5], [4, 16]]
     reference_free = not getattr(loss, "needs_reference", True)
     reference = None if reference_free else [[-36.0, -3.5], [-4.5, -4.0], [-8.0, -6.0]]
     batch = batch_of(sums, reference=reference, lengths=lengths)
     metrics = with_preference_metrics(loss, beta=loss_beta(loss))(batch).metrics
     summed = (
-        (batch.chosen_logps_B, batch.rejected_logps_B) if reference_free else (batch.chosen_logratio_B, batch.rejected_logratio_B)
+        (batch.chosen_logps_B, batch.rejected_logps_B)
+        if reference_free
+        else (batch.chosen_logratio_B, batch.rejected_logratio_B)
     )
-    wanted = OWN_REWARDS[name](batch, options) if name in OWN_REWARDS else tuple(options["beta"] * v for v in summed)
+    wanted = (
+        OWN_REWARDS[name](batch, options)
+        if name in OWN_REWARDS
+        else tuple(options["beta"] * v for v in summed)
+    )
     for side, value in zip(("chosen", "rejected"), wanted, strict=True):
         assert torch.allclose(metrics[f"rewards_train/{side}"], value, rtol=1e-12)
-    assert torch.equal(metrics["rewards_train/accuracies"], (wanted[0] > wanted[1]).to(torch.float64))
+    assert torch.equal(
+        metrics["rewards_train/accuracies"], (wanted[0] > wanted[1]).to(torch.float64)
+    )
 
 
 def test_the_betas_of_losses_are_their_own():
     from posttrain.training.config import resolve_loss
 
     home = "posttrain.losses.preference"
-    found = {path: loss_beta(resolve_loss(path, options, home=home)) for path, options in {
-        "dpo": {}, "simpo": {}, "dpo_norm": {}, "orpo": {}, "ipo": {"beta": 0.7}, "0.5*nll_chosen + dpo_norm": {}, "kto": {},
-    }.items()}  # fmt: skip
+    found = {
+        path: loss_beta(resolve_loss(path, options, home=home))
+        for path, options in {
+            "dpo": {},
+            "simpo": {},
+            "dpo_norm": {},
+            "orpo": {},
+            "ipo": {"beta": 0.7},
+            "0.5*nll_chosen + dpo_norm": {},
+            "kto": {},
+        }.items()
+    }
     assert found == {
         "dpo": 0.1,
         "simpo": 2.0,
@@ -288,7 +368,9 @@ def test_extreme_log_probs_stay_finite_and_exact():
 
 
 @pytest.mark.parametrize("name", [n for n in preference.__all__ if n != "kto"])
-@pytest.mark.parametrize(("w", "l"), [(600.0, -600.0), (-600.0, 600.0), (0.0, -150.0), (-150.0, 0.0), (1e-6, 0.0)])
+@pytest.mark.parametrize(
+    ("w", "l"), [(600.0, -600.0), (-600.0, 600.0), (0.0, -150.0), (-150.0, 0.0), (1e-6, 0.0)]
+)
 def test_extreme_ratios_have_finite_losses_and_gradients_in_float32(name, w, l):
     accepted = inspect.signature(getattr(preference, name)).parameters
     every = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -303,10 +385,16 @@ def test_extreme_ratios_have_finite_losses_and_gradients_in_float32(name, w, l):
 
 
 def population_optimum(name, lengths, **options):
-    """Log-probs of the policy over three actions that minimises the population loss of BT(r), r = (1, 0, -1), beta = 0.5."""
+    """Log-probs of the policy over three actions that minimises the population loss of BT(r), r =
+    (1, 0, -1), beta = 0.5."""
     logits = REF.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [logits], lr=1.0, max_iter=500, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+        [logits],
+        lr=1.0,
+        max_iter=500,
+        tolerance_grad=1e-14,
+        tolerance_change=1e-18,
+        line_search_fn="strong_wolfe",
     )
     pairs = list(itertools.permutations(range(3), 2))
 
@@ -328,16 +416,20 @@ def population_optimum(name, lengths, **options):
 
 
 def test_tabular_optimum():
-    """Theorem 1: minimising the population DPO loss gives pi_ref exp(r / beta) / Z and the reward's differences."""
+    """Theorem 1: minimising the population DPO loss gives pi_ref exp(r / beta) / Z and the reward's
+    differences."""
     policy = population_optimum("dpo", [1, 1, 1])
     assert policy.exp().tolist() == pytest.approx([0.9187, 0.0746, 0.0067], abs=5e-5)
     assert torch.allclose(policy.exp(), torch.softmax(REF + REWARD / 0.5, 0), atol=1e-7)
     implicit = 0.5 * (policy - REF)
-    assert [float(implicit[0] - implicit[1]), float(implicit[1] - implicit[2])] == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert [float(implicit[0] - implicit[1]), float(implicit[1] - implicit[2])] == pytest.approx(
+        [1.0, 1.0], abs=1e-6
+    )
 
 
 def test_tabular_optimum_of_r_dpo_is_that_of_a_reward_less_its_length():
-    """max E[r - 0.3 |y|] - beta KL: an answer of length 4 loses 1.2 of its reward, one of length 1 only 0.3."""
+    """max E[r - 0.3 |y|] - beta KL: an answer of length 4 loses 1.2 of its reward, one of length 1
+    only 0.3."""
     policy = population_optimum("r_dpo", [4, 1, 2], length_weight=0.3)
     wanted = torch.softmax(REF + (REWARD - 0.3 * torch.tensor([4.0, 1.0, 2.0])) / 0.5, 0)
     assert torch.allclose(policy.exp(), wanted, atol=1e-6)
@@ -346,7 +438,9 @@ def test_tabular_optimum_of_r_dpo_is_that_of_a_reward_less_its_length():
 def test_weighted_sum_keeps_terms_and_declarations():
     both = weighted_sum([(1.0, preference.dpo), (0.2, preference.nll_chosen)])
     logps = one_pair(2.0, -1.0)
-    assert sum(t.weight * float(t.items) for t in both(logps).terms) == pytest.approx(0.554355244 + 0.4, abs=1e-9)
+    assert sum(t.weight * float(t.items) for t in both(logps).terms) == pytest.approx(
+        0.554355244 + 0.4, abs=1e-9
+    )
     assert both.needs_reference and both.couples_completions
     nested = weighted_sum([(0.5, both), (2.0, preference.nll_chosen)])(logps).terms
     assert [t.weight for t in nested] == pytest.approx([0.5, 0.1, 2.0])
@@ -354,22 +448,33 @@ def test_weighted_sum_keeps_terms_and_declarations():
     assert not free.needs_reference
     labelled = weighted_sum([(1.0, preference.kto), (0.1, preference.nll_chosen)])
     assert labelled.batch_statistic is preference.kto.batch_statistic
-    assert labelled.couples_completions and not weighted_sum([(0.5, preference.kto)]).couples_completions
+    assert (
+        labelled.couples_completions
+        and not weighted_sum([(0.5, preference.kto)]).couples_completions
+    )
 
 
 def test_weighted_sum_tells_metrics_apart_and_knows_one_statistic():
     def measured(logps):
-        return LossOutput(items=logps.logratio_gap_B, unit="pair", metrics={"gap": logps.logratio_gap_B, "own": torch.ones(1)})
+        return LossOutput(
+            items=logps.logratio_gap_B,
+            unit="pair",
+            metrics={"gap": logps.logratio_gap_B, "own": torch.ones(1)},
+        )
 
     def other(logps):
-        return LossOutput(items=logps.logratio_gap_B, unit="pair", metrics={"gap": -logps.logratio_gap_B})
+        return LossOutput(
+            items=logps.logratio_gap_B, unit="pair", metrics={"gap": -logps.logratio_gap_B}
+        )
 
     metrics = weighted_sum([(1.0, measured), (2.0, other)])(one_pair(2.0, -1.0)).metrics
     wanted = {"measured/gap": 3.0, "own": 1.0, "other/gap": -3.0}
     assert {name: round(float(v), 12) for name, v in metrics.items()} == wanted
     twice = weighted_sum([(1.0, other), (2.0, other)])(one_pair(2.0, -1.0)).metrics
     assert sorted(twice) == ["other#0/gap", "other#1/gap"]
-    other.batch_statistic = BatchStatistic(groups=lambda groups: groups, items=lambda logps: logps.logps_S)
+    other.batch_statistic = BatchStatistic(
+        groups=lambda groups: groups, items=lambda logps: logps.logps_S
+    )
     with pytest.raises(ValueError, match="declare 2"):
         weighted_sum([(1.0, preference.kto), (1.0, other)])
     with pytest.raises(ValueError, match="got none"):
@@ -383,7 +488,11 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="tau"):
         value("discopop", logps, tau=0.0)
     with pytest.raises(ValueError, match="undesirable_weight"):
-        value("kto", batch_of([[2.0]], reference=[[0.0]], labels=[[True]], mean=0.0), undesirable_weight=-1.0)
+        value(
+            "kto",
+            batch_of([[2.0]], reference=[[0.0]], labels=[[True]], mean=0.0),
+            undesirable_weight=-1.0,
+        )
     for name in preference.__all__:
         if "beta" in inspect.signature(getattr(preference, name)).parameters:
             with pytest.raises(ValueError, match="beta"):

@@ -62,7 +62,9 @@ def test_adapters_off_is_a_separate_copy_of_the_base():
 
     base = tiny_llama()
     separate = freeze(Policy(copy.deepcopy(base), PackingConfig()))
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     policy, reference = started(model, ReferenceConfig())
     policy.train()
     off, alone = values(reference), values(lambda _, batch: separate(batch))
@@ -98,7 +100,10 @@ def test_the_cache_is_reused_for_the_same_tokens_and_weights_only(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("posttrain.training.reference._compute", never)
         started(tiny_llama(), config)
-        for changed in (dict(model=tiny_llama(seed=1)), dict(model=tiny_llama(), groups=GROUPS[1:])):
+        for changed in (
+            dict(model=tiny_llama(seed=1)),
+            dict(model=tiny_llama(), groups=GROUPS[1:]),
+        ):
             with pytest.raises(AssertionError, match="computed again"):
                 started(changed.pop("model"), config, **changed)
     assert file.stat().st_mtime_ns == written
@@ -113,7 +118,10 @@ def test_the_digest_of_a_base_is_the_same_with_adapters_around_it():
     from peft import LoraConfig, get_peft_model
 
     plain = weights_digest(tiny_llama())
-    assert weights_digest(get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))) == plain
+    assert (
+        weights_digest(get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear")))
+        == plain
+    )
     assert weights_digest(tiny_llama(seed=1)) != plain
 
 
@@ -132,7 +140,10 @@ def test_a_moving_reference_is_the_stated_average_and_survives_a_checkpoint(tmp_
     reference.write(tmp_path, is_main=True)
     _, resumed = started(tiny_llama(), ReferenceConfig(sync_every=2, sync_mix=0.6))
     resumed.read(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(resumed._frozen.parameters(), reference._frozen.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed._frozen.parameters(), reference._frozen.parameters(), strict=True)
+    )
 
 
 def test_linear_weights_in_the_compute_dtype_are_what_autocast_makes_of_them():

@@ -1,4 +1,5 @@
-"""What a reward may cost: time and memory limits, processes that die, rows that cannot be scored."""
+"""What a reward may cost: time and memory limits, processes that die, rows that cannot be
+scored."""
 
 from __future__ import annotations
 
@@ -24,7 +25,13 @@ MB = 10**6
 
 
 def sandboxed(program: str, *, timeout_s: float = 10.0, memory_bytes: int = 500 * MB) -> dict:
-    return run_sandboxed(textwrap.dedent(program), stdin="", timeout_s=timeout_s, memory_bytes=memory_bytes, processes=16)
+    return run_sandboxed(
+        textwrap.dedent(program),
+        stdin="",
+        timeout_s=timeout_s,
+        memory_bytes=memory_bytes,
+        processes=16,
+    )
 
 
 def test_the_sandbox_hides_the_host(tmp_path):
@@ -44,7 +51,13 @@ def test_the_sandbox_hides_the_host(tmp_path):
         """
     )
     wanted = "False False False ['HOME', 'LANG', 'LD_LIBRARY_PATH', 'PATH']\n/box [] True\n"
-    assert result == {"status": "exit", "code": 0, "output": wanted, "errors": "", "too_long": False}
+    assert result == {
+        "status": "exit",
+        "code": 0,
+        "output": wanted,
+        "errors": "",
+        "too_long": False,
+    }
 
 
 def test_files_of_the_sandbox_are_limited_in_size_and_number():
@@ -80,7 +93,9 @@ def test_a_program_that_closes_its_output_is_killed_in_time():
 
 def test_what_a_program_leaves_behind_ends_with_it():
     began = time.monotonic()
-    result = sandboxed("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint('done')")
+    result = sandboxed(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)\nprint('done')"
+    )
     assert result["code"] == 0 and result["output"] == "done\n" and time.monotonic() - began < 9
 
 
@@ -100,12 +115,22 @@ def test_only_the_sandbox_itself_can_refuse():
 
 @pytest.mark.parametrize(
     ("program", "code"),
-    [("x = 'a\0b'", 1), ("x = '\ud800'", 1), ("\ud800", 1), ("print(7)\n" + "#" * 300_000, 0), ("# coding: utf-7\nprint(7)", 0)],
+    [
+        ("x = 'a\0b'", 1),
+        ("x = '\ud800'", 1),
+        ("\ud800", 1),
+        ("print(7)\n" + "#" * 300_000, 0),
+        ("# coding: utf-7\nprint(7)", 0),
+    ],
     ids=["nul", "surrogate", "bare surrogate", "long", "coding"],
 )
 def test_any_text_can_be_a_program(program, code):
     result = sandboxed(program)
-    assert result["status"] == "exit" and result["code"] == code and (code or result["output"] == "7\n")
+    assert (
+        result["status"] == "exit"
+        and result["code"] == code
+        and (code or result["output"] == "7\n")
+    )
 
 
 def descendants(pid: int) -> list[int]:
@@ -140,7 +165,9 @@ def test_a_killed_worker_leaves_no_sandbox_and_no_program():
     call = f"run_sandboxed({program!r}, stdin='', timeout_s=1000, memory_bytes=10**9, processes=16)"
     code = f"from posttrain.rewards.code import run_sandboxed; {call}"
     worker = subprocess.Popen([sys.executable, "-c", code])
-    assert until(lambda: len(descendants(worker.pid)) == 3), "the sandbox, its first process, the program"
+    assert until(lambda: len(descendants(worker.pid)) == 3), (
+        "the sandbox, its first process, the program"
+    )
     started = descendants(worker.pid)
     time.sleep(0.5)
     assert all(map(is_alive, started))
@@ -151,28 +178,39 @@ def test_a_killed_worker_leaves_no_sandbox_and_no_program():
 
 def test_many_slow_tests_share_the_time_of_a_call(rewards_of):
     config = RewardsConfig(
-        functions={"code_tests": 1.0}, timeout_s=5.0, options={"code_tests": {"partial": True, "timeout_s": 3.0}}
+        functions={"code_tests": 1.0},
+        timeout_s=5.0,
+        options={"code_tests": {"partial": True, "timeout_s": 3.0}},
     )
     slow = "```python\nimport time\ntime.sleep(0.9)\nprint(42)\n```"
-    ((scored,),) = rewards_of(config).score([({"tests": [{"stdin": "", "stdout": "42"}] * 10}, texts(slow))])
+    ((scored,),) = rewards_of(config).score(
+        [({"tests": [{"stdin": "", "stdout": "42"}] * 10}, texts(slow))]
+    )
     assert 0 < scored.total < 0.6 and not scored.problems
 
 
 def test_one_slow_completion_does_not_take_the_others_along(rewards_of):
-    rewards = rewards_of(RewardsConfig(functions={f"{HERE}.sleeps_for_bad_ones": 1.0}, timeout_s=1.0, workers=2))
+    rewards = rewards_of(
+        RewardsConfig(functions={f"{HERE}.sleeps_for_bad_ones": 1.0}, timeout_s=1.0, workers=2)
+    )
     (row,) = rewards.score([({}, texts("a", "bad", "b", "c", "d"))])
     assert [s.total for s in row] == [1.0, None, 1.0, 1.0, 1.0]
 
 
 def test_a_crash_is_tried_again_in_a_fresh_worker(rewards_of, tmp_path):
-    rewards = rewards_of(RewardsConfig(functions={f"{HERE}.dies_once": 1.0, f"{HERE}.dies_and_is_wrong": 1.0}, workers=1))
+    rewards = rewards_of(
+        RewardsConfig(
+            functions={f"{HERE}.dies_once": 1.0, f"{HERE}.dies_and_is_wrong": 1.0}, workers=1
+        )
+    )
     ((scored,),) = rewards.score([({"mark": str(tmp_path / "mark")}, texts("a"))])
     assert scored.parts == {f"{HERE}.dies_once": 1.0, f"{HERE}.dies_and_is_wrong": 0.0}
     assert [p.partition(": ")[0] for p in scored.problems] == [f"{HERE}.dies_and_is_wrong"]
 
 
 @pytest.mark.parametrize(
-    ("source", "problem"), [("import os; os._exit(1)", "died"), ("import time; time.sleep(60)", "no worker")]
+    ("source", "problem"),
+    [("import os; os._exit(1)", "died"), ("import time; time.sleep(60)", "no worker")],
 )
 def test_a_worker_that_cannot_start_is_no_wrong_answer(source, problem, tmp_path, monkeypatch):
     (tmp_path / "does_not_load.py").write_text(source)
@@ -217,7 +255,9 @@ def test_functions_of_this_process_have_a_time_limit(kind, rewards_of, monkeypat
 
 def test_calls_in_threads_wait_for_no_hanging_one(rewards_of):
     config = RewardsConfig(timeout_s=0.5, concurrency=2, max_unscored=1.0)
-    rewards = rewards_of(config, given={"f": (lambda c, s: time.sleep(60) if c == "bad" else 1.0, 1.0)})
+    rewards = rewards_of(
+        config, given={"f": (lambda c, s: time.sleep(60) if c == "bad" else 1.0, 1.0)}
+    )
     (row,) = rewards.score([({}, texts("bad", "bad", "bad", "a", "b", "c"))])
     assert [s.total for s in row] == [None] * 3 + [1.0] * 3
 
@@ -253,12 +293,16 @@ def test_an_async_call_has_its_time_from_its_start(rewards_of):
     async def in_a_thread(completion, sample):
         return await asyncio.to_thread(blocking)
 
-    rewards = rewards_of(RewardsConfig(timeout_s=2.0, concurrency=10), given={"f": (in_a_thread, 1.0)})
+    rewards = rewards_of(
+        RewardsConfig(timeout_s=2.0, concurrency=10), given={"f": (in_a_thread, 1.0)}
+    )
     began = time.monotonic()
     (row,) = rewards.score([({}, texts(*"abcde" * 20))])
     took = time.monotonic() - began
     assert [s.total for s in row] == [1.0] * 100
-    assert most[0] <= 10 and 4.0 <= took < 8.0  # in tens: neither all at once nor as many as the machine has cores
+    assert (
+        most[0] <= 10 and 4.0 <= took < 8.0
+    )  # in tens: neither all at once nor as many as the machine has cores
 
 
 def test_an_async_call_that_blocks_the_loop_is_given_up(rewards_of):
@@ -277,19 +321,29 @@ def test_threads_keep_the_cuda_device_of_the_caller(rewards_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    assert rewards_of(RewardsConfig(), given={"f": (lambda c, s: 1.0, 1.0)}).score([({}, texts("a"))])[0][0].total == 1.0
+    assert (
+        rewards_of(RewardsConfig(), given={"f": (lambda c, s: 1.0, 1.0)})
+        .score([({}, texts("a"))])[0][0]
+        .total
+        == 1.0
+    )
     assert used == [3]
 
 
 def test_max_unscored_is_a_share_of_an_iteration(rewards_of):
     given = {"f": (lambda c, s: s["value"], 1.0)}
-    good, bad = ({"value": 1.0}, texts("a", "b")), ({"value": None, "_where": "rows:1"}, texts("a", "b"))
+    good, bad = (
+        ({"value": 1.0}, texts("a", "b")),
+        ({"value": None, "_where": "rows:1"}, texts("a", "b")),
+    )
     rewards = rewards_of(RewardsConfig(max_unscored=0.39), given=given)
     rewards.score([bad], iteration=0)  # one row that cannot be read, in a small round
     rewards.score([bad, good, good, good], iteration=0)
     rewards.score([bad, good, good], iteration=0)
     assert rewards.score([good], iteration=0)[0][0].total == 1.0
-    with pytest.raises(RewardError, match=r"8 of 20 completions could not be scored .*rows:1: a reward gave None"):
+    with pytest.raises(
+        RewardError, match=r"8 of 20 completions could not be scored .*rows:1: a reward gave None"
+    ):
         rewards.score([bad], iteration=0)
     rewards = rewards_of(RewardsConfig(max_unscored=0.4), given=given)
     rewards.score([good] * 100, iteration=0)

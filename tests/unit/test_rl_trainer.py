@@ -1,4 +1,5 @@
-"""RLTrainer from Python on the tiny model: adapters, the reference that is replaced, and a sampler that is not the policy."""
+"""RLTrainer from Python on the tiny model: adapters, the reference that is replaced, and a sampler
+that is not the policy."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ ROWS = [{"prompt": f"{a}?"} for a in range(40)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Larger embeddings than at random: a frozen head can prefer a token, and temperature matters."""
+    """Larger embeddings than at random: a frozen head can prefer a token, and temperature
+    matters."""
     path = model_folder(tmp_path_factory.mktemp("model") / "tiny")
     model = load_model(ModelConfig(name=str(path)), dtype=torch.float32)
     with torch.no_grad():
@@ -53,19 +55,41 @@ def digit(completion, sample):
     return float(completion[:1].isdigit())
 
 
-def run(folder, tmp_path, *, lora=None, rollout=None, model=None, tokenizer=None, reward=digit, max_tokens=2, lr=1e-2, steps=5,
-        algorithm="grpo", options=None):  # fmt: skip
-    """(model, metrics of each step) of a run; without another reward, a digit at the start is worth 1."""
+def run(
+    folder,
+    tmp_path,
+    *,
+    lora=None,
+    rollout=None,
+    model=None,
+    tokenizer=None,
+    reward=digit,
+    max_tokens=2,
+    lr=1e-2,
+    steps=5,
+    algorithm="grpo",
+    options=None,
+):
+    """(model, metrics of each step) of a run; without another reward, a digit at the start is worth
+    1."""
     source = ModelConfig(name=str(folder), lora=lora or LoraConfig())
     model = model or load_model(source, dtype=torch.float32)
     config = RLConfig(
-        model=source, algorithm=algorithm, algorithm_options=options or {}, sampling=SamplingConfig(max_tokens=max_tokens),
-        rollout=RolloutConfig(**{"group_size": 8, "show_every": 0} | (rollout or {})), packing=PackingConfig(max_tokens=400),
+        model=source,
+        algorithm=algorithm,
+        algorithm_options=options or {},
+        sampling=SamplingConfig(max_tokens=max_tokens),
+        rollout=RolloutConfig(**{"group_size": 8, "show_every": 0} | (rollout or {})),
+        packing=PackingConfig(max_tokens=400),
         optimizer=OptimizerConfig(lr=lr, schedule="constant", weight_decay=0.0),
-        train=TrainConfig(run_dir=str(tmp_path), name="run", batch_size=8, max_steps=steps, precision="fp32"),
-    )  # fmt: skip
+        train=TrainConfig(
+            run_dir=str(tmp_path), name="run", batch_size=8, max_steps=steps, precision="fp32"
+        ),
+    )
     tokenizer = tokenizer or load_tokenizer(source)
-    trainer = RLTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, rewards={reward: 1.0}, config=config)
+    trainer = RLTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=ROWS, rewards={reward: 1.0}, config=config
+    )
     trainer.train()
     return model, [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in m]
 
@@ -78,9 +102,11 @@ def test_dr_grpo_learns_a_bandit_from_chance(folder, tmp_path):
 
 
 def test_a_reward_for_the_format_alone_makes_every_completion_well_formed(folder, tmp_path):
-    """From a model that a few steps of supervised learning brought to some well-formed completions, as R1's cold start does.
+    """From a model that a few steps of supervised learning brought to some well-formed completions,
+    as R1's cold start does.
 
-    Over six seeds and two sets of CPU instructions the median of the last 20 steps was never below 0.96.
+    Over six seeds and two sets of CPU instructions the median of the last 20 steps was never below
+    0.96.
     """
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
@@ -99,20 +125,32 @@ def test_a_reward_for_the_format_alone_makes_every_completion_well_formed(folder
         model(input_ids=rows, labels=labels).loss.backward()
         optimizer.step()
     _, steps = run(
-        folder, tmp_path, model=model, tokenizer=tokenizer, reward=think_answer_format, max_tokens=10, lr=6e-3, steps=80
+        folder,
+        tmp_path,
+        model=model,
+        tokenizer=tokenizer,
+        reward=think_answer_format,
+        max_tokens=10,
+        lr=6e-3,
+        steps=80,
     )
     rates = [s["reward"] for s in steps]
     assert 0.02 < rates[0] < 0.6 and statistics.median(rates[-20:]) > 0.9, rates
 
 
 def test_adapters_learn_from_their_own_samples_and_the_base_stays(folder, tmp_path):
-    """The frozen head bounds what can be reached: no direction of hidden states is a digit alone."""
+    """The frozen head bounds what can be reached: no direction of hidden states is a digit
+    alone."""
     base = load_model(ModelConfig(name=str(folder)), dtype=torch.float32).state_dict()
     model, steps = run(folder, tmp_path, lora=LoraConfig(rank=8), options={"beta": 0.0}, steps=40)
-    assert steps[0]["reward"] < 0.1 and sum(s["reward"] for s in steps[-10:]) / 10 > 0.5, [s["reward"] for s in steps]
+    assert steps[0]["reward"] < 0.1 and sum(s["reward"] for s in steps[-10:]) / 10 > 0.5, [
+        s["reward"] for s in steps
+    ]
     assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
     frozen = {
-        n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora" not in n
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for n, p in model.named_parameters()
+        if "lora" not in n
     }
     assert frozen.keys() <= base.keys() and len(frozen) > 15
     assert all(torch.equal(p, base[n]) for n, p in frozen.items())
@@ -120,7 +158,9 @@ def test_adapters_learn_from_their_own_samples_and_the_base_stays(folder, tmp_pa
     assert len(moved) == 14 and min(moved.values()) > 0, "B is 0 at the start"
 
 
-def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(folder, tmp_path, monkeypatch):
+def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
+    folder, tmp_path, monkeypatch
+):
     model = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
     own_engine = rl.local_engine
@@ -130,25 +170,52 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(folder,
             self.inner, self.refresh = inner, inner.refresh
 
         def generate(self, requests, sampling, *, on_finished=None):
-            return self.inner.generate(requests, replace(sampling, temperature=2.0), on_finished=on_finished)
+            return self.inner.generate(
+                requests, replace(sampling, temperature=2.0), on_finished=on_finished
+            )
 
     with monkeypatch.context() as patch:
         patch.setattr(rl, "local_engine", lambda *arguments: Warmer(own_engine(*arguments)))
         with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
-            run(folder, tmp_path / "wrong", model=model, rollout={"max_mismatch_nats": 0.02}, options={"beta": 0.0}, steps=1)
+            run(
+                folder,
+                tmp_path / "wrong",
+                model=model,
+                rollout={"max_mismatch_nats": 0.02},
+                options={"beta": 0.0},
+                steps=1,
+            )
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        _, steps = run(folder, tmp_path / "off", model=model, rollout={"max_mismatch_nats": 0.0}, options={"beta": 0.0}, steps=1)
+        _, steps = run(
+            folder,
+            tmp_path / "off",
+            model=model,
+            rollout={"max_mismatch_nats": 0.0},
+            options={"beta": 0.0},
+            steps=1,
+        )
         assert steps[0]["sampler_mismatch_nats"] > 0.02
         model.load_state_dict(before, strict=False)
-    _, steps = run(folder, tmp_path / "right", model=model, rollout={"max_mismatch_nats": 0.02}, options={"beta": 0.0}, steps=1)
+    _, steps = run(
+        folder,
+        tmp_path / "right",
+        model=model,
+        rollout={"max_mismatch_nats": 0.02},
+        options={"beta": 0.0},
+        steps=1,
+    )
     assert steps[0]["sampler_mismatch_nats"] < 1e-5
 
 
 def test_r1_replaces_its_reference_by_the_policy_every_so_many_steps(folder, tmp_path):
-    """Every third: the KL is 0 in steps 1, 4 and 7, which begin at the reference, and not in the others."""
+    """Every third: the KL is 0 in steps 1, 4 and 7, which begin at the reference, and not in the
+    others."""
     _, steps = run(folder, tmp_path, algorithm="r1", options={"reference_every": 3}, steps=7)
     zero = [s["step"] for s in steps if s["kl_reference_nats"] < 1e-9]
-    assert zero == [1, 4, 7] and min(s["kl_reference_nats"] for s in steps if s["step"] not in zero) > 1e-5
+    assert (
+        zero == [1, 4, 7]
+        and min(s["kl_reference_nats"] for s in steps if s["step"] not in zero) > 1e-5
+    )
 
 
 def test_the_reference_is_the_policy_itself_after_a_replacement():
@@ -162,8 +229,13 @@ def test_the_reference_is_the_policy_itself_after_a_replacement():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
         reference.after_step(step, policy)
-        equal = [torch.equal(a, b) for a, b in zip(reference._frozen.parameters(), policy.parameters(), strict=True)]
+        equal = [
+            torch.equal(a, b)
+            for a, b in zip(reference._frozen.parameters(), policy.parameters(), strict=True)
+        ]
         assert all(equal) if same else not any(equal)
     mine = rl._reference(RLConfig(reference=ReferenceConfig(sync_every=5, sync_mix=0.6)), R1, loop)
-    assert (mine._config.sync_every, mine._config.sync_mix) == (5, 0.6), "what the run's settings say comes first"
+    assert (mine._config.sync_every, mine._config.sync_mix) == (5, 0.6), (
+        "what the run's settings say comes first"
+    )
     assert rl._reference(RLConfig(), R1, loop)._config.sync_every == 400

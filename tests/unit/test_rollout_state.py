@@ -25,13 +25,32 @@ from tests.tiny import byte_tokenizer
 def test_prompts_of_every_writing():
     tokenizer = byte_tokenizer()
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    rows = [{"prompt": "2+2?"}, {"question": "2+2?"}, {"messages": messages, "answer": "4"}, {"prompt": messages[:1]}]
+    rows = [
+        {"prompt": "2+2?"},
+        {"question": "2+2?"},
+        {"messages": messages, "answer": "4"},
+        {"prompt": messages[:1]},
+    ]
     prompts, counts = prompts_from_rows(rows, tokenizer, PromptConfig())
-    assert len({p.ids for p in prompts}) == 1 and (counts["read"], counts["kept"], counts["too long"]) == (4, 4, 0)
-    assert counts["columns"] == {"for the rewards": {"answer": 1}, "used": {"messages": 1, "prompt": 2, "question": 1}}
-    assert tokenizer.decode(prompts[0].ids).endswith("<|im_start|>assistant\n") and prompts[2].sample["answer"] == "4"
-    system = prompts_from_rows(rows[:1], tokenizer, PromptConfig(system="Be brief.", opening="<think>"))[0][0]
-    assert "Be brief." in tokenizer.decode(system.ids) and tokenizer.decode(system.ids).endswith("<think>")
+    assert len({p.ids for p in prompts}) == 1 and (
+        counts["read"],
+        counts["kept"],
+        counts["too long"],
+    ) == (4, 4, 0)
+    assert counts["columns"] == {
+        "for the rewards": {"answer": 1},
+        "used": {"messages": 1, "prompt": 2, "question": 1},
+    }
+    assert (
+        tokenizer.decode(prompts[0].ids).endswith("<|im_start|>assistant\n")
+        and prompts[2].sample["answer"] == "4"
+    )
+    system = prompts_from_rows(
+        rows[:1], tokenizer, PromptConfig(system="Be brief.", opening="<think>")
+    )[0][0]
+    assert "Be brief." in tokenizer.decode(system.ids) and tokenizer.decode(system.ids).endswith(
+        "<think>"
+    )
     zero = prompts_from_rows(rows[:1], tokenizer, PromptConfig(template="r1-zero"))[0][0]
     assert tokenizer.decode(zero.ids) == R1_ZERO_TEMPLATE.replace("{prompt}", "2+2?")
     with pytest.raises(ValueError, match="row 1: unknown format.*fit no layout"):
@@ -51,7 +70,9 @@ def test_prioritized_draws_follow_the_success_rates():
     for i, s in enumerate([0.9, 0.5, 0.1, 1.0]):
         sampler.update(i, tries=10, successes=10 * s)
     drawn = [sampler.next(1, iteration=0)[0] for _ in range(6000)]
-    assert np.bincount(drawn, minlength=4) / 6000 == pytest.approx([0.0667, 0.3333, 0.6, 0], abs=0.025)
+    assert np.bincount(drawn, minlength=4) / 6000 == pytest.approx(
+        [0.0667, 0.3333, 0.6, 0], abs=0.025
+    )
     assert len(set(sampler.next(3, iteration=0))) == 3
 
 
@@ -63,7 +84,9 @@ def test_a_sampler_continues_where_it_was_saved(order):
     one.update(2, tries=8, successes=3)
     two = PromptSampler(CurriculumConfig(order=order), samples, seed=1)
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert [one.next(2, iteration=i) for i in range(5)] == [two.next(2, iteration=i) for i in range(5)]
+    assert [one.next(2, iteration=i) for i in range(5)] == [
+        two.next(2, iteration=i) for i in range(5)
+    ]
 
 
 def test_curriculum_goes_from_easy_to_hard_or_from_uniform_to_hard():
@@ -71,7 +94,9 @@ def test_curriculum_goes_from_easy_to_hard_or_from_uniform_to_hard():
     easy_first = PromptSampler(CurriculumConfig(order="curriculum"), samples, seed=0)
     assert easy_first.next(4, iteration=0) == [1, 3, 0, 2]
     ablation = PromptSampler(CurriculumConfig(order="curriculum", hard_from=24), samples, seed=0)
-    assert set(ablation.next(4, iteration=23)) == {0, 1, 2, 3} and set(ablation.next(8, iteration=24)) == {0, 2}
+    assert set(ablation.next(4, iteration=23)) == {0, 1, 2, 3} and set(
+        ablation.next(8, iteration=24)
+    ) == {0, 2}
     uniform = PromptSampler(CurriculumConfig(), samples, seed=0)
     assert sorted(uniform.next(4, iteration=0)) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no column 'difficulty'"):
@@ -94,7 +119,14 @@ class FakeEngine:
                 if self.drawn >= self.fail_after:
                     raise ConnectionError("killed")
                 self.drawn += 1
-                results[i].append(Sampled(token_ids=(seed % 7, 2), logps=(-0.1, -1 / 3), finish_reason="stop", policy_version=4))
+                results[i].append(
+                    Sampled(
+                        token_ids=(seed % 7, 2),
+                        logps=(-0.1, -1 / 3),
+                        finish_reason="stop",
+                        policy_version=4,
+                    )
+                )
                 if on_finished is not None:
                     on_finished(i, k, results[i][k])
         return results
@@ -105,32 +137,51 @@ class FakeEngine:
 
 @pytest.mark.parametrize("by_completion", [True, False])
 def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, by_completion):
-    requests = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
+    requests = [
+        Request(prompt_ids=(1, 2), seeds=(10, 11)),
+        Request(prompt_ids=(3,), seeds=(12, 13)),
+    ]
     path = tmp_path / "journal.jsonl"
     with pytest.raises(ConnectionError):
-        journalled(FakeEngine(fail_after=3), Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion)
+        journalled(
+            FakeEngine(fail_after=3),
+            Journal(path, run="a"),
+            requests,
+            SamplingConfig(),
+            by_completion=by_completion,
+        )
     with path.open("ab") as torn:
         torn.write(b'{"key": "torn')
     engine = FakeEngine()
-    drawn = journalled(engine, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion)
+    drawn = journalled(
+        engine, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion
+    )
     assert engine.drawn == (1 if by_completion else 4)
     assert drawn == FakeEngine().generate(requests, SamplingConfig())
     again = FakeEngine()
     assert (
-        journalled(again, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion) == drawn
+        journalled(
+            again, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion
+        )
+        == drawn
         and again.drawn == 0
     )
     other = FakeEngine()
-    journalled(other, Journal(path, run="b"), requests, SamplingConfig(), by_completion=by_completion)
+    journalled(
+        other, Journal(path, run="b"), requests, SamplingConfig(), by_completion=by_completion
+    )
     assert other.drawn == 4
 
 
 def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
-    """Another learning rate gives other weights: what the killed run drew must not be trained under them."""
+    """Another learning rate gives other weights: what the killed run drew must not be trained under
+    them."""
     import torch
 
     def identity(*, change=None, processes=1, sampling=None, weight=1.0):
-        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30)).requires_grad_(False)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30)).requires_grad_(
+            False
+        )
         for p in model.parameters():
             p.copy_(torch.arange(p.numel()).reshape(p.shape) / 7)
         if change is not None:
@@ -138,14 +189,24 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
             model(torch.ones(1, 40)).square().sum().backward()
             optimizer.step()
         return Collector(
-            accelerator=SimpleNamespace(num_processes=processes, process_index=0), engine=FakeEngine(), prompts=[], tokenizer=None,
-            rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})), sampling=sampling or SamplingConfig(),
-            by_completion=False, weights=model.parameters,
-        ).identity()  # fmt: skip
+            accelerator=SimpleNamespace(num_processes=processes, process_index=0),
+            engine=FakeEngine(),
+            prompts=[],
+            tokenizer=None,
+            rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
+            sampling=sampling or SamplingConfig(),
+            by_completion=False,
+            weights=model.parameters,
+        ).identity()
 
     assert identity() == identity()
     assert identity(change=1e-5) == identity(change=1e-5)
-    others = [identity(change=1e-5), identity(change=2e-5), identity(processes=2), identity(weight=0.5)]
+    others = [
+        identity(change=1e-5),
+        identity(change=2e-5),
+        identity(processes=2),
+        identity(weight=0.5),
+    ]
     others.append(identity(sampling=SamplingConfig(temperature=0.5)))
     assert len({identity(), *others}) == 6
 
@@ -160,13 +221,21 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
             return [[Scored(total=float(len(t)), parts={}) for t in texts] for _, texts in groups]
 
     collector = Collector(
-        accelerator=SimpleNamespace(num_processes=1, process_index=0), engine=FakeEngine(), rewards=Counting(),
-        prompts=prompts_from_rows([{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain"))[0],
-        tokenizer=byte_tokenizer(), sampling=SamplingConfig(), by_completion=False,
-    )  # fmt: skip
+        accelerator=SimpleNamespace(num_processes=1, process_index=0),
+        engine=FakeEngine(),
+        rewards=Counting(),
+        prompts=prompts_from_rows(
+            [{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain")
+        )[0],
+        tokenizer=byte_tokenizer(),
+        sampling=SamplingConfig(),
+        by_completion=False,
+    )
 
     def total(text):
-        trajectory = Trajectory(seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop")
+        trajectory = Trajectory(
+            seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop"
+        )
         group = TrajectoryGroup(prompt=0, iteration=0, trajectories=[trajectory])
         return collector.score([group], journal, iteration=0)[0].totals
 
@@ -175,14 +244,21 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
 
 
 def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
-    """A kill while a checkpoint is written goes back to the one before it, and needs what was drawn since."""
+    """A kill while a checkpoint is written goes back to the one before it, and needs what was drawn
+    since."""
     from posttrain.algorithms import resolve_algorithm
     from posttrain.training.experience import RolloutConfig, RolloutSource
 
     source = RolloutSource(
-        config=RolloutConfig(), algorithm=resolve_algorithm("grpo", {}), batch_size=1, seed=0, evaluator=None,
-        sampler=PromptSampler(CurriculumConfig(), [{}], seed=0), make_collector=lambda _: None, folder=tmp_path,
-    )  # fmt: skip
+        config=RolloutConfig(),
+        algorithm=resolve_algorithm("grpo", {}),
+        batch_size=1,
+        seed=0,
+        evaluator=None,
+        sampler=PromptSampler(CurriculumConfig(), [{}], seed=0),
+        make_collector=lambda _: None,
+        folder=tmp_path,
+    )
     left = []
     for iteration in range(6):
         (tmp_path / f"iteration_{iteration:06d}_rank0.jsonl").write_text("")
@@ -207,13 +283,20 @@ def test_a_buffer_keeps_segments_and_their_versions():
     restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
     ((request, open_ones),) = restored.requests([(9,)] * 4)
     assert request.prefixes == ((5, 6),)
-    open_ones[0].extend(Sampled(token_ids=(8,), logps=(-4.0,), finish_reason="stop", policy_version=2))
+    open_ones[0].extend(
+        Sampled(token_ids=(8,), logps=(-4.0,), finish_reason="stop", policy_version=2)
+    )
     (group,) = restored.take_finished()
-    assert group.trajectories[0].segments == [(2, 1), (3, 2)] and group.trajectories[0].tokens_before(2) == 2
+    assert (
+        group.trajectories[0].segments == [(2, 1), (3, 2)]
+        and group.trajectories[0].tokens_before(2) == 2
+    )
     assert group.trajectories[0].token_ids == [5, 6, 8] and restored.groups == []
 
 
-@pytest.mark.parametrize(("n", "c", "k", "wanted"), [(10, 3, 1, 0.3), (10, 3, 5, 0.9166667), (4, 0, 2, 0), (4, 3, 2, 1)])
+@pytest.mark.parametrize(
+    ("n", "c", "k", "wanted"), [(10, 3, 1, 0.3), (10, 3, 5, 0.9166667), (4, 0, 2, 0), (4, 3, 2, 1)]
+)
 def test_pass_at_k(n, c, k, wanted):
     assert pass_at_k(n, c, k) == pytest.approx(wanted, abs=1e-7)
 
@@ -222,9 +305,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer_and_unbiased():
     for n in range(1, 8):
         for k, c in itertools.product(range(1, n + 1), range(n + 1)):
             subsets = list(itertools.combinations([i < c for i in range(n)], k))
-            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+            assert pass_at_k(n, c, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-12
+            )
         for k, p in itertools.product(range(1, n + 1), (0.1, 0.5)):
-            expectation = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
+            expectation = sum(
+                math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k)
+                for c in range(n + 1)
+            )
             assert expectation == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
 
 
@@ -232,9 +320,11 @@ def made_group(*texts):
     trajectories = [Trajectory(seed=0, token_ids=[1], finish_reason="stop") for _ in texts]
     prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
     return ScoredGroup(
-        group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories), prompt=prompt,
-        texts=tuple(CompletionText(t) for t in texts), scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
-    )  # fmt: skip
+        group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories),
+        prompt=prompt,
+        texts=tuple(CompletionText(t) for t in texts),
+        scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
+    )
 
 
 @pytest.mark.parametrize(("n", "powers"), [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])
@@ -242,12 +332,19 @@ def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
     right = [[i == 0 for i in range(n)], [i % 2 == 1 for i in range(n)], [False] * n]
     made = Evaluation(groups=[made_group(*map(str, range(n))) for _ in right], correct=right)
     metrics = made.metrics(powers=True)
-    assert [int(name.removeprefix("eval_pass@")) for name in metrics if name.startswith("eval_pass@") and "ci" not in name] == [
+    assert [
+        int(name.removeprefix("eval_pass@"))
+        for name in metrics
+        if name.startswith("eval_pass@") and "ci" not in name
+    ] == [
         1,
         *powers,
     ]
     for k in [1, *powers]:
-        shares = [[any(row[i] for i in subset) for subset in itertools.combinations(range(n), k)] for row in right]
+        shares = [
+            [any(row[i] for i in subset) for subset in itertools.combinations(range(n), k)]
+            for row in right
+        ]
         wanted = sum(sum(s) / len(s) for s in shares) / len(right)
         assert metrics[f"eval_pass@{k}"] == pytest.approx(wanted, abs=1e-12)
     assert set(made.metrics()) == set(metrics) - {f"eval_pass@{k}" for k in powers if k < n}
@@ -256,25 +353,41 @@ def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
 def test_evaluation_figures():
     made = Evaluation(
         groups=[
-            made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"), made_group("1", "2", "2"),
+            made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"),
+            made_group("1", "2", "2"),
             made_group(r"I get \boxed{5}", r"so \boxed{4}", r"thus \boxed{\frac{8}{2}}"),
-            made_group("7 is right", "so it is 8.0", "I say 8"), made_group("a cat", "a  dog", "a dog"),
+            made_group("7 is right", "so it is 8.0", "I say 8"),
+            made_group("a cat", "a  dog", "a dog"),
         ],
-        correct=[[True, False, True], [True, False, False], [False, True, True], [True, False, False], [False, True, True]],
-    )  # fmt: skip
+        correct=[
+            [True, False, True],
+            [True, False, False],
+            [False, True, True],
+            [True, False, False],
+            [False, True, True],
+        ],
+    )
     metrics = made.metrics()
     assert metrics["eval_pass@1"] == pytest.approx(8 / 15) and metrics["eval_pass@3"] == 1.0
     assert metrics["eval_cons@3"] == pytest.approx(3 / 5)
     assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0961, abs=1e-3)
-    assert half_width([0.5] * 100, samples=4) == pytest.approx(0.0488, abs=1e-3), "equal shares do not make a mean exact"
+    assert half_width([0.5] * 100, samples=4) == pytest.approx(0.0488, abs=1e-3), (
+        "equal shares do not make a mean exact"
+    )
 
 
 def test_what_cannot_be_judged_is_in_no_figure_of_right_answers():
     groups = [made_group("4", "5", "6"), made_group("4", "4", "7"), made_group("?", "?", "?")]
-    made = Evaluation(groups=groups, correct=[[True, None, False], [True, True, False], [None, None, None]])
+    made = Evaluation(
+        groups=groups, correct=[[True, None, False], [True, True, False], [None, None, None]]
+    )
     metrics = made.metrics()
-    assert metrics["eval_pass@1"] == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics["eval_unscored"] == pytest.approx(4 / 9)
-    assert metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == pytest.approx((1 / 2 + 1) / 2), "a tie counts half"
+    assert metrics["eval_pass@1"] == pytest.approx((1 / 2 + 2 / 3) / 2) and metrics[
+        "eval_unscored"
+    ] == pytest.approx(4 / 9)
+    assert metrics["eval_pass@3"] == 1.0 and metrics["eval_cons@3"] == pytest.approx(
+        (1 / 2 + 1) / 2
+    ), "a tie counts half"
     with pytest.raises(ValueError, match="No answer could be judged"):
         Evaluation(groups=groups[2:], correct=[[None] * 3]).metrics()
 
@@ -284,19 +397,42 @@ def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
 
     user, four = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
     system = {"role": "system", "content": "S"}
-    assert read_prompt({"prompt": "2+2?", "messages": [system, user, four]}).messages == [system, user]
+    assert read_prompt({"prompt": "2+2?", "messages": [system, user, four]}).messages == [
+        system,
+        user,
+    ]
     assert read_prompt(
-        {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]}
+        {
+            "messages": [
+                user,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"name": "f", "arguments": {}}],
+                },
+            ]
+        }
     ).answer.startswith('[{"type"')
     truth = {"ground_truth": "4"}
     for given in (truth, json.dumps(truth), {"ground_truth": ["4"]}):
-        assert read_prompt({**{"messages": [user, {**four, "content": "long 4"}]}, "reward_model": given}).answer == "4"
-    assert read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
+        assert (
+            read_prompt(
+                {**{"messages": [user, {**four, "content": "long 4"}]}, "reward_model": given}
+            ).answer
+            == "4"
+        )
+    assert (
+        read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
+    )
     for row, lost in (
-        ({"prompt": [user], "context": "C"}, "context"), ({"prompt": "Q", "image": {"path": "a"}}, "image"), ({"prompt": "Q", "System": "S"}, "System"),
+        ({"prompt": [user], "context": "C"}, "context"),
+        ({"prompt": "Q", "image": {"path": "a"}}, "image"),
+        ({"prompt": "Q", "System": "S"}, "System"),
         ({"prompt": "Q", "history": "before"}, "history"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"nothing reads {lost}, which would belong to the prompt"):
+    ):
+        with pytest.raises(
+            ValueError, match=f"nothing reads {lost}, which would belong to the prompt"
+        ):
             read_prompt(row)
         assert read_prompt(row, carry=[lost])
     with pytest.raises(ValueError, match="is not in messages. Which is the prompt"):

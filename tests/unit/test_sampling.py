@@ -1,4 +1,5 @@
-"""Draws follow the exact distribution, do not depend on the batch, and say the probability they were drawn with."""
+"""Draws follow the exact distribution, do not depend on the batch, and say the probability they
+were drawn with."""
 
 from __future__ import annotations
 
@@ -20,21 +21,33 @@ def many(logits: torch.Tensor, sampling: SamplingConfig, count: int, *, start: i
 @pytest.mark.parametrize("vocabulary", [3, 256, 700])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_chi_square_against_the_softmax(vocabulary, temperature):
-    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.5
+    logits = (
+        torch.randn(vocabulary, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        * 1.5
+    )
     drawn = many(logits, SamplingConfig(temperature=temperature), 40_000)
     p = torch.softmax(logits / temperature, 0).numpy()
     seen = np.bincount(drawn.token_ids_B.numpy(), minlength=vocabulary)
     big = p * 40_000 >= 5
-    observed, expected = np.append(seen[big], seen[~big].sum()), np.append(p[big], p[~big].sum()) * 40_000
+    observed, expected = (
+        np.append(seen[big], seen[~big].sum()),
+        np.append(p[big], p[~big].sum()) * 40_000,
+    )
     keep = expected > 0
     assert stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
-    assert torch.allclose(drawn.logps_B, torch.log_softmax(logits / temperature, 0)[drawn.token_ids_B], atol=1e-12)
+    assert torch.allclose(
+        drawn.logps_B, torch.log_softmax(logits / temperature, 0)[drawn.token_ids_B], atol=1e-12
+    )
 
 
 def test_positions_and_seeds_are_independent():
     """Neighbouring keys, as consecutive positions are, show no correlation."""
     logits = torch.zeros(2, dtype=torch.float64)
-    at = [draw(logits[None], SamplingConfig(), seeds=[s], positions=[t]).token_ids_B.item() for s in range(40) for t in range(50)]
+    at = [
+        draw(logits[None], SamplingConfig(), seeds=[s], positions=[t]).token_ids_B.item()
+        for s in range(40)
+        for t in range(50)
+    ]
     table = np.array(at).reshape(40, 50)
     assert abs(table.mean() - 0.5) < 0.05
     assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.08
@@ -50,9 +63,13 @@ def test_a_draw_does_not_depend_on_its_neighbours():
 
 
 def test_rounding_seldom_changes_a_draw():
-    logits = torch.randn(4000, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    logits = (
+        torch.randn(4000, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    )
     exact = draw(logits, SamplingConfig(), seeds=range(4000), positions=[0] * 4000).token_ids_B
-    rounded = draw(logits.bfloat16(), SamplingConfig(), seeds=range(4000), positions=[0] * 4000).token_ids_B
+    rounded = draw(
+        logits.bfloat16(), SamplingConfig(), seeds=range(4000), positions=[0] * 4000
+    ).token_ids_B
     assert float((exact != rounded).float().mean()) < 0.02
 
 
@@ -89,7 +106,11 @@ def test_stop_rules_in_their_order():
         return "".join(map(chr, ids))
 
     rule = StopRule(
-        SamplingConfig(max_tokens=6, stop_strings=["ab"], budget_tokens=3, repeat_ngram=2, repeat_times=2), [0], decode
+        SamplingConfig(
+            max_tokens=6, stop_strings=["ab"], budget_tokens=3, repeat_ngram=2, repeat_times=2
+        ),
+        [0],
+        decode,
     )
     assert rule.reason([], [65]) is None
     assert rule.reason([], [65, 0]) == "stop"

@@ -1,4 +1,5 @@
-"""What the engine in this process samples with: casts, merged adapters and oneDNN's layout against the plain computation."""
+"""What the engine in this process samples with: casts, merged adapters and oneDNN's layout against
+the plain computation."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 32, 48), (3, 17, 5), (64, 64, 64), (129, 33, 100)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 32, 48), (3, 17, 5), (64, 64, 64), (129, 33, 100)]
+)
 @pytest.mark.parametrize("compute", [BF16, torch.float16])
 def test_a_layer_is_the_plain_product_of_rounded_numbers(bias, rows, inner, outer, compute):
-    """In oneDNN's blocked layout (bfloat16 on a CPU) as in torch's own: exact products, rounded once to the compute dtype."""
+    """In oneDNN's blocked layout (bfloat16 on a CPU) as in torch's own: exact products, rounded
+    once to the compute dtype."""
     torch.manual_seed(0)
     base = nn.Linear(inner, outer, bias=bias)
     layer = SamplingLinear(base, compute)
@@ -59,7 +63,8 @@ def with_adapters(model):
 
 
 def test_adapters_are_merged_into_the_copy_and_the_rest_is_shared():
-    """Every adapted layer holds W + (alpha / r) B A, summed in float32 and rounded once; norms and embeddings are the model's own."""
+    """Every adapted layer holds W + (alpha / r) B A, summed in float32 and rounded once; norms and
+    embeddings are the model's own."""
     policy = Policy(with_adapters(tiny_llama()), PackingConfig())
     weights = SamplingWeights(policy, compute=BF16)
     adapted = {n: m for n, m in policy.base.named_modules() if hasattr(m, "lora_A")}
@@ -85,35 +90,52 @@ def test_the_copy_is_what_the_plan_says(tmp_path, precision, rank):
     if rank < 0:
         pytest.importorskip("bitsandbytes")
     plan = PRECISIONS[precision]
-    config = ModelConfig(name=str(model_folder(tmp_path)), lora=LoraConfig(rank=abs(rank), quantize_4bit=rank < 0))
-    policy = Policy(load_model(config, dtype=plan.load_dtype, compute=getattr(torch, plan.compute)), PackingConfig())
+    config = ModelConfig(
+        name=str(model_folder(tmp_path)), lora=LoraConfig(rank=abs(rank), quantize_4bit=rank < 0)
+    )
+    policy = Policy(
+        load_model(config, dtype=plan.load_dtype, compute=getattr(torch, plan.compute)),
+        PackingConfig(),
+    )
     weights = SamplingWeights(policy, compute=getattr(torch, plan.compute))
     layers = [m for m in weights.model.modules() if isinstance(m, SamplingLinear)]
-    settings = RLConfig(model=config, algorithm="grpo", rewards=RewardsConfig(functions={"math_answer": 1.0}))
-    job = job_of(settings, "rl", precision=plan, device="cpu", wants_reference=False, model=policy.model)
-    assert memory_plan(job).phases["update"].get("rollout copy", 0) == sum(m.weight.numel() * 2 for m in layers)
+    settings = RLConfig(
+        model=config, algorithm="grpo", rewards=RewardsConfig(functions={"math_answer": 1.0})
+    )
+    job = job_of(
+        settings, "rl", precision=plan, device="cpu", wants_reference=False, model=policy.model
+    )
+    assert memory_plan(job).phases["update"].get("rollout copy", 0) == sum(
+        m.weight.numel() * 2 for m in layers
+    )
     assert bool(layers) == (precision == "bf16" or (precision == "bf16-pure" and rank != 0))
 
 
 def test_samples_of_merged_adapters_have_the_trainers_log_probs():
-    """bfloat16: closer than its rounding to the adapted model in float32, far from the model without adapters."""
+    """bfloat16: closer than its rounding to the adapted model in float32, far from the model
+    without adapters."""
     model = with_adapters(tiny_llama())
     twin = copy.deepcopy(model).eval()
     policy = Policy(model, PackingConfig())
     engine = LocalEngine(policy, compute=BF16, stop_ids=[])
-    requests = [Request(prompt_ids=(5, 6, 7 + i), seeds=tuple(range(10 * i, 10 * i + 4))) for i in range(6)]
+    requests = [
+        Request(prompt_ids=(5, 6, 7 + i), seeds=tuple(range(10 * i, 10 * i + 4))) for i in range(6)
+    ]
     drawn = engine.generate(requests, SamplingConfig(max_tokens=8))
     groups = [
         PromptGroup(
-            prompt_ids=r.prompt_ids, pairs=(),
+            prompt_ids=r.prompt_ids,
+            pairs=(),
             completions=[Completion(token_ids=d.token_ids, loss_mask=[1] * 8) for d in row],
         )
         for r, row in zip(requests, drawn, strict=True)
-    ]  # fmt: skip
+    ]
     sampler = torch.tensor([p for row in drawn for d in row for p in d.logps])
 
     def trainers(autocast):
-        batch = pack(groups, [GroupPart(group=g, completions=(0, 1, 2, 3)) for g in range(6)], mode="shared")
+        batch = pack(
+            groups, [GroupPart(group=g, completions=(0, 1, 2, 3)) for g in range(6)], mode="shared"
+        )
         with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
             return policy(batch).float()
 
@@ -121,8 +143,14 @@ def test_samples_of_merged_adapters_have_the_trainers_log_probs():
         own = []
         for r, row in zip(requests, drawn, strict=True):
             for d in row:
-                logits = twin(input_ids=torch.tensor([[*r.prompt_ids, *d.token_ids]])).logits[0, len(r.prompt_ids) - 1 : -1]
-                own += torch.log_softmax(logits, -1).gather(1, torch.tensor(d.token_ids)[:, None])[:, 0].tolist()
+                logits = twin(input_ids=torch.tensor([[*r.prompt_ids, *d.token_ids]])).logits[
+                    0, len(r.prompt_ids) - 1 : -1
+                ]
+                own += (
+                    torch.log_softmax(logits, -1)
+                    .gather(1, torch.tensor(d.token_ids)[:, None])[:, 0]
+                    .tolist()
+                )
     rounding = float((trainers(True) - trainers(False)).abs().mean())
     assert torch.allclose(trainers(False), torch.tensor(own), atol=1e-4)
     assert float((sampler - torch.tensor(own)).abs().mean()) < 2 * rounding + 1e-3

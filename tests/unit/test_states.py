@@ -25,25 +25,40 @@ def test_zero_table_1(devices):
     printed = iter(TABLE_1[devices])
     for params in (7_500_000_000, 128_000_000_000, 1_000_000_000_000):
         for stage in (1, 2, 3):
-            ours, theirs = model_states(params, zero_stage=stage, num_devices=devices).total / GB, next(printed)
-            assert abs(ours - theirs) < 1 and (abs(ours - theirs) < 0.003 * theirs or abs(ours - theirs) < 0.06)
+            ours, theirs = (
+                model_states(params, zero_stage=stage, num_devices=devices).total / GB,
+                next(printed),
+            )
+            assert abs(ours - theirs) < 1 and (
+                abs(ours - theirs) < 0.003 * theirs or abs(ours - theirs) < 0.06
+            )
 
 
 def test_zero_figure_1_and_the_112_gb_of_a_7b_model():
-    stages = [model_states(7_500_000_000, zero_stage=s, num_devices=64).total / GB for s in range(4)]
+    stages = [
+        model_states(7_500_000_000, zero_stage=s, num_devices=64).total / GB for s in range(4)
+    ]
     assert stages == pytest.approx([120, 31.40625, 16.640625, 1.875], abs=1e-8)
     seven = model_states(7_000_000_000)
-    assert (seven["weights"], seven["gradients"], seven["master"] + seven["moments"]) == (14e9, 14e9, 84e9)
+    assert (seven["weights"], seven["gradients"], seven["master"] + seven["moments"]) == (
+        14e9,
+        14e9,
+        84e9,
+    )
     eight = [model_states(7_000_000_000, zero_stage=s, num_devices=8).total / GB for s in (1, 2, 3)]
     assert eight == [38.5, 26.25, 14.0]
     assert model_states(6_738_415_616).total == 107_814_649_856
 
 
 def test_bytes_per_parameter_of_other_recipes():
-    per_param = {name: model_states(10**9, plan=plan).total / 1e9 for name, plan in PRECISIONS.items()}
+    per_param = {
+        name: model_states(10**9, plan=plan).total / 1e9 for name, plan in PRECISIONS.items()
+    }
     assert per_param == {"fp32": 16, "bf16": 16, "bf16-pure": 8, "fp16": 16}
     assert model_states(10**9, optimizer="adamw_8bit").total == 10 * 10**9
-    assert model_states(10**9, optimizer="adamw_8bit", plan=PRECISIONS["bf16-pure"]).total == 6 * 10**9
+    assert (
+        model_states(10**9, optimizer="adamw_8bit", plan=PRECISIONS["bf16-pure"]).total == 6 * 10**9
+    )
     sgd = model_states(10**9, optimizer="sgd")
     assert sgd["master"] + sgd["moments"] == 8 * 10**9
     lora = model_states(10**9 + 10**6, trainable_params=10**6)
@@ -51,10 +66,14 @@ def test_bytes_per_parameter_of_other_recipes():
 
 
 def test_zero_offload_leaves_the_16_bit_weights_on_the_device():
-    """arXiv:2101.06840: 2M on the GPU, 14M on the CPU, a saving of 8 times; each rank holds 14M/N."""
+    """arXiv:2101.06840: 2M on the GPU, 14M on the CPU, a saving of 8 times; each rank holds
+    14M/N."""
     states = model_states(13 * 10**9, zero_stage=2, offload={"optimizer"})
     assert (states.device_total, states.host_total) == (26 * 10**9, 182 * 10**9)
-    assert model_states(8000, zero_stage=2, num_devices=4, offload={"optimizer"}).host_total == 14 * 8000 // 4
+    assert (
+        model_states(8000, zero_stage=2, num_devices=4, offload={"optimizer"}).host_total
+        == 14 * 8000 // 4
+    )
     everything = model_states(8000, zero_stage=3, num_devices=4, offload={"optimizer", "weights"})
     assert everything.device_total == 0 and everything.host_total == 16 * 2000
     with pytest.raises(ValueError, match="zero_stage=3"):
@@ -64,7 +83,9 @@ def test_zero_offload_leaves_the_16_bit_weights_on_the_device():
 @pytest.mark.parametrize("plan", PRECISIONS.values(), ids=lambda p: p.name)
 def test_more_sharding_never_takes_more(plan):
     for devices in (1, 2, 7, 64):
-        totals = [model_states(1001, plan=plan, zero_stage=s, num_devices=devices).total for s in range(4)]
+        totals = [
+            model_states(1001, plan=plan, zero_stage=s, num_devices=devices).total for s in range(4)
+        ]
         assert totals == sorted(totals, reverse=True)
         assert len(set(totals)) == (1 if devices == 1 else 4)
 
@@ -76,14 +97,21 @@ def _tiny():
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         LlamaConfig(
-            vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True,
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    )
 
 
 def _storages(tensors) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -103,15 +131,23 @@ def test_run_states_are_what_torch_allocates(frozen):
     states = run_states(parameters_of(model), plan=PRECISIONS["fp32"])
     held = [s for entry in optimizer.state.values() for n, s in entry.items() if n != "step"]
     assert states["weights"] == _storages(model.parameters())
-    assert states["gradients"] == _storages(p.grad for p in model.parameters() if p.grad is not None)
+    assert states["gradients"] == _storages(
+        p.grad for p in model.parameters() if p.grad is not None
+    )
     assert states["moments"] == _storages(held)
     assert states["counters"] == _storages(entry["step"] for entry in optimizer.state.values())
 
 
 def test_fsdp2_shards_add_up():
-    parameters = [Parameter(shape=(10, 3)), Parameter(shape=(5,)), Parameter(shape=(8, 2), trainable=False)]
+    parameters = [
+        Parameter(shape=(10, 3)),
+        Parameter(shape=(5,)),
+        Parameter(shape=(8, 2), trainable=False),
+    ]
     whole = run_states(parameters, plan=PRECISIONS["fp32"])
-    half = run_states(parameters, plan=PRECISIONS["fp32"], engine="fsdp2", zero_stage=3, num_devices=2)
+    half = run_states(
+        parameters, plan=PRECISIONS["fp32"], engine="fsdp2", zero_stage=3, num_devices=2
+    )
     assert whole["weights"] == 4 * (30 + 5 + 16) and half["weights"] == 4 * (15 + 3 + 8)
     assert half["gradients"] == 4 * (15 + 3) and half["moments"] == 8 * (15 + 3)
     assert frozen_bytes(parameters, compute="float32", num_devices=2) == 4 * (15 + 3 + 8)
@@ -119,7 +155,8 @@ def test_fsdp2_shards_add_up():
 
 @pytest.mark.parametrize("num_devices", [2, 3, 5, 8])
 def test_a_simulated_partition_adds_up(num_devices):
-    """torch's own chunks, rank by rank: their sum is the whole, the largest is what is predicted, the rest is padding."""
+    """torch's own chunks, rank by rank: their sum is the whole, the largest is what is predicted,
+    the rest is padding."""
     shapes = [(31, 8), (7,), (64, 3), (8, 8), (1, 5)]
     parameters = [Parameter(shape=shape) for shape in shapes]
     ranks = [0] * num_devices
@@ -127,27 +164,50 @@ def test_a_simulated_partition_adds_up(num_devices):
         for rank, chunk in enumerate(torch.chunk(torch.empty(shape), num_devices)):
             ranks[rank] += 4 * chunk.numel()
     whole = run_states(parameters, plan=PRECISIONS["fp32"])["weights"]
-    largest = run_states(parameters, plan=PRECISIONS["fp32"], engine="fsdp2", zero_stage=3, num_devices=num_devices)["weights"]
+    largest = run_states(
+        parameters, plan=PRECISIONS["fp32"], engine="fsdp2", zero_stage=3, num_devices=num_devices
+    )["weights"]
     rows = sum(4 * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
-    assert sum(ranks) == whole and max(ranks) == largest == ranks[0] and largest - whole / num_devices <= rows
+    assert (
+        sum(ranks) == whole
+        and max(ranks) == largest == ranks[0]
+        and largest - whole / num_devices <= rows
+    )
     for stage in (1, 2, 3):
-        states = run_states(parameters, plan=DEEPSPEED_BF16, engine="deepspeed", zero_stage=stage, num_devices=num_devices)
+        states = run_states(
+            parameters,
+            plan=DEEPSPEED_BF16,
+            engine="deepspeed",
+            zero_stage=stage,
+            num_devices=num_devices,
+        )
         padding = 4 * (len(shapes) if stage == 3 else 1) * num_devices
         assert 0 <= num_devices * states["master"] - whole <= padding
 
 
 def test_roles_of_ppo_and_grpo():
-    """7e9 parameters (papers: arXiv:2402.03300, 2501.12948): actor and critic 16 bytes, reference and reward model 2; no critic."""
-    trained, frozen = model_states(7 * 10**9).total, model_states(7 * 10**9, trainable_params=0).total
+    """7e9 parameters (papers: arXiv:2402.03300, 2501.12948): actor and critic 16 bytes, reference
+    and reward model 2; no critic."""
+    trained, frozen = (
+        model_states(7 * 10**9).total,
+        model_states(7 * 10**9, trainable_params=0).total,
+    )
     assert (trained, frozen) == (112 * 10**9, 14 * 10**9)
     assert 2 * trained + 2 * frozen == 252 * 10**9 and trained + frozen == 126 * 10**9
 
 
 def test_deepspeed_partitions():
-    """As measured in two-process runs (tests/e2e/test_sharded.py): stage 3 parameter by parameter, 1 and 2 one flat buffer."""
-    parameters = [Parameter(shape=(5, 3)), Parameter(shape=(7,)), Parameter(shape=(4, 4), trainable=False)]
+    """As measured in two-process runs (tests/e2e/test_sharded.py): stage 3 parameter by parameter,
+    1 and 2 one flat buffer."""
+    parameters = [
+        Parameter(shape=(5, 3)),
+        Parameter(shape=(7,)),
+        Parameter(shape=(4, 4), trainable=False),
+    ]
     states = {
-        (name, stage): run_states(parameters, plan=PRECISIONS[name], engine="deepspeed", zero_stage=stage, num_devices=2)
+        (name, stage): run_states(
+            parameters, plan=PRECISIONS[name], engine="deepspeed", zero_stage=stage, num_devices=2
+        )
         for name in ("fp32", "bf16")
         for stage in (1, 2, 3)
     }
@@ -159,15 +219,27 @@ def test_deepspeed_partitions():
         "counters": 2 * 4,  # one step count for what decays, one for the rest
     }
     assert states["bf16", 1]["gradients"] == 4 * 22 and states["bf16", 1]["weights"] == 2 * 38
-    assert states["bf16", 3]["weights"] == 2 * (8 + 4 + 8) and states["bf16", 3]["master"] == 4 * (8 + 4)
-    whole = run_states(parameters, plan=PRECISIONS["bf16"], engine="deepspeed", zero_stage=3, num_devices=2, whole_below=7)
+    assert states["bf16", 3]["weights"] == 2 * (8 + 4 + 8) and states["bf16", 3]["master"] == 4 * (
+        8 + 4
+    )
+    whole = run_states(
+        parameters,
+        plan=PRECISIONS["bf16"],
+        engine="deepspeed",
+        zero_stage=3,
+        num_devices=2,
+        whole_below=7,
+    )
     assert whole["weights"] == 2 * (8 + 4 + 7 + 8), "the vector is whole beside its part"
 
 
 def test_moments_by_shape():
     assert moment_bytes((100, 30), dtype="float32", optimizer="adafactor") == (4 * 130, 4)
     assert moment_bytes((30,), dtype="float32", optimizer="adafactor") == (4 * 30, 4)
-    assert moment_bytes((100, 30), dtype="bfloat16", optimizer="adafactor") == (4 * 130, 4)  # its sums stay in float32
+    assert moment_bytes((100, 30), dtype="bfloat16", optimizer="adafactor") == (
+        4 * 130,
+        4,
+    )  # its sums stay in float32
     assert moment_bytes((64, 64), dtype="float32", optimizer="adamw_8bit") == (2 * 4096 + 8 * 16, 0)
     assert moment_bytes((64, 63), dtype="bfloat16", optimizer="adamw_8bit") == (8 * 64 * 63, 0)
     with pytest.raises(ValueError, match="run_states"):

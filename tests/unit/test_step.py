@@ -21,7 +21,11 @@ def run(model, loss=sft, *, max_tokens=1000, coupled=False, groups=GROUPS):
     accelerator = Accelerator(cpu=True)
     policy = Policy(model, PackingConfig())
     plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode="shared", coupled=coupled)
-    return accelerator, policy, step_gradient(accelerator, policy, groups, plan, loss, mode="shared")
+    return (
+        accelerator,
+        policy,
+        step_gradient(accelerator, policy, groups, plan, loss, mode="shared"),
+    )
 
 
 def test_clipping_scales_the_gradient_to_the_norm_and_leaves_smaller_ones_alone():
@@ -29,7 +33,10 @@ def test_clipping_scales_the_gradient_to_the_norm_and_leaves_smaller_ones_alone(
     before = gradients_of(policy)
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in before.values()))
     measured = clip_and_check(accelerator, policy, result, GROUPS, max_grad_norm=0.0, step=1)
-    assert measured == pytest.approx(float(norm), rel=1e-6) and max_difference(gradients_of(policy), before) == 0
+    assert (
+        measured == pytest.approx(float(norm), rel=1e-6)
+        and max_difference(gradients_of(policy), before) == 0
+    )
     clip_and_check(accelerator, policy, result, GROUPS, max_grad_norm=0.1, step=1)
     clipped = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients_of(policy).values()))
     assert float(clipped) == pytest.approx(0.1, rel=1e-4)
@@ -45,7 +52,9 @@ def test_the_norm_of_a_bf16_gradient_is_not_rounded_to_bf16():
 def test_a_non_finite_log_prob_names_its_row_and_leaves_the_weights():
     model = tiny_llama()
     bad = GROUPS[2].completions[0].token_ids[0]
-    only_there = [g for g in GROUPS if any(bad in (*g.prompt_ids, *c.token_ids) for c in g.completions)]
+    only_there = [
+        g for g in GROUPS if any(bad in (*g.prompt_ids, *c.token_ids) for c in g.completions)
+    ]
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = float("nan")
     accelerator, policy, result = run(model)
@@ -88,7 +97,9 @@ def test_a_micro_batch_without_a_pair_still_takes_part():
             for j in range(i + 1, len(sum_S))
             if logps.group_S[i] == logps.group_S[j]
         ]
-        return LossOutput(terms=[LossTerm(items=torch.stack(items) if items else sum_S.new_zeros(0), unit="pair")])
+        return LossOutput(
+            terms=[LossTerm(items=torch.stack(items) if items else sum_S.new_zeros(0), unit="pair")]
+        )
 
     whole, split = tiny_gpt2().double(), tiny_gpt2().double()
     run(whole, pairs, coupled=True)
@@ -111,7 +122,8 @@ def test_masks_do_not_outlive_their_micro_batch():
 
 
 def test_the_weight_cast_is_shared_by_micro_batches_and_loses_no_gradient(request):
-    """bf16 autocast around all micro-batches, with a coupled loss whose first pass runs without gradient."""
+    """bf16 autocast around all micro-batches, with a coupled loss whose first pass runs without
+    gradient."""
     from tests.losses_for_tests import all_pairs
 
     AcceleratorState._reset_state(True)  # accelerate keeps one precision per process
@@ -126,4 +138,6 @@ def test_the_weight_cast_is_shared_by_micro_batches_and_loses_no_gradient(reques
         gradients.append(gradients_of(model))
     whole, split = gradients
     for name in whole:
-        assert float((whole[name] - split[name]).norm()) <= 0.05 * float(whole[name].norm()) + 1e-3, name
+        assert (
+            float((whole[name] - split[name]).norm()) <= 0.05 * float(whole[name].norm()) + 1e-3
+        ), name

@@ -34,9 +34,17 @@ def llama(**overrides):
     from transformers import LlamaConfig
 
     settings = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return LlamaConfig(**{**settings, **overrides})
 
 
@@ -45,7 +53,14 @@ def others(name):
 
     if name == "gpt2":
         return GPT2Config(
-            vocab_size=97, n_positions=256, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            vocab_size=97,
+            n_positions=256,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
     sizes = dict(
         vocab_size=97,
@@ -57,7 +72,13 @@ def others(name):
         head_dim=16,
     )
     if name == "qwen3_moe":
-        return Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
+        return Qwen3MoeConfig(
+            **sizes,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            decoder_sparse_step=1,
+        )
     return Gemma2Config(**sizes, sliding_window=32) if name == "gemma2" else Qwen3Config(**sizes)
 
 
@@ -93,10 +114,18 @@ def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=Fa
         torch.manual_seed(0)
         model = build_model(config, method, plan, lora=lora, gradient_checkpointing=checkpointing)
         loop = MeasuredLoop(
-            accelerator=accelerator, precision=plan, model=model, tokenizer=NoTokenizer(), loss=LOSSES[method],
-            batches=lambda _: worst_case(method, TOKENS), num_steps=2, train=TrainConfig(run_dir=str(tmp_path), max_steps=2, self_check=False),
-            optimizer_config=OptimizerConfig(), packing=PACKING, policy_class=Scorer if method == "reward" else Policy,
-        )  # fmt: skip
+            accelerator=accelerator,
+            precision=plan,
+            model=model,
+            tokenizer=NoTokenizer(),
+            loss=LOSSES[method],
+            batches=lambda _: worst_case(method, TOKENS),
+            num_steps=2,
+            train=TrainConfig(run_dir=str(tmp_path), max_steps=2, self_check=False),
+            optimizer_config=OptimizerConfig(),
+            packing=PACKING,
+            policy_class=Scorer if method == "reward" else Policy,
+        )
         loop.live = live
         if method == "dpo":
             loop.reference = RunReference(ReferenceConfig(), precision=plan)
@@ -105,7 +134,10 @@ def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=Fa
 
 
 CASES = [
-    *[(llama(), method, precision, None, False) for method, precision in itertools.product(LOSSES, ("fp32", "bf16"))],
+    *[
+        (llama(), method, precision, None, False)
+        for method, precision in itertools.product(LOSSES, ("fp32", "bf16"))
+    ],
     *[(llama(), method, "fp32", None, True) for method in LOSSES],
     (llama(), "sft", "bf16", None, True),
     (llama(tie_word_embeddings=True), "sft", "bf16", None, False),
@@ -114,7 +146,10 @@ CASES = [
     (llama(), "rl", "bf16", LoraConfig(rank=4), False),
     (llama(), "sft", "bf16-pure", None, False),
     *[(others(name), "dpo", "fp32", None, False) for name in ("gpt2", "gemma2", "qwen3")],
-    *[(others("qwen3_moe"), method, "bf16-pure", None, method == "dpo") for method in ("sft", "dpo")],
+    *[
+        (others("qwen3_moe"), method, "bf16-pure", None, method == "dpo")
+        for method in ("sft", "dpo")
+    ],
     *[(others("qwen3_moe"), "sft", precision, None, False) for precision in ("fp32", "bf16")],
 ]
 
@@ -122,19 +157,31 @@ CASES = [
 @pytest.mark.parametrize(
     ("config", "method", "precision", "lora", "checkpointing"),
     CASES,
-    ids=lambda v: getattr(v, "model_type", None) or ("lora" if isinstance(v, LoraConfig) else str(v)),
+    ids=lambda v: (
+        getattr(v, "model_type", None) or ("lora" if isinstance(v, LoraConfig) else str(v))
+    ),
 )
-def test_traced_is_what_the_real_loop_holds(tmp_path, config, method, precision, lora, checkpointing):
+def test_traced_is_what_the_real_loop_holds(
+    tmp_path, config, method, precision, lora, checkpointing
+):
     traced = trace_step(
-        config, method=method, packing=PACKING, precision=PRECISIONS[precision], lora=lora, gradient_checkpointing=checkpointing
+        config,
+        method=method,
+        packing=PACKING,
+        precision=PRECISIONS[precision],
+        lora=lora,
+        gradient_checkpointing=checkpointing,
     )
     assert sum(traced.by_category.values()) == traced.peak_bytes
     assert set(traced.by_category) <= set(CATEGORIES)
-    assert traced.peak_bytes == measured(tmp_path, config, method, precision, lora=lora, checkpointing=checkpointing)
+    assert traced.peak_bytes == measured(
+        tmp_path, config, method, precision, lora=lora, checkpointing=checkpointing
+    )
 
 
 def test_the_peak_is_that_of_torchs_own_tracker():
-    """Both count the same step on fake tensors (a tracker that agrees with a tracker; the test above has the real loop)."""
+    """Both count the same step on fake tensors (a tracker that agrees with a tracker; the test
+    above has the real loop)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
     from transformers import LlamaForCausalLM
@@ -161,4 +208,6 @@ def test_the_peak_is_that_of_torchs_own_tracker():
         live.own(ids, "activations")
         with live:
             step()
-    assert live.peak.total_bytes == sum(device["Total"] for device in theirs.get_tracker_snapshot("peak").values())
+    assert live.peak.total_bytes == sum(
+        device["Total"] for device in theirs.get_tracker_snapshot("peak").values()
+    )

@@ -1,4 +1,5 @@
-"""SFTTrainer from Python: a custom loss, rows or groups in memory, and settings that would be ignored."""
+"""SFTTrainer from Python: a custom loss, rows or groups in memory, and settings that would be
+ignored."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ ROWS = [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(5) for b
 
 def config(tmp_path, **train) -> SFTConfig:
     settings = dict(run_dir=str(tmp_path), max_steps=2, batch_size=4, precision="fp32") | train
-    return SFTConfig(train=TrainConfig(**settings), optimizer=OptimizerConfig(lr=1e-3), packing=PackingConfig(max_tokens=300))
+    return SFTConfig(
+        train=TrainConfig(**settings),
+        optimizer=OptimizerConfig(lr=1e-3),
+        packing=PackingConfig(max_tokens=300),
+    )
 
 
 def focal(logps: TokenLogps, *, gamma: float = 2.0) -> LossOutput:
@@ -45,7 +50,9 @@ def focal(logps: TokenLogps, *, gamma: float = 2.0) -> LossOutput:
 
 def test_a_custom_loss_trains_and_reports_its_metrics(tmp_path):
     folder = model_folder(tmp_path / "model")
-    result = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path), loss=focal).train()
+    result = SFTTrainer(
+        model=str(folder), train_dataset=ROWS, config=config(tmp_path), loss=focal
+    ).train()
     steps = [m for m in read_metrics(result.folder / "metrics.jsonl") if "loss" in m]
     assert len(steps) == 2 and all(0 < m["p"] < 1 for m in steps)
     nll = -math.log(steps[0]["p"])
@@ -56,11 +63,20 @@ def test_a_custom_loss_trains_and_reports_its_metrics(tmp_path):
 
 def test_a_loaded_model_and_groups_of_several_completions(tmp_path):
     folder = model_folder(tmp_path / "model")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     stop = Completion(token_ids=[tokenizer.eos_token_id], loss_mask=[1])
     groups = [*random_groups(6, sizes=(3,)), PromptGroup(prompt_ids=[5], completions=[stop])]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=groups, eval_dataset=groups[:2], config=config(tmp_path)).train()
+    SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=groups,
+        eval_dataset=groups[:2],
+        config=config(tmp_path),
+    ).train()
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
@@ -68,12 +84,16 @@ def test_a_loss_by_dotted_path_keeps_its_declaration_and_checks_its_options():
     assert resolve_loss("posttrain.losses.sft.sft", {}) is sft
     loss = resolve_loss("posttrain.losses.sft.sft", {"aggregation": "sequence_mean"})
     assert not couples_completions(loss) and couples_completions(focal)
-    with pytest.raises(ValueError, match=r"has no option 'gama'; it has \['gamma'\]. Did you mean gamma"):
+    with pytest.raises(
+        ValueError, match=r"has no option 'gama'; it has \['gamma'\]. Did you mean gamma"
+    ):
         resolve_loss("tests.unit.test_trainer.focal", {"gama": 1.0})
 
 
 def test_a_loss_in_the_folder_one_starts_in_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_losses_here.py").write_text("def mine(logps, *, weight=1.0):\n    return weight\n")
+    (tmp_path / "my_losses_here.py").write_text(
+        "def mine(logps, *, weight=1.0):\n    return weight\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     assert resolve_loss("my_losses_here.mine", {"weight": 2.0})(None) == 2.0
@@ -85,7 +105,9 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset without train_dataset"):
         SFTTrainer(model="x", eval_dataset=ROWS)
     with pytest.raises(ValueError, match="data.train beside train_dataset"):
-        SFTTrainer(model="x", train_dataset=ROWS, config=SFTConfig(data=DataConfig(train=["a.jsonl"])))
+        SFTTrainer(
+            model="x", train_dataset=ROWS, config=SFTConfig(data=DataConfig(train=["a.jsonl"]))
+        )
     with pytest.raises(ValueError, match="beside a loaded model"):
         SFTTrainer(
             model=tiny_llama(),
@@ -94,12 +116,16 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path):
             config=SFTConfig(model=ModelConfig(gradient_checkpointing=True)),
         )
     with pytest.raises(ValueError, match="would be ignored"):
-        SFTTrainer(model="x", loss=focal, config=SFTConfig(loss_options={"aggregation": "sequence_mean"}))
+        SFTTrainer(
+            model="x", loss=focal, config=SFTConfig(loss_options={"aggregation": "sequence_mean"})
+        )
 
 
 def test_untrained_stop_tokens_are_refused_for_groups_too(tmp_path):
     folder = model_folder(tmp_path / "model")
-    groups = [PromptGroup(prompt_ids=[5, 6], completions=[Completion(token_ids=[7, 8], loss_mask=[1, 1])])] * 8
+    groups = [
+        PromptGroup(prompt_ids=[5, 6], completions=[Completion(token_ids=[7, 8], loss_mask=[1, 1])])
+    ] * 8
     with pytest.raises(ValueError, match="No stop token is ever trained"):
         SFTTrainer(model=str(folder), train_dataset=groups, config=config(tmp_path)).train()
 
@@ -111,14 +137,19 @@ def test_a_finished_run_starts_again_without_training(tmp_path):
     again = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path)).train()
     assert (again.final / "model.safetensors").read_bytes() == weights
     with pytest.raises(ValueError, match="train.resume is never"):
-        SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, resume="never")).train()
+        SFTTrainer(
+            model=str(folder), train_dataset=ROWS, config=config(tmp_path, resume="never")
+        ).train()
 
 
 def test_a_model_loaded_in_bf16_is_refused_where_float32_masters_are_promised(tmp_path):
     folder = model_folder(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     trainer = SFTTrainer(
-        model=model, tokenizer=AutoTokenizer.from_pretrained(folder), train_dataset=ROWS, config=config(tmp_path)
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        train_dataset=ROWS,
+        config=config(tmp_path),
     )
     with pytest.raises(ValueError, match="dtype=torch.float32"):
         trainer.train()
@@ -126,11 +157,17 @@ def test_a_model_loaded_in_bf16_is_refused_where_float32_masters_are_promised(tm
 
 def test_fewer_steps_than_done_are_refused(tmp_path):
     folder = model_folder(tmp_path / "model")
-    first = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)).train()
-    again = SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)).train()
+    first = SFTTrainer(
+        model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)
+    ).train()
+    again = SFTTrainer(
+        model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=3)
+    ).train()
     assert again.metrics["loss"] == first.metrics["loss"]
     with pytest.raises(ValueError, match="at step 3, past the 2 steps"):
-        SFTTrainer(model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=2)).train()
+        SFTTrainer(
+            model=str(folder), train_dataset=ROWS, config=config(tmp_path, max_steps=2)
+        ).train()
 
 
 def test_every_group_is_trained_in_an_epoch_and_repeats_are_refused():
@@ -146,12 +183,18 @@ def test_flops_are_six_per_weight_and_token_plus_attention():
     flops = model_flops(tiny_llama())
     per_layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
     assert flops == ModelFlops(
-        layer_weights=2 * per_layer, trainable_layer_weights=2 * per_layer, head_weights=97 * 32,
-        trainable_head_weights=97 * 32, attention_width=2 * 32,
-    )  # fmt: skip
+        layer_weights=2 * per_layer,
+        trainable_layer_weights=2 * per_layer,
+        head_weights=97 * 32,
+        trainable_head_weights=97 * 32,
+        attention_width=2 * 32,
+    )
     layout = Layout(lengths=(3, 2), prefixes=(-1, 0))
     pairs = (1 + 2 + 3) + (4 + 5)
-    assert flops.step(layout, num_trained=2) == 6 * 2 * per_layer * 5 + 6 * 97 * 32 * 2 + 12 * 64 * pairs
+    assert (
+        flops.step(layout, num_trained=2)
+        == 6 * 2 * per_layer * 5 + 6 * 97 * 32 * 2 + 12 * 64 * pairs
+    )
 
 
 def test_the_default_model_config_is_the_embedded_model():

@@ -1,6 +1,8 @@
-"""The same rollouts and advantages through TRL's GRPO loss: value and gradient, float64, for every loss type it shares with us.
+"""The same rollouts and advantages through TRL's GRPO loss: value and gradient, float64, for every
+loss type it shares with us.
 
-TRL's `cispo` takes its cap from epsilon_high and its `dapo` denominator from num_items_in_batch, the tokens of the batch.
+TRL's `cispo` takes its cap from epsilon_high and its `dapo` denominator from num_items_in_batch,
+the tokens of the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [20, 21]]
-COMPLETIONS = [[[9, 10, 11], [12, 13, 14, 15, 16, 17], [18]], [[22, 23, 24, 25], [26, 27], [28, 29, 30]]]
+COMPLETIONS = [
+    [[9, 10, 11], [12, 13, 14, 15, 16, 17], [18]],
+    [[22, 23, 24, 25], [26, 27], [28, 29, 30]],
+]
 REWARDS = [[1.0, 0.0, 0.3], [0.0, 0.5, 1.0]]
 TEMPERATURE = 0.9
 
@@ -32,14 +37,25 @@ def trainer(tmp_path_factory):
     from trl import GRPOConfig, GRPOTrainer
 
     config = GRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("trl")), use_cpu=True, report_to=[], bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=6, num_generations=3, max_completion_length=8, temperature=TEMPERATURE, beta=0.0,
-    )  # fmt: skip
+        output_dir=str(tmp_path_factory.mktemp("trl")),
+        use_cpu=True,
+        report_to=[],
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=6,
+        num_generations=3,
+        max_completion_length=8,
+        temperature=TEMPERATURE,
+        beta=0.0,
+    )
     model = tiny_llama(seed=0, vocab_size=300, initializer_range=0.5).double()
     made = GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
-        train_dataset=Dataset.from_list([{"prompt": "a"}] * 8), processing_class=byte_tokenizer(),
-    )  # fmt: skip
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 8),
+        processing_class=byte_tokenizer(),
+    )
     made.current_gradient_accumulation_steps = 1
     return made
 
@@ -52,9 +68,13 @@ def noise(values, seed):
 def old_and_reference(model):
     """Per token: log-probs of slightly different policies, so that some ratios are clipped."""
     with torch.no_grad():
-        batch, logps_T = forward(Policy(copy.deepcopy(model), PackingConfig(), temperature=TEMPERATURE), groups())
+        batch, logps_T = forward(
+            Policy(copy.deepcopy(model), PackingConfig(), temperature=TEMPERATURE), groups()
+        )
     parts = [logps_T[batch.sequence_T == s].tolist() for s in range(len(batch.refs))]
-    return [noise(p, 10 + s) for s, p in enumerate(parts)], [noise(p, 50 + s) for s, p in enumerate(parts)]
+    return [noise(p, 10 + s) for s, p in enumerate(parts)], [
+        noise(p, 50 + s) for s, p in enumerate(parts)
+    ]
 
 
 def groups(advantages=None, old=None):
@@ -68,7 +88,7 @@ def groups(advantages=None, old=None):
                     loss_mask=[1] * len(ids),
                     advantage=0.0 if advantages is None else advantages[g][k],
                     proximal_logps=None if old is None else old[s],
-                )  # fmt: skip
+                )
             )
             s += 1
         made.append(PromptGroup(prompt_ids=prompt, completions=completions, pairs=()))
@@ -82,20 +102,37 @@ def forward(policy, rows):
 
 def padded(rows, width, left=False, value=0.0):
     fill = [[value] * (width - len(r)) for r in rows]
-    return torch.tensor([f + list(r) if left else list(r) + f for r, f in zip(rows, fill, strict=True)])
+    return torch.tensor(
+        [f + list(r) if left else list(r) + f for r, f in zip(rows, fill, strict=True)]
+    )
 
 
 CASES = [
-    ("grpo", {}, "grpo", {}), ("grpo", {"beta": 0.04}, "grpo", {"beta": 0.04}),
-    ("grpo", {"beta": 0.04, "use_bias_correction_kl": True}, "grpo", {"beta": 0.04, "kl_estimator": "k3_corrected"}),
-    ("grpo", {"delta": 1.25}, "grpo", {"ceiling": 1.25}), ("dapo", {"epsilon_high": 0.28}, "dapo", {}),
-    ("bnpo", {}, "grpo", {"aggregation": "token_mean"}), ("dr_grpo", {}, "dr_grpo", {"constant": 8.0, "std": "population"}),
+    ("grpo", {}, "grpo", {}),
+    ("grpo", {"beta": 0.04}, "grpo", {"beta": 0.04}),
+    (
+        "grpo",
+        {"beta": 0.04, "use_bias_correction_kl": True},
+        "grpo",
+        {"beta": 0.04, "kl_estimator": "k3_corrected"},
+    ),
+    ("grpo", {"delta": 1.25}, "grpo", {"ceiling": 1.25}),
+    ("dapo", {"epsilon_high": 0.28}, "dapo", {}),
+    ("bnpo", {}, "grpo", {"aggregation": "token_mean"}),
+    ("dr_grpo", {}, "dr_grpo", {"constant": 8.0, "std": "population"}),
     ("cispo", {"epsilon_high": 1.1}, "cispo", {"cap": 1.1}),
-    ("grpo", {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}, "gspo", {}),
-]  # fmt: skip
+    (
+        "grpo",
+        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+        "gspo",
+        {},
+    ),
+]
 
 
-@pytest.mark.parametrize(("loss_type", "settings", "name", "options"), CASES, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("loss_type", "settings", "name", "options"), CASES, ids=lambda v: str(v)[:40]
+)
 @pytest.mark.parametrize("updates", ["first", "later"])
 def test_value_and_gradient(trainer, loss_type, settings, name, options, updates):
     options = {"beta": 0.0, **options}
@@ -106,7 +143,9 @@ def test_value_and_gradient(trainer, loss_type, settings, name, options, updates
     width = max(map(len, flat))
     inputs = {
         "prompt_ids": padded([p for p in PROMPTS for _ in range(3)], 4, left=True, value=0),
-        "prompt_mask": padded([[1] * len(p) for p in PROMPTS for _ in range(3)], 4, left=True, value=0),
+        "prompt_mask": padded(
+            [[1] * len(p) for p in PROMPTS for _ in range(3)], 4, left=True, value=0
+        ),
         "completion_ids": padded(flat, width, value=0),
         "completion_mask": padded([[1] * len(ids) for ids in flat], width, value=0),
         "advantages": torch.tensor([a for row in advantages for a in row]),
@@ -121,7 +160,11 @@ def test_value_and_gradient(trainer, loss_type, settings, name, options, updates
     rows = groups(advantages, old if updates == "later" else None)
     batch, logps_T = forward(policy, rows)
     view = batch.with_logps(logps_T, reference_T=torch.tensor([v for r in reference for v in r]))
-    kl = {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if algorithm.beta else {}
+    kl = (
+        {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator}
+        if algorithm.beta
+        else {}
+    )
     terms = algorithm.loss(view, **{**algorithm.loss_options, **kl}).terms
     loss = sum(reduce_term(term, view, count_units(rows)) for term in terms)
     assert float(loss) == pytest.approx(theirs_loss, abs=1e-5)
@@ -132,7 +175,13 @@ def test_value_and_gradient(trainer, loss_type, settings, name, options, updates
 
 def gradient_of_trl(trainer, inputs, loss_type, settings):
     on_args = {"delta": None, "use_bias_correction_kl": False}
-    wanted = {"loss_type": loss_type, "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "importance_sampling_level": "token"}
+    wanted = {
+        "loss_type": loss_type,
+        "beta": 0.0,
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.2,
+        "importance_sampling_level": "token",
+    }
     for name, value in {**on_args, **settings}.items():
         if name in on_args:
             setattr(trainer.args, name, value)
@@ -148,7 +197,8 @@ def gradient_of_trl(trainer, inputs, loss_type, settings):
 
 
 def test_nothing_of_ours_is_left_out():
-    """Losses without a counterpart in TRL's GRPO: k1.5's, and plain REINFORCE (which its RLOO trainer has, with clipping)."""
+    """Losses without a counterpart in TRL's GRPO: k1.5's, and plain REINFORCE (which its RLOO
+    trainer has, with clipping)."""
     mine = {f for f in vars(losses).values() if getattr(f, "couples_completions", None) is False}
     compared = {resolve_algorithm(name, {}).loss for _, _, name, _ in CASES}
     assert {f.__name__ for f in mine - compared} == {"mirror_descent", "reinforce"}

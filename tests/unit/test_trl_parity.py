@@ -1,7 +1,8 @@
-"""The same batch through TRL's own losses: padded and concatenated there, packed with shared prompts here. float32, 1e-5.
+"""The same batch through TRL's own losses: padded and concatenated there, packed with shared
+prompts here. float32, 1e-5.
 
-Where TRL deviates from a paper, a test says so: `ipo` averages over tokens, `sigmoid` ignores label smoothing, `sft` averages
-over the tokens of the batch.
+Where TRL deviates from a paper, a test says so: `ipo` averages over tokens, `sigmoid` ignores label
+smoothing, `sft` averages over the tokens of the batch.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ from tests.tiny import byte_tokenizer
 from tests.unit.preference_batches import batch_of
 
 ROWS = [
-    {"prompt_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 11], "rejected_ids": [12, 13, 14, 15, 16, 17, 18]},
+    {
+        "prompt_ids": [5, 6, 7, 8],
+        "chosen_ids": [9, 10, 11],
+        "rejected_ids": [12, 13, 14, 15, 16, 17, 18],
+    },
     {"prompt_ids": [20, 21], "chosen_ids": [22, 23, 24, 25, 26], "rejected_ids": [27]},
-    {"prompt_ids": [30, 31, 32, 33, 34, 35, 36], "chosen_ids": [37, 38], "rejected_ids": [39, 40, 41]},
+    {
+        "prompt_ids": [30, 31, 32, 33, 34, 35, 36],
+        "chosen_ids": [37, 38],
+        "rejected_ids": [39, 40, 41],
+    },
 ]
 BETA = 0.3
 
@@ -53,7 +62,11 @@ def trainer(tmp_path_factory):
         bf16=False,
     )
     return DPOTrainer(
-        model=sharp_llama(0), ref_model=sharp_llama(1), args=config, train_dataset=text, processing_class=byte_tokenizer()
+        model=sharp_llama(0),
+        ref_model=sharp_llama(1),
+        args=config,
+        train_dataset=text,
+        processing_class=byte_tokenizer(),
     )
 
 
@@ -84,14 +97,19 @@ def groups():
         return Completion(token_ids=ids, loss_mask=[1] * len(ids))
 
     return [
-        PromptGroup(prompt_ids=r["prompt_ids"], completions=[completion(r["chosen_ids"]), completion(r["rejected_ids"])])
+        PromptGroup(
+            prompt_ids=r["prompt_ids"],
+            completions=[completion(r["chosen_ids"]), completion(r["rejected_ids"])],
+        )
         for r in ROWS
     ]
 
 
 def forward(model):
     policy = Policy(copy.deepcopy(model), PackingConfig(mode="shared"))
-    batch = pack(groups(), [GroupPart(group=i, completions=(0, 1)) for i in range(len(ROWS))], mode="shared")
+    batch = pack(
+        groups(), [GroupPart(group=i, completions=(0, 1)) for i in range(len(ROWS))], mode="shared"
+    )
     return policy, batch, policy(batch)
 
 
@@ -118,11 +136,24 @@ VARIANTS = [
     ("apo_down", "apo_down", {}, {}),
     ("discopop", "discopop", {}, {}),
     ("sigmoid_norm", "dpo_norm", {}, {}),
-    *[("sigmoid", "dpo", {"f_divergence_type": f}, {"f_divergence": f}) for f in ("forward_kl", "js_divergence")],
-    ("sigmoid", "dpo", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4}, {"f_divergence": "alpha_divergence", "alpha": 0.6}),
+    *[
+        ("sigmoid", "dpo", {"f_divergence_type": f}, {"f_divergence": f})
+        for f in ("forward_kl", "js_divergence")
+    ],
+    (
+        "sigmoid",
+        "dpo",
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4},
+        {"f_divergence": "alpha_divergence", "alpha": 0.6},
+    ),
     ("hinge", "hinge", {"f_divergence_type": "js_divergence"}, {"f_divergence": "js_divergence"}),
-    ("discopop", "discopop", {"f_divergence_type": "js_divergence"}, {"f_divergence": "js_divergence"}),
-]  # fmt: skip
+    (
+        "discopop",
+        "discopop",
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence": "js_divergence"},
+    ),
+]
 
 
 @pytest.mark.parametrize(("loss_type", "name", "settings", "options"), VARIANTS)
@@ -133,24 +164,36 @@ def test_variant(trainer, logps, loss_type, name, settings, options):
 
 
 def test_variants_are_told_apart(trainer):
-    values = [float(theirs(trainer, loss_type, **settings)) for loss_type, _, settings, _ in VARIANTS]
+    values = [
+        float(theirs(trainer, loss_type, **settings)) for loss_type, _, settings, _ in VARIANTS
+    ]
     assert min(abs(a - b) for i, a in enumerate(values) for b in values[:i]) > 1e-4
 
 
 def test_weighted_sum(trainer, logps):
     wanted = float(theirs(trainer, ["sigmoid", "apo_zero"], loss_weights=[1.0, 0.25]))
-    ours = weighted_sum([(1.0, lambda l: preference.dpo(l, beta=BETA)), (0.25, lambda l: preference.apo_zero(l, beta=BETA))])
+    ours = weighted_sum(
+        [
+            (1.0, lambda l: preference.dpo(l, beta=BETA)),
+            (0.25, lambda l: preference.apo_zero(l, beta=BETA)),
+        ]
+    )
     assert reduced(ours(logps), logps) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_trl_ipo_is_averaged_over_tokens_where_the_authors_code_sums(trainer, logps):
-    assert abs(reduced(preference.ipo(logps, beta=BETA), logps) - float(theirs(trainer, "ipo"))) > 0.1
+    assert (
+        abs(reduced(preference.ipo(logps, beta=BETA), logps) - float(theirs(trainer, "ipo"))) > 0.1
+    )
 
 
 def test_trl_sigmoid_ignores_label_smoothing(trainer, logps):
     smoothed = float(theirs(trainer, "sigmoid", label_smoothing=0.2))
     assert smoothed == float(theirs(trainer, "sigmoid"))
-    assert abs(reduced(preference.cdpo(logps, beta=BETA, label_smoothing=0.2), logps) - smoothed) > 1e-3
+    assert (
+        abs(reduced(preference.cdpo(logps, beta=BETA, label_smoothing=0.2), logps) - smoothed)
+        > 1e-3
+    )
 
 
 def test_trl_sft_averages_over_the_tokens_of_the_batch_where_rpo_averages_by_answer(trainer, logps):
@@ -158,7 +201,9 @@ def test_trl_sft_averages_over_the_tokens_of_the_batch_where_rpo_averages_by_ans
     tokens = logps.chosen_length_B.sum()
     assert float(-logps.chosen_logps_B.sum() / tokens) == pytest.approx(wanted, rel=1e-5)
     by_answer = reduced(preference.nll_chosen(logps), logps)
-    assert by_answer == pytest.approx(float((-logps.chosen_logps_B / logps.chosen_length_B).mean()), rel=1e-6)
+    assert by_answer == pytest.approx(
+        float((-logps.chosen_logps_B / logps.chosen_length_B).mean()), rel=1e-6
+    )
     assert abs(by_answer - wanted) > 1e-3
 
 
@@ -166,9 +211,18 @@ def test_metrics(trainer, logps):
     theirs(trainer, "sigmoid")
     logged = trainer._metrics["train"]
     ours = preference_metrics(logps, beta=BETA)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
+    for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    ):
         kind, _, what = name.partition("/")
-        assert float(ours[f"{kind}_train/{what}"].mean()) == pytest.approx(logged[name][0], rel=1e-5, abs=1e-5), name
+        assert float(ours[f"{kind}_train/{what}"].mean()) == pytest.approx(
+            logged[name][0], rel=1e-5, abs=1e-5
+        ), name
 
 
 def test_gradient(trainer):
@@ -186,26 +240,47 @@ def test_gradient(trainer):
 
 
 def mean_logps(logps):
-    return logps.chosen_logps_B / logps.chosen_length_B, logps.rejected_logps_B / logps.rejected_length_B
+    return (
+        logps.chosen_logps_B / logps.chosen_length_B,
+        logps.rejected_logps_B / logps.rejected_length_B,
+    )
 
 
 def test_simpo_cpo_and_orpo(logps):
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
-    shared = dict(beta=2.0, alpha=0.0, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu"), simpo_gamma=0.7)
-    simpo, *_ = CPOTrainer.cpo_loss(SimpleNamespace(loss_type="simpo", **shared), *mean_logps(logps))
-    assert torch.allclose(preference.simpo(logps, beta=2.0, gamma=0.7).terms[0].items, simpo, rtol=1e-5)
-    cpo, *_ = CPOTrainer.cpo_loss(
-        SimpleNamespace(loss_type="sigmoid", **{**shared, "beta": BETA}), logps.chosen_logps_B, logps.rejected_logps_B
+    shared = dict(
+        beta=2.0,
+        alpha=0.0,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+        simpo_gamma=0.7,
     )
-    assert torch.allclose(preference.cpo(logps, beta=BETA, nll_weight=0.0).terms[0].items, cpo, rtol=1e-5)
-    odds, *_ = ORPOTrainer.odds_ratio_loss(SimpleNamespace(**{**shared, "beta": 0.1}), *mean_logps(logps))
+    simpo, *_ = CPOTrainer.cpo_loss(
+        SimpleNamespace(loss_type="simpo", **shared), *mean_logps(logps)
+    )
+    assert torch.allclose(
+        preference.simpo(logps, beta=2.0, gamma=0.7).terms[0].items, simpo, rtol=1e-5
+    )
+    cpo, *_ = CPOTrainer.cpo_loss(
+        SimpleNamespace(loss_type="sigmoid", **{**shared, "beta": BETA}),
+        logps.chosen_logps_B,
+        logps.rejected_logps_B,
+    )
+    assert torch.allclose(
+        preference.cpo(logps, beta=BETA, nll_weight=0.0).terms[0].items, cpo, rtol=1e-5
+    )
+    odds, *_ = ORPOTrainer.odds_ratio_loss(
+        SimpleNamespace(**{**shared, "beta": 0.1}), *mean_logps(logps)
+    )
     ours = preference.orpo(logps, lambda_=0.1).terms[0].items + mean_logps(logps)[0]
     assert torch.allclose(ours, -odds, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("margin", "centering"), [(None, None), ([0.5, 0.0, 1.5], None), ([0.5, 0.0, 1.5], 0.01)])
+@pytest.mark.parametrize(
+    ("margin", "centering"), [(None, None), ([0.5, 0.0, 1.5], None), ([0.5, 0.0, 1.5], 0.01)]
+)
 def test_reward(margin, centering):
     """TRL's loss is the mean over the pairs of the batch; so is ours with pair_mean."""
     from collections import defaultdict
@@ -218,15 +293,24 @@ def test_reward(margin, centering):
         return SimpleNamespace(logits=scores.T.reshape(-1, 1))
 
     fake = SimpleNamespace(
-        model=SimpleNamespace(training=False), args=SimpleNamespace(center_rewards_coefficient=centering), _total_train_tokens=0,
-        _metrics={"eval": defaultdict(list)}, accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
-    )  # fmt: skip
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=centering),
+        _total_train_tokens=0,
+        _metrics={"eval": defaultdict(list)},
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+    )
     inputs = {} if margin is None else {"margin": torch.tensor(margin, dtype=torch.float64)}
     wanted = float(RewardTrainer.compute_loss(fake, model, inputs))
     totals = []
     for row, m in zip(scores, margin or [0.0] * 3, strict=True):
         logps = batch_of([list(row)], pairs=[Pair(chosen=0, rejected=1, margin=m)])
         totals.append(
-            float(bradley_terry(logps, margin_scale=1.0, centering=centering or 0.0, aggregation="pair_mean").terms[0].items)
+            float(
+                bradley_terry(
+                    logps, margin_scale=1.0, centering=centering or 0.0, aggregation="pair_mean"
+                )
+                .terms[0]
+                .items
+            )
         )
     assert sum(totals) / 3 == pytest.approx(wanted, abs=1e-12)

@@ -1,4 +1,5 @@
-"""The client against a server that fails in every way a real one does. (tests/e2e/test_vllm_server.py has the real one.)"""
+"""The client against a server that fails in every way a real one does.
+(tests/e2e/test_vllm_server.py has the real one.)"""
 
 from __future__ import annotations
 
@@ -16,9 +17,15 @@ REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,),
 
 
 class Server:
-    """Answers as vLLM 0.32 does; ``misbehave(path, count)`` may return (code, body) or "drop"; ``draw(body)``: two tokens."""
+    """Answers as vLLM 0.32 does; ``misbehave(path, count)`` may return (code, body) or "drop";
+    ``draw(body)``: two tokens."""
 
-    def __init__(self, version="0.32.0", misbehave=lambda path, count: None, draw=lambda body: [body["seed"], 7]):
+    def __init__(
+        self,
+        version="0.32.0",
+        misbehave=lambda path, count: None,
+        draw=lambda body: [body["seed"], 7],
+    ):
         self.log: list[tuple[str, dict]] = []
         self.mark, self.process = None, 1
         outer = self
@@ -28,7 +35,11 @@ class Server:
                 pass
 
             def do_GET(self):
-                self.answer({"/version": {"version": version}, "/v1/models": {"data": [{"id": "m"}]}}.get(self.path, {}))
+                self.answer(
+                    {"/version": {"version": version}, "/v1/models": {"data": [{"id": "m"}]}}.get(
+                        self.path, {}
+                    )
+                )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -44,9 +55,16 @@ class Server:
                 elif self.path == "/v1/completions":
                     ids = draw(body)[: body["max_tokens"]]
                     self.answer(
-                        {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)},
-                                      "finish_reason": "stop" if len(ids) == 2 else "length"}]}
-                    )  # fmt: skip
+                        {
+                            "choices": [
+                                {
+                                    "token_ids": ids,
+                                    "logprobs": {"token_logprobs": [-0.5] * len(ids)},
+                                    "finish_reason": "stop" if len(ids) == 2 else "length",
+                                }
+                            ]
+                        }
+                    )
                 else:
                     self.answer({})
 
@@ -92,7 +110,13 @@ def serve(monkeypatch, tmp_path):
 
         config = VLLMConfig(url=servers[-1].url, retries=retries, concurrency=4)
         handover = FolderHandover(tmp_path / "w", save)
-        return servers[-1], lambda: VLLMEngine(config, handover=handover, stop_ids=[2], decode=lambda i: bytes(i).decode()), saved
+        return (
+            servers[-1],
+            lambda: VLLMEngine(
+                config, handover=handover, stop_ids=[2], decode=lambda i: bytes(i).decode()
+            ),
+            saved,
+        )
 
     yield start
     for server in servers:
@@ -105,7 +129,12 @@ def test_tokens_in_tokens_out(serve):
     assert [[d.token_ids for d in row] for row in drawn] == [[(10, 7), (11, 7)], [(12, 7), (13, 7)]]
     assert all(d.finish_reason == "stop" and d.logps == (-0.5, -0.5) for row in drawn for d in row)
     body = next(b for p, b in server.log if p == "/v1/completions" and b["seed"] == 12)
-    assert body["prompt"] == [3] and body["stop_token_ids"] == [2] and body["top_p"] == 1.0 and body["temperature"] == 0.7
+    assert (
+        body["prompt"] == [3]
+        and body["stop_token_ids"] == [2]
+        and body["top_p"] == 1.0
+        and body["temperature"] == 0.7
+    )
     neutral = {
         "top_k": 0,
         "min_p": 0.0,
@@ -114,7 +143,9 @@ def test_tokens_in_tokens_out(serve):
         "frequency_penalty": 0.0,
         "min_tokens": 0,
     }
-    assert body.items() >= neutral.items(), "what is not sent comes from the model's generation_config"
+    assert body.items() >= neutral.items(), (
+        "what is not sent comes from the model's generation_config"
+    )
 
 
 def test_partial_rollouts_send_what_there_is(serve):
@@ -122,17 +153,25 @@ def test_partial_rollouts_send_what_there_is(serve):
     request = Request(prompt_ids=(3,), seeds=(12,), prefixes=((8, 9),))
     ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=5, budget_tokens=1))
     assert server.log[-1][1]["prompt"] == [3, 8, 9] and drawn.finish_reason == "budget"
-    assert drawn.token_ids == (server.log[-1][1]["seed"],) != (12,), "noise of its own, not that of the first tokens"
+    assert drawn.token_ids == (server.log[-1][1]["seed"],) != (12,), (
+        "noise of its own, not that of the first tokens"
+    )
 
 
 @pytest.mark.parametrize("segment", [512, 3])
 def test_a_loop_is_left_where_the_local_engine_leaves_it(serve, monkeypatch, segment):
     """Two tokens in a row four times; the server would go on to the end."""
     monkeypatch.setattr("posttrain.rollout.vllm._SEGMENT", segment)
-    server, make, _ = serve(draw=lambda body: [5, 6] * 100 if len(body["prompt"]) % 2 else [6, 5] * 100)
+    server, make, _ = serve(
+        draw=lambda body: [5, 6] * 100 if len(body["prompt"]) % 2 else [6, 5] * 100
+    )
     request = Request(prompt_ids=(3,), seeds=(12,))
-    ((drawn,),) = make().generate([request], SamplingConfig(max_tokens=200, repeat_ngram=2, repeat_times=4))
-    assert drawn.token_ids == (5, 6) * 4 and drawn.finish_reason == "repeat" and len(drawn.logps) == 8
+    ((drawn,),) = make().generate(
+        [request], SamplingConfig(max_tokens=200, repeat_ngram=2, repeat_times=4)
+    )
+    assert (
+        drawn.token_ids == (5, 6) * 4 and drawn.finish_reason == "repeat" and len(drawn.logps) == 8
+    )
     assert server.paths().count("/v1/completions") == (1 if segment == 512 else 3)
 
 
@@ -156,12 +195,18 @@ def test_weights_go_between_pause_and_resume(serve):
 
 @pytest.mark.parametrize("odd", ["drop", (503, {"error": "busy"}), (500, {})])
 def test_a_failing_server_loses_no_sample_and_gets_the_weights_again(serve, odd):
-    server, make, _ = serve(misbehave=lambda path, n: odd if path == "/v1/completions" and n in (2, 3) else None)
+    server, make, _ = serve(
+        misbehave=lambda path, n: odd if path == "/v1/completions" and n in (2, 3) else None
+    )
     engine = make()
     engine.refresh(1)
     finished = []
-    drawn = engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k)))
-    assert sorted(finished) == [(0, 0), (0, 1), (1, 0), (1, 1)] and all(d is not None for row in drawn for d in row)
+    drawn = engine.generate(
+        REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k))
+    )
+    assert sorted(finished) == [(0, 0), (0, 1), (1, 0), (1, 1)] and all(
+        d is not None for row in drawn for d in row
+    )
     assert server.paths().count("/v1/completions") == 6
     assert server.paths().count("reload_policy") == 1, "the same process still has them"
 
@@ -169,43 +214,69 @@ def test_a_failing_server_loses_no_sample_and_gets_the_weights_again(serve, odd)
 @pytest.mark.parametrize("when", ["between", "meanwhile"])
 def test_what_a_restarted_server_drew_is_not_taken(serve, when):
     """It answers, under the weights that it was started with."""
-    server, make, _ = serve(misbehave=lambda path, n: server.restart() if path == "/v1/completions" and n == 2 else None)
+    server, make, _ = serve(
+        misbehave=lambda path, n: server.restart() if path == "/v1/completions" and n == 2 else None
+    )
     engine = make()
     engine.refresh(1)
     if when == "between":
         server.restart()
     drawn_under = []
-    drawn = engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda *_: drawn_under.append(server.mark))
+    drawn = engine.generate(
+        REQUESTS,
+        SamplingConfig(max_tokens=5),
+        on_finished=lambda *_: drawn_under.append(server.mark),
+    )
     assert drawn_under == [f"1 {server.process}"] * len(drawn_under) or when == "meanwhile"
-    assert len(drawn_under) == 4 and server.paths().count("reload_policy") == 2 and all(all(row) for row in drawn)
+    assert (
+        len(drawn_under) == 4
+        and server.paths().count("reload_policy") == 2
+        and all(all(row) for row in drawn)
+    )
     assert server.paths().count("/v1/completions") > 4
 
 
 def test_a_server_that_does_not_take_the_weights_is_not_sampled_from(serve):
     broken = []
-    server, make, _ = serve(retries=2, misbehave=lambda path, n: (500, {}) if path == "/reset_prefix_cache" and broken else None)
+    server, make, _ = serve(
+        retries=2,
+        misbehave=lambda path, n: (500, {}) if path == "/reset_prefix_cache" and broken else None,
+    )
     engine = make()
     engine.refresh(1)
     server.restart()
     broken.append(True)
     finished = []
     with pytest.raises(ServerError, match="failed 3 times on 4 completions"):
-        engine.generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda *_: finished.append(1))
+        engine.generate(
+            REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda *_: finished.append(1)
+        )
     assert not finished
 
 
 def test_a_refused_request_is_not_tried_again(serve):
-    server, make, _ = serve(misbehave=lambda path, n: (400, b"too long") if path == "/v1/completions" else None)
-    with pytest.raises(ServerError, match="refuses a request of . prompt tokens and 5 new ones: too long.*MAX_MODEL_LEN"):
+    server, make, _ = serve(
+        misbehave=lambda path, n: (400, b"too long") if path == "/v1/completions" else None
+    )
+    with pytest.raises(
+        ServerError,
+        match="refuses a request of . prompt tokens and 5 new ones: too long.*MAX_MODEL_LEN",
+    ):
         make().generate(REQUESTS, SamplingConfig(max_tokens=5))
     assert server.paths().count("/v1/completions") <= 4
 
 
 def test_a_dead_server_is_given_up_with_a_clear_error(serve):
-    server, make, _ = serve(retries=2, misbehave=lambda path, n: "drop" if path == "/v1/completions" and n > 1 else None)
+    server, make, _ = serve(
+        retries=2, misbehave=lambda path, n: "drop" if path == "/v1/completions" and n > 1 else None
+    )
     finished = []
     with pytest.raises(ServerError, match="failed 3 times on 3 completions.*journal"):
-        make().generate(REQUESTS, SamplingConfig(max_tokens=5), on_finished=lambda i, k, d: finished.append((i, k)))
+        make().generate(
+            REQUESTS,
+            SamplingConfig(max_tokens=5),
+            on_finished=lambda i, k, d: finished.append((i, k)),
+        )
     assert len(finished) == 1
     server.http.shutdown()
     server.http.server_close()
@@ -220,14 +291,22 @@ def test_the_wrong_server_is_told_apart(serve):
     with pytest.raises(ServerError, match="not a vLLM server with VLLM_SERVER_DEV_MODE"):
         make().refresh(1)
     with pytest.raises(ServerError, match="not JSON"):
-        serve(misbehave=lambda path, n: (200, b"<html>"))[1]().generate(REQUESTS, SamplingConfig(max_tokens=5))
+        serve(misbehave=lambda path, n: (200, b"<html>"))[1]().generate(
+            REQUESTS, SamplingConfig(max_tokens=5)
+        )
     with pytest.raises(ValueError, match="does not say which tokens"):
         serve()[1]().generate(REQUESTS, SamplingConfig(max_tokens=5, top_p=0.9))
 
 
 def test_nccl_needs_vllm_beside_the_trainer_and_ignores_no_option():
     with pytest.raises(ValueError, match="vLLM's trainer side.*--vllm.handover folder"):
-        NCCLHandover(url="http://127.0.0.1:1", address="127.0.0.1", port=29600, timeout_s=1.0, model=lambda: None)
+        NCCLHandover(
+            url="http://127.0.0.1:1",
+            address="127.0.0.1",
+            port=29600,
+            timeout_s=1.0,
+            model=lambda: None,
+        )
     with pytest.raises(ValueError, match="weights_dir would be ignored"):
         VLLMConfig(handover="nccl", weights_dir="w")
     with pytest.raises(ValueError, match="HOST:PORT"):

@@ -13,15 +13,23 @@ IndexPair = tuple[int, int]
 """(better, worse); of equal rank only where ties are kept."""
 
 LONGER = 1.5
-"""k1.5: a correct answer more than this many times as long as the shortest correct one is a negative."""
+"""k1.5: a correct answer more than this many times as long as the shortest correct one is a
+negative."""
 
 
-def index_pairs(answers: list[Answer], strategy: Strategy, *, seed: str, keep_ties: bool) -> list[IndexPair]:
-    """Pairs of indices by ``strategy``; ``seed`` decides what `random` draws. Ties come out only with ``keep_ties``."""
+def index_pairs(
+    answers: list[Answer], strategy: Strategy, *, seed: str, keep_ties: bool
+) -> list[IndexPair]:
+    """Pairs of indices by ``strategy``; ``seed`` decides what `random` draws. Ties come out only
+    with ``keep_ties``."""
     pairs = _STRATEGIES[strategy](answers, seed)
     if strategy == "long2short":
         return pairs
-    return [(i, j) for i, j in pairs if answers[i].rank < answers[j].rank or (keep_ties and answers[i].rank == answers[j].rank)]
+    return [
+        (i, j)
+        for i, j in pairs
+        if answers[i].rank < answers[j].rank or (keep_ties and answers[i].rank == answers[j].rank)
+    ]
 
 
 def _by_rank(answers: list[Answer]) -> list[int]:
@@ -52,8 +60,8 @@ def _random(answers: list[Answer], seed: str) -> list[IndexPair]:
 
 
 def _long2short(answers: list[Answer], _: str) -> list[IndexPair]:
-    """Kimi k1.5, arXiv:2501.12599 section 2.4: the shortest correct answer against wrong longer ones and against correct ones
-    more than 1.5 times as long. Lengths in characters."""
+    """Kimi k1.5, arXiv:2501.12599 section 2.4: the shortest correct answer against wrong longer
+    ones and against correct ones more than 1.5 times as long. Lengths in characters."""
     lengths = [len(a.text) for a in answers]
     correct = [i for i, a in enumerate(answers) if a.label]
     if not correct:

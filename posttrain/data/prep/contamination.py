@@ -9,7 +9,8 @@ from posttrain.data.prep.duplicates import words
 
 
 class EvaluationSet:
-    """n-grams of words of evaluation texts, hashed; a text shorter than n words counts as a whole."""
+    """n-grams of words of evaluation texts, hashed; a text shorter than n words counts as a
+    whole."""
 
     def __init__(self, rows: Iterable[Any], *, n: int) -> None:
         self._n = n
@@ -24,7 +25,8 @@ class EvaluationSet:
                     self._short.setdefault(len(found), set()).add(" ".join(found))
 
     def overlaps(self, text: str) -> bool:
-        """Whether a text shares an n-gram with an evaluation text, or is a short one of them as a whole."""
+        """Whether a text shares an n-gram with an evaluation text, or is a short one of them as a
+        whole."""
         found = words(text)
         if any(gram in self._grams for gram in _ngrams(found, self._n)):
             return True

@@ -1,6 +1,7 @@
 """Near-duplicate prompts: MinHash signatures of word 5-grams, banded, joined by union-find.
 
-Broder 1997. Memory is 4 bytes per permutation and prompt plus one band at a time: 270 MB for a million prompts.
+Broder 1997. Memory is 4 bytes per permutation and prompt plus one band at a time: 270 MB for a
+million prompts.
 """
 
 from __future__ import annotations
@@ -13,16 +14,26 @@ import numpy as np
 
 NUM_PERMUTATIONS = 64
 SHINGLE_WORDS = 5
-_TEXTS_AT_ONCE, _AHEAD = 512, 16  # of one message between processes, and messages before the reader waits
+_TEXTS_AT_ONCE, _AHEAD = (
+    512,
+    16,
+)  # of one message between processes, and messages before the reader waits
 _COMPARED_AT_ONCE = 100_000
-_BANDS = 16  # of 4 rows: two prompts of similarity 0.8 meet in some band with probability 1 - (1 - 0.8^4)^16 > 0.9997
-_UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: written without spaces between words."""
+# of 4 rows: two prompts of similarity 0.8 meet in some band with probability 1 - (1 - 0.8^4)^16 >
+# 0.9997
+_BANDS = 16
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: written without spaces between
+words."""
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, punctuation left out; of scripts without spaces between words, every character is one."""
+    """Lower-case words, punctuation left out; of scripts without spaces between words, every
+    character is one."""
     return _WORD.findall(text.lower())
 
 
@@ -36,14 +47,16 @@ def signatures(texts: list[str]) -> np.ndarray[Any, Any]:
         said = words(text)
         count = max(1, len(said) - SHINGLE_WORDS + 1)
         minhash = empty.copy()
-        minhash.update_batch(list({" ".join(said[k : k + SHINGLE_WORDS]).encode() for k in range(count)}))
+        minhash.update_batch(
+            list({" ".join(said[k : k + SHINGLE_WORDS]).encode() for k in range(count)})
+        )
         found[i] = minhash.hashvalues
     return found
 
 
 class PromptIndex:
-    """Collects signatures of prompts; ``representatives`` then says which are near-duplicates. ``pool``: where they are made
-    while more prompts are read; default in this process."""
+    """Collects signatures of prompts; ``representatives`` then says which are near-duplicates.
+    ``pool``: where they are made while more prompts are read; default in this process."""
 
     def __init__(self, pool: Any = None) -> None:
         self._pool = pool
@@ -61,17 +74,24 @@ class PromptIndex:
 
     def _flush(self) -> None:
         texts, self._waiting = self._waiting, []
-        self._made.append(signatures(texts) if self._pool is None else self._pool.apply_async(signatures, (texts,)))
+        self._made.append(
+            signatures(texts)
+            if self._pool is None
+            else self._pool.apply_async(signatures, (texts,))
+        )
         if self._pool is not None and len(self._made) > _AHEAD:
             self._made[-_AHEAD - 1] = self._made[-_AHEAD - 1].get()
 
     def representatives(self, threshold: float) -> dict[str, str]:
-        """{prompt id: id of the first prompt of its cluster}, for prompts that are not their own."""
+        """{prompt id: id of the first prompt of its cluster}, for prompts that are not their
+        own."""
         if not self._ids:
             return {}
         self._flush()
         ids = list(self._ids)
-        prints = np.concatenate([made if isinstance(made, np.ndarray) else made.get() for made in self._made])
+        prints = np.concatenate(
+            [made if isinstance(made, np.ndarray) else made.get() for made in self._made]
+        )
         parent = np.arange(len(prints))
 
         def root(i: int) -> int:
@@ -84,7 +104,9 @@ class PromptIndex:
             keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.shape[1] * 4))).ravel()
             order = np.argsort(keys, kind="stable")
             starts = np.concatenate([[True], keys[order][1:] != keys[order][:-1]])
-            first = order[np.flatnonzero(starts)[np.cumsum(starts) - 1]]  # of those with the same key
+            first = order[
+                np.flatnonzero(starts)[np.cumsum(starts) - 1]
+            ]  # of those with the same key
             meeting = np.flatnonzero(~starts)
             for part in np.array_split(meeting, 1 + len(meeting) // _COMPARED_AT_ONCE):
                 alike = (prints[first[part]] == prints[order[part]]).mean(axis=1) >= threshold

@@ -1,4 +1,5 @@
-"""One partition of the prompts: read from its spill file, made into rows, written as Parquet. Partitions are independent."""
+"""One partition of the prompts: read from its spill file, made into rows, written as Parquet.
+Partitions are independent."""
 
 from __future__ import annotations
 
@@ -15,14 +16,22 @@ from typing import Any, BinaryIO
 from posttrain.data.messages import message_text
 from posttrain.data.prep.contamination import EvaluationSet
 from posttrain.data.prep.options import Layout, PrepConfig, TokenCounter
-from posttrain.data.prep.rows import CONTAMINATED, NEAR_DUPLICATE, Located, Outcome, OutRow, keep_short, outcome_of
+from posttrain.data.prep.rows import (
+    CONTAMINATED,
+    NEAR_DUPLICATE,
+    Located,
+    Outcome,
+    OutRow,
+    keep_short,
+    outcome_of,
+)
 from posttrain.data.row import Answer, Sample
 
 SHOWN = 10
 _TOKENS_AT_ONCE = 512
 OUTPUT_COLUMNS = frozenset(
-    "prompt chosen rejected margin chosen_score rejected_score weight completions ranks scores completion label messages tools "
-    "source row prompt_id".split()
+    "prompt chosen rejected margin chosen_score rejected_score weight completions ranks scores "
+    "completion label messages tools source row prompt_id".split()
 )
 """Columns of any layout: one that is carried along under such a name is written as raw_<name>."""
 
@@ -67,7 +76,9 @@ class Extra:
         for message in chain(sample.prompt, *(a.messages for a in sample.answers)):
             if len(message) > 2:
                 self.message_keys.update(message.keys() - {"role", "content"})
-        self.columns.update(carried, ["tools"] if sample.tools else [], ["weight"] if sample.weight != 1 else [])
+        self.columns.update(
+            carried, ["tools"] if sample.tools else [], ["weight"] if sample.weight != 1 else []
+        )
 
 
 @dataclass(kw_only=True)
@@ -84,10 +95,21 @@ class PartitionJob:
     extra: Extra
 
 
-def spill_record(sample: Sample, identity: str, source: str, row: int, carried: Mapping[str, Any]) -> bytes:
-    """A sample as one record of its partition: its length and marshal, which is several times as fast as JSON."""
+def spill_record(
+    sample: Sample, identity: str, source: str, row: int, carried: Mapping[str, Any]
+) -> bytes:
+    """A sample as one record of its partition: its length and marshal, which is several times as
+    fast as JSON."""
     answers = [[a.messages, a.rank, a.score, a.label] for a in sample.answers]
-    rest = [sample.layout, sample.prompt, answers, sample.tools, sample.margin, sample.weight, carried]
+    rest = [
+        sample.layout,
+        sample.prompt,
+        answers,
+        sample.tools,
+        sample.margin,
+        sample.weight,
+        carried,
+    ]
     record = marshal.dumps([identity, source, row, *rest])
     return len(record).to_bytes(8) + record
 
@@ -98,9 +120,21 @@ def _read_spill(path: Path) -> dict[str, list[Located]]:
     with path.open("rb") as file:
         for record in _records(file):
             identity, source, row, layout, prompt, answers, tools, margin, weight, carried = record
-            made = [Answer(messages=m, rank=rank, score=score, label=label) for m, rank, score, label in answers]
-            sample = Sample(prompt=prompt, answers=made, layout=layout, tools=tools, margin=margin, weight=weight)
-            prompts.setdefault(identity, []).append(Located(sample=sample, source=source, row=row, carried=carried))
+            made = [
+                Answer(messages=m, rank=rank, score=score, label=label)
+                for m, rank, score, label in answers
+            ]
+            sample = Sample(
+                prompt=prompt,
+                answers=made,
+                layout=layout,
+                tools=tools,
+                margin=margin,
+                weight=weight,
+            )
+            prompts.setdefault(identity, []).append(
+                Located(sample=sample, source=source, row=row, carried=carried)
+            )
     return prompts
 
 
@@ -119,22 +153,34 @@ def run_partition(job: PartitionJob) -> Statistics:
             outcomes[identity] = outcome_of(identity, samples, config)
         else:
             dropped, count = [(located, reason) for located in samples], len(samples)
-            outcomes[identity] = Outcome(num_samples=count, num_dropped_samples=count, dropped=dropped)
+            outcomes[identity] = Outcome(
+                num_samples=count, num_dropped_samples=count, dropped=dropped
+            )
     lengths = _token_lengths([row for o in outcomes.values() for row in o.rows], job.count_tokens)
     written: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    with (job.folder / "rejects" / f"{job.number:05d}.jsonl").open("w", encoding="utf-8") as rejects:
+    with (job.folder / "rejects" / f"{job.number:05d}.jsonl").open(
+        "w", encoding="utf-8"
+    ) as rejects:
         for identity, outcome in outcomes.items():
             keep_short(outcome, config, lengths)
-            side = "test" if _is_test(job.representatives.get(identity, identity), config) else "train"
+            side = (
+                "test" if _is_test(job.representatives.get(identity, identity), config) else "train"
+            )
             written[side].extend(row.values for row in outcome.rows)
             _count(statistics, identity, outcome, side, config)
             for located, reason in outcome.dropped:
                 rejects.write(
-                    json.dumps({"file": located.source, "row": located.row, "reason": reason}, ensure_ascii=False) + "\n"
+                    json.dumps(
+                        {"file": located.source, "row": located.row, "reason": reason},
+                        ensure_ascii=False,
+                    )
+                    + "\n"
                 )
     for side, rows in written.items():
         if rows:
-            _write_parquet(job.folder / side / f"{job.number:05d}.parquet", rows, config.layout, job.extra)
+            _write_parquet(
+                job.folder / side / f"{job.number:05d}.parquet", rows, config.layout, job.extra
+            )
     return statistics
 
 
@@ -153,7 +199,9 @@ def _token_lengths(rows: list[OutRow], count_tokens: TokenCounter | None) -> dic
     """Tokens of every row's longest conversation, by id() of the row."""
     if count_tokens is None:
         return {}
-    conversations = [(id(row), (c, row.located.sample.tools)) for row in rows for c in row.conversations]
+    conversations = [
+        (id(row), (c, row.located.sample.tools)) for row in rows for c in row.conversations
+    ]
     lengths: dict[int, int] = {}
     for at in range(0, len(conversations), _TOKENS_AT_ONCE):
         part = conversations[at : at + _TOKENS_AT_ONCE]
@@ -171,16 +219,25 @@ def _is_test(representative: str, config: PrepConfig) -> bool:
     return int(_draw("split", config.seed, representative), 16) < config.test_fraction * 2**64
 
 
-def _count(statistics: Statistics, identity: str, outcome: Outcome, side: str, config: PrepConfig) -> None:
+def _count(
+    statistics: Statistics, identity: str, outcome: Outcome, side: str, config: PrepConfig
+) -> None:
     statistics.counts.update(
-        {"prompts": 1, "samples": outcome.num_samples, "dropped_samples": outcome.num_dropped_samples,
-         "built": outcome.num_built, f"written_{side}": len(outcome.rows)}
-    )  # fmt: skip
+        {
+            "prompts": 1,
+            "samples": outcome.num_samples,
+            "dropped_samples": outcome.num_dropped_samples,
+            "built": outcome.num_built,
+            f"written_{side}": len(outcome.rows),
+        }
+    )
     statistics.dropped.update(reason for _, reason in outcome.dropped)
     statistics.dropped.update(outcome.dropped_answers)
     for k, row in enumerate(outcome.rows):
         if config.layout == "pairs":
-            chosen, rejected = (sum(len(message_text(m)) for m in row.values[n]) for n in ("chosen", "rejected"))
+            chosen, rejected = (
+                sum(len(message_text(m)) for m in row.values[n]) for n in ("chosen", "rejected")
+            )
             statistics.chosen_lengths[chosen.bit_length() - 1] += 1
             statistics.rejected_lengths[rejected.bit_length() - 1] += 1
             statistics.unequal_lengths += chosen != rejected
@@ -193,23 +250,39 @@ def _count(statistics: Statistics, identity: str, outcome: Outcome, side: str, c
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], layout: Layout, extra: Extra) -> None:
-    """Arguments of calls, schemas and carried objects are JSON text: Arrow would give each the keys of all others."""
+    """Arguments of calls, schemas and carried objects are JSON text: Arrow would give each the keys
+    of all others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
-    calls = pa.list_(pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)]))
+    calls = pa.list_(
+        pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)])
+    )
     kinds = {"weight": pa.int8(), "tool_calls": calls}
-    keys = [(key, kinds.get(key, pa.string())) for key in ("role", "content", *sorted(extra.message_keys))]
+    keys = [
+        (key, kinds.get(key, pa.string()))
+        for key in ("role", "content", *sorted(extra.message_keys))
+    ]
     conversation = pa.list_(pa.struct(keys))
     columns: dict[str, list[tuple[str, Any]]] = {
-        "pairs": [("prompt", conversation), ("chosen", conversation), ("rejected", conversation), ("margin", pa.float64()),
-                  ("chosen_score", pa.float64()), ("rejected_score", pa.float64())],
-        "groups": [("prompt", conversation), ("completions", pa.list_(conversation)), ("ranks", pa.list_(pa.int32())),
-                   ("scores", pa.list_(pa.float64()))],
+        "pairs": [
+            ("prompt", conversation),
+            ("chosen", conversation),
+            ("rejected", conversation),
+            ("margin", pa.float64()),
+            ("chosen_score", pa.float64()),
+            ("rejected_score", pa.float64()),
+        ],
+        "groups": [
+            ("prompt", conversation),
+            ("completions", pa.list_(conversation)),
+            ("ranks", pa.list_(pa.int32())),
+            ("scores", pa.list_(pa.float64())),
+        ],
         "labelled": [("prompt", conversation), ("completion", conversation), ("label", pa.bool_())],
         "sft": [("messages", conversation)],
-    }  # fmt: skip
+    }
     known = {"weight": pa.float64()}
     schema = pa.schema(
         [*columns[layout], ("source", pa.string()), ("row", pa.int64()), ("prompt_id", pa.string())]
@@ -218,7 +291,9 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], layout: Layout, extra
     if "tool_calls" in extra.message_keys:
         rows = [{k: _with_text_arguments(v) for k, v in row.items()} for row in rows]
     texts = [name for name in extra.columns if name not in known]
-    rows = [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows] if texts else rows
+    rows = (
+        [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows] if texts else rows
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
 
@@ -229,10 +304,17 @@ def _with_text_arguments(value: Any) -> Any:
     if isinstance(value, dict) and "arguments" in value:
         return value | {"arguments": as_text(value["arguments"])}
     if isinstance(value, dict):
-        return {k: _with_text_arguments(v) if k in ("tool_calls", "function") else v for k, v in value.items()}
+        return {
+            k: _with_text_arguments(v) if k in ("tool_calls", "function") else v
+            for k, v in value.items()
+        }
     return value
 
 
 def as_text(value: Any) -> str | None:
     """The value as a column of texts holds it: a text as it is, anything else as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return (
+        value
+        if value is None or isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, default=str)
+    )

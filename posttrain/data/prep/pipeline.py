@@ -24,7 +24,15 @@ from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.contamination import EvaluationSet
 from posttrain.data.prep.duplicates import PromptIndex
 from posttrain.data.prep.options import PrepConfig, TokenCounter
-from posttrain.data.prep.partition import OUTPUT_COLUMNS, Extra, PartitionJob, Statistics, as_text, run_partition, spill_record
+from posttrain.data.prep.partition import (
+    OUTPUT_COLUMNS,
+    Extra,
+    PartitionJob,
+    Statistics,
+    as_text,
+    run_partition,
+    spill_record,
+)
 from posttrain.data.prep.report import write_report
 from posttrain.data.prep.rows import prompt_id
 from posttrain.data.readers import Row, read_file, read_rows
@@ -36,41 +44,59 @@ _MAX_PARTITIONS = 256
 _GZIP_RATIO = 4
 
 
-def prepare(config: PrepConfig, *, count_tokens: TokenCounter | None = None, show_progress: bool = True) -> dict[str, Any]:
+def prepare(
+    config: PrepConfig, *, count_tokens: TokenCounter | None = None, show_progress: bool = True
+) -> dict[str, Any]:
     """Writes ``config.out`` whole or not at all, and returns its manifest.
 
-    Raises ValueError for a folder that is not empty, inputs of which no row is usable, and under ``strict`` for the first bad
-    row.
+    Raises ValueError for a folder that is not empty, inputs of which no row is usable, and under
+    ``strict`` for the first bad row.
     """
     if config.format not in get_args(Format):
-        raise ValueError(f"--format is one of {', '.join(get_args(Format))}; got {config.format!r}.")
+        raise ValueError(
+            f"--format is one of {', '.join(get_args(Format))}; got {config.format!r}."
+        )
     out = config.out.expanduser()
     refuse_filled(out)
     with whole_folder(out) as folder:
         return _prepare_in(folder, config, count_tokens, show_progress)
 
 
-def _prepare_in(folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool) -> dict[str, Any]:
+def _prepare_in(
+    folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool
+) -> dict[str, Any]:
     sources = {source: resolve(source, split=config.split) for source in config.inputs}
     for name in ("spill", "train", "test", "rejects"):
         (folder / name).mkdir()
     num_partitions = _num_partitions(sources)
     with _pool(config, num_partitions) as pool:
-        return _two_passes(folder, config, count_tokens, show_progress, sources, pool, num_partitions)
+        return _two_passes(
+            folder, config, count_tokens, show_progress, sources, pool, num_partitions
+        )
 
 
 def _two_passes(
-    folder: Path, config: PrepConfig, count_tokens: TokenCounter | None, show_progress: bool, sources: dict[str, Any], pool: Any,
+    folder: Path,
+    config: PrepConfig,
+    count_tokens: TokenCounter | None,
+    show_progress: bool,
+    sources: dict[str, Any],
+    pool: Any,
     num_partitions: int,
-) -> dict[str, Any]:  # fmt: skip
-    counts, representatives, extra, columns = _spill(folder, config, sources, num_partitions, show_progress, pool)
+) -> dict[str, Any]:
+    counts, representatives, extra, columns = _spill(
+        folder, config, sources, num_partitions, show_progress, pool
+    )
     if not counts["parsed"]:
         raise ValueError(
-            f"No row of {', '.join(config.inputs)} could be used ({counts['read']} read). First reason: {_first_reject(folder)}"
+            f"No row of {', '.join(config.inputs)} could be used ({counts['read']} read). First "
+            f"reason: {_first_reject(folder)}"
         )
     evaluation = None
     if config.decontaminate:
-        evaluation = EvaluationSet((r.values for name in config.decontaminate for r in read_rows(name)), n=config.ngram)
+        evaluation = EvaluationSet(
+            (r.values for name in config.decontaminate for r in read_rows(name)), n=config.ngram
+        )
     jobs = [
         PartitionJob(
             number=i,
@@ -88,7 +114,11 @@ def _two_passes(
         statistics.add(part)
     manifest = {
         "format_version": 2,
-        "inputs": [{"name": name, **d} for source in config.inputs for name, d in _digests(source, sources[source])],
+        "inputs": [
+            {"name": name, **d}
+            for source in config.inputs
+            for name, d in _digests(source, sources[source])
+        ],
         "options": config.recorded(),
         "counts": {**counts, **dict(sorted(statistics.counts.items()))},
         "dropped": dict(sorted(statistics.dropped.items())),
@@ -98,9 +128,14 @@ def _two_passes(
     return manifest
 
 
-def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics, config: PrepConfig) -> None:
+def _finish(
+    folder: Path, manifest: dict[str, Any], statistics: Statistics, config: PrepConfig
+) -> None:
     with (folder / "rejects.jsonl").open("wb") as out:
-        for path in [folder / "rejects" / "bad_rows.jsonl", *sorted((folder / "rejects").glob("[0-9]*.jsonl"))]:
+        for path in [
+            folder / "rejects" / "bad_rows.jsonl",
+            *sorted((folder / "rejects").glob("[0-9]*.jsonl")),
+        ]:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, out)
     for name in ("spill", "rejects"):
@@ -109,7 +144,8 @@ def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics, conf
         (folder / "test").rmdir()
     if not any((folder / "train").iterdir()):
         raise ValueError(
-            f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits, or choose another --strategy."
+            f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits, or "
+            "choose another --strategy."
         )
     (folder / "manifest.json").write_text(
         json.dumps(manifest, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -128,17 +164,28 @@ def _num_partitions(sources: dict[str, Any]) -> int:
 
 
 def _spill(
-    folder: Path, config: PrepConfig, sources: dict[str, Any], num_partitions: int, show_progress: bool, pool: Any
+    folder: Path,
+    config: PrepConfig,
+    sources: dict[str, Any],
+    num_partitions: int,
+    show_progress: bool,
+    pool: Any,
 ) -> tuple[dict[str, int], dict[str, str], Extra, dict[str, dict[str, int]]]:
-    """First pass: (rows read, parsed, rejected; near-duplicates of other prompts; further columns; use of columns)."""
+    """First pass: (rows read, parsed, rejected; near-duplicates of other prompts; further columns;
+    use of columns)."""
     counts = {"read": 0, "parsed": 0, "rejected": 0}
     columns: Counter[tuple[tuple[str, str], ...]] = Counter()
     extra = Extra()
     index = PromptIndex(pool) if config.near_duplicates != "off" else None
     with ExitStack() as stack:
-        files = [stack.enter_context((folder / "spill" / f"{i:05d}").open("wb")) for i in range(num_partitions)]
+        files = [
+            stack.enter_context((folder / "spill" / f"{i:05d}").open("wb"))
+            for i in range(num_partitions)
+        ]
         bad_rows = folder / "rejects" / "bad_rows.jsonl"
-        rejects = stack.enter_context(bad_rows.open("w", encoding="utf-8", errors="backslashreplace"))
+        rejects = stack.enter_context(
+            bad_rows.open("w", encoding="utf-8", errors="backslashreplace")
+        )
 
         def reject(file: str, row: int, reason: str, values: Any = None) -> None:
             if config.strict:
@@ -146,17 +193,25 @@ def _spill(
             counts["rejected"] += 1
             whole = {} if values is None else {"values": values}
             rejects.write(
-                json.dumps({"file": file, "row": row, "reason": reason, **whole}, ensure_ascii=False, default=str) + "\n"
+                json.dumps(
+                    {"file": file, "row": row, "reason": reason, **whole},
+                    ensure_ascii=False,
+                    default=str,
+                )
+                + "\n"
             )
 
         short = cache(partial(_short, sources=sources))
         for row in _progress(_rows(config, sources, reject), "reading", None, show_progress):
             source = short(row.file)
             try:
-                sample = read_sample(row.values, format=config.format, columns=config.columns, carry=config.carry)
+                sample = read_sample(
+                    row.values, format=config.format, columns=config.columns, carry=config.carry
+                )
                 if sample.weight != 1 and config.layout != "pairs":
                     raise ValueError(
-                        f"a weight ({sample.weight:g}) belongs to a pair; --layout {config.layout} has no place for it"
+                        f"a weight ({sample.weight:g}) belongs to a pair; --layout {config.layout} "
+                        "has no place for it"
                     )
                 carried = {
                     f"raw_{k}" if k in OUTPUT_COLUMNS else k: checked(as_text(row.values[k]) or "")
@@ -205,7 +260,10 @@ def _digests(source: str, resolved: Any) -> Iterator[tuple[str, dict[str, Any]]]
         return
     for path in resolved:
         with path.open("rb") as file:
-            yield _short(str(path), {source: None}), {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            yield (
+                _short(str(path), {source: None}),
+                {"sha256": hashlib.file_digest(file, "sha256").hexdigest()},
+            )
 
 
 def _first_reject(folder: Path) -> str:
@@ -222,13 +280,16 @@ def _run_jobs(jobs: list[PartitionJob], pool: Any) -> Iterator[Statistics]:
 
 
 def _pool(config: PrepConfig, num_partitions: int) -> Any:
-    """Worker processes, started before the first pass so that they are ready after it; a null context where one is enough."""
+    """Worker processes, started before the first pass so that they are ready after it; a null
+    context where one is enough."""
     workers = min(config.workers, num_partitions)
     if workers == 1:
         return nullcontext()
     import multiprocessing
 
-    return multiprocessing.get_context("spawn").Pool(workers, initializer=gc.disable)  # what partitions make has no cycles
+    return multiprocessing.get_context("spawn").Pool(
+        workers, initializer=gc.disable
+    )  # what partitions make has no cycles
 
 
 def _progress(items: Iterator[Any], text: str, total: int | None, show: bool) -> Iterator[Any]:
@@ -236,9 +297,22 @@ def _progress(items: Iterator[Any], text: str, total: int | None, show: bool) ->
     if not show:
         yield from items
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(text, total=total)
         every = 1 if total is not None else 512

@@ -16,7 +16,11 @@ from posttrain.data.row import Answer, Sample
 EMPTY, REPEATED_ANSWER, UNRATED = "empty answer", "repeated answer", "unrated answer"
 NOTHING = "nothing to compare: one answer, or all tied"
 NEAR_DUPLICATE, CONTAMINATED = "near-duplicate prompt", "shares an n-gram with the evaluation set"
-EQUAL, REPEATED, CONTRADICTORY = "equal sides", "repeated pair", "contradictory: both orders are preferred"
+EQUAL, REPEATED, CONTRADICTORY = (
+    "equal sides",
+    "repeated pair",
+    ("contradictory: both orders are preferred"),
+)
 MARGIN, NO_MARGIN = "margin below the minimum", "no scores, so no margin"
 LONG_CHARS, LONG_TOKENS = "longer than max_chars", "longer than max_tokens"
 
@@ -65,7 +69,11 @@ def prompt_id(prompt: list[Message], tools: list[Any] | None = None) -> str:
 
 
 def _more(message: Message) -> dict[str, Any]:
-    return {k: v for k, v in sorted(message.items()) if k not in ("role", "content")} if len(message) > 2 else {}
+    return (
+        {k: v for k, v in sorted(message.items()) if k not in ("role", "content")}
+        if len(message) > 2
+        else {}
+    )
 
 
 def outcome_of(identity: str, samples: list[Located], config: PrepConfig) -> Outcome:
@@ -81,13 +89,16 @@ def outcome_of(identity: str, samples: list[Located], config: PrepConfig) -> Out
         outcome.num_built += len(built)
         outcome.rows.extend(built)
     only = outcome.rows[0].values if len(outcome.rows) == 1 and config.min_margin is None else None
-    if config.layout == "pairs" and not (only and only["chosen"] != only["rejected"]):  # nothing to compare one row with
+    if config.layout == "pairs" and not (
+        only and only["chosen"] != only["rejected"]
+    ):  # nothing to compare one row with
         _check_pairs(outcome, config)
     return outcome
 
 
 def keep_short(outcome: Outcome, config: PrepConfig, lengths: dict[int, int]) -> None:
-    """Rows over a limit leave; ``lengths``: tokens of the longest conversation by id() of the row."""
+    """Rows over a limit leave; ``lengths``: tokens of the longest conversation by id() of the
+    row."""
     kept = []
     for row in outcome.rows:
         chars = max(sum(len(message_text(m)) for m in c) for c in row.conversations)
@@ -101,7 +112,8 @@ def keep_short(outcome: Outcome, config: PrepConfig, lengths: dict[int, int]) ->
 
 
 def _joined(samples: list[Located]) -> Iterator[Located]:
-    """Single answers to one prompt as one sample, labelled and rated ones apart: their ranks are of different kinds."""
+    """Single answers to one prompt as one sample, labelled and rated ones apart: their ranks are of
+    different kinds."""
     for layout in ("labelled", "rated"):
         scattered = [s for s in samples if s.sample.layout == layout]
         if scattered:
@@ -111,7 +123,8 @@ def _joined(samples: list[Located]) -> Iterator[Located]:
 
 
 def _clean(sample: Sample, dropped: list[str]) -> list[Answer]:
-    """Without empty and unrated answers, and without a second copy of the same answer with the same rank."""
+    """Without empty and unrated answers, and without a second copy of the same answer with the same
+    rank."""
     kept, seen = [], set()
     for answer in sample.answers:
         said = [m for m in answer.messages if m["role"] == "assistant"]
@@ -130,27 +143,48 @@ def _clean(sample: Sample, dropped: list[str]) -> list[Answer]:
 
 def _meta(identity: str, located: Located) -> dict[str, Any]:
     tools = {"tools": located.sample.tools} if located.sample.tools else {}
-    return {"source": located.source, "row": located.row, "prompt_id": identity, **tools, **located.carried}
+    return {
+        "source": located.source,
+        "row": located.row,
+        "prompt_id": identity,
+        **tools,
+        **located.carried,
+    }
 
 
-def _pair_rows(identity: str, located: Located, answers: list[Answer], config: PrepConfig) -> Iterator[OutRow]:
+def _pair_rows(
+    identity: str, located: Located, answers: list[Answer], config: PrepConfig
+) -> Iterator[OutRow]:
     prompt = located.sample.prompt
     seed = f"{config.seed}:{identity}"
     for i, j in index_pairs(answers, config.strategy, seed=seed, keep_ties=config.ties == "keep"):
         better, worse = answers[i], answers[j]
-        by_score = None if better.score is None or worse.score is None else better.score - worse.score
+        by_score = (
+            None if better.score is None or worse.score is None else better.score - worse.score
+        )
         sample = located.sample
         margin = by_score if sample.margin is None else sample.margin
         margin = 0.0 if better.rank == worse.rank else margin
         values = {
-            "prompt": prompt, "chosen": better.messages, "rejected": worse.messages, "margin": margin,
-            "chosen_score": better.score, "rejected_score": worse.score, **_meta(identity, located),
+            "prompt": prompt,
+            "chosen": better.messages,
+            "rejected": worse.messages,
+            "margin": margin,
+            "chosen_score": better.score,
+            "rejected_score": worse.score,
+            **_meta(identity, located),
             **({"weight": sample.weight} if sample.weight != 1 else {}),
-        }  # fmt: skip
-        yield OutRow(values=values, conversations=[prompt + better.messages, prompt + worse.messages], located=located)
+        }
+        yield OutRow(
+            values=values,
+            conversations=[prompt + better.messages, prompt + worse.messages],
+            located=located,
+        )
 
 
-def _group_rows(identity: str, located: Located, answers: list[Answer], _: PrepConfig) -> Iterator[OutRow]:
+def _group_rows(
+    identity: str, located: Located, answers: list[Answer], _: PrepConfig
+) -> Iterator[OutRow]:
     levels = sorted({a.rank for a in answers})
     if len(levels) < 2:
         return
@@ -159,14 +193,22 @@ def _group_rows(identity: str, located: Located, answers: list[Answer], _: PrepC
     if located.sample.margin is not None and len(ordered) == 2 and None in scores:
         scores = [located.sample.margin, 0.0]
     values = {
-        "prompt": located.sample.prompt, "completions": [a.messages for a in ordered],
-        "ranks": [levels.index(a.rank) for a in ordered], "scores": None if None in scores else scores,
+        "prompt": located.sample.prompt,
+        "completions": [a.messages for a in ordered],
+        "ranks": [levels.index(a.rank) for a in ordered],
+        "scores": None if None in scores else scores,
         **_meta(identity, located),
-    }  # fmt: skip
-    yield OutRow(values=values, conversations=[located.sample.prompt + a.messages for a in ordered], located=located)
+    }
+    yield OutRow(
+        values=values,
+        conversations=[located.sample.prompt + a.messages for a in ordered],
+        located=located,
+    )
 
 
-def _labelled_rows(identity: str, located: Located, answers: list[Answer], _: PrepConfig) -> Iterator[OutRow]:
+def _labelled_rows(
+    identity: str, located: Located, answers: list[Answer], _: PrepConfig
+) -> Iterator[OutRow]:
     ranks = [a.rank for a in answers]
     for answer in answers:
         label = answer.label
@@ -174,20 +216,38 @@ def _labelled_rows(identity: str, located: Located, answers: list[Answer], _: Pr
             label = answer.rank == min(ranks)
         if label is not None:
             values = {
-                "prompt": located.sample.prompt, "completion": answer.messages, "label": label, **_meta(identity, located)
-            }  # fmt: skip
-            yield OutRow(values=values, conversations=[located.sample.prompt + answer.messages], located=located)
+                "prompt": located.sample.prompt,
+                "completion": answer.messages,
+                "label": label,
+                **_meta(identity, located),
+            }
+            yield OutRow(
+                values=values,
+                conversations=[located.sample.prompt + answer.messages],
+                located=located,
+            )
 
 
-def _sft_rows(identity: str, located: Located, answers: list[Answer], _: PrepConfig) -> Iterator[OutRow]:
+def _sft_rows(
+    identity: str, located: Located, answers: list[Answer], _: PrepConfig
+) -> Iterator[OutRow]:
     good = [a for a in answers if a.label is not False]
     if good:
         best = min(good, key=lambda a: a.rank)
         conversation = located.sample.prompt + best.messages
-        yield OutRow(values={"messages": conversation, **_meta(identity, located)}, conversations=[conversation], located=located)
+        yield OutRow(
+            values={"messages": conversation, **_meta(identity, located)},
+            conversations=[conversation],
+            located=located,
+        )
 
 
-_LAYOUTS = {"pairs": _pair_rows, "groups": _group_rows, "labelled": _labelled_rows, "sft": _sft_rows}
+_LAYOUTS = {
+    "pairs": _pair_rows,
+    "groups": _group_rows,
+    "labelled": _labelled_rows,
+    "sft": _sft_rows,
+}
 
 
 def _check_pairs(outcome: Outcome, config: PrepConfig) -> None:

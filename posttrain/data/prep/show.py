@@ -24,8 +24,12 @@ def show(folder: Path, *, count: int, console: Console) -> None:
 
     files = sorted((folder / "train").glob("*.parquet"))
     if not files:
-        raise ValueError(f"{folder} has no train/*.parquet; give a folder that `posttrain prep` wrote.")
-    for row in itertools.islice((row for path in files for row in read_file(path)), count if count >= 0 else None):
+        raise ValueError(
+            f"{folder} has no train/*.parquet; give a folder that `posttrain prep` wrote."
+        )
+    for row in itertools.islice(
+        (row for path in files for row in read_file(path)), count if count >= 0 else None
+    ):
         values = row.values
         where = f"{values['source']}:{values['row']}"
         prompt = values.get("prompt") or values["messages"][:-1]
@@ -40,7 +44,10 @@ def _sides(values: dict[str, Any]) -> list[tuple[str, Text]]:
         margin = "" if values.get("margin") is None else f" (margin {values['margin']:g})"
         return [(f"chosen{margin}", chosen), ("rejected", rejected)]
     if "completions" in values:
-        return [(f"rank {r}", _plain(c)) for r, c in zip(values["ranks"], values["completions"], strict=True)]
+        return [
+            (f"rank {r}", _plain(c))
+            for r, c in zip(values["ranks"], values["completions"], strict=True)
+        ]
     if "completion" in values:
         return [("desirable" if values["label"] else "undesirable", _plain(values["completion"]))]
     return [("answer", _plain(values["messages"][-1:]))]
