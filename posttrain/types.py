@@ -365,7 +365,6 @@ class LossOutput:
                 "LossOutput needs either items=... (one term) or terms=[LossTerm(...), ...]; got "
                 + ("neither." if items is None else "both.")
             )
-        self.terms = (
-            tuple(terms) if terms else (LossTerm(items=items, unit=unit, aggregation=aggregation),)
-        )  # type: ignore[arg-type]
+        one = [] if items is None else [LossTerm(items=items, unit=unit, aggregation=aggregation)]
+        self.terms = (*terms, *one)
         self.metrics = dict(metrics or {})
