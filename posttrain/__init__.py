@@ -14,7 +14,7 @@ if (
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from posttrain.algorithms import Algorithm
+    from posttrain.algorithms import Algorithm, Credit, Rollout, credit
     from posttrain.data import DataConfig
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
@@ -32,16 +32,18 @@ if TYPE_CHECKING:
     from posttrain.types import (
         BatchStatistic,
         Completion,
+        Forward,
+        Logps,
+        Loss,
         LossOutput,
         LossTerm,
         Pair,
-        PairLogps,
         PromptGroup,
-        TokenLogps,
+        loss,
     )
 
 _NAMES = {
-    "algorithms": ("Algorithm",),
+    "algorithms": ("Algorithm", "Credit", "Rollout", "credit"),
     "data": ("DataConfig",),
     "models.adapters": ("LoraConfig",),
     "models.load": ("ModelConfig",),
@@ -59,12 +61,14 @@ _NAMES = {
     "types": (
         "BatchStatistic",
         "Completion",
+        "Forward",
+        "Logps",
+        "Loss",
         "LossOutput",
         "LossTerm",
         "Pair",
-        "PairLogps",
         "PromptGroup",
-        "TokenLogps",
+        "loss",
     ),
 }
 _HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}

@@ -11,11 +11,14 @@ token belongs to).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import WRAPPER_ASSIGNMENTS, cached_property
+from inspect import Parameter, signature
 from itertools import combinations
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,57 +33,119 @@ SCORE_SLOT = 0
 input. What is 'predicted' there is read from the hidden state of the last real token."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One answer to a prompt: token ids, and which of them are trained.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ragged:
+    """A column of lists, one for each token: ``values`` end to end, ``ends[i]`` where token i's
+    list ends. Arrays of numpy in a ``Completion``, tensors in a packed batch."""
 
-    ``loss_mask[i]`` says whether ``token_ids[i]`` is predicted by the loss. In a multi-turn
-    conversation the user turns after the first trained token lie inside the completion with mask 0.
+    values: Any
+    ends: Any
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
+        """From one list for each token."""
+        ends = np.cumsum([len(x) for x in lists], dtype=np.int64)
+        return cls(values=np.asarray([i for x in lists for i in x], np.int64), ends=ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ragged) and all(
+            np.array_equal(a, b) for a, b in ((self.values, other.values), (self.ends, other.ends))
+        )
+
+    def take(self, mask: Any) -> list[Any]:
+        """The lists of the tokens where ``mask`` is true."""
+        return [x for x, m in zip(np.split(self.values, self.ends[:-1]), mask, strict=True) if m]
+
+    def to(self, device: Any) -> Ragged:
+        """The same tensors on ``device``."""
+        return Ragged(values=self.values.to(device), ends=self.ends.to(device))
+
+
+Column = float | Any
+"""A number for the whole completion; an array or list with a number for each token; ``Ragged``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Completion:
+    """One answer to a prompt: token ids, which of them are trained, and what else is known of it.
+
+    ``loss_mask[i]`` says whether the loss predicts ``token_ids[i]``. In a multi-turn conversation
+    the user turns after the first trained token lie inside the completion with mask 0.
+
+    ``columns`` holds what losses read by name: a number, or one for each token (``Ragged`` for a
+    list for each token). The names that posttrain itself writes:
+
+        label             1 desirable, -1 undesirable, 0 not rated (KTO)
+        advantage         how much better than its baseline the completion, or the token, was
+        sampler_logps     log-prob of each token under the distribution that it was drawn from
+        proximal_logps    log-prob of each token before the first update on this batch (pi_old)
+        kept_ids          the token ids that top-k, top-p or min-p left to draw each token from
     """
 
-    token_ids: Sequence[int]
-    loss_mask: Sequence[bool | int]
-    label: bool | None = None
-    """Unpaired feedback (KTO): True desirable, False undesirable, None not rated."""
-    advantage: float | None = None
-    """Reinforcement learning: how much better than its baseline this completion was; None
-    elsewhere."""
-    token_advantages: Sequence[float] | None = None
-    """One per token, where they differ along the completion (a KL penalty inside the reward); None:
-    ``advantage`` everywhere."""
-    sampler_logps: Sequence[float] | None = None
-    """One per token: log-prob under the distribution it was drawn from, temperature and truncation
-    included."""
-    proximal_logps: Sequence[float] | None = None
-    """One per token: log-prob under the policy as it was before the first update on these
-    completions (PPO's pi_old, k1.5's pi_theta_i); None: that policy is the present one."""
-    kept_ids: Sequence[Sequence[int]] | None = None
-    """One per token: the token ids that top-k, top-p or min-p left to draw from, over which its
-    log-probs are renormalised; None: the whole vocabulary."""
+    token_ids: Any
+    loss_mask: Any
+    columns: Mapping[str, Column] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.loss_mask):
+        ids, mask = np.asarray(self.token_ids), np.asarray(self.loss_mask, dtype=bool)
+        if len(ids) != len(mask):
             raise ValueError(
-                f"Completion needs one loss_mask entry per token; got {len(self.token_ids)} "
-                f"token_ids and {len(self.loss_mask)} loss_mask entries. Pad or cut the mask where "
-                "the tokens are made."
+                f"Completion needs one loss_mask entry per token; got {len(ids)} token_ids and "
+                f"{len(mask)} loss_mask entries. Pad or cut the mask where the tokens are made."
             )
-        if len(self.token_ids) == 0:
+        if len(ids) == 0:
             raise ValueError(
                 "Completion needs at least one token; got none. Drop the sample and count it."
             )
-        for name in ("token_advantages", "sampler_logps", "proximal_logps", "kept_ids"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.token_ids):
+        columns = {name: _as_column(value) for name, value in self.columns.items()}
+        for name, column in columns.items():
+            if not isinstance(column, float) and len(column) != len(ids):
                 raise ValueError(
-                    f"Completion.{name} needs one entry per token; got {len(values)} "
-                    f"for {len(self.token_ids)}."
+                    f"The column {name!r} of a Completion is one number, or one per token; got "
+                    f"{len(column)} for {len(ids)} tokens."
                 )
+        vars(self).update(token_ids=ids, loss_mask=mask, columns=columns)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Completion)
+            and np.array_equal(self.token_ids, other.token_ids)
+            and np.array_equal(self.loss_mask, other.loss_mask)
+            and self.columns.keys() == other.columns.keys()
+            and all(_equal(v, other.columns[n]) for n, v in self.columns.items())
+        )
+
+    @cached_property
+    def trained(self) -> Any:
+        """Indices of the trained tokens."""
+        return np.flatnonzero(self.loss_mask)
 
     @property
     def num_trained(self) -> int:
         """Trained tokens of this completion."""
-        return int(sum(bool(m) for m in self.loss_mask))
+        return len(self.trained)
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that must be computed: those before the last trained one (0 if none is)."""
+        return int(self.trained[-1]) if len(self.trained) else 0
+
+    def with_columns(self, **columns: Column) -> Completion:
+        """The same completion with these columns too."""
+        return replace(self, columns={**self.columns, **columns})
+
+
+def _equal(a: Column, b: Column) -> bool:
+    return a == b if isinstance(a, Ragged) else bool(np.array_equal(a, b))
+
+
+def _as_column(value: Any) -> Column:
+    if isinstance(value, Ragged):
+        return value
+    return np.asarray(value) if np.ndim(value) else float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +162,26 @@ class Pair:
     """How often the pair counts: weight 2 trains as the same pair twice, 0 as leaving it out."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PromptGroup:
     """One prompt and its K completions: the unit of every method (SFT: K = 1; DPO: K = 2; GRPO: K =
     G)."""
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Any
     completions: Sequence[Completion]
     pairs: Sequence[Pair] | None = None
     """Comparisons to train on. None: the completions are ranked, best first, and all C(K, 2) pairs
     count."""
+    inputs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What else the model is called with, by keyword (``pixel_values``, ...): arrays whose first
+    dimension is the prompt's own. Such groups run through the model's own forward, one sequence at
+    a time; every cache key and digest has them."""
     meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Where it comes from: ``file``, ``row``; read by error messages and reward functions, never by
     the forward."""
 
     def __post_init__(self) -> None:
+        vars(self).update(prompt_ids=np.asarray(self.prompt_ids))
         if len(self.prompt_ids) == 0:
             raise ValueError(
                 "PromptGroup needs at least one prompt token: the first completion token is "
@@ -135,6 +205,17 @@ class PromptGroup:
                 raise ValueError(
                     f"{self.where}: {pair} must compare two completions with a finite weight >= 0."
                 )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, PromptGroup)
+            and np.array_equal(self.prompt_ids, other.prompt_ids)
+            and list(self.completions) == list(other.completions)
+            and (self.pairs and list(self.pairs)) == (other.pairs and list(other.pairs))
+            and self.inputs.keys() == other.inputs.keys()
+            and all(np.array_equal(v, other.inputs[n]) for n, v in self.inputs.items())
+            and dict(self.meta) == dict(other.meta)
+        )
 
     @property
     def where(self) -> str:
@@ -181,16 +262,16 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The trained tokens of a micro-batch, flat: where they belong, and what is known of them
-    besides their log-probs.
+    """The trained tokens of a micro-batch, flat: where they belong, and what is known of them.
 
     ``targets_T`` [T] token ids; ``sequence_T`` [T] completion index in 0..S-1; ``group_S`` [S]
     group index in 0..P-1; ``num_tokens_S`` [S] trained tokens of each completion (0 possible);
     ``group_size_S`` [S] completions of the *whole* group that have a trained token, also when only
     a part of the group is in this micro-batch; ``pairs_B2`` [B, 2] the chosen and the rejected
     completion of each pair that is in it (indices into S), ``margin_B`` and ``weight_B`` [B] its
-    margin and weight; ``label_S`` [S] 1 desirable, -1 undesirable, 0 not rated. Floating ones:
-    float64 in a ``PackedBatch``, in the log-probs' dtype for a loss.
+    margin and weight. Columns of the completions by name: ``columns_S`` where each has one number,
+    ``columns_T`` where one has a number for each token. Floating ones: float64 in a
+    ``PackedBatch``, in the log-probs' dtype for a loss.
     """
 
     targets_T: Tensor
@@ -201,30 +282,83 @@ class Targets:
     pairs_B2: Tensor
     margin_B: Tensor
     weight_B: Tensor
-    label_S: Tensor
-    advantage_S: Tensor | None = None
-    """[S] ``Completion.advantage`` (0 where it is None); None outside of reinforcement learning."""
-    advantage_T: Tensor | None = None
-    """[T] ``Completion.token_advantages``, or the completion's ``advantage`` at each of its
-    tokens."""
-    sampler_T: Tensor | None = None
-    """[T] ``Completion.sampler_logps``; None if a completion has none."""
-    given_proximal_T: Tensor | None = None
-    """[T] ``Completion.proximal_logps``; None if a completion has none."""
+    columns_S: Mapping[str, Tensor] = field(default_factory=dict)
+    columns_T: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Forward(NamedTuple):
+    """What a model's forward gives for the trained tokens of a packed batch."""
+
+    logps_T: Tensor
+    """[T] natural-log probabilities, at least float32."""
+    outputs: dict[str, Tensor] = {}
+    """What the loss asked for beside them (``Loss.outputs``), [T] or [T, ...] each."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Forward:
+        """``function`` of each tensor."""
+        outputs = {name: function(value) for name, value in self.outputs.items()}
+        return Forward(function(self.logps_T), outputs)
+
+    @classmethod
+    def join(cls, parts: Sequence[Forward]) -> Forward:
+        """Parts end to end."""
+        import torch
+
+        outputs = {n: torch.cat([part.outputs[n] for part in parts]) for n in parts[0].outputs}
+        return cls(torch.cat([part.logps_T for part in parts]), outputs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that a loss may differentiate."""
+        return [self.logps_T, *self.outputs.values()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenLogps(Targets):
-    """What a forward gives a loss: log-probs of the trained tokens, and all that ``Targets`` says
-    of them."""
+class Logps(Targets):
+    """What a loss gets: log-probs of the trained tokens, by ``logps["name"]`` the columns of the
+    completions and the outputs that the loss asked for, and all that ``Targets`` says of them.
+
+    For a pair, w is the chosen and l the rejected completion.
+    """
 
     logps_T: Tensor
     """[T] natural-log probabilities, at least float32, with gradient."""
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the forward computed because the loss asks for it, with gradient."""
     reference_T: Tensor | None = None
     """[T] log-probs of the same tokens under the reference model, without gradient; None where the
     loss needs none."""
     batch_mean: Tensor | None = None
     """[] the loss's own statistic of the global batch (``BatchStatistic``), a constant."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.outputs or name in self.columns_T or name in self.columns_S
+
+    def __getitem__(self, name: str) -> Any:
+        """A column, [S] or [T], or an output of the forward. ValueError names those that are
+        there."""
+        for there in (self.outputs, self.columns_T, self.columns_S):
+            if name in there:
+                return there[name]
+        names = ", ".join([*self.columns_S, *self.columns_T, *self.outputs]) or "no column"
+        raise ValueError(
+            f"This loss reads {name!r}, which its batch does not have; it has {names}. Set the "
+            "column where the completions are made (Completion.columns), or ask the forward for "
+            "the output (Loss.outputs)."
+        )
+
+    def by_token(self, name: str) -> Tensor:
+        """[T] a column or output; the one number of a completion stands at each of its tokens."""
+        by_completion = self.columns_S.get(name)
+        return self[name] if by_completion is None else by_completion[self.sequence_T]
+
+    def by_completion(self, name: str) -> Tensor:
+        """[S] a column with one number for each completion. ValueError where it has more."""
+        if name not in self.columns_S and name in self:
+            raise ValueError(
+                f"This loss reads one {name} for each completion; its batch has one per token."
+            )
+        return self[name]
 
     def sum_by_sequence(self, values_T: Tensor) -> Tensor:
         """values_S[s] = sum of values_T over the trained tokens of completion s; 0 for a completion
@@ -239,7 +373,7 @@ class TokenLogps(Targets):
 
         Where none were computed the present policy is that policy, and the ratio is exactly 1.
         """
-        return self.logps_T.detach() if self.given_proximal_T is None else self.given_proximal_T
+        return self["proximal_logps"] if "proximal_logps" in self else self.logps_T.detach()
 
     @cached_property
     def logps_S(self) -> Tensor:
@@ -252,7 +386,7 @@ class TokenLogps(Targets):
         if self.reference_T is None:
             raise ValueError(
                 "This loss reads reference log-probs, but the run has no reference. Remove "
-                "needs_reference = False from the loss."
+                "reference=False from its declaration."
             )
         return self.sum_by_sequence(self.reference_T)
 
@@ -260,11 +394,6 @@ class TokenLogps(Targets):
     def logratio_S(self) -> Tensor:
         """[S] log pi(y | x) - log pi_ref(y | x), summed over trained tokens."""
         return self.logps_S - self.reference_S
-
-
-class PairLogps(TokenLogps):
-    """The view of preference losses: [B] tensors over the pairs; w is the chosen, l the rejected
-    completion."""
 
     def of_chosen(self, values_S: Tensor) -> Tensor:
         """[B] a value of the chosen completion of each pair."""
@@ -316,14 +445,14 @@ class BatchStatistic:
     """A mean over the whole global batch under the present policy that a loss needs before its
     first item (KTO's z0).
 
-    A loss declares it as ``my_loss.batch_statistic = BatchStatistic(...)``. The step computes it in
+    A loss declares it as ``@loss(statistic=BatchStatistic(...))``. The step computes it in
     a forward without gradient, reduces it over ranks and hands it in as the constant
     ``logps.batch_mean``.
     """
 
     groups: Callable[[Sequence[PromptGroup]], Sequence[PromptGroup]]
     """The sequences to forward, made from the groups of the global batch."""
-    items: Callable[[TokenLogps], Tensor]
+    items: Callable[[Logps], Tensor]
     """[S] one value per completion of those; the statistic is their mean."""
 
 
@@ -368,3 +497,79 @@ class LossOutput:
         one = [] if items is None else [LossTerm(items=items, unit=unit, aggregation=aggregation)]
         self.terms = (*terms, *one)
         self.metrics = dict(metrics or {})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss:
+    """A function ``logps -> LossOutput`` and what the step must know of it. ``@loss(...)`` makes
+    one; a plain function is taken to need a reference and to couple the completions of a group,
+    which is exact for every loss and only slower."""
+
+    function: Callable[..., LossOutput]
+    reference: bool = True
+    """Whether it reads ``reference_T``."""
+    couples_completions: bool = True
+    """Whether an item depends on more than one completion. Groups over the token budget are cut
+    between completions only for losses that do not."""
+    outputs: tuple[Any, ...] = ()
+    """What the forward computes beside log-probs: names (``entropy``) or ``Output`` objects."""
+    statistic: BatchStatistic | None = None
+    """What is averaged over the global batch before the first item."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword options of the function that are set."""
+    implicit_beta: float | None = None
+    """Scale of the rewards that are logged; None: the function's own ``beta``, else 0.1."""
+
+    def __post_init__(self) -> None:
+        wrap(self, self.function)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(vars(self)["__qualname__"])
+
+    def __call__(self, logps: Any, **options: Any) -> LossOutput:
+        """The function's result for one micro-batch."""
+        return self.function(logps, **{**self.options, **options})
+
+    @property
+    def accepts(self) -> set[str]:
+        """Names of its keyword options."""
+        found = signature(self.function).parameters.values()
+        return {p.name for p in found if p.kind is Parameter.KEYWORD_ONLY}
+
+    @property
+    def beta(self) -> float:
+        """What the logged rewards are scaled with."""
+        if self.implicit_beta is not None:
+            return self.implicit_beta
+        parameter = signature(self.function).parameters.get("beta")
+        return float(self.options.get("beta", 0.1 if parameter is None else parameter.default))
+
+    def with_options(self, **options: Any) -> Loss:
+        """The same loss with more options set. ValueError for one that it does not have."""
+        if unknown := sorted(set(options) - self.accepts):
+            raise ValueError(
+                f"{self.name} has no option {unknown[0]!r}; it has "
+                f"{', '.join(sorted(self.accepts)) or 'none'}."
+            )
+        return replace(self, options={**self.options, **options})
+
+
+def wrap(wrapper: Any, function: Callable[..., Any]) -> None:
+    """Name, documentation and signature of ``function`` for an object that is called in its
+    place."""
+    vars(wrapper).update(__qualname__=repr(function), __wrapped__=function)
+    for name in WRAPPER_ASSIGNMENTS:
+        if hasattr(function, name):
+            vars(wrapper)[name] = getattr(function, name)
+
+
+def loss(**declared: Any) -> Callable[[Callable[..., LossOutput]], Loss]:
+    """``@loss(reference=False, couples_completions=False)`` above a loss function."""
+    return lambda function: Loss(function=function, **declared)
+
+
+def as_loss(function: Callable[..., LossOutput]) -> Loss:
+    """A ``Loss`` as it is; a plain function with the declarations that are right for any."""
+    return function if isinstance(function, Loss) else Loss(function=function)

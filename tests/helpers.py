@@ -97,6 +97,19 @@ def plain_logps(model: nn.Module, group: PromptGroup, k: int) -> Tensor:
     return logps[len(group.prompt_ids) - 1 :][mask]
 
 
+def plain_states(model: nn.Module, group: PromptGroup, k: int) -> tuple[Tensor, Tensor]:
+    """(entropy, hidden states) at the positions that predict the trained tokens of one completion,
+    by the model's own forward."""
+    completion = group.completions[k]
+    ids = torch.tensor([[*group.prompt_ids, *completion.token_ids]])
+    output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    mask = torch.tensor([bool(m) for m in completion.loss_mask])
+    start = len(group.prompt_ids) - 1
+    logits, hidden = (x[0, start:-1][mask] for x in (output.logits, output.hidden_states[-1]))
+    logps = torch.log_softmax(logits, -1)
+    return -(logps.exp() * logps).sum(-1), hidden
+
+
 def reference_gradient(
     model: nn.Module, groups: Sequence[PromptGroup], value: Callable[[list[list[Tensor]]], Tensor]
 ) -> tuple[float, dict[str, Tensor]]:

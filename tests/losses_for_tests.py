@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from posttrain.losses.policy import clipped, mirror_descent
-from posttrain.types import Completion, LossOutput, LossTerm, PromptGroup, TokenLogps
+from posttrain.losses.policy import clipped, mirror_descent, objective
+from posttrain.types import Completion, Logps, LossOutput, LossTerm, PromptGroup, loss
+from tests.helpers import plain_logps, plain_states
 
 
-def all_pairs(logps: TokenLogps) -> LossOutput:
+def all_pairs(logps: Logps) -> LossOutput:
     """-log sigmoid(l_i - l_j) over all i < j of a group, mean over pairs then groups; plus 0.1 *
     token-mean NLL.
 
@@ -54,6 +55,37 @@ def all_pairs_reference(logps: list[list[Tensor]]) -> Tensor:
     return total / len(logps) - 0.1 * tokens.sum() / tokens.numel()
 
 
+@loss(reference=False, outputs=("entropy", "hidden"))
+def surprising_pairs(logps: Logps) -> LossOutput:
+    """sigmoid(s_i - s_j) over all i < j of a group, s the completion's sum of entropies plus 0.1
+    log pi plus the sum of its squared hidden states: reads and couples all that a forward gives."""
+    parts_T = logps["entropy"] + 0.1 * logps.logps_T + logps["hidden"].pow(2).sum(-1) / 100
+    score_S = logps.sum_by_sequence(parts_T)
+    items = []
+    for p in range(int(logps.group_S.max()) + 1):
+        mine = (logps.group_S == p) & (logps.num_tokens_S > 0)
+        scores = score_S[mine]
+        i, j = torch.triu_indices(len(scores), len(scores), 1)
+        items.append(torch.sigmoid(scores[i] - scores[j]).sum() + 0 * score_S.sum())
+    return LossOutput(items=torch.stack(items), unit="group")
+
+
+def surprising_pairs_reference(model: nn.Module, groups: Sequence[PromptGroup]) -> Tensor:
+    """The same, one sequence at a time."""
+    total = 0.0
+    for group in groups:
+        scores = []
+        for k, completion in enumerate(group.completions):
+            if completion.num_trained:
+                entropy, hidden = plain_states(model, group, k)
+                logps = plain_logps(model, group, k)
+                scores.append((entropy + 0.1 * logps + hidden.pow(2).sum(-1) / 100).sum())
+        total = total + sum(
+            torch.sigmoid(a - b) for n, a in enumerate(scores) for b in scores[n + 1 :]
+        )
+    return total / sum(group.num_trained > 0 for group in groups)
+
+
 def as_rollouts(groups: Sequence[PromptGroup], *, seed: int) -> list[PromptGroup]:
     """The same tokens with advantages, the sampler's log-probs and those from before the first
     update."""
@@ -61,8 +93,7 @@ def as_rollouts(groups: Sequence[PromptGroup], *, seed: int) -> list[PromptGroup
 
     def rolled(c: Completion) -> Completion:
         old = [rng.uniform(-6, -3) for _ in c.token_ids]
-        return replace(
-            c,
+        return c.with_columns(
             advantage=rng.gauss(0, 1),
             proximal_logps=old,
             sampler_logps=[p - rng.gauss(0, 0.5) for p in old],
@@ -71,17 +102,12 @@ def as_rollouts(groups: Sequence[PromptGroup], *, seed: int) -> list[PromptGroup
     return [replace(g, completions=[rolled(c) for c in g.completions], pairs=()) for g in groups]
 
 
-def policy_loss(logps: TokenLogps) -> LossOutput:
-    """PPO's clipped surrogate, tokens weighed by min(pi_old / pi_sampler, 1.5)."""
-    return clipped(logps, epsilon_high=0.4, correction="token_truncate", correction_cap=1.5)
-
-
-def k15_loss(logps: TokenLogps) -> LossOutput:
-    """Kimi k1.5's, tau 0.5."""
-    return mirror_descent(logps, tau=0.5)
-
-
-policy_loss.couples_completions = k15_loss.couples_completions = False
+policy_loss = objective(
+    clipped.with_options(epsilon_high=0.4), correction="token_truncate", correction_cap=1.5
+)
+"""PPO's clipped surrogate, tokens weighed by min(pi_old / pi_sampler, 1.5)."""
+k15_loss = mirror_descent.with_options(tau=0.5)
+"""Kimi k1.5's, tau 0.5."""
 
 
 def policy_reference(groups: Sequence[PromptGroup]) -> Callable[[list[list[Tensor]]], Tensor]:
@@ -118,9 +144,9 @@ def _by_completion(
     found = []
     for group, row in zip(groups, logps, strict=True):
         for c, lp in zip(group.completions, row, strict=True):
-            kept = [i for i, m in enumerate(c.loss_mask) if m]
             old, sampler = (
-                lp.new_tensor([v[i] for i in kept]) for v in (c.proximal_logps, c.sampler_logps)
+                lp.new_tensor(c.columns[name][c.loss_mask])
+                for name in ("proximal_logps", "sampler_logps")
             )
-            found.append((lp, old, sampler, c.advantage))
+            found.append((lp, old, sampler, c.columns["advantage"]))
     return found

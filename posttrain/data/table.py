@@ -46,31 +46,38 @@ def to_record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, 
     return {
         "prompt_ids": group.prompt_ids,
         "completion_ids": [c.token_ids for c in group.completions],
-        "loss_mask": [c.loss_mask for c in group.completions],
+        "loss_mask": [c.loss_mask.astype("u1") for c in group.completions],
         "pairs": None if group.pairs is None else [vars(pair) for pair in group.pairs],
-        "label": [0 if c.label is None else 1 if c.label else -1 for c in group.completions],
+        "label": [int(c.columns.get("label", 0)) for c in group.completions],
         "file": file_numbers[group.meta["file"]],
         "row": group.meta["row"],
         "prompt_hash": prompt_hash(group),
         "num_tokens": group.num_tokens_shared,
         "longest": len(group.prompt_ids) + max(len(c.token_ids) for c in group.completions),
         "num_pairs": len(group.trained_pairs),
-        "num_labels": sum(c.label is not None for c in group.completions),
+        "num_labels": num_labels(group),
     }
+
+
+def num_labels(group: PromptGroup) -> int:
+    """Completions that are rated desirable or not."""
+    return sum(bool(c.columns.get("label")) for c in group.completions)
 
 
 def to_group(columns: Any, row: int, files: Sequence[str]) -> PromptGroup:
     """What ``to_record`` wrote, as it was."""
 
-    def lists(name: str) -> list[list[int]]:
-        return [value.values.to_numpy().tolist() for value in columns.column(name)[row].values]
+    def lists(name: str) -> list[Any]:
+        return [value.values.to_numpy() for value in columns.column(name)[row].values]
 
     pairs = columns.column("pairs")[row].as_py()
     labels = columns.column("label")[row].as_py()
     return PromptGroup(
-        prompt_ids=columns.column("prompt_ids")[row].values.to_numpy().tolist(),
+        prompt_ids=columns.column("prompt_ids")[row].values.to_numpy(),
         completions=[
-            Completion(token_ids=ids, loss_mask=mask, label=None if label == 0 else label > 0)
+            Completion(
+                token_ids=ids, loss_mask=mask, columns={"label": label} if any(labels) else {}
+            )
             for ids, mask, label in zip(
                 lists("completion_ids"), lists("loss_mask"), labels, strict=True
             )

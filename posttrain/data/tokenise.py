@@ -143,9 +143,11 @@ class RowEncoder:
                 "into the template and pass it with --data.chat_template."
             )
         is_labelled = sample.layout == "labelled"
-        labels = [a.label if is_labelled else None for a in sample.answers]
         completions = [
-            replace(g.completions[0], label=label) for g, label in zip(encoded, labels, strict=True)
+            g.completions[0].with_columns(label=0 if a.label is None else 1 if a.label else -1)
+            if is_labelled
+            else g.completions[0]
+            for g, a in zip(encoded, sample.answers, strict=True)
         ]
         pairs = [] if is_labelled else compared_pairs(sample)
         return PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta=meta)
@@ -220,7 +222,11 @@ def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Enco
         completions[p.chosen].token_ids == completions[p.rejected].token_ids for p in group.pairs
     ):
         return Encoded(group=None, reason=SAME_SIDES)
-    if group.pairs is not None and not group.pairs and all(c.label is None for c in completions):
+    if (
+        group.pairs is not None
+        and not group.pairs
+        and not any(c.columns.get("label") for c in completions)
+    ):
         return Encoded(group=None, reason=ALL_TIED)
     if scored:
         completions = [

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
-from posttrain.losses.preference_metrics import loss_beta
-from posttrain.types import LossOutput
+from posttrain.types import Loss, LossOutput, as_loss
 
 
-def weighted_sum(
-    losses: Sequence[tuple[float, Callable[..., LossOutput]]],
-) -> Callable[..., LossOutput]:
+def weighted_sum(losses: Sequence[tuple[float, Callable[..., LossOutput]]]) -> Loss:
     """sum of weight * loss: every term keeps its unit and its own global denominator.
 
     The sum couples completions or needs the reference if one of the losses does. A metric that
@@ -21,11 +17,10 @@ def weighted_sum(
     twice). Raises ValueError for no loss at all and for two losses with different batch statistics:
     there is one per step.
     """
-    statistics = {
-        id(s): s for _, f in losses if (s := getattr(f, "batch_statistic", None)) is not None
-    }
-    names = [getattr(f, "__name__", "loss") for _, f in losses]
-    if not losses:
+    terms = [(weight, as_loss(function)) for weight, function in losses]
+    statistics = {id(f.statistic): f.statistic for _, f in terms if f.statistic is not None}
+    names = [f.name.rpartition(".")[2] for _, f in terms]
+    if not terms:
         raise ValueError("weighted_sum needs at least one (weight, loss); got none.")
     if len(statistics) > 1:
         raise ValueError(
@@ -33,29 +28,30 @@ def weighted_sum(
             f"{len(statistics)}. Use one of them."
         )
 
-    def loss(logps: Any) -> LossOutput:
-        outputs = [function(logps) for _, function in losses]
-        terms = [
+    def total(logps: Any) -> LossOutput:
+        results = [function(logps) for _, function in terms]
+        weighted = [
             replace(term, weight=term.weight * weight)
-            for (weight, _), output in zip(losses, outputs, strict=True)
-            for term in output.terms
+            for (weight, _), result in zip(terms, results, strict=True)
+            for term in result.terms
         ]
         metrics: dict[str, Any] = {}
-        for i, output in enumerate(outputs):
+        for i, result in enumerate(results):
             name = names[i] if names.count(names[i]) == 1 else f"{names[i]}#{i}"
-            twice = {m for m in output.metrics if sum(m in other.metrics for other in outputs) > 1}
+            twice = {m for m in result.metrics if sum(m in o.metrics for o in results) > 1}
             metrics.update(
-                {f"{name}/{m}" if m in twice else m: value for m, value in output.metrics.items()}
+                {f"{name}/{m}" if m in twice else m: value for m, value in result.metrics.items()}
             )
-        return LossOutput(terms=terms, metrics=metrics)
+        return LossOutput(terms=weighted, metrics=metrics)
 
-    loss.__name__ = loss.__qualname__ = " + ".join(
-        f"{w:g}*{n}" for (w, _), n in zip(losses, names, strict=True)
+    parts = [f"{w:g}*{n}" for (w, _), n in zip(terms, names, strict=True)]
+    total.__name__ = total.__qualname__ = " + ".join(parts)
+    betas = [f.beta for _, f in terms if "beta" in f.accepts or "beta" in f.options]
+    return Loss(
+        function=total,
+        reference=any(f.reference for _, f in terms),
+        couples_completions=any(f.couples_completions for _, f in terms),
+        outputs=tuple(dict.fromkeys(o for _, f in terms for o in f.outputs)),
+        statistic=next(iter(statistics.values()), None),
+        implicit_beta=betas[0] if betas else None,
     )
-    loss.couples_completions = any(getattr(f, "couples_completions", True) for _, f in losses)  # type: ignore[attr-defined]
-    loss.needs_reference = any(getattr(f, "needs_reference", True) for _, f in losses)  # type: ignore[attr-defined]
-    with_beta = [f for _, f in losses if hasattr(f, "beta") or "beta" in signature(f).parameters]
-    loss.beta = loss_beta(with_beta[0]) if with_beta else 0.1  # type: ignore[attr-defined]
-    if statistics:
-        loss.batch_statistic = next(iter(statistics.values()))  # type: ignore[attr-defined]
-    return loss

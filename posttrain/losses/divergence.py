@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from posttrain.types import PairLogps
+from posttrain.types import Logps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,13 +46,13 @@ def f_prime(logratio: Tensor, divergence: Divergence, *, alpha: float = 0.5) -> 
     )
 
 
-def divergence_gap(logps: PairLogps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+def divergence_gap(logps: Logps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
     """[B] f'(u_w) - f'(u_l); for reverse_kl the log-ratio gap h itself."""
     chosen = f_prime(logps.chosen_logratio_B, divergence, alpha=alpha)
     return chosen - f_prime(logps.rejected_logratio_B, divergence, alpha=alpha)
 
 
-def mean_divergence_gap(logps: PairLogps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+def mean_divergence_gap(logps: Logps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
     """[B] f'(u_w) / |y_w| - f'(u_l) / |y_l|; for reverse_kl w / |y_w| - l / |y_l|."""
     chosen = f_prime(logps.chosen_logratio_B, divergence, alpha=alpha) / logps.chosen_length_B
     return (

@@ -3,7 +3,7 @@
 
 For a pair, w = log pi(y_w|x) - log pi_ref(y_w|x), l the same of y_l, both *summed* over the trained
 tokens of the completion, and h = w - l. |y| counts trained tokens. Losses without a reference say
-``needs_reference = False``.
+``@loss(reference=False)``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from posttrain.losses.divergence import Divergence, divergence_gap, mean_divergence_gap
 from posttrain.losses.preference_metrics import reward_metrics
 from posttrain.losses.unpaired import kto
-from posttrain.types import LossOutput, PairLogps
+from posttrain.types import Logps, LossOutput, loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ __all__ = [
 
 
 def dpo(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     reference_free: bool = False,
@@ -75,7 +75,7 @@ def dpo(
 
 
 def cdpo(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.1,
@@ -94,7 +94,7 @@ def cdpo(
 
 
 def robust(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.1,
@@ -114,7 +114,7 @@ def robust(
 
 
 def ipo(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     f_divergence: Divergence = "reverse_kl",
@@ -127,7 +127,7 @@ def ipo(
 
 
 def ipo_avg(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     f_divergence: Divergence = "reverse_kl",
@@ -141,7 +141,7 @@ def ipo_avg(
 
 
 def hinge(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     f_divergence: Divergence = "reverse_kl",
@@ -154,7 +154,7 @@ def hinge(
 
 
 def dpo_norm(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 5.0,
     f_divergence: Divergence = "reverse_kl",
@@ -171,7 +171,8 @@ def dpo_norm(
     return _pairs(items, rewards=_mean_logratios(logps, beta))
 
 
-def simpo(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
+@loss(reference=False)
+def simpo(logps: Logps, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
     """-log sigmoid(beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma). Meng et al. 2024,
     arXiv:2405.14734 eq. 6."""
     _check_beta(beta)
@@ -181,7 +182,8 @@ def simpo(logps: PairLogps, *, beta: float = 2.0, gamma: float = 1.0) -> LossOut
     )
 
 
-def orpo(logps: PairLogps, *, lambda_: float = 0.1) -> LossOutput:
+@loss(reference=False)
+def orpo(logps: Logps, *, lambda_: float = 0.1) -> LossOutput:
     """-log pi(y_w)/|y_w| - lambda log sigmoid(log odds(y_w) - log odds(y_l)), odds = p / (1 - p), p
     = pi(y)^(1/|y|).
 
@@ -195,7 +197,8 @@ def orpo(logps: PairLogps, *, lambda_: float = 0.1) -> LossOutput:
     return LossOutput(items=-chosen + lambda_ * odds, unit="pair", metrics=metrics)
 
 
-def cpo(logps: PairLogps, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossOutput:
+@loss(reference=False)
+def cpo(logps: Logps, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossOutput:
     """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) - nll_weight log pi(y_w)/|y_w|. Xu et al.
     2024, arXiv:2401.08417.
 
@@ -206,7 +209,7 @@ def cpo(logps: PairLogps, *, beta: float = 0.1, nll_weight: float = 1.0) -> Loss
     return _pairs(prefer - nll_weight * _mean_logps(logps)[0])
 
 
-def bco(logps: PairLogps, *, beta: float = 0.1, delta: float = 0.0) -> LossOutput:
+def bco(logps: Logps, *, beta: float = 0.1, delta: float = 0.0) -> LossOutput:
     """-log sigmoid(beta w - delta) - log sigmoid(-(beta l - delta)). Jung et al. 2024,
     arXiv:2404.04656.
 
@@ -217,7 +220,7 @@ def bco(logps: PairLogps, *, beta: float = 0.1, delta: float = 0.0) -> LossOutpu
     return _pairs(-logsigmoid(beta * w - delta) - logsigmoid(-(beta * l - delta)))
 
 
-def apo_zero(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
+def apo_zero(logps: Logps, *, beta: float = 0.1) -> LossOutput:
     """1 - sigmoid(beta w) + sigmoid(beta l). D'Oosterlinck et al. 2024, arXiv:2408.06266 eq. 7:
     chosen up, rejected down."""
     _check_beta(beta)
@@ -227,7 +230,7 @@ def apo_zero(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
     )
 
 
-def apo_down(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
+def apo_down(logps: Logps, *, beta: float = 0.1) -> LossOutput:
     """sigmoid(beta w) + 1 - sigmoid(beta h). D'Oosterlinck et al. 2024, arXiv:2408.06266 eq. 8:
     both down, rejected more."""
     _check_beta(beta)
@@ -237,7 +240,7 @@ def apo_down(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
 
 
 def exo(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     label_smoothing: float = 1e-3,
@@ -264,7 +267,7 @@ def exo(
     )
 
 
-def nca(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
+def nca(logps: Logps, *, beta: float = 0.1) -> LossOutput:
     """-log sigmoid(beta w) - 1/2 log sigmoid(-beta w) - 1/2 log sigmoid(-beta l). Chen et al. 2024,
     arXiv:2402.05369."""
     _check_beta(beta)
@@ -272,7 +275,7 @@ def nca(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
     return _pairs(-logsigmoid(w) - 0.5 * logsigmoid(-w) - 0.5 * logsigmoid(-l))
 
 
-def sppo(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
+def sppo(logps: Logps, *, beta: float = 0.1) -> LossOutput:
     """(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2. Wu et al. 2024, arXiv:2405.00675 eq. 4.7, hard
     labels 1 and 0."""
     _check_beta(beta)
@@ -282,19 +285,20 @@ def sppo(logps: PairLogps, *, beta: float = 0.1) -> LossOutput:
     )
 
 
-def rpo(logps: PairLogps, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossOutput:
+def rpo(logps: Logps, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossOutput:
     """-log sigmoid(beta h) - nll_weight log pi(y_w)/|y_w|. Pang et al. 2024, arXiv:2404.19733 eq. 1
     (nll_weight is its alpha)."""
     _check_beta(beta)
     return _pairs(-logsigmoid(beta * logps.logratio_gap_B) - nll_weight * _mean_logps(logps)[0])
 
 
-def nll_chosen(logps: PairLogps) -> LossOutput:
+@loss(reference=False)
+def nll_chosen(logps: Logps) -> LossOutput:
     """-log pi(y_w)/|y_w|: for weighted sums such as ``dpo + 0.2*nll_chosen``."""
     return _pairs(-_mean_logps(logps)[0])
 
 
-def dpop(logps: PairLogps, *, beta: float = 0.1, lambda_: float = 50.0) -> LossOutput:
+def dpop(logps: Logps, *, beta: float = 0.1, lambda_: float = 50.0) -> LossOutput:
     """-log sigmoid(beta (h - lambda max(0, -w))): no gain from lowering the chosen. Pal et al.
     2024, arXiv:2402.13228."""
     _check_beta(beta)
@@ -303,7 +307,7 @@ def dpop(logps: PairLogps, *, beta: float = 0.1, lambda_: float = 50.0) -> LossO
     )
 
 
-def r_dpo(logps: PairLogps, *, beta: float = 0.1, length_weight: float = 0.01) -> LossOutput:
+def r_dpo(logps: Logps, *, beta: float = 0.1, length_weight: float = 0.01) -> LossOutput:
     """-log sigmoid(beta h + length_weight (|y_w| - |y_l|)): the policy that maximises r -
     length_weight |y| - beta KL.
 
@@ -319,7 +323,7 @@ def r_dpo(logps: PairLogps, *, beta: float = 0.1, length_weight: float = 0.01) -
 
 
 def discopop(
-    logps: PairLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     tau: float = 0.05,
@@ -342,10 +346,6 @@ def discopop(
     return _pairs(-logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(logsigmoid(x / tau) - x))
 
 
-for _loss in (simpo, orpo, cpo, nll_chosen):
-    _loss.needs_reference = False  # type: ignore[attr-defined]
-
-
 def _pairs(items_B: Tensor, *, rewards: tuple[Tensor, Tensor] | None = None) -> LossOutput:
     """``rewards``: of chosen and rejected, where the loss compares others than beta times the
     log-ratios (or log-probs)."""
@@ -354,7 +354,7 @@ def _pairs(items_B: Tensor, *, rewards: tuple[Tensor, Tensor] | None = None) -> 
     )
 
 
-def _mean_logratios(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+def _mean_logratios(logps: Logps, beta: float) -> tuple[Tensor, Tensor]:
     """[B] beta w / |y_w| and beta l / |y_l|."""
     return (
         beta * logps.chosen_logratio_B / logps.chosen_length_B,
@@ -362,7 +362,7 @@ def _mean_logratios(logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _mean_logps(logps: PairLogps) -> tuple[Tensor, Tensor]:
+def _mean_logps(logps: Logps) -> tuple[Tensor, Tensor]:
     """[B] log pi(y)/|y| of chosen and rejected."""
     return (
         logps.chosen_logps_B / logps.chosen_length_B,

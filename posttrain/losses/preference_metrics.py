@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from posttrain.types import PairLogps
+from posttrain.types import Logps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def preference_metrics(logps: PairLogps, *, beta: float) -> dict[str, Tensor]:
+def preference_metrics(logps: Logps, *, beta: float) -> dict[str, Tensor]:
     """[B] each, detached: rewards_train/{chosen,rejected,accuracies,margins},
     logps_train/{chosen,rejected}.
 
@@ -38,9 +36,3 @@ def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, Tensor]:
         "rewards_train/accuracies": (chosen > rejected).to(chosen.dtype),
         "rewards_train/margins": chosen - rejected,
     }
-
-
-def loss_beta(loss: Callable[..., Any]) -> float:
-    """The beta that a loss was given, else its own default; 0.1 for a loss without one."""
-    declared = inspect.signature(loss).parameters.get("beta")
-    return float(getattr(loss, "beta", 0.1 if declared is None else declared.default))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from posttrain.types import Aggregation, Counts, LossTerm, TokenLogps
+from posttrain.types import Aggregation, Counts, Logps, LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ _DEFAULT: dict[str, Aggregation] = {
 }
 
 
-def reduce_term(term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
+def reduce_term(term: LossTerm, logps: Logps, counts: Counts) -> Tensor:
     """This micro-batch's share of a term: shares of all micro-batches and ranks add up to the
     term's value.
 
@@ -63,7 +63,7 @@ def reduce_term(term: LossTerm, logps: TokenLogps, counts: Counts) -> Tensor:
 
 
 def _tokens(
-    items_T: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+    items_T: Tensor, aggregation: Aggregation, logps: Logps, counts: Counts
 ) -> Tensor | None:
     if aggregation == "token_mean":
         return items_T.sum() / counts.tokens
@@ -74,7 +74,7 @@ def _tokens(
 
 
 def _completions(
-    items_S: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+    items_S: Tensor, aggregation: Aggregation, logps: Logps, counts: Counts
 ) -> Tensor | None:
     trained_S = items_S * (logps.num_tokens_S > 0)
     if aggregation == "sequence_mean":
@@ -85,7 +85,7 @@ def _completions(
 
 
 def _pairs(
-    items_B: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+    items_B: Tensor, aggregation: Aggregation, logps: Logps, counts: Counts
 ) -> Tensor | None:
     weighted_B = items_B * logps.weight_B
     if aggregation == "pair_mean":
@@ -100,16 +100,16 @@ def _pairs(
 
 
 def _groups(
-    items_P: Tensor, aggregation: Aggregation, logps: TokenLogps, counts: Counts
+    items_P: Tensor, aggregation: Aggregation, logps: Logps, counts: Counts
 ) -> Tensor | None:
     return items_P.sum() / counts.groups if aggregation == "group_mean" else None
 
 
-def _num_groups(logps: TokenLogps) -> int:
+def _num_groups(logps: Logps) -> int:
     return int(logps.group_S[-1]) + 1
 
 
-def _check_length(term: LossTerm, logps: TokenLogps) -> None:
+def _check_length(term: LossTerm, logps: Logps) -> None:
     wanted = {
         "token": lambda: logps.logps_T.shape[0],
         "completion": lambda: logps.group_S.shape[0],

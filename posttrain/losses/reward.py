@@ -7,11 +7,12 @@ from typing import Literal
 
 from torch.nn.functional import logsigmoid
 
-from posttrain.types import LossOutput, PairLogps
+from posttrain.types import Logps, LossOutput, loss
 
 
+@loss(reference=False)
 def bradley_terry(
-    logps: PairLogps,
+    logps: Logps,
     *,
     margin_scale: float = 0.0,
     centering: float = 0.0,
@@ -42,6 +43,3 @@ def bradley_terry(
         "rejected_score": rejected.detach(),
     }
     return LossOutput(items=items, unit="pair", aggregation=aggregation, metrics=metrics)
-
-
-bradley_terry.needs_reference = False  # type: ignore[attr-defined]

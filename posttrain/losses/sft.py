@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from posttrain.types import LossOutput, TokenLogps
+from posttrain.types import Logps, LossOutput, loss
 
 
+@loss(reference=False, couples_completions=False)
 def sft(
-    logps: TokenLogps, *, aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    logps: Logps, *, aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
 ) -> LossOutput:
     """-log pi(y_t | x, y_<t) for every trained token; sum over tokens / trained tokens of the
     *global* batch.
@@ -20,6 +21,3 @@ def sft(
     return LossOutput(
         items=-logps.logps_T, aggregation=aggregation, metrics={"nll_nats": -logps.logps_T.detach()}
     )
-
-
-sft.couples_completions = False  # type: ignore[attr-defined]  # every token is an item of its own

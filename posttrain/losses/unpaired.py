@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from posttrain.types import BatchStatistic, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import BatchStatistic, Logps, LossOutput, PromptGroup, loss
 
 
+def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Each group's prompt with the answers of the next group (cyclically) that has another prompt;
+    [] where all have one."""
+    every, count, made = list(groups), len(groups), []
+    for i, group in enumerate(every):
+        others = (every[(i + k) % count] for k in range(1, count))
+        other = next(
+            (o for o in others if not np.array_equal(o.prompt_ids, group.prompt_ids)), None
+        )
+        if other is not None:
+            made.append(replace(group, completions=other.completions, pairs=()))
+    return made
+
+
+STATISTIC = BatchStatistic(
+    groups=mismatched_groups, items=lambda logps: logps.logratio_S[logps.num_tokens_S > 0]
+)
+
+
+@loss(couples_completions=False, statistic=STATISTIC)
 def kto(
-    logps: TokenLogps,
+    logps: Logps,
     *,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
@@ -39,30 +60,12 @@ def kto(
     r_S, z0 = logps.logratio_S, logps.batch_mean.detach().clamp(min=0)
     good = desirable_weight * torch.sigmoid(-beta * (r_S - z0))
     bad = undesirable_weight * torch.sigmoid(-beta * (z0 - r_S))
-    zero = torch.zeros_like(r_S)
-    items = torch.where(logps.label_S > 0, good, torch.where(logps.label_S < 0, bad, zero))
+    label_S, zero = logps.by_completion("label"), torch.zeros_like(r_S)
+    items = torch.where(label_S > 0, good, torch.where(label_S < 0, bad, zero))
     reward = (beta * r_S).detach()
     metrics = {
-        "rewards_train/chosen": reward[logps.label_S > 0],
-        "rewards_train/rejected": reward[logps.label_S < 0],
+        "rewards_train/chosen": reward[label_S > 0],
+        "rewards_train/rejected": reward[label_S < 0],
         "kl_estimate_nats": z0,
     }
     return LossOutput(items=items, unit="completion", metrics=metrics)
-
-
-def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
-    """Each group's prompt with the answers of the next group (cyclically) that has another prompt;
-    [] where all have one."""
-    every, count, made = list(groups), len(groups), []
-    for i, group in enumerate(every):
-        others = (every[(i + k) % count] for k in range(1, count))
-        other = next((o for o in others if list(o.prompt_ids) != list(group.prompt_ids)), None)
-        if other is not None:
-            made.append(replace(group, completions=other.completions, pairs=()))
-    return made
-
-
-kto.couples_completions = False  # type: ignore[attr-defined]  # z0 is a constant of the step
-kto.batch_statistic = BatchStatistic(  # type: ignore[attr-defined]
-    groups=mismatched_groups, items=lambda logps: logps.logratio_S[logps.num_tokens_S > 0]
-)

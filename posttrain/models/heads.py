@@ -8,6 +8,7 @@ its own, distinct from EOS and from every token that the chat template writes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from posttrain.models.load import ModelConfig, as_trained, load_pretrained
 from posttrain.models.policy import Policy, plain_attention
-from posttrain.packing.batch import PackedBatch
-from posttrain.types import PromptGroup
+from posttrain.packing.batch import PackedBatch, long
+from posttrain.types import Forward, PromptGroup
 
 PAD_TOKEN = "<|posttrain_pad|>"
 
@@ -85,20 +86,27 @@ class Scorer(Policy):
     """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token
     before its score slot."""
 
-    def values(self, batch: PackedBatch) -> Tensor:
-        """[T] scores, at least float32; T is the number of completions: each has one trained
-        position, its slot."""
-        hidden_TH = self.hidden(batch)
-        if hidden_TH.shape[0] == 0:
-            return hidden_TH.sum(-1)
-        scores_T = self.base.score(hidden_TH)[:, 0]
-        return scores_T.to(torch.promote_types(scores_T.dtype, torch.float32))
+    def compute(self, batch: PackedBatch, outputs: Sequence[Any] = ()) -> Forward:
+        """``logps_T`` are scores [T], at least float32; T is the number of completions: each has
+        one trained position, its slot."""
+        if self.forward_mode.own_logits or batch.inputs:
+            with plain_attention(self.model):
+                scores_T = self.model(
+                    input_ids=batch.input_ids_L[None], use_cache=False, **batch.inputs
+                ).logits[: batch.targets_T.shape[0], 0]
+        else:
+            hidden_TH = (
+                self._backbone(batch).last_hidden_state[0].index_select(0, batch.predictor_T)
+            )
+            scores_T = self.base.score(hidden_TH)[:, 0] if len(hidden_TH) else hidden_TH.sum(-1)
+        return Forward(scores_T.to(torch.promote_types(scores_T.dtype, torch.float32)))
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:
         """[1] the score by transformers' own forward of the sequence without its slot."""
         completion = group.completions[k]
         device = self.base.get_input_embeddings().weight.device
-        ids = torch.tensor([*group.prompt_ids, *completion.token_ids[:-1]], device=device)
+        ids = long([group.prompt_ids, completion.token_ids[:-1]]).to(device)
+        inputs = {n: torch.as_tensor(v).to(device) for n, v in group.inputs.items()}
         with plain_attention(self.model):
-            logits = self.model(input_ids=ids[None], use_cache=False).logits
+            logits = self.model(input_ids=ids[None], use_cache=False, **inputs).logits
         return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))

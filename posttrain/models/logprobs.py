@@ -7,15 +7,19 @@ chunk from the hidden states and the saved log-sum-exp, so T * V numbers are nev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.packing.batch import KeptIds
+from posttrain.types import Ragged
+
+if TYPE_CHECKING:
+    from posttrain.packing.batch import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ class _ChunkedLogps(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
         compute: torch.dtype,
-        kept: KeptIds | None,
+        kept: Ragged | None,
     ) -> Tensor:
         weight = weight_VH.detach().to(compute)
         out = torch.promote_types(compute, torch.float32)
@@ -130,21 +134,21 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
-def _only_kept(logits: Tensor, kept: KeptIds | None, tokens: slice) -> Tensor:
+def _only_kept(logits: Tensor, kept: Ragged | None, tokens: slice) -> Tensor:
     """Logits with -inf at every id that a token of ``tokens`` was not drawn from."""
     if kept is None:
         return logits
-    ends = kept.ends_T[tokens]
+    ends = kept.ends[tokens]
     starts = torch.cat(
         (
-            kept.ends_T[tokens.start - 1 : tokens.start] if tokens.start else ends.new_zeros(1),
+            kept.ends[tokens.start - 1 : tokens.start] if tokens.start else ends.new_zeros(1),
             ends[:-1],
         )
     )
     sizes = ends - starts
     left_out = torch.ones_like(logits, dtype=torch.bool)
     row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-    left_out[row, kept.ids[int(starts[0]) : int(ends[-1])]] = False
+    left_out[row, kept.values[int(starts[0]) : int(ends[-1])]] = False
     left_out[sizes == 0] = False
     return logits.masked_fill(left_out, float("-inf"))
 
@@ -156,7 +160,7 @@ def _logits_to_gradient(
     lse_T: Tensor,
     grad_T: Tensor,
     transform: LogitTransform,
-    kept: KeptIds | None,
+    kept: Ragged | None,
 ) -> None:
     """Overwrites a chunk's logits with d(sum grad * logp)/d(logits): grad * ([v = target] -
     softmax_v) * transform'."""
@@ -207,7 +211,7 @@ def token_logps(
     *,
     transform: LogitTransform,
     chunk: int,
-    kept: KeptIds | None = None,
+    kept: Ragged | None = None,
 ) -> Tensor:
     """logps_T [T], at least float32, with gradient to the hidden states and to the head's trainable
     parameters.
@@ -229,20 +233,91 @@ def token_logps(
                 hidden_TH, head.weight, head.bias, targets_T, transform, chunk, compute, kept
             )
 
-    def part_logps(hidden: Tensor, targets: Tensor, start: int) -> Tensor:
-        logits = head(hidden)
-        logits = transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        logits = _only_kept(logits, kept, slice(start, start + len(targets)))
-        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
+    def part_logps(logits_CV: Tensor, part: slice) -> Tensor:
+        return torch.log_softmax(logits_CV, dim=-1).gather(1, targets_T[part, None]).squeeze(1)
 
-    pieces = [
-        checkpoint(
-            part_logps,
-            hidden_TH[at : at + chunk],
-            targets_T[at : at + chunk],
-            at,
-            use_reentrant=False,
+    return HeadInput(
+        hidden_TH=hidden_TH, head=head, transform=transform, chunk=chunk, kept=kept
+    ).by_chunks(part_logps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInput:
+    """The hidden states of the trained tokens, and how they become logits: what outputs of the
+    forward are made of."""
+
+    hidden_TH: Tensor
+    """[T, H] the states that predict a trained token."""
+    head: Callable[[Tensor], Tensor]
+    transform: LogitTransform
+    chunk: int
+    """Tokens whose logits exist at a time."""
+    kept: Ragged | None = None
+    backbone: Any = None
+    """What the backbone returned (``router_logits``, ...)."""
+    batch: PackedBatch | None = None
+
+    def logits(self, part: slice) -> Tensor:
+        """[C, V] of some tokens, at least float32, -inf where a sampler left an id out."""
+        return self._logits(self.hidden_TH[part], part)
+
+    def _logits(self, hidden: Tensor, part: slice) -> Tensor:
+        logits = self.head(hidden)
+        logits = self.transform.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return _only_kept(logits, self.kept, part)
+
+    def by_chunks(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """[T, ...] ``function(logits_CV, tokens)``, chunk by chunk under recomputation: T * V
+        numbers are never stored, and weight gradients of the head accumulate chunk by chunk."""
+
+        def run(hidden: Tensor, part: slice) -> Tensor:
+            return function(self._logits(hidden, part), part)
+
+        parts = [
+            slice(at, min(at + self.chunk, len(self.hidden_TH)))
+            for at in range(0, len(self.hidden_TH), self.chunk)
+        ]
+        pieces = [
+            checkpoint(run, self.hidden_TH[part], part, use_reentrant=False) for part in parts
+        ]
+        empty = self.hidden_TH.sum(-1)[:0]
+        return (
+            torch.cat(pieces)
+            if pieces
+            else empty.to(torch.promote_types(empty.dtype, torch.float32))
         )
-        for at in range(0, targets_T.shape[0], chunk)
-    ]
-    return torch.cat(pieces)
+
+
+def token_entropy(x: HeadInput) -> Tensor:
+    """[T] entropy in nats of the distribution that each trained token is drawn from, over the whole
+    vocabulary: log sum_v e^{z_v} - sum_v p_v z_v."""
+
+    def of_logits(logits_CV: Tensor, _: slice) -> Tensor:
+        finite_CV = logits_CV.masked_fill(logits_CV == float("-inf"), 0.0)
+        probs_CV = torch.softmax(logits_CV, dim=-1)
+        return torch.logsumexp(logits_CV, dim=-1) - (probs_CV * finite_CV).sum(-1)
+
+    return x.by_chunks(of_logits)
+
+
+def router_probs(x: HeadInput) -> Tensor:
+    """[T, layers, experts] routing probabilities at the positions that predict a trained token.
+    ValueError for a model without routers."""
+    logits = getattr(x.backbone, "router_logits", None)
+    if not logits:
+        raise ValueError(
+            "A loss asks for the routers' probabilities, but this model returns no router_logits: "
+            "it has no mixture of experts, or its family keeps them to itself."
+        )
+    assert x.batch is not None
+    probs = [torch.softmax(layer.float(), dim=-1)[x.batch.predictor_T] for layer in logits]
+    return torch.stack(probs, dim=1)
+
+
+OUTPUTS: dict[str, Callable[[HeadInput], Tensor]] = {
+    "entropy": token_entropy,
+    "hidden": lambda x: x.hidden_TH,
+    "router": router_probs,
+}
+"""What a loss can ask the forward for by name. Another output is an object with a ``name`` that is
+called with a ``HeadInput``."""

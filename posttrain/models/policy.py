@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.dropout import base_model, has_dropout
-from posttrain.models.logprobs import logit_transform, token_logps
+from posttrain.models.logprobs import (
+    OUTPUTS,
+    HeadInput,
+    LogitTransform,
+    logit_transform,
+    token_logps,
+)
 from posttrain.packing import attention
-from posttrain.packing.batch import Layout, PackedBatch, PackingMode
+from posttrain.packing.batch import Layout, PackedBatch, PackingMode, long
 from posttrain.packing.plan import PackingConfig
-from posttrain.types import PromptGroup
+from posttrain.types import Forward, PromptGroup
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +44,8 @@ class ForwardMode:
     backend: str | None
     """Attention name registered with transformers; None: the model's own."""
     reason: str
+    own_logits: bool = False
+    """The last step down: logits by the model's own forward, whatever it does before them."""
     length_limit: int | None = None
     """Long-RoPE threshold in tokens: rows never mix sequences on both sides of it."""
 
@@ -164,11 +172,11 @@ class Policy(nn.Module):
         base = base_model(model)
         self.transform = replace(logit_transform(base.config), temperature=temperature)
         self._no_split_modules = getattr(base, "_no_split_modules", None)
+        own_attention = base.config._attn_implementation
         if self.forward_mode.backend is not None:
             attention.register()
-            own_attention = base.config._attn_implementation
             base.set_attn_implementation(attention.SEGMENT_NAME)
-            why_not = self._probe()
+            why_not = self._probe({"packing": Layout(lengths=(1, 1), prefixes=(-1, -1))})
             if why_not:
                 base.set_attn_implementation(own_attention)
                 if packing.mode != "auto":
@@ -181,13 +189,38 @@ class Policy(nn.Module):
                 )
             elif self.forward_mode.backend == attention.FLEX_NAME:
                 self._use_flex(torch.device(device_type))
+        if self.forward_mode.backend is None and (why_not := self._probe({})):
+            self.forward_mode = replace(self.forward_mode, own_logits=True, reason=why_not)
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
 
     def around(self, model: nn.Module, *, device_type: str) -> Policy:
-        """The same forward of another model."""
-        return Policy(
+        """The same forward of another model. ValueError if that one can only run one sequence at a
+        time while this one's rows hold several."""
+        other = type(self)(
             model, self.packing, device_type=device_type, temperature=self.transform.temperature
         )
+        if other.forward_mode.mode == "single" != self.forward_mode.mode:
+            raise ValueError(
+                f"{type(base_model(model)).__name__} runs one sequence per forward "
+                f"({other.forward_mode.reason}), but the trained model's rows hold several. Use "
+                "--packing.mode single for both."
+            )
+        return other
+
+    def step_down(self, reason: str) -> bool:
+        """The next mode that may be exact: one sequence at a time, then the model's own logits too.
+        False where there is none, or packing.mode asks for this one."""
+        mode = self.forward_mode
+        if mode.own_logits or (self.packing.mode != "auto" and mode.mode != "single"):
+            return False
+        base = base_model(self.model)
+        if mode.backend is not None:
+            base.set_attn_implementation(plain_name(base))
+        self.forward_mode = replace(
+            mode, mode="single", backend=None, own_logits=mode.mode == "single", reason=reason
+        )
+        log.info("attention: single (%s)", reason)
+        return True
 
     def _use_flex(self, device: torch.device) -> None:
         """FlexAttention where its kernel works on this device, else attention by segment, with one
@@ -216,26 +249,24 @@ class Policy(nn.Module):
         self.forward_mode = replace(self.forward_mode, backend=attention.SEGMENT_NAME)
 
     @torch.no_grad()
-    def _probe(self) -> str | None:
-        """Two tokens as two sequences: why this model's layers do not pass the layout on to the
-        attention, or None."""
+    def _probe(self, packing: dict[str, Layout]) -> str | None:
+        """Two tokens (as two sequences): why the backbone cannot be called this way, or None."""
         base = base_model(self.model)
+        if _is_prompt_learning(self.model):
+            return "virtual tokens are put in by the whole model"
         zeros = torch.zeros(
             1, 2, dtype=torch.long, device=base.get_input_embeddings().weight.device
         )
-        layout = Layout(lengths=(1, 1), prefixes=(-1, -1))
         try:
             with in_eval_mode(base):
                 output = base.get_decoder()(
-                    input_ids=zeros, position_ids=zeros, use_cache=False, packing=layout
+                    input_ids=zeros, position_ids=zeros, use_cache=False, **packing
                 )
-        except attention.NotPackable as error:
-            return str(error)
-        return (
-            None
-            if hasattr(output, "last_hidden_state")
-            else (f"{type(base).__name__} hides its last hidden state")
-        )
+        except Exception as error:  # noqa: BLE001 - whatever it is, a step further down is exact
+            return str(error).partition("\n")[0] or type(error).__name__
+        if not hasattr(output, "last_hidden_state"):
+            return f"{type(base).__name__} hides its last hidden state"
+        return None
 
     @property
     def config(self) -> Any:
@@ -247,77 +278,111 @@ class Policy(nn.Module):
         """The transformers model, inside of peft's wrapper if there is one."""
         return base_model(self.model)
 
-    def forward(self, batch: PackedBatch | PlainSequence) -> Tensor:
-        """``values`` of a packed row; ``plain_values`` of a sequence: sharded weights are whole
+    def forward(
+        self, batch: PackedBatch | PlainSequence, outputs: Sequence[Any] = ()
+    ) -> Forward | Tensor:
+        """``compute`` of a packed row; ``plain_values`` of a sequence: sharded weights are whole
         only inside of forward."""
-        return (
-            self.plain_values(batch.group, batch.completion)
-            if isinstance(batch, PlainSequence)
-            else self.values(batch)
-        )
+        if isinstance(batch, PlainSequence):
+            return self.plain_values(batch.group, batch.completion)
+        return self.compute(batch, outputs)
 
-    def values(self, batch: PackedBatch) -> Tensor:
-        """logps_T [T]: natural-log probability of each trained token under the model, at least
-        float32."""
-        if self.forward_mode.backend is None and _is_prompt_learning(self.model):
-            return self._plain_logps(batch)
-        head = self.base.get_output_embeddings()
-        hidden_TH = self.hidden(batch)
-        return token_logps(
-            hidden_TH,
+    def compute(self, batch: PackedBatch, outputs: Sequence[Any] = ()) -> Forward:
+        """Log-probs of the trained tokens at least in float32, and the outputs that were asked for:
+        names in ``OUTPUTS``, or objects with a ``name`` that are called with a ``HeadInput``."""
+        x = self.head_input(batch, outputs)
+        logps_T = token_logps(
+            x.hidden_TH,
             batch.targets_T,
-            head,
+            x.head,  # type: ignore[arg-type]
+            transform=x.transform,
+            chunk=x.chunk,
+            kept=x.kept,
+        )
+        return Forward(logps_T, {output_name(o): _output(o)(x) for o in outputs})
+
+    def head_input(self, batch: PackedBatch, outputs: Sequence[Any] = ()) -> HeadInput:
+        """The states that predict a trained token. Where only the model's own forward is exact they
+        are its logits, and the head is the identity."""
+        if batch.inputs and self.forward_mode.mode != "single":
+            raise ValueError(
+                f"Groups with model inputs ({', '.join(batch.inputs)}) run one sequence at a time "
+                f"through the model's own forward; this run packs them ({self.forward_mode.mode}). "
+                "Use --packing.mode single."
+            )
+        own = self.forward_mode.own_logits or bool(batch.inputs)
+        common: dict[str, Any] = {
+            "chunk": self.packing.logits_chunk,
+            "kept": batch.kept_ids,
+            "batch": batch,
+        }
+        if own:
+            logits_TV = self._own_logits(batch)
+            transform = LogitTransform(temperature=self.transform.temperature)
+            return HeadInput(hidden_TH=logits_TV, head=nn.Identity(), transform=transform, **common)
+        more = {"output_router_logits": True} if "router" in outputs else {}
+        backbone = self._backbone(batch, **more)
+        return HeadInput(
+            hidden_TH=backbone.last_hidden_state[0].index_select(0, batch.predictor_T),
+            head=self.base.get_output_embeddings(),
             transform=self.transform,
-            chunk=self.packing.logits_chunk,
-            kept=batch.kept_ids,
+            backbone=backbone,
+            **common,
         )
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """[T, H] the backbone's last hidden states at the positions that predict a trained
-        token."""
+    def _backbone(self, batch: PackedBatch, **more: Any) -> Any:
         extra = {} if self.forward_mode.backend is None else {"packing": batch.layout}
-        output = self.base.get_decoder()(
+        return self.base.get_decoder()(
             input_ids=batch.input_ids_L[None],
             position_ids=batch.position_ids_L[None],
             use_cache=False,
             **extra,
+            **more,
         )
-        return output.last_hidden_state[0].index_select(0, batch.predictor_T)
+
+    def _own_logits(self, batch: PackedBatch) -> Tensor:
+        """[T, V] by the whole model, adapters' virtual tokens included: counted from the end."""
+        length = batch.input_ids_L.shape[0]
+        with plain_attention(self.model):
+            logits = self.model(
+                input_ids=batch.input_ids_L[None], use_cache=False, **batch.inputs
+            ).logits[0]
+        return logits[len(logits) - length :].index_select(0, batch.predictor_T)
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:
         """[t] what ``values`` gives for one completion, through the model as transformers ships it:
         for the self-check."""
         completion = group.completions[k]
-        last = max(i for i, m in enumerate(completion.loss_mask) if m)
+        last = completion.num_inputs
         device = self.base.get_input_embeddings().weight.device
-        ids = torch.tensor([*group.prompt_ids, *completion.token_ids[: last + 1]], device=device)
-        forward = base_model(self.model).forward
-        keep = (
-            {"logits_to_keep": last + 1}
-            if "logits_to_keep" in inspect.signature(forward).parameters
-            else {}
-        )
+        ids = long([group.prompt_ids, completion.token_ids[: last + 1]]).to(device)
+        inputs: dict[str, Any] = {n: torch.as_tensor(v).to(device) for n, v in group.inputs.items()}
+        if "logits_to_keep" in inspect.signature(self.base.forward).parameters:
+            inputs["logits_to_keep"] = last + 1
         with plain_attention(self.model):
-            logits = self.model(input_ids=ids[None, :-1], use_cache=False, **keep).logits[
-                0, -(last + 1) :
-            ]
-        mask = torch.tensor([bool(m) for m in completion.loss_mask[: last + 1]], device=device)
-        logits_TV, targets_T = logits[mask] / self.transform.temperature, ids[-(last + 1) :][mask]
+            logits = self.model(input_ids=ids[None, :-1], use_cache=False, **inputs).logits[0]
+        trained = torch.from_numpy(completion.trained).to(device)
+        logits_TV = logits[len(logits) - last - 1 :][trained] / self.transform.temperature
         logps_TV = torch.log_softmax(
             logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1
         )
-        return logps_TV.gather(1, targets_T[:, None]).squeeze(1)
+        return logps_TV.gather(1, ids[len(group.prompt_ids) :][trained, None]).squeeze(1)
 
-    def _plain_logps(self, batch: PackedBatch) -> Tensor:
-        """Through the whole model, adapters' virtual tokens included (prompt-learning PEFT): its
-        own logits, from the end."""
-        logits = self.model(input_ids=batch.input_ids_L[None], use_cache=False).logits[0]
-        logits_TV = logits[-batch.input_ids_L.shape[0] :].index_select(0, batch.predictor_T)
-        logits_TV = (
-            logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-            / self.transform.temperature
+
+def output_name(output: Any) -> str:
+    """Under which an output of the forward is read."""
+    return output if isinstance(output, str) else str(output.name)
+
+
+def _output(output: Any) -> Any:
+    if not isinstance(output, str):
+        return output
+    if output not in OUTPUTS:
+        raise ValueError(
+            f"A loss asks the forward for {output!r}; it knows {', '.join(OUTPUTS)}, or an object "
+            "with a name that is called with a HeadInput."
         )
-        return torch.log_softmax(logits_TV, dim=-1).gather(1, batch.targets_T[:, None]).squeeze(1)
+    return OUTPUTS[output]
 
 
 @contextmanager
@@ -343,9 +408,14 @@ def segment_attention(model: nn.Module) -> Iterator[None]:
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model runs as transformers ships it (generation, evaluation by others); outside,
     packed again."""
-    plain = "sdpa" if getattr(base_model(model), "_supports_sdpa", False) else "eager"
+    plain = plain_name(base_model(model))
     with _attention(model, plain, instead_of=(attention.SEGMENT_NAME, attention.FLEX_NAME)):
         yield
+
+
+def plain_name(base: Any) -> str:
+    """The attention that transformers would take for the model."""
+    return "sdpa" if getattr(base, "_supports_sdpa", False) else "eager"
 
 
 @contextmanager

@@ -10,13 +10,14 @@ that token itself, which is only ever a target) are not part of the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
-from posttrain.types import Completion, PairLogps, PromptGroup, Targets
+from posttrain.types import Completion, Forward, Logps, PromptGroup, Ragged, Targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,22 +55,6 @@ class GroupPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptIds:
-    """For each trained token the ids it was drawn from: all of them in one tensor, with where each
-    token's end."""
-
-    ids: Tensor
-    """[sum of sizes]"""
-    ends_T: Tensor
-    """[T] end of each token's ids in ``ids``; a token with none was drawn from the whole
-    vocabulary."""
-
-    def to(self, device: torch.device) -> KeptIds:
-        """The same on ``device``."""
-        return KeptIds(ids=self.ids.to(device), ends_T=self.ends_T.to(device))
-
-
-@dataclass(frozen=True, kw_only=True)
 class PackedBatch(Targets):
     """One micro-batch as the model sees it, with its targets. Shapes: see the legend in
     ``posttrain.types``."""
@@ -83,65 +68,88 @@ class PackedBatch(Targets):
     predictor_T: Tensor
     """[T] row index whose hidden state predicts the trained token; a prompt's last token serves all
     its completions."""
-    kept_ids: KeptIds | None
-    """The vocabulary that each trained token was drawn from, where it was cut."""
     refs: tuple[tuple[int, int], ...]
     """[S] (index of the group in the global batch, index of the completion in the group)."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further keyword arguments of the model (``PromptGroup.inputs``), one copy for each time that
+    a prompt is in the row, joined along the first dimension."""
+
+    @property
+    def kept_ids(self) -> Ragged | None:
+        """The ids that each trained token was drawn from, where a sampler left some out."""
+        return self.columns_T.get("kept_ids")
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, (torch.Tensor, KeptIds))
-        }
-        return replace(self, **moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, (torch.Tensor, Ragged)):
+                return value.to(device)
+            is_mapping = isinstance(value, Mapping)
+            return {n: v.to(device) for n, v in value.items()} if is_mapping else value
+
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def with_logps(
         self,
-        logps_T: Tensor,
+        forward: Forward | Tensor,
         *,
         reference_T: Tensor | None = None,
         batch_mean: Tensor | None = None,
-    ) -> PairLogps:
-        """What the loss gets: the forward's result and where each entry belongs."""
-        targets: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Targets)}
-        for name, value in targets.items():
-            if value is not None and value.is_floating_point():
-                targets[name] = value.to(logps_T.dtype)
-        return PairLogps(logps_T=logps_T, reference_T=reference_T, batch_mean=batch_mean, **targets)
+    ) -> Logps:
+        """What the loss gets: the forward's result (or log-probs alone) and where each entry
+        belongs."""
+        if isinstance(forward, torch.Tensor):
+            forward = Forward(forward)
+        dtype = forward.logps_T.dtype
 
+        def cast(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: cast(column) for name, column in value.items()}
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(dtype) if is_float else value
 
-def trained_positions(loss_mask: Sequence[bool | int]) -> list[int]:
-    """Indices of the trained tokens of a completion."""
-    return [i for i, m in enumerate(loss_mask) if m]
-
-
-def num_input_tokens(loss_mask: Sequence[bool | int]) -> int:
-    """Tokens of a completion that must be computed: those before its last trained token (0 if none
-    is trained)."""
-    trained = trained_positions(loss_mask)
-    return trained[-1] if trained else 0
+        return Logps(
+            **{f.name: cast(getattr(self, f.name)) for f in fields(Targets)},
+            logps_T=forward.logps_T,
+            outputs=forward.outputs,
+            reference_T=reference_T,
+            batch_mean=batch_mean,
+        )
 
 
 class Segments:
     """Grows a row segment by segment."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
+        self._ids: list[Any] = []
         self.lengths: list[int] = []
         self.prefixes: list[int] = []
+        self._first_positions: list[int] = []
 
-    def add_segment(self, ids: Sequence[int], *, first_position: int, prefix: int) -> int:
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def add_segment(self, ids: Any, *, first_position: int, prefix: int) -> int:
         """Row index of its first token. Without ids there is no segment."""
-        start = len(self.ids)
+        start = len(self)
         if len(ids):
-            self.ids.extend(ids)
-            self.positions.extend(range(first_position, first_position + len(ids)))
+            self._ids.append(ids)
+            self._first_positions.append(first_position)
             self.lengths.append(len(ids))
             self.prefixes.append(prefix)
         return start
+
+    @property
+    def ids(self) -> Tensor:
+        """[L] token ids."""
+        return long(self._ids)
+
+    @property
+    def positions(self) -> Tensor:
+        """[L] position of each token in its own sequence."""
+        starts_and_lengths = zip(self._first_positions, self.lengths, strict=True)
+        return long([np.arange(first, first + n) for first, n in starts_and_lengths])
 
     @property
     def layout(self) -> Layout:
@@ -154,9 +162,8 @@ class _Row(Segments):
 
     def __init__(self) -> None:
         super().__init__()
-        self.predictor: list[int] = []
-        self.targets: list[int] = []
-        self.sequence: list[int] = []
+        self.predictor: list[Any] = []
+        self.targets: list[Any] = []
         self.num_tokens: list[int] = []
         self.refs: list[tuple[int, int]] = []
 
@@ -166,11 +173,9 @@ class _Row(Segments):
         """``last``: row index of the prompt's last token; ``start``: row index of the completion's
         first token."""
         c = group.completions[completion]
-        trained = trained_positions(c.loss_mask)
-        self.predictor.extend(last if i == 0 else start + i - 1 for i in trained)
-        self.targets.extend(int(c.token_ids[i]) for i in trained)
-        self.sequence.extend([len(self.refs)] * len(trained))
-        self.num_tokens.append(len(trained))
+        self.predictor.append(np.where(c.trained > 0, start + c.trained - 1, last))
+        self.targets.append(c.token_ids[c.trained])
+        self.num_tokens.append(c.num_trained)
         self.refs.append(ref)
 
     def add_shared(self, group: PromptGroup, part: GroupPart) -> None:
@@ -180,7 +185,7 @@ class _Row(Segments):
         prompt_segment = len(self.lengths) - 1
         for k in part.completions:
             c = group.completions[k]
-            inputs = c.token_ids[: num_input_tokens(c.loss_mask)]
+            inputs = c.token_ids[: c.num_inputs]
             c_start = self.add_segment(inputs, first_position=n, prefix=prompt_segment)
             self.add_targets(group, k, (part.group, k), last=start + n - 1, start=c_start)
 
@@ -189,9 +194,9 @@ class _Row(Segments):
         n = len(group.prompt_ids)
         for k in part.completions:
             c = group.completions[k]
-            start = len(self.ids)
+            start = len(self)
             if c.num_trained:
-                ids = [*group.prompt_ids, *c.token_ids[: num_input_tokens(c.loss_mask)]]
+                ids = np.concatenate([group.prompt_ids, c.token_ids[: c.num_inputs]])
                 self.add_segment(ids, first_position=0, prefix=-1)
             self.add_targets(group, k, (part.group, k), last=start + n - 1, start=start + n)
 
@@ -227,72 +232,87 @@ def pack(
         margins.extend(pair.margin for pair in here)
         weights.extend(pair.weight for pair in here)
 
-    def long(values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long)
-
-    labels = [groups[g].completions[k].label for g, k in row.refs]
+    completions = [groups[g].completions[k] for g, k in row.refs]
+    columns_S, columns_T = _columns(completions, [groups[g].where for g, _ in row.refs])
+    num_tokens_S = torch.tensor(row.num_tokens, dtype=torch.long)
     return PackedBatch(
-        input_ids_L=long(row.ids),
-        position_ids_L=long(row.positions),
+        input_ids_L=row.ids,
+        position_ids_L=row.positions,
         layout=row.layout,
         predictor_T=long(row.predictor),
         targets_T=long(row.targets),
-        sequence_T=long(row.sequence),
-        group_S=long(group_S),
-        num_tokens_S=long(row.num_tokens),
-        group_size_S=long(group_size_S),
-        pairs_B2=long(pairs).reshape(-1, 2),
+        sequence_T=torch.repeat_interleave(num_tokens_S),
+        group_S=torch.tensor(group_S, dtype=torch.long),
+        num_tokens_S=num_tokens_S,
+        group_size_S=torch.tensor(group_size_S, dtype=torch.long),
+        pairs_B2=torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
         margin_B=torch.tensor(margins, dtype=torch.float64),
         weight_B=torch.tensor(weights, dtype=torch.float64),
-        label_S=long([0 if label is None else 1 if label else -1 for label in labels]),
-        **_rollout_fields([groups[g].completions[k] for g, k in row.refs]),
+        columns_S=columns_S,
+        columns_T=columns_T,
         refs=tuple(row.refs),
+        inputs=_inputs(groups, parts, mode=mode),
     )
 
 
-def _rollout_fields(completions: Sequence[Completion]) -> dict[str, Any]:
-    """What reinforcement learning adds: advantages, log-probs of the sampler and of the proximal
-    policy, kept ids."""
-    trained = [trained_positions(c.loss_mask) for c in completions]
+def long(arrays: Sequence[Any]) -> Tensor:
+    """[sum of lengths] int64, on the CPU."""
+    joined = np.concatenate(arrays) if len(arrays) else np.zeros(0)
+    return torch.tensor(joined.astype(np.int64))
 
-    def by_token(values_of: Callable[[Completion], Sequence[float] | None]) -> Tensor | None:
-        columns = [values_of(c) for c in completions]
-        if any(
-            column is None and at for column, at in zip(columns, trained, strict=True)
-        ) or not any(trained):
-            return None
-        flat = [
-            column[i]
-            for column, at in zip(columns, trained, strict=True)
-            if column is not None
-            for i in at
-        ]
-        return torch.tensor(flat, dtype=torch.float64)
 
-    def advantages(c: Completion) -> Sequence[float] | None:
-        if c.token_advantages is not None or c.advantage is None:
-            return c.token_advantages
-        return [c.advantage] * len(c.token_ids)
+def _inputs(
+    groups: Sequence[PromptGroup], parts: Sequence[GroupPart], *, mode: PackingMode
+) -> dict[str, Tensor]:
+    """The groups' own model inputs, one copy for each time that a prompt is in the row."""
+    copies: list[Mapping[str, Any]] = []
+    for part in parts:
+        trained = sum(groups[part.group].completions[k].num_trained > 0 for k in part.completions)
+        copies += [groups[part.group].inputs] * (1 if mode == "shared" else trained)
+    names = dict.fromkeys(name for inputs in copies for name in inputs)
+    return {n: torch.cat([torch.as_tensor(c[n]) for c in copies if n in c]) for n in names}
 
-    kept = None
-    if any(c.kept_ids is not None for c in completions):
-        sets = [
-            c.kept_ids[i] if c.kept_ids is not None else ()
-            for c, at in zip(completions, trained, strict=True)
-            for i in at
-        ]
-        ends = torch.tensor([len(ids) for ids in sets], dtype=torch.long).cumsum(0)
-        kept = KeptIds(
-            ids=torch.tensor([i for ids in sets for i in ids], dtype=torch.long), ends_T=ends
-        )
-    scalars = [c.advantage for c in completions]
-    no_advantage = all(a is None for a in scalars)
-    return {
-        "advantage_S": None
-        if no_advantage
-        else torch.tensor([a or 0.0 for a in scalars], dtype=torch.float64),
-        "advantage_T": by_token(advantages),
-        "sampler_T": by_token(lambda c: c.sampler_logps),
-        "given_proximal_T": by_token(lambda c: c.proximal_logps),
-        "kept_ids": kept,
-    }
+
+def _columns(
+    completions: Sequence[Completion], places: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """([S], [T]) by name. A column is [S] where every completion has one number; else the numbers
+    of the trained tokens, with one number of a completion at each of its tokens.
+
+    A completion without trained tokens needs no column (0 stands for it). ValueError where another
+    lacks one that its batch has.
+    """
+    by_completion: dict[str, Tensor] = {}
+    by_token: dict[str, Any] = {}
+    for name in dict.fromkeys(name for c in completions for name in c.columns):
+        for c, where in zip(completions, places, strict=True):
+            if name not in c.columns and c.num_trained:
+                raise ValueError(
+                    f"{where}: a completion without the column {name!r} is in one batch with "
+                    f"others that have it; it has {', '.join(c.columns) or 'none'}. Give the "
+                    "column to every completion that is trained."
+                )
+        given = [c.columns.get(name, 0.0) for c in completions]
+        if all(isinstance(value, float) for value in given):
+            by_completion[name] = torch.tensor(given, dtype=torch.float64)
+        elif any(isinstance(value, Ragged) for value in given):
+            by_token[name] = _ragged(given, completions)
+        else:
+            taken = [
+                np.full(c.num_trained, value) if isinstance(value, float) else value[c.trained]
+                for value, c in zip(given, completions, strict=True)
+            ]
+            by_token[name] = torch.tensor(np.concatenate(taken).astype(np.float64))
+    return by_completion, by_token
+
+
+def _ragged(given: Sequence[Any], completions: Sequence[Completion]) -> Ragged:
+    """The lists of the trained tokens, as tensors."""
+    lists = [
+        ids
+        for value, c in zip(given, completions, strict=True)
+        if isinstance(value, Ragged)
+        for ids in value.take(c.loss_mask)
+    ]
+    ends = torch.tensor([len(ids) for ids in lists], dtype=torch.long).cumsum(0)
+    return Ragged(values=long(lists), ends=ends)

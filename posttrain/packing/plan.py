@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from posttrain.packing.batch import GroupPart, PackingMode, num_input_tokens
+from posttrain.packing.batch import GroupPart, PackingMode
 from posttrain.types import Counts, PromptGroup
 
 
@@ -92,11 +92,7 @@ class _Cost:
     def __init__(self, group: PromptGroup, mode: PackingMode) -> None:
         self.prompt = len(group.prompt_ids)
         self.shared = mode == "shared"
-        self.inputs = {
-            k: num_input_tokens(c.loss_mask)
-            for k, c in enumerate(group.completions)
-            if c.num_trained
-        }
+        self.inputs = {k: c.num_inputs for k, c in enumerate(group.completions) if c.num_trained}
 
     def tokens(self, completions: Sequence[int]) -> int:
         prompts = min(len(completions), 1) if self.shared else len(completions)

@@ -95,7 +95,7 @@ def _scores(scorer: Any, groups: Sequence[PromptGroup], max_length: int) -> list
     with torch.no_grad():
         for part in plan_step(groups, world_size=1, max_tokens=max_length, mode=mode).ranks[0]:
             batch = pack(groups, part.parts, mode=mode).to(device)
-            for (g, k), value in zip(batch.refs, scorer(batch).tolist(), strict=True):
+            for (g, k), value in zip(batch.refs, scorer(batch).logps_T.tolist(), strict=True):
                 found[g][k] = value
     return found
 

@@ -289,14 +289,15 @@ class _Run:
                     own.append(
                         (
                             row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment),
-                            len(row.ids),
+                            len(row),
                         )
                     )
                 spans[i].append([(a, b) for a, b in own if b > a])
         cache = RecordingCache()
-        if row.ids:
-            ids, positions = torch.tensor([[row.ids], [row.positions]], device=self._engine.device)
-            self._engine.hidden(ids, positions, cache, row.layout)
+        if len(row):
+            ids, positions = row.ids[None], row.positions[None]
+            device = self._engine.device
+            self._engine.hidden(ids.to(device), positions.to(device), cache, row.layout)
         for i in wanted:
             self._prefilled[i] = _Prefilled(recorded=cache.recorded, spans=spans[i])
 

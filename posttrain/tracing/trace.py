@@ -37,10 +37,9 @@ from posttrain.training.step import (
     Loss,
     Reference,
     clip_and_check,
-    couples_completions,
     step_gradient,
 )
-from posttrain.types import SCORE_SLOT, Completion, PromptGroup
+from posttrain.types import SCORE_SLOT, Completion, PromptGroup, as_loss
 
 Method = Literal["sft", "reward", "dpo", "rl"]
 
@@ -133,7 +132,7 @@ def trace_step(
                 world_size=1,
                 max_tokens=packing.max_tokens,
                 mode=policy.forward_mode.mode,
-                coupled=couples_completions(chosen),
+                coupled=as_loss(chosen).couples_completions,
             )
             result = step_gradient(
                 accelerator,
@@ -218,7 +217,9 @@ def worst_case(
             rl: dict[str, Any] = (
                 {"advantage": 1.0, "sampler_logps": [-1.0] * length} if method == "rl" else {}
             )
-            completions.append(Completion(token_ids=[SCORE_SLOT] * length, loss_mask=mask, **rl))
+            completions.append(
+                Completion(token_ids=[SCORE_SLOT] * length, loss_mask=mask, columns=rl)
+            )
         groups.append(
             PromptGroup(
                 prompt_ids=[1], completions=completions, meta={"file": "worst case", "row": row}
@@ -244,7 +245,7 @@ def _frozen(policy: Policy, live: LiveStorages) -> Reference:
     """A reference with weights of its own."""
     for tensor in (*policy.parameters(), *policy.buffers()):
         live.own(tensor, "reference")
-    return lambda _, batch: policy(batch)
+    return lambda _, batch: policy(batch).logps_T
 
 
 def _base_of(policy: Policy) -> Reference:
@@ -252,7 +253,7 @@ def _base_of(policy: Policy) -> Reference:
 
     def base(_: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
         with adapters_off(policy.model):
-            return policy(batch)
+            return policy(batch).logps_T
 
     return base
 

@@ -4,7 +4,7 @@ methods add what is theirs."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -30,7 +30,6 @@ from posttrain.models.load import (
     load_tokenizer,
     set_dropout,
 )
-from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.trainers.memory import MemoryCheck
@@ -39,9 +38,8 @@ from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
-from posttrain.training.reference import ReferenceConfig, RunReference
-from posttrain.training.step import Loss
-from posttrain.types import PromptGroup
+from posttrain.training.reference import ReferenceConfig, RunReference, sequence_key
+from posttrain.types import Loss, LossOutput, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ class Trainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         config: Any = None,
-        loss: Loss | None = None,
+        loss: Callable[..., LossOutput] | None = None,
     ) -> None:
         name, config = type(self).__name__, config or self.config_class()
         if isinstance(model, str):
@@ -177,7 +175,7 @@ class Trainer:
             data_counts=counts,
             holes_bytes=memory.plan.holes_bytes,
             identity={
-                "loss": getattr(self.loss, "__qualname__", repr(self.loss)),
+                "loss": self.loss.name,
                 "data": digest_of(train),
             },
         )
@@ -283,13 +281,11 @@ def digest_of(groups: Any) -> str:
         return groups.digest()
     content = hashlib.sha256()
     for g in groups:
-        sides = [
-            (list(map(int, c.token_ids)), list(map(int, c.loss_mask)), c.label)
-            for c in g.completions
-        ]
-        content.update(
-            repr((list(map(int, g.prompt_ids)), sides, g.pairs and list(g.pairs))).encode()
-        )
+        for c in g.completions:
+            content.update(sequence_key(g, c))
+            labels = {n: v for n, v in c.columns.items() if isinstance(v, float)}
+            content.update(repr(labels).encode())
+        content.update(repr(g.pairs and list(g.pairs)).encode())
     return content.hexdigest()[:16]
 
 
@@ -313,10 +309,7 @@ def _longest_sequence(groups: Any) -> tuple[int, str]:
     if hasattr(groups, "longest"):
         index = int(groups.longest.argmax())
         return int(groups.longest[index]), groups[index].where
-    lengths = [
-        len(g.prompt_ids) + max(num_input_tokens(c.loss_mask) for c in g.completions) + 1
-        for g in groups
-    ]
+    lengths = [len(g.prompt_ids) + max(c.num_inputs for c in g.completions) + 1 for g in groups]
     return max(lengths), groups[lengths.index(max(lengths))].where
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from posttrain.data import batch_indices
 from posttrain.data.config import DataConfig, Purpose
+from posttrain.data.table import num_labels
 from posttrain.data.tokenise import prompt_hash
-from posttrain.losses.preference_metrics import loss_beta, preference_metrics
-from posttrain.trainers.base import BaseConfig, Loss, Trainer, run_reference
-from posttrain.training.config import TrainConfig, declared_like
-from posttrain.training.forward import needs_reference
+from posttrain.losses.preference_metrics import preference_metrics
+from posttrain.trainers.base import BaseConfig, Trainer, run_reference
+from posttrain.training.config import TrainConfig
 from posttrain.training.loop import Loop
 from posttrain.training.reference import ReferenceConfig
-from posttrain.types import LossOutput, PairLogps, PromptGroup
+from posttrain.types import Logps, Loss, LossOutput, PromptGroup
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class DPOConfig(BaseConfig):
     """Length, cadence and place of the run"""
     loss: str = "dpo"
     """A loss of posttrain.losses.preference (dpo, ipo, simpo, kto, ...), the dotted path of any
-    function (PairLogps, *, options) -> LossOutput, or a weighted sum: dpo + 0.2*nll_chosen."""
+    function (Logps, *, options) -> LossOutput, or a weighted sum: dpo + 0.2*nll_chosen."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.beta 0.1."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -47,7 +47,7 @@ class DPOTrainer(Trainer):
 
     Rafailov et al. 2023, arXiv:2305.18290. Datasets: prompt groups with ``pairs`` (or labelled
     completions, for KTO), or rows of the layouts in ``posttrain.data.layouts``. ``loss``: a
-    function ``PairLogps -> LossOutput``. A loss that says ``needs_reference = False`` runs without
+    function ``Logps -> LossOutput``. A loss that says ``reference=False`` runs without
     one. All pairs of a group are trained with one forward of its prompt and of each completion.
     """
 
@@ -57,14 +57,14 @@ class DPOTrainer(Trainer):
 
     def _settle_loss(self) -> None:
         config, chosen = self.config, self.loss
-        self.wants_reference = needs_reference(chosen)
-        self.loss = with_preference_metrics(chosen, beta=loss_beta(chosen))
-        if getattr(chosen, "batch_statistic", None) is not None and config.reference.cache:
+        self.wants_reference = chosen.reference
+        self.loss = with_preference_metrics(chosen)
+        if chosen.statistic is not None and config.reference.cache:
             raise ValueError(
                 f"loss {config.loss} reads the reference on sequences made from each batch "
                 "(mismatched pairs), which no cache holds. Leave --reference.cache off."
             )
-        if not needs_reference(chosen) and config.reference != ReferenceConfig():
+        if not chosen.reference and config.reference != ReferenceConfig():
             raise ValueError(
                 f"loss {config.loss} reads no reference; the reference.* settings "
                 "would be ignored. Leave them out."
@@ -73,12 +73,12 @@ class DPOTrainer(Trainer):
     def _set_up(
         self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
     ) -> None:
-        wants_labels = getattr(self.loss, "batch_statistic", None) is not None
+        wants_labels = self.loss.statistic is not None
         for groups in (train, *([evaluation] if evaluation is not None else [])):
             check_feedback(groups, wants_labels=wants_labels, what=f"loss {self.config.loss}")
         if wants_labels:
             check_mismatched(train, self.config)
-        if not needs_reference(self.loss):
+        if not self.loss.reference:
             return
         loop.reference = run_reference(
             self.config.reference,
@@ -88,17 +88,18 @@ class DPOTrainer(Trainer):
         )
 
 
-def with_preference_metrics(loss: Loss, *, beta: float) -> Loss:
+def with_preference_metrics(loss: Loss) -> Loss:
     """The loss with the DPO authors' metrics beside its own."""
 
-    def measured(logps: PairLogps) -> LossOutput:
+    def measured(logps: Logps) -> LossOutput:
         output = loss(logps)
         metrics: dict[str, Tensor] = (
-            preference_metrics(logps, beta=beta) if logps.pairs_B2.shape[0] else {}
+            preference_metrics(logps, beta=loss.beta) if logps.pairs_B2.shape[0] else {}
         )
         return LossOutput(terms=output.terms, metrics={**metrics, **output.metrics})
 
-    return declared_like(loss, measured)
+    measured.__name__ = measured.__qualname__ = loss.name
+    return replace(loss, function=measured, options={}, implicit_beta=loss.beta)
 
 
 def check_feedback(train: Any, *, wants_labels: bool, what: str) -> None:
@@ -108,7 +109,7 @@ def check_feedback(train: Any, *, wants_labels: bool, what: str) -> None:
         pairs, labels = train.column("num_pairs"), train.column("num_labels")
     else:
         pairs = np.asarray([len(g.trained_pairs) for g in train])
-        labels = np.asarray([sum(c.label is not None for c in g.completions) for g in train])
+        labels = np.asarray([num_labels(g) for g in train])
     missing = np.flatnonzero((labels if wants_labels else pairs) == 0)
     if not len(missing):
         return

@@ -30,7 +30,7 @@ class RewardConfig(BaseConfig):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="reward"))
     """Length, cadence and place of the run"""
     loss: str = "bradley_terry"
-    """bradley_terry, or the dotted path of any function (PairLogps, *, options) -> LossOutput;
+    """bradley_terry, or the dotted path of any function (Logps, *, options) -> LossOutput;
     logps_S are the scores."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.centering 0.01."""

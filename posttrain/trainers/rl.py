@@ -35,7 +35,7 @@ from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
-from posttrain.training.config import TrainConfig, to_dict, with_options
+from posttrain.training.config import TrainConfig, to_dict
 from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
@@ -187,15 +187,12 @@ class RLTrainer:
         if accelerator.is_main_process:
             report_prompts(counts, every, self._rewards)
         source = self._source(train, evaluation, tokenizer)
-        loss = with_options(
-            self.algorithm.loss, {**self.algorithm.loss_options, **_kl_options(self.algorithm)}
-        )
         loop = Loop(
             accelerator=accelerator,
             precision=precision,
             model=model,
             tokenizer=tokenizer,
-            loss=source.watched(loss),
+            loss=source.watched(self.algorithm.objective),
             batches=lambda _: [_probe_group(p) for p in train[:2]],
             num_steps=config.train.max_steps
             or config.train.num_steps(len(train)) * config.rollout.epochs,
@@ -391,11 +388,6 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         algorithm = replace(
             algorithm, loss_options={**algorithm.loss_options, "constant": constant}
         )
-    if algorithm.kl_in != "loss" and algorithm.beta and options.get("kl_estimator", "k1") != "k1":
-        raise ValueError(
-            f"kl_estimator={options['kl_estimator']} would be ignored: with "
-            f"kl_in={algorithm.kl_in} it is k1."
-        )
     if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
         raise ValueError(
             "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine "
@@ -420,11 +412,6 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
             "sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0."
         )
     return algorithm
-
-
-def _kl_options(algorithm: Algorithm) -> dict[str, Any]:
-    in_loss = algorithm.beta > 0 and algorithm.kl_in == "loss"
-    return {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator} if in_loss else {}
 
 
 def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReference:

@@ -18,7 +18,7 @@ class SFTConfig(BaseConfig):
     """Everything that decides an SFT run."""
 
     loss: str = "posttrain.losses.sft.sft"
-    """Dotted path of the loss function; any function (TokenLogps, *, options) -> LossOutput."""
+    """Dotted path of the loss function; any function (Logps, *, options) -> LossOutput."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
     """Keyword options of the loss, e.g. --loss_options.aggregation sequence_mean."""
 
@@ -26,7 +26,7 @@ class SFTConfig(BaseConfig):
 class SFTTrainer(Trainer):
     """``SFTTrainer(model="smollm2-135m", train_dataset=rows).train()``.
 
-    ``loss``: a function ``TokenLogps -> LossOutput``. Held out is always the plain negative
+    ``loss``: a function ``Logps -> LossOutput``. Held out is always the plain negative
     log-likelihood per trained token.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ class ScoredGroup:
     prompt: Prompt
     texts: tuple[CompletionText, ...]
     scores: tuple[Scored, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each reward function."""
 
     @property
     def totals(self) -> list[float | None]:
@@ -125,6 +127,7 @@ class Collector:
                 group=group,
                 prompt=self.prompts[group.prompt],
                 texts=texts[i],
+                weights=self.rewards.weights_of(self.prompts[group.prompt].sample),
                 scores=tuple(
                     Scored(**{**row, "problems": tuple(row["problems"])}) for row in scored[i]
                 ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import math
 import os
 import re
@@ -21,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from posttrain.losses.preference_metrics import loss_beta
 from posttrain.rewards.pool import load_function
+from posttrain.types import Loss, as_loss
 
 C = TypeVar("C")
 
@@ -198,13 +197,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-DECLARATIONS = ("couples_completions", "needs_reference", "batch_statistic")
-"""What a loss function says of itself by attributes."""
-
-
-def choose_loss(
-    config: Any, given: Callable[..., Any] | None, *, home: str, default: str
-) -> Callable[..., Any]:
+def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, default: str) -> Loss:
     """The loss given in Python, else ``config.loss`` with ``config.loss_options``; both at once are
     an error."""
     if given is None:
@@ -214,57 +207,33 @@ def choose_loss(
             "The trainer got loss=... and config.loss or config.loss_options, which "
             "would be ignored. Give one."
         )
-    return given
+    return as_loss(given)
 
 
-def resolve_loss(
-    path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft"
-) -> Callable[..., Any]:
+def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft") -> Loss:
     """A loss by name, or a weighted sum such as ``dpo + 0.2*nll_chosen``, with keyword options.
 
     A name is ``package.module.function``, or a function of the module ``home``. An option goes to
-    every term that has it; an option that none has is an error, never ignored. The functions'
+    every term that has it; an option that none has is an error, never ignored. The losses'
     declarations are kept.
     """
     terms = [_weight_and_name(term, path) for term in path.split("+")]
-    functions = [(weight, _import_function(name, home)) for weight, name in terms]
-    accepted = [_options_of(function) for _, function in functions]
-    unknown = sorted(set(options) - set().union(*accepted))
+    losses = [(weight, as_loss(_import_function(name, home))) for weight, name in terms]
+    every = sorted(set().union(*(loss.accepts for _, loss in losses)))
+    unknown = sorted(set(options) - set(every))
     if unknown:
-        every = sorted(set().union(*accepted))
         near = difflib.get_close_matches(unknown[0], every, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
     bound = [
-        (weight, with_options(function, {k: v for k, v in options.items() if k in names}))
-        for (weight, function), names in zip(functions, accepted, strict=True)
+        (weight, loss.with_options(**{k: v for k, v in options.items() if k in loss.accepts}))
+        for weight, loss in losses
     ]
     if len(bound) == 1 and bound[0][0] == 1.0:
         return bound[0][1]
     from posttrain.losses.combine import weighted_sum
 
     return weighted_sum(bound)
-
-
-def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """The loss with keyword options fixed, its declarations kept."""
-    if not options:
-        return function
-
-    def loss(logps: Any) -> Any:
-        return function(logps, **options)
-
-    loss.beta = float(options.get("beta", loss_beta(function)))  # type: ignore[attr-defined]
-    return declared_like(function, loss)
-
-
-def declared_like(function: Callable[..., Any], loss: Any) -> Callable[..., Any]:
-    """``loss``, made of ``function``, with its name and its declarations."""
-    loss.__name__ = loss.__qualname__ = getattr(function, "__qualname__", repr(function))
-    for name in DECLARATIONS:
-        if hasattr(function, name):
-            setattr(loss, name, getattr(function, name))
-    return loss
 
 
 def _weight_and_name(term: str, path: str) -> tuple[float, str]:
@@ -285,9 +254,3 @@ def _import_function(name: str, home: str) -> Callable[..., Any]:
             f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
             f"importable from the folder you start in; got {name!r} ({error})."
         ) from error
-
-
-def _options_of(function: Callable[..., Any]) -> set[str]:
-    return {
-        n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY
-    }

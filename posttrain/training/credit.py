@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from posttrain.algorithms import Algorithm
+from posttrain.algorithms import Algorithm, Rollout
 from posttrain.models.policy import in_eval_mode
 from posttrain.training.collect import ScoredGroup
-from posttrain.training.forward import Forward, ForwardPlan, forward_values
+from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
 from posttrain.training.ranks import of_all_ranks
-from posttrain.types import Completion, PromptGroup
+from posttrain.training.step import Reference
+from posttrain.types import Completion, Forward, PromptGroup, Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,46 +40,45 @@ def trained_groups(
     version: int,
     proximal: bool,
     policy: nn.Module,
-    reference: Forward | None,
+    reference: Reference | None,
     plan: ForwardPlan,
 ) -> list[PromptGroup]:
-    """One group for each, with advantages. ``proximal``: log-probs under the present policy are
-    kept, because it will be updated more than once on them."""
+    """One group for each, with the columns that the algorithm gives. ``proximal``: log-probs under
+    the present policy are kept, because it will be updated more than once on them."""
     groups = [_group(s, config, version) for s in scored]
-    kl_in_reward = algorithm.beta > 0 and algorithm.kl_in != "loss"
-    logps: list[dict[tuple[int, int], list[float]]] = [{}, {}]
-    if (proximal or kl_in_reward) and any(group.num_trained for group in groups):
-        forwards: list[Forward] = [lambda _, batch: policy(batch)]
-        if kl_in_reward:
-            assert reference is not None
-            forwards.append(reference)
-        off_totals = kl_in_reward and algorithm.kl_in == "reward"
-        measured = (
-            [_group(s, config, version, measured=True) for s in scored] if off_totals else groups
-        )
-        logps = _values_of_all(plan, policy, measured, forwards)
-    totals = [s.totals for s in scored]
-    if kl_in_reward and algorithm.kl_in == "token_reward":
-        by_token = _token_returns(groups, totals, logps, algorithm)
-        advantages: Any = [[0.0 for _ in row] for row in totals]
-    else:
-        by_token = None
-        if kl_in_reward:
-            totals = [
-                [
-                    None if r is None else r - algorithm.beta * sum(_k1(logps, (g, k)))
-                    for k, r in enumerate(row)
-                ]
-                for g, row in enumerate(totals)
-            ]
-        advantages = algorithm.advantages(totals, **algorithm.advantage_options)
+    if not any(group.num_trained for group in groups):
+        return groups  # all unscored or cut: the iteration says so
+    computes: dict[str, Compute] = {}
+    if proximal or algorithm.needs("policy") or algorithm.needs("reference"):
+        computes["logps"] = lambda _, batch: policy(batch)
+    if algorithm.needs("reference"):
+        assert reference is not None
+        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
+    # the reward of a completion that is scored but not trained may have its KL taken off, too
+    measured = groups
+    if algorithm.needs("reference"):
+        measured = [_group(s, config, version, measured=True) for s in scored]
+    logps: dict[str, dict[Ref, Any]] = {}
+    if computes:
+        logps = _values_of_all(plan, policy, measured, computes)
+    rollouts = [
+        [
+            _rollout(s, k, measured[g], groups[g], {n: v.get((g, k)) for n, v in logps.items()})
+            for k in range(len(s.scores))
+        ]
+        for g, s in enumerate(scored)
+    ]
+    columns = algorithm.columns(rollouts)
 
-    def credited(g: int, k: int, c: Completion) -> Completion:
-        made = _advantaged(c, advantages[g][k], logps[0].get((g, k)) if proximal else None)
-        if by_token is None or not c.num_trained:
-            return made
-        return replace(
-            made, token_advantages=_spread([0.0 if a is None else a for a in by_token[g][k]], c)
+    def credited(g: int, k: int, completion: Completion) -> Completion:
+        given = columns[g][k]
+        if given is None:
+            completion = replace(completion, loss_mask=np.zeros_like(completion.loss_mask))
+        elif proximal and completion.num_trained:
+            given = {**given, "proximal_logps": logps["logps"][g, k]}
+        counted = measured[g].completions[k].loss_mask
+        return completion.with_columns(
+            **{n: _spread(v, counted) for n, v in (given or {"advantage": 0.0}).items()}
         )
 
     return [
@@ -89,23 +90,20 @@ def trained_groups(
 def _group(
     scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False
 ) -> PromptGroup:
-    """``measured``: completions that are scored but not trained have a loss mask too: their KL is
-    part of their reward."""
+    """``measured``: completions that are scored but not trained have a loss mask too."""
     completions = []
     for trajectory, score in zip(scored.group.trajectories, scored.scores, strict=True):
         is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
-        is_trained = score.total is not None and not is_masked
         old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
+        mask = np.arange(len(trajectory.token_ids)) >= old
+        columns: dict[str, Any] = {"sampler_logps": trajectory.logps}
+        if trajectory.kept_ids is not None:
+            columns["kept_ids"] = Ragged.of(trajectory.kept_ids)
         completions.append(
             Completion(
-                token_ids=tuple(trajectory.token_ids),
-                loss_mask=tuple(
-                    int(is_trained and t >= old) for t in range(len(trajectory.token_ids))
-                ),
-                sampler_logps=tuple(trajectory.logps),
-                kept_ids=None
-                if trajectory.kept_ids is None
-                else tuple(map(tuple, trajectory.kept_ids)),
+                token_ids=trajectory.token_ids,
+                loss_mask=mask & (score.total is not None and not is_masked),
+                columns=columns,
             )
         )
     file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
@@ -117,66 +115,53 @@ def _group(
     )
 
 
+def _rollout(
+    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, logps: dict[str, Any]
+) -> Rollout:
+    score, completion = scored.scores[k], measured.completions[k]
+    known = {name: value for name, value in logps.items() if value is not None}
+    none = np.zeros(0) if not completion.num_trained else None
+    return Rollout(
+        reward=score.total,
+        parts=score.parts,
+        weights=scored.weights,
+        token_ids=completion.token_ids[completion.trained],
+        text=str(scored.texts[k]),
+        finish_reason=str(scored.group.trajectories[k].finish_reason),
+        is_trained=group.completions[k].num_trained > 0,
+        **{"logps": none, "reference_logps": none, **known},
+    )
+
+
 def _values_of_all(
-    plan: ForwardPlan, policy: nn.Module, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
-) -> list[dict[tuple[int, int], list[float]]]:
-    """For each forward: {(group, completion): its trained tokens' values}, of all ranks, in eval
-    mode."""
+    plan: ForwardPlan,
+    policy: nn.Module,
+    groups: Sequence[PromptGroup],
+    computes: dict[str, Compute],
+) -> dict[str, dict[Ref, Any]]:
+    """For each of ``computes``: {(group, completion): array of its trained tokens' log-probs}, of
+    all ranks, in eval mode."""
     with in_eval_mode(policy):
         mine = [
-            {ref: v.tolist() for ref, v in values.items()}
-            for values in forward_values(plan, groups, forwards)
+            {ref: forward.logps_T.double().cpu().numpy() for ref, forward in values.items()}
+            for values in forward_values(plan, groups, list(computes.values()))
         ]
-    parts = of_all_ranks(plan.accelerator, mine)
-    every = [{ref: v for part in parts for ref, v in part[f].items()} for f in range(len(forwards))]
-    return every if len(every) > 1 else [*every, {}]
+    ranks = of_all_ranks(plan.accelerator, mine)
+    return {
+        name: {ref: v for rank in ranks for ref, v in rank[i].items()}
+        for i, name in enumerate(computes)
+    }
 
 
-def _k1(logps: Sequence[dict[tuple[int, int], list[float]]], ref: tuple[int, int]) -> list[float]:
-    """log pi - log pi_ref of each trained token."""
-    return [p - q for p, q in zip(logps[0].get(ref, []), logps[1].get(ref, []), strict=True)]
-
-
-def _token_returns(
-    groups: Sequence[PromptGroup],
-    totals: Sequence[Sequence[float | None]],
-    logps: Any,
-    algorithm: Algorithm,
-) -> list[list[list[float | None]]]:
-    """[group][completion][trained token]: r - beta sum of the KL from the token on, normalised over
-    all tokens of the batch.
-
-    Hu et al. 2025 (REINFORCE++), arXiv:2501.03262 eq. 6 and 8, with discount 1.
-    """
-    flat: list[list[float | None]] = []
-    for g, row in enumerate(totals):
-        for k, total in enumerate(row):
-            returns: list[float | None] = []
-            behind = 0.0
-            for kl in reversed(_k1(logps, (g, k))):
-                behind += kl
-                returns.append(None if total is None else total - algorithm.beta * behind)
-            flat.append(returns[::-1])
-    normalised = iter(algorithm.advantages(flat, **algorithm.advantage_options))
-    return [[next(normalised) for _ in row] for row in totals]
-
-
-def _advantaged(
-    completion: Completion, advantage: float | None, proximal: Sequence[float] | None
-) -> Completion:
-    mask = completion.loss_mask if advantage is not None else (0,) * len(completion.token_ids)
-    logps = None if proximal is None else _spread(proximal, completion)
-    return replace(completion, advantage=advantage or 0.0, loss_mask=mask, proximal_logps=logps)
-
-
-def _spread(values: Sequence[float], completion: Completion) -> tuple[float, ...]:
-    """Values of the trained tokens at their places, 0 elsewhere."""
-    given = iter(values)
-    return tuple(next(given) if m else 0.0 for m in completion.loss_mask)
+def _spread(values: Any, counted: Any) -> Any:
+    """An array of the counted tokens at their places, 0 elsewhere; a number as it is."""
+    if not np.ndim(values):
+        return values
+    spread = np.zeros(len(counted))
+    spread[counted] = values
+    return spread
 
 
 def has_signal(group: PromptGroup) -> bool:
     """Whether an advantage is not exactly 0."""
-    return any(
-        (c.advantage or any(c.token_advantages or ())) and c.num_trained for c in group.completions
-    )
+    return any(np.any(c.columns.get("advantage", 0.0)) and c.num_trained for c in group.completions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from posttrain.models.adapters import products_in_float32
@@ -48,11 +49,12 @@ def self_check(
     """RMS difference (nats) between packed log-probs and the model's plain forward, one sequence at
     a time.
 
-    Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights' dtype),
-    ValueError if ``groups`` train nothing. 4-bit layers compute in float32 here, as all others
-    outside of autocast. A collective where weights are sharded. The row is computed segment by
-    segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on at most
-    SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
+    Under packing.mode auto a difference is a step down (``Policy.step_down``), and the next mode is
+    checked. Raises SelfCheckError when it is beyond the rounding of ``compute`` (None: the weights'
+    dtype), ValueError if ``groups`` train nothing. 4-bit layers compute in float32 here, as all
+    others outside of autocast. A collective where weights are sharded. The row is computed segment
+    by segment (FlexAttention's kernel is compared with that in ``attention.why_not_flex``), on at
+    most SELF_CHECK_PROMPT_TOKENS of a prompt and SELF_CHECK_TOKENS of a completion.
     """
     forward_mode = policy.forward_mode
     groups = [_shortened(group) for group in groups]
@@ -69,7 +71,7 @@ def self_check(
             batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(
                 policy.base.get_input_embeddings().weight.device
             )
-            packed_T = policy(batch)
+            packed_T = policy(batch).logps_T
             for s, (g, k) in enumerate(batch.refs):
                 difference = (
                     packed_T[batch.sequence_T == s]
@@ -79,13 +81,15 @@ def self_check(
                 worst = max(worst, (float(difference.abs().max()), groups[g].where))
     rms = float(torch.cat(squares).mean().sqrt())
     limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
+    mode = forward_mode.mode
+    if not rms <= limit and policy.step_down(f"{mode} log-probs differ by {rms:.2g} nats"):
+        return self_check(policy, groups, max_tokens=max_tokens, compute=compute)
     if not rms <= limit:
         raise SelfCheckError(
             f"Self-check failed: log-probs of the packed forward ({forward_mode.mode}) differ from "
             f"the model's own by {rms:.3g} nats (rms; limit {limit:g}), most in {worst[1]} "
             f"({worst[0]:.3g}). This model does something that packing or our LM head does not "
-            "know. Try --packing.mode single; if that fails too, its logits are transformed in a "
-            "way that models/logprobs.py has to learn."
+            "know. Leave --packing.mode at auto, which steps down to the model's own forward."
         )
     return rms
 
@@ -96,13 +100,13 @@ def _shortened(group: PromptGroup) -> PromptGroup:
     Where none is left, one completion is checked from its first trained token on, and what stands
     before belongs to the prompt.
     """
-    prompt = list(group.prompt_ids)
+    prompt = group.prompt_ids
     cut = [_cut(c, 0) for c in group.completions]
     trained = [c for c in cut if c.num_trained]
     if not trained:
         whole = next(c for c in group.completions if c.num_trained)
-        start = next(i for i, m in enumerate(whole.loss_mask) if m)
-        prompt += whole.token_ids[:start]
+        start = int(whole.trained[0])
+        prompt = np.concatenate([prompt, whole.token_ids[:start]])
         trained = [_cut(whole, start)]
     return replace(
         group, prompt_ids=prompt[-SELF_CHECK_PROMPT_TOKENS:], completions=trained, pairs=()

@@ -22,14 +22,13 @@ from posttrain.packing.plan import count_units
 from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.curriculum import PromptSampler
 from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
-from posttrain.training.config import UserFacingError, declared_like
+from posttrain.training.config import UserFacingError
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
 from posttrain.training.pass_at_k import Evaluation
 from posttrain.training.ranks import of_all_ranks
 from posttrain.training.rollout_log import RolloutLog, rollout_metrics
-from posttrain.training.step import Loss
-from posttrain.types import Completion, Counts, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Completion, Counts, Logps, Loss, LossOutput, PromptGroup, Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +112,14 @@ class RolloutSource:
     def watched(self, loss: Loss) -> Loss:
         """The loss; what it is given is compared with the sampler's log-probs (``check``)."""
 
-        def watching(logps: TokenLogps) -> LossOutput:
-            if logps.sampler_T is not None and logps.sampler_T.numel():
-                self._differences.append(
-                    (logps.proximal_T.detach() - logps.sampler_T).double().cpu()
-                )
+        def watching(logps: Logps) -> LossOutput:
+            if "sampler_logps" in logps and logps.logps_T.numel():
+                difference = logps.proximal_T.detach() - logps["sampler_logps"]
+                self._differences.append(difference.double().cpu())
             return loss(logps)
 
-        watched: Any = declared_like(loss, watching)
-        watched.needs_reference = self.algorithm.beta > 0 and self.algorithm.kl_in == "loss"
-        return watched
+        watching.__name__ = watching.__qualname__ = loss.name
+        return replace(loss, function=watching, options={})
 
     def batch(self, step: int) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
@@ -294,7 +291,7 @@ class RolloutSource:
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "pending": [asdict(b) for b in self._pending],
+            "pending": [_batch_to_json(b) for b in self._pending],
         }
         (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
         forget_journals(
@@ -311,18 +308,51 @@ class RolloutSource:
         self._pending = [_batch_from_json(b) for b in state["pending"]]
 
 
+def _batch_to_json(batch: StepBatch) -> dict[str, Any]:
+    def column(value: Any) -> Any:
+        if isinstance(value, Ragged):
+            return {"values": value.values.tolist(), "ends": value.ends.tolist()}
+        return value if isinstance(value, float) else value.tolist()
+
+    groups = [
+        {
+            "prompt_ids": g.prompt_ids.tolist(),
+            "completions": [
+                {
+                    "token_ids": c.token_ids.tolist(),
+                    "loss_mask": c.loss_mask.tolist(),
+                    "columns": {name: column(value) for name, value in c.columns.items()},
+                }
+                for c in g.completions
+            ],
+            "meta": dict(g.meta),
+        }
+        for g in batch.groups
+    ]
+    return {**vars(batch), "groups": groups, "counts": batch.counts and asdict(batch.counts)}
+
+
 def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
-    """The inverse of ``dataclasses.asdict``, after a trip through JSON."""
+    def column(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return Ragged(values=np.asarray(value["values"]), ends=np.asarray(value["ends"]))
+
     groups = [
         PromptGroup(
-            **{**g, "completions": [Completion(**c) for c in g["completions"]], "pairs": ()}
+            prompt_ids=g["prompt_ids"],
+            completions=[
+                Completion(
+                    token_ids=c["token_ids"],
+                    loss_mask=c["loss_mask"],
+                    columns={name: column(value) for name, value in c["columns"].items()},
+                )
+                for c in g["completions"]
+            ],
+            pairs=(),
+            meta=g["meta"],
         )
         for g in entry["groups"]
     ]
-    return StepBatch(
-        **{
-            **entry,
-            "groups": groups,
-            "counts": Counts(**entry["counts"]) if entry["counts"] else None,
-        }
-    )
+    counts = Counts(**entry["counts"]) if entry["counts"] else None
+    return StepBatch(**{**entry, "groups": groups, "counts": counts})

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.policy import in_eval_mode
-from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, num_input_tokens, pack
+from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import StepPlan, plan_step
 from posttrain.training.ranks import of_all_ranks
-from posttrain.training.step import Loss, Reference, Totals, loss_share
-from posttrain.types import Counts, PairLogps, PromptGroup
+from posttrain.training.step import Reference, Totals, loss_share
+from posttrain.types import Counts, Forward, Logps, Loss, PromptGroup
 
 GROUPS_PER_PLAN = 256
 Ref = tuple[int, int]
@@ -54,39 +54,40 @@ class ForwardPlan:
             yield batch.to(self.accelerator.device), micro_batch.is_dummy
 
 
-Forward = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
+Compute = Callable[[Sequence[PromptGroup], PackedBatch], Forward]
+"""(groups, a row of them) -> what a model computes of it."""
 
 
 @torch.no_grad()
 def forward_values(
-    plan: ForwardPlan, groups: Sequence[PromptGroup], forwards: Sequence[Forward]
-) -> list[dict[Ref, Tensor]]:
-    """For each forward: {(group, completion): [t] its values} of the completions that this rank
-    computes. All ranks call it."""
-    values: list[dict[Ref, Tensor]] = [{} for _ in forwards]
+    plan: ForwardPlan, groups: Sequence[PromptGroup], computes: Sequence[Compute]
+) -> list[dict[Ref, Forward]]:
+    """For each of ``computes``: {(group, completion): its tokens' values} of the completions that
+    this rank computes. All ranks call it."""
+    values: list[dict[Ref, Forward]] = [{} for _ in computes]
     for batch, is_dummy in plan.micro_batches(groups):
-        for forward, kept in zip(forwards, values, strict=True):
+        for compute, kept in zip(computes, values, strict=True):
             with plan.accelerator.autocast():
-                values_T = forward(groups, batch)
+                forward = compute(groups, batch)
             if not is_dummy:
-                kept.update(
-                    {ref: values_T[batch.sequence_T == s] for s, ref in enumerate(batch.refs)}
-                )
+                for s, ref in enumerate(batch.refs):
+                    here = batch.sequence_T == s
+                    kept[ref] = forward.map(lambda value, here=here: value[here])  # type: ignore[misc]
         batch.layout.cache.clear()
     return values
 
 
 def joined(
-    plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, Tensor]
-) -> tuple[PackedBatch, Tensor]:
-    """The completions in ``values`` as one batch (no forward is made of it), and their values [T]
-    in its order."""
+    plan: ForwardPlan, groups: Sequence[PromptGroup], values: dict[Ref, Forward]
+) -> tuple[PackedBatch, Forward]:
+    """The completions in ``values`` as one batch (no forward is made of it), and their values in
+    its order."""
     by_group: dict[int, list[int]] = {}
     for group, completion in sorted(values):
         by_group.setdefault(group, []).append(completion)
     parts = [GroupPart(group=g, completions=tuple(ks)) for g, ks in by_group.items()]
     batch = pack(groups, parts, mode=plan.mode).to(plan.accelerator.device)
-    return batch, torch.cat([values[ref] for ref in batch.refs])
+    return batch, Forward.join([values[ref] for ref in batch.refs])
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def batch_mean(
     exceed the token budget (it is only forwarded, which takes a fraction of the memory of a
     training row).
     """
-    statistic = getattr(loss, "batch_statistic", None)
+    statistic = loss.statistic
     if statistic is None:
         return None
     total = torch.zeros(
@@ -114,7 +115,7 @@ def batch_mean(
     dtype = torch.float32
     made = list(statistic.groups(groups))
     longest = max(
-        (len(g.prompt_ids) + num_input_tokens(c.loss_mask) for g in made for c in g.completions),
+        (len(g.prompt_ids) + c.num_inputs for g in made for c in g.completions),
         default=0,
     )
     plan = replace(plan, max_tokens=max(plan.max_tokens, longest))
@@ -133,21 +134,21 @@ def _scored(
     reference: Reference | None,
     groups: Sequence[PromptGroup],
     mean: Tensor | None = None,
-) -> Iterator[tuple[dict[Ref, float], PairLogps]]:
+    outputs: Sequence[Any] = (),
+) -> Iterator[tuple[dict[Ref, float], Logps]]:
     """Chunk by chunk what a loss gets for this rank's groups, and the sum over tokens of every
     completion's values."""
-    forwards: list[Forward] = [
-        lambda _, batch: policy(batch),
-        *([reference] if reference is not None else []),
-    ]
+    computes: list[Compute] = [lambda _, batch: policy(batch, outputs)]
+    if reference is not None:
+        computes.append(lambda groups, batch: Forward(reference(groups, batch)))
     for at in range(0, len(groups), GROUPS_PER_PLAN):
         part = groups[at : at + GROUPS_PER_PLAN]
-        values, *rest = forward_values(plan, part, forwards)
+        values, *rest = forward_values(plan, part, computes)
         if values:
-            batch, logps_T = joined(plan, part, values)
-            reference_T = joined(plan, part, rest[0])[1] if rest else None
-            sums = {(at + g, k): float(v.double().sum()) for (g, k), v in values.items()}
-            yield sums, batch.with_logps(logps_T, reference_T=reference_T, batch_mean=mean)
+            batch, forward = joined(plan, part, values)
+            reference_T = joined(plan, part, rest[0])[1].logps_T if rest else None
+            sums = {(at + g, k): float(v.logps_T.double().sum()) for (g, k), v in values.items()}
+            yield sums, batch.with_logps(forward, reference_T=reference_T, batch_mean=mean)
 
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ def evaluate(
     totals = Totals.on(plan.accelerator.device)
     sums: dict[Ref, float] = {}
     with in_eval_mode(policy):
-        for part_sums, logps in _scored(plan, policy, reference, groups, mean):
+        for part_sums, logps in _scored(plan, policy, reference, groups, mean, loss.outputs):
             totals.add(*loss_share(loss, logps, counts))
             sums.update(part_sums)
     value, means = totals.over_ranks(plan.accelerator)
@@ -184,9 +185,3 @@ def evaluate(
         ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()
     }
     return {"eval_loss": value, **named, **(report(every) if report is not None else {})}
-
-
-def needs_reference(loss: Loss) -> bool:
-    """Whether a loss reads the reference; it does unless it says ``my_loss.needs_reference =
-    False``."""
-    return bool(getattr(loss, "needs_reference", True))

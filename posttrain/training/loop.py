@@ -30,7 +30,7 @@ from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
 from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.evaluate import self_check
-from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate, needs_reference
+from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import (
     OptimizerConfig,
@@ -41,14 +41,12 @@ from posttrain.training.optimizer import (
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import Extra, RunFolder
 from posttrain.training.step import (
-    Loss,
     NonFiniteError,
     StepResult,
     clip_and_check,
-    couples_completions,
     step_gradient,
 )
-from posttrain.types import Counts, PromptGroup
+from posttrain.types import Counts, Loss, PromptGroup, as_loss
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +147,10 @@ class Loop:
     """What decides the numbers beside the settings (data, loss); a resumed run is warned when it
     differs."""
 
+    def __post_init__(self) -> None:
+        self.loss = as_loss(self.loss)
+        self.eval_loss = self.eval_loss and as_loss(self.eval_loss)
+
     def run(self) -> TrainResult:
         """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run
         folder."""
@@ -236,6 +238,8 @@ class Loop:
         policy = self.policy_class(
             self.model, self.packing, device_type=device.type, temperature=self.temperature
         )
+        if self.train.self_check and not gathers:
+            self._self_check(policy)
         self.mode, limit = policy.forward_mode.mode, policy.forward_mode.length_limit
         self.forward_plan = ForwardPlan(
             accelerator=self.accelerator,
@@ -243,8 +247,6 @@ class Loop:
             max_tokens=self.packing.max_tokens,
             length_limit=limit,
         )
-        if self.train.self_check and not gathers:
-            self._self_check(policy)
         self.flops = model_flops(self.model)
         self.peak_flops = measure_matmul_peak(device, getattr(torch, self.precision.compute))
         if self.reference is not None:
@@ -308,7 +310,7 @@ class Loop:
         )
         groups = batch.groups
         sampled = time.perf_counter()
-        plan = self.forward_plan.split(groups, coupled=couples_completions(self.loss))
+        plan = self.forward_plan.split(groups, coupled=self.loss.couples_completions)
         plan = replace(plan, counts=batch.counts or plan.counts)
         self.longest_row = max(
             self.longest_row,
@@ -322,7 +324,7 @@ class Loop:
             plan,
             self.loss,
             mode=self.mode,
-            reference=self.reference if needs_reference(self.loss) else None,
+            reference=self.reference if self.loss.reference else None,
             batch_mean=batch_mean(
                 self.forward_plan, self.policy, self.reference, self.loss, groups
             ),

@@ -35,7 +35,8 @@ from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
 from posttrain.training.ranks import of_all_ranks, of_main_rank
 from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
-from posttrain.types import Completion, PromptGroup
+from posttrain.training.step import Reference
+from posttrain.types import Completion, Forward, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,15 +181,15 @@ class RunReference:
 
     def _live(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
         if self._frozen is not None:
-            return self._frozen(batch)
+            return self._frozen(batch).logps_T
         assert self._policy is not None
         with adapters_off(self._policy.model):
-            return self._policy(batch)
+            return self._policy(batch).logps_T
 
     def _policy_itself(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
         assert self._policy is not None
         with in_eval_mode(self._policy):
-            return self._policy(batch)
+            return self._policy(batch).logps_T
 
     @torch.no_grad()
     def after_step(self, step: int, policy: nn.Module) -> None:
@@ -238,6 +239,10 @@ def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
         array = np.asarray(values, dtype)
         digest.update(len(array).to_bytes(8, "little"))
         digest.update(array.tobytes())
+    for name, value in sorted(group.inputs.items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
     return digest.digest()
 
 
@@ -258,7 +263,7 @@ class ReferenceCache:
         cls,
         config: ReferenceConfig,
         plan: ForwardPlan,
-        live: Callable[[Sequence[PromptGroup], PackedBatch], Tensor],
+        live: Reference,
         datasets: Sequence[Sequence[PromptGroup]],
         *,
         weights: str,
@@ -304,7 +309,7 @@ class ReferenceCache:
 
 def _compute(
     plan: ForwardPlan,
-    live: Callable[[Sequence[PromptGroup], PackedBatch], Tensor],
+    live: Reference,
     datasets: Sequence[Sequence[PromptGroup]],
     *,
     show_progress: bool,
@@ -318,9 +323,10 @@ def _compute(
         starts, description="reference log-probs", disable=not show_progress, transient=True
     ):
         part = groups[at : at + GROUPS_PER_PLAN]
-        (found,) = forward_values(plan, part, [live])
+        (found,) = forward_values(plan, part, [lambda g, batch: Forward(live(g, batch))])
         values |= {
-            sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()
+            sequence_key(part[g], part[g].completions[k]): v.logps_T.cpu()
+            for (g, k), v in found.items()
         }
     return {
         key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.pass_at_k import Evaluation
-from posttrain.types import PromptGroup
+from posttrain.types import Completion, PromptGroup
 
 
 def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, float]:
@@ -75,7 +75,7 @@ class RolloutLog:
                 "versions": [version for _, version in trajectory.segments],
                 "reward": score.total,
                 "parts": [{"name": n, "value": v} for n, v in score.parts.items()],
-                "advantage": None if group is None else group.completions[k].advantage,
+                "advantage": None if group is None else mean_advantage(group.completions[k]),
                 "problems": list(score.problems),
             }
             for s, group in [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
@@ -132,3 +132,11 @@ class RolloutLog:
                     parts,
                 )
         Console().print(table)
+
+
+def mean_advantage(completion: Completion) -> float:
+    """The completion's advantage; the mean over its trained tokens where they have their own."""
+    value = completion.columns.get("advantage", 0.0)
+    if isinstance(value, float):
+        return value
+    return float(value[completion.trained].mean()) if completion.num_trained else 0.0

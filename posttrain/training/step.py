@@ -28,9 +28,8 @@ from posttrain.packing.plan import MicroBatch, StepPlan
 from posttrain.training.config import UserFacingError
 from posttrain.training.ranks import of_all_ranks
 from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
-from posttrain.types import Counts, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Counts, Forward, Logps, Loss, PromptGroup, as_loss
 
-Loss = Callable[..., LossOutput]
 Reference = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
 """(groups of the global batch, a micro-batch of them) -> [T] log-probs of its trained tokens under
 the reference model."""
@@ -99,13 +98,6 @@ class Totals:
         }
 
 
-def couples_completions(loss: Loss) -> bool:
-    """Whether a loss mixes the completions of a group. A loss that does not say so is taken to:
-    exact either way, only slower for groups over the token budget. A loss of independent items says
-    ``my_loss.couples_completions = False``."""
-    return bool(getattr(loss, "couples_completions", True))
-
-
 @dataclass(kw_only=True)
 class _Step:
     """What every forward of one step reads, and the totals it writes."""
@@ -137,10 +129,14 @@ class _Step:
             rank[index].coupled_group is None for rank in self.plan.ranks
         )
 
-    def share(self, batch: PackedBatch, logps_T: Tensor, reference_T: Tensor | None) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Forward:
+        """Log-probs, and what else the loss reads."""
+        return self.policy(batch, self.loss.outputs) if self.loss.outputs else self.policy(batch)
+
+    def share(self, batch: PackedBatch, forward: Forward, reference_T: Tensor | None) -> Tensor:
         """This micro-batch's part of the loss of the global batch; it and the metrics go into the
         totals."""
-        logps = batch.with_logps(logps_T, reference_T=reference_T, batch_mean=self.batch_mean)
+        logps = batch.with_logps(forward, reference_T=reference_T, batch_mean=self.batch_mean)
         share, metrics = loss_share(self.loss, logps, self.plan.counts)
         self.totals.add(share, metrics)
         return share
@@ -160,7 +156,7 @@ def step_gradient(
     """Adds d(loss of the global batch)/d(parameters) to ``.grad``; the value does not depend on how
     ``plan`` splits the batch.
 
-    ``policy(batch) -> logps_T`` is the wrapped module; ``groups`` the global batch, the same on
+    ``policy(batch) -> Forward`` is the wrapped module; ``groups`` the global batch, the same on
     every rank; ``batch_mean`` what ``training.forward.batch_mean`` gives for a loss that declares a
     statistic. The dtype of the result is float32 or wider. Raises ValueError for a loss that
     returns reduced items.
@@ -172,7 +168,7 @@ def step_gradient(
         policy=policy,
         groups=groups,
         plan=plan,
-        loss=loss,
+        loss=as_loss(loss),
         mode=mode,
         reference=reference,
         batch_mean=batch_mean,
@@ -196,34 +192,39 @@ def step_gradient(
             _no_sync(accelerator, policy, skip=not is_last),
             cache.rng_of(i),
         ):
-            logps_T = policy(batch)
-            if micro_batch.is_dummy:
-                share = 0.0 * logps_T.sum()
-            elif cached:
-                share = (logps_T * cache.gradient_of(batch)).sum()
-            else:
-                share = step.share(batch, logps_T, reference_T)
-                share = (
-                    share + 0.0 * logps_T.sum()
-                )  # a pair loss has no item where a group has one completion
+            forward = step.forward(batch)
+            share = _zero(forward)  # a pair loss has no item where a group has one completion
+            if cached:
+                gradients = cache.gradient_of(batch)
+                share = share + sum(
+                    (tensor * gradient).sum()
+                    for tensor, gradient in zip(forward.tensors, gradients, strict=True)
+                )
+            elif not micro_batch.is_dummy:
+                share = share + step.share(batch, forward, reference_T)
             _backward(accelerator, policy, share * accelerator.num_processes, is_last=is_last)
         batch.layout.cache.clear()  # the masks of this row; the batch itself is kept for messages
         if not micro_batch.is_dummy:
-            result.batches.append((batch, batch.with_logps(logps_T.detach()).logps_S))
+            result.batches.append((batch, batch.with_logps(forward.logps_T.detach()).logps_S))
     result.loss, result.metrics = totals.over_ranks(accelerator)
     return result
 
 
-def loss_share(loss: Loss, logps: TokenLogps, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
+def _zero(forward: Forward) -> Tensor:
+    """0 that depends on everything that was computed."""
+    return torch.stack([0.0 * tensor.sum() for tensor in forward.tensors]).sum()
+
+
+def loss_share(loss: Loss, logps: Logps, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
     """A part of the batch's share of a loss whose denominators are ``counts``, and its unreduced
     metrics. Never in 16 bit."""
     with torch.autocast(logps.logps_T.device.type, enabled=False):
         output = loss(logps)
         units = {term.unit for term in output.terms}
-        if units & {"pair", "group"} and not couples_completions(loss):
+        if units & {"pair", "group"} and not loss.couples_completions:
             raise ValueError(
                 "A loss with items of unit 'pair' or 'group' couples the completions of a group, "
-                "but this one declares couples_completions = False, so a group over the token "
+                "but this one declares couples_completions=False, so a group over the token "
                 "budget would be cut between them. Remove the declaration."
             )
         shares = [reduce_term(term, logps, counts) for term in output.terms]
@@ -252,19 +253,19 @@ def _no_sync(accelerator: Any, policy: nn.Module, *, skip: bool) -> Any:
 
 
 class _GradientCache:
-    """d loss / d logps of groups that are over the token budget, for losses that couple the
+    """d loss / d forward of groups that are over the token budget, for losses that couple the
     completions of a group.
 
     Gao et al. 2021, arXiv:2101.06983: a forward without gradient of every part, the loss of the
-    whole group on the joined log-probs, its gradient with respect to them; each part then
-    backpropagates its own slice. Same gradient as one forward of the whole group. The random state
-    of each part is kept, so that dropout draws the same masks twice.
+    whole group on the joined results, its gradient with respect to each of their tensors; each part
+    then backpropagates its own slice. Same gradient as one forward of the whole group. The random
+    state of each part is kept, so that dropout draws the same masks twice.
     """
 
     def __init__(self, step: _Step) -> None:
         self._step = step
         self._rng: dict[int, Any] = {}
-        self._gradient: dict[tuple[int, int], Tensor] = {}
+        self._gradient: dict[tuple[int, int], list[Tensor]] = {}
         self._device = step.accelerator.device
         mine = list(enumerate(step.plan.ranks[step.accelerator.process_index]))
         coupled = [(i, m) for i, m in mine if m.coupled_group is not None]
@@ -273,21 +274,22 @@ class _GradientCache:
         )
         if num_forwards == 0:
             return
-        logps: dict[tuple[int, int], Tensor] = {}
+        forwards: dict[tuple[int, int], Forward] = {}
         reference: dict[tuple[int, int], Tensor] = {}
         for i, micro_batch in coupled:
             batch = step.pack(micro_batch.parts)
             reference_T = step.reference_logps(batch)
             self._rng[i] = _rng_state(self._device)
             with torch.no_grad():
-                logps_T = step.policy(batch)
+                forward = step.forward(batch)
             for s, ref in enumerate(batch.refs):
-                logps[ref] = logps_T[batch.sequence_T == s]
+                here = batch.sequence_T == s
+                forwards[ref] = forward.map(lambda values, here=here: values[here])  # type: ignore[misc]
                 if reference_T is not None:
-                    reference[ref] = reference_T[batch.sequence_T == s]
+                    reference[ref] = reference_T[here]
         self._run_spare_forwards(mine[0][1], num_forwards - len(coupled))
         for group in sorted({m.coupled_group for _, m in coupled if m.coupled_group is not None}):
-            self._differentiate(group, logps, reference)
+            self._differentiate(group, forwards, reference)
 
     def _run_spare_forwards(self, any_batch: MicroBatch, count: int) -> None:
         """Sharded modules gather parameters in every forward: all ranks run the same number of
@@ -296,29 +298,31 @@ class _GradientCache:
             batch = self._step.pack(any_batch.parts)
             self._step.reference_logps(batch)
             with torch.no_grad():
-                self._step.policy(batch)
+                self._step.forward(batch)
 
     def _differentiate(
         self,
         group: int,
-        logps: dict[tuple[int, int], Tensor],
+        forwards: dict[tuple[int, int], Forward],
         reference: dict[tuple[int, int], Tensor],
     ) -> None:
         trained = tuple(
             k for k, c in enumerate(self._step.groups[group].completions) if c.num_trained
         )
         whole = self._step.pack([GroupPart(group=group, completions=trained)])
-        logps_T = torch.cat([logps[ref] for ref in whole.refs]).requires_grad_()
+        forward = Forward.join([forwards[ref] for ref in whole.refs])
+        forward = forward.map(lambda values: values.requires_grad_())
         reference_T = torch.cat([reference[ref] for ref in whole.refs]) if reference else None
         with torch.enable_grad():
-            share = self._step.share(whole, logps_T, reference_T) + 0.0 * logps_T.sum()
-            (gradient_T,) = torch.autograd.grad(share, logps_T)
+            share = self._step.share(whole, forward, reference_T) + _zero(forward)
+            gradients = torch.autograd.grad(share, forward.tensors)
         for s, ref in enumerate(whole.refs):
-            self._gradient[ref] = gradient_T[whole.sequence_T == s]
+            self._gradient[ref] = [values[whole.sequence_T == s] for values in gradients]
 
-    def gradient_of(self, batch: PackedBatch) -> Tensor:
-        """[T] d loss / d logps of a part."""
-        return torch.cat([self._gradient[ref] for ref in batch.refs])
+    def gradient_of(self, batch: PackedBatch) -> list[Tensor]:
+        """d loss / d tensor for each tensor of the forward of a part."""
+        by_tensor = zip(*(self._gradient[ref] for ref in batch.refs), strict=True)
+        return [torch.cat(values) for values in by_tensor]
 
     def rng_of(self, index: int) -> Any:
         """Replays the random state of the forward without gradient; nothing for other

@@ -12,7 +12,8 @@ from posttrain.losses.sft import sft
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.launch import make_accelerator
-from posttrain.training.step import couples_completions, step_gradient
+from posttrain.training.step import step_gradient
+from posttrain.types import as_loss
 from tests.helpers import (
     gradients_of,
     max_difference,
@@ -69,7 +70,7 @@ def main(out: Path) -> None:
             world_size=accelerator.num_processes,
             max_tokens=tokens,
             mode=mode,
-            coupled=couples_completions(loss),
+            coupled=as_loss(loss).couples_completions,
         )
         result = step_gradient(accelerator, policy, groups, plan, loss, mode=mode)
         results.append(

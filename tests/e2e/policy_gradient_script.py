@@ -46,11 +46,8 @@ def main(out: Path) -> None:
         model = tiny_gpt2().double().train()
         policy = accelerator.prepare(Policy(model, PackingConfig()))
 
-        def loss(logps, algorithm=algorithm, kl=kl):
-            return algorithm.loss(logps, **algorithm.loss_options, **kl)
-
-        loss.couples_completions = algorithm.loss.couples_completions
-        reference = (lambda _, batch: frozen(batch)) if kl else None
+        loss = algorithm.objective
+        reference = (lambda _, batch: frozen(batch).logps_T) if loss.reference else None
         step_gradient(accelerator, policy, used, plan, loss, mode="shared", reference=reference)
         wanted = gradients_of(plain)
         results.append(

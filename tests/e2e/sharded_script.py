@@ -22,9 +22,9 @@ from posttrain.training.optimizer import OptimizerConfig, build_optimizer
 from posttrain.training.step import (
     NonFiniteError,
     clip_and_check,
-    couples_completions,
     step_gradient,
 )
+from posttrain.types import as_loss
 from tests.helpers import random_groups, reference_gradient, tiny_gpt2, token_mean
 from tests.losses_for_tests import all_pairs, all_pairs_reference
 from tests.measured_states import measured_states
@@ -88,7 +88,7 @@ def run_case(
         world_size=accelerator.num_processes,
         max_tokens=tokens,
         mode="shared",
-        coupled=couples_completions(loss),
+        coupled=as_loss(loss).couples_completions,
     )
     figures: dict[str, Any] = {}
     for step in range(3):

@@ -20,7 +20,8 @@ from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training import sharding
 from posttrain.training.launch import make_accelerator
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
-from posttrain.training.step import couples_completions, step_gradient
+from posttrain.training.step import step_gradient
+from posttrain.types import as_loss
 from tests.helpers import random_groups
 from tests.losses_for_tests import all_pairs
 from tests.measured_states import measured_states
@@ -75,7 +76,11 @@ def main(folder: str, out: Path, precision: str) -> None:
             accelerator, policy, build_optimizer(policy, OptimizerConfig(), plan=plan)
         )
         rows = plan_step(
-            groups, world_size=2, max_tokens=200, mode="shared", coupled=couples_completions(loss)
+            groups,
+            world_size=2,
+            max_tokens=200,
+            mode="shared",
+            coupled=as_loss(loss).couples_completions,
         )
         gathered = watch_gathered(policy)
         for _ in range(2):

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from posttrain.losses.sft import sft
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step, row_tokens
-from posttrain.training.step import couples_completions, step_gradient
-from posttrain.types import PromptGroup
+from posttrain.training.step import step_gradient
+from posttrain.types import PromptGroup, as_loss
 from tests.helpers import (
     gradients_of,
     max_difference,
@@ -24,8 +24,14 @@ from tests.helpers import (
     tiny_gpt2,
     token_mean,
 )
-from tests.losses_for_tests import all_pairs, all_pairs_reference
+from tests.losses_for_tests import (
+    all_pairs,
+    all_pairs_reference,
+    surprising_pairs,
+    surprising_pairs_reference,
+)
 
+LOSSES = {"sft": sft, "all_pairs": as_loss(all_pairs), "surprising_pairs": surprising_pairs}
 GROUPS = random_groups(9, seed=3)
 TOLERANCE = 1e-10
 
@@ -53,12 +59,15 @@ def references() -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
     return {
         "sft": reference_gradient(model, GROUPS, token_mean),
         "all_pairs": reference_gradient(model, GROUPS, all_pairs_reference),
+        "surprising_pairs": reference_gradient(
+            model, GROUPS, lambda _: surprising_pairs_reference(model, GROUPS)
+        ),
     }
 
 
 MATRIX = list(
     itertools.product(
-        ["sft", "all_pairs"],
+        ["sft", "all_pairs", "surprising_pairs"],
         ["shared", "packed", "single"],
         ["one", "two", "five", "split"],
         [1, 7, 512],
@@ -71,7 +80,7 @@ MATRIX = list(
 def test_gradient_is_that_of_one_sequence_at_a_time(
     references, loss_name, mode, budget, chunk, checkpointing
 ):
-    loss = {"sft": sft, "all_pairs": all_pairs}[loss_name]
+    loss = LOSSES[loss_name]
     model = tiny_gpt2().double().train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -81,7 +90,7 @@ def test_gradient_is_that_of_one_sequence_at_a_time(
         world_size=1,
         max_tokens=budgets()[budget],
         mode=mode,
-        coupled=couples_completions(loss),
+        coupled=loss.couples_completions,
     )
     result = step_gradient(Accelerator(cpu=True), policy, GROUPS, plan, loss, mode=mode)
     wanted_loss, wanted_gradient = references[loss_name]

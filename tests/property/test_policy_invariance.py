@@ -8,18 +8,25 @@ import itertools
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.algorithms import ALGORITHMS, resolve_algorithm
+from posttrain.algorithms import (
+    ALGORITHMS,
+    group_normalised,
+    resolve_algorithm,
+    sampled_reverse_kl,
+    token_returns,
+)
 from posttrain.models.policy import Policy
 from posttrain.models.reference import frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
 from posttrain.training.credit import has_signal
 from posttrain.training.step import step_gradient
 from posttrain.types import Completion, PromptGroup
-from tests.helpers import VOCAB, gradients_of, max_difference, plain_logps, tiny_gpt2
+from tests.helpers import VOCAB, gradients_of, max_difference, plain_logps, plain_states, tiny_gpt2
 
 TOLERANCE = 1e-10
 BETA, EPSILON, TAU, CONSTANT = 0.04, 0.2, 0.5, 12.0
@@ -34,7 +41,13 @@ def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
     rng = random.Random(3)
     rewards = [[float(rng.random() < 0.5) + 0.1 * rng.random() for _ in range(4)] for _ in range(6)]
     rewards[1], rewards[4], rewards[2][3] = [1.0] * 4, [0.0] * 4, None
-    advantages = algorithm.advantages(rewards, **algorithm.advantage_options)
+    by_token = algorithm.advantages in (token_returns, sampled_reverse_kl)
+    plain = by_token or not algorithm.credit.of_rewards
+    advantages = (
+        group_normalised(rewards)
+        if plain
+        else algorithm.advantages(rewards, **algorithm.advantage_options)
+    )
     groups = []
     for row in range(6):
         completions = []
@@ -42,16 +55,17 @@ def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
             n = rng.randint(1, 9)
             trained = advantages[row][k] is not None
             mask = [int(trained and not (row == 3 and k == 0 and i < n // 2)) for i in range(n)]
-            by_token = None
-            if algorithm.kl_in == "token_reward":
-                by_token = [float(row not in (1, 4)) * m * rng.uniform(-2, 2) for m in mask]
+            advantage = advantages[row][k] or 0.0
+            if by_token:
+                advantage = [float(row not in (1, 4)) * m * rng.uniform(-2, 2) for m in mask]
+            columns = {"advantage": advantage, "covariant": [rng.random() < 0.3 for _ in mask]}
+            if later:
+                columns["proximal_logps"] = [rng.uniform(-6, -3) for _ in mask]
             completions.append(
                 Completion(
                     token_ids=[rng.randrange(1, VOCAB) for _ in range(n)],
                     loss_mask=mask,
-                    advantage=0.0 if by_token else advantages[row][k] or 0.0,
-                    token_advantages=by_token,
-                    proximal_logps=[rng.uniform(-6, -3) for _ in range(n)] if later else None,
+                    columns=columns,
                 )
             )
         prompt = [rng.randrange(1, VOCAB) for _ in range(rng.randint(1, 12))]
@@ -66,24 +80,57 @@ def make_groups(algorithm, *, later: bool) -> list[PromptGroup]:
     return groups
 
 
-def clip(ratio, a, low, high):
-    return torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+class Terms:
+    """A completion's ratios r, advantages a (by token), d = log pi_ref - log pi, log-probs,
+    entropies and chosen tokens."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def clip(self, low, high):
+        return torch.minimum(self.r * self.a, self.r.clamp(1 - low, 1 + high) * self.a)
+
+    def cov_clip(self):
+        return torch.where(self.chosen, 0.0, -self.clip(EPSILON, EPSILON))
+
+    def sapo(self):
+        tau = torch.where(self.a > 0, 1.0, 1.05)
+        return -4 / tau / (1 + torch.exp(-tau * (self.r - 1))) * self.a
+
+    def vespo(self):
+        k, rate = (2.0, 3.0) if self.a[0] >= 0 else (3.0, 2.0)
+        w = self.r.detach().prod().clamp(min=1e-8)
+        return -(w**k * torch.exp(rate * (1 - w))) * self.a * self.logp
+
+    def gmpo(self):
+        a, log_r = self.a[0], self.r.log()
+        bounded = log_r.clamp(max=0.4) if a > 0 else log_r.clamp(min=-0.4)
+        return -a * bounded.mean().exp()
 
 
 ITEMS = {
-    "grpo": lambda r, a, d: (-clip(r, a, EPSILON, EPSILON) + BETA * (torch.exp(d) - d - 1)).mean(),
-    "r1": lambda r, a, d: (-clip(r, a, 10.0, 10.0) + BETA * (torch.exp(d) - d - 1)).mean(),
-    "dapo": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
-    "dr_grpo": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
-    "gspo": lambda r, a, d: -clip(torch.exp(r.log().mean()), a, EPSILON, EPSILON),
-    "rloo": lambda r, a, d: -(r * a).sum(),
-    "reinforce_pp": lambda r, a, d: -clip(r, a, EPSILON, EPSILON).sum(),
-    "reinforce_pp_baseline": lambda r, a, d: (
-        -clip(r, a, EPSILON, EPSILON) + BETA * d**2 / 2
-    ).sum(),
-    "k15": lambda r, a, d: (a - TAU * r.log().sum()) ** 2 / (2 * TAU),
+    "grpo": lambda x: (-x.clip(EPSILON, EPSILON) + BETA * (torch.exp(x.d) - x.d - 1)).mean(),
+    "r1": lambda x: (-x.clip(10.0, 10.0) + BETA * (torch.exp(x.d) - x.d - 1)).mean(),
+    "dapo": lambda x: -x.clip(EPSILON, EPSILON).sum(),
+    "dr_grpo": lambda x: -x.clip(EPSILON, EPSILON).sum(),
+    "gspo": lambda x: -Terms(r=x.r.log().mean().exp(), a=x.a[0]).clip(EPSILON, EPSILON),
+    "rloo": lambda x: -(x.r * x.a).sum(),
+    "reinforce_pp": lambda x: -x.clip(EPSILON, EPSILON).sum(),
+    "reinforce_pp_baseline": lambda x: (-x.clip(EPSILON, EPSILON) + BETA * x.d**2 / 2).sum(),
+    "k15": lambda x: (x.a[0] - TAU * x.r.log().sum()) ** 2 / (2 * TAU),
+    "cispo": lambda x: -(x.r.detach().clamp(max=1.5) * x.a * x.logp).sum(),
+    "gmpo": lambda x: x.gmpo(),
+    "sapo": lambda x: x.sapo().mean(),
+    "vespo": lambda x: x.vespo().sum(),
+    "maxrl": lambda x: -(x.r * x.a).sum(),
+    "gdpo": lambda x: -x.clip(EPSILON, EPSILON).mean(),
+    "clip_cov": lambda x: x.cov_clip().sum(),
+    "kl_cov": lambda x: (-x.r * x.a + torch.where(x.chosen, x.r.log().abs(), 0.0)).sum(),
+    "distill": lambda x: -(x.r * x.a).sum(),
+    "entropy": lambda x: (-x.clip(EPSILON, EPSILON) - 0.1 * x.entropy).mean(),
 }
-"""A completion's item from its tokens' ratios, advantages and d = log pi_ref - log pi."""
+"""A completion's item."""
+BY_TOKEN = ("dapo", "cispo", "reinforce_pp", "reinforce_pp_baseline", "vespo", "clip_cov", "kl_cov")
 
 
 def value_of(name, groups, model, reference):
@@ -94,24 +141,26 @@ def value_of(name, groups, model, reference):
             if not c.num_trained:
                 continue
             logp = plain_logps(model, group, k)
-            kept = [i for i, m in enumerate(c.loss_mask) if m]
 
-            def given(values, kept=kept):
-                return torch.tensor([values[i] for i in kept], dtype=torch.float64)
+            def given(column, c=c):
+                values = np.broadcast_to(c.columns[column], len(c.token_ids))[c.loss_mask]
+                return torch.tensor(values.astype(float), dtype=torch.float64)
 
-            old = logp.detach() if c.proximal_logps is None else given(c.proximal_logps)
-            ratio, a = (
-                torch.exp(logp - old),
-                c.advantage if c.token_advantages is None else given(c.token_advantages),
-            )
+            old = given("proximal_logps") if "proximal_logps" in c.columns else logp.detach()
             with torch.no_grad():
                 of_reference = plain_logps(reference, group, k)
-            if name == "cispo":
-                items.append(-(ratio.detach().clamp(max=1.5) * a * logp).sum())
-            else:
-                items.append(ITEMS[name](ratio, a, of_reference - logp))
-            tokens, count = tokens + len(kept), count + 1
-    by_token = dict.fromkeys(("dapo", "cispo", "reinforce_pp", "reinforce_pp_baseline"), tokens)
+            entropy, _ = plain_states(model, group, k)
+            terms = Terms(
+                r=torch.exp(logp - old),
+                a=given("advantage"),
+                d=of_reference - logp,
+                logp=logp,
+                entropy=entropy,
+                chosen=given("covariant") > 0,
+            )
+            items.append(ITEMS[name](terms))
+            tokens, count = tokens + c.num_trained, count + 1
+    by_token = dict.fromkeys(BY_TOKEN, tokens)
     return sum(items) / {**by_token, "dr_grpo": CONSTANT * count}.get(name, count)
 
 
@@ -126,7 +175,15 @@ OPTIONS = {
     "r1": {"beta": BETA},
     "reinforce_pp": {},
     "reinforce_pp_baseline": {"beta": BETA},
+    **{n: {} for n in ("gmpo", "sapo", "vespo", "maxrl", "gdpo", "clip_cov", "kl_cov", "distill")},
+    "entropy": {"beta": 0.0, "entropy_weight": 0.1},
 }
+
+
+def algorithm_of(name):
+    return resolve_algorithm("grpo" if name == "entropy" else name, OPTIONS[name])
+
+
 MODELS = {"policy": tiny_gpt2().double(), "reference": tiny_gpt2(seed=9).double().eval()}
 
 
@@ -137,7 +194,7 @@ def truth():
     def of(name, later):
         if (name, later) not in cache:
             model = tiny_gpt2().double().eval()
-            groups = make_groups(resolve_algorithm(name, OPTIONS[name]), later=later)
+            groups = make_groups(algorithm_of(name), later=later)
             loss = value_of(name, groups, model, MODELS["reference"])
             loss.backward()
             cache[name, later] = (
@@ -151,7 +208,7 @@ def truth():
 
 
 def test_no_algorithm_is_left_out():
-    assert set(OPTIONS) == set(ALGORITHMS)
+    assert set(OPTIONS) == set(ITEMS) == {*ALGORITHMS, "entropy"}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +221,7 @@ def test_no_algorithm_is_left_out():
 )
 def test_gradient(truth, name, later, mode, budget):
     groups, wanted_loss, wanted = truth(name, later)
-    algorithm = resolve_algorithm(name, OPTIONS[name])
+    algorithm = algorithm_of(name)
     alone = max(
         row_tokens(replace(g, completions=[c]), mode="shared")
         for g in groups
@@ -179,19 +236,13 @@ def test_gradient(truth, name, later, mode, budget):
     model = tiny_gpt2().double().train()
     policy = Policy(model, PackingConfig(mode=mode))
     frozen = frozen_copy(Policy(tiny_gpt2(seed=9).double(), PackingConfig(mode=mode)))
-    kl = {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator}
-    kl = kl if algorithm.beta and algorithm.kl_in == "loss" else {}
-
-    def loss(logps):
-        return algorithm.loss(logps, **algorithm.loss_options, **kl)
-
-    loss.couples_completions = algorithm.loss.couples_completions
+    loss = algorithm.objective
     skips = algorithm.skips(first_update=not later)
     used = [g for g in groups if has_signal(g)] if skips else groups
     assert (len(used) < len(groups)) == skips
     plan = plan_step(used, world_size=1, max_tokens=max_tokens, mode=mode, coupled=False)
     plan = replace(plan, counts=count_units(groups))
-    reference = (lambda _, batch: frozen(batch)) if kl else None
+    reference = (lambda _, batch: frozen(batch).logps_T) if loss.reference else None
     result = step_gradient(
         Accelerator(cpu=True), policy, used, plan, loss, mode=mode, reference=reference
     )

@@ -19,8 +19,8 @@ from posttrain.models.policy import Policy
 from posttrain.models.reference import frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
 from posttrain.training.forward import ForwardPlan, batch_mean, evaluate
-from posttrain.training.step import couples_completions, step_gradient
-from posttrain.types import SCORE_SLOT, Completion, Pair, PromptGroup
+from posttrain.training.step import step_gradient
+from posttrain.types import SCORE_SLOT, Completion, Pair, PromptGroup, as_loss
 from tests.helpers import VOCAB, gradients_of, max_difference, plain_logps, tiny_gpt2
 
 TOLERANCE = 1e-10
@@ -132,7 +132,7 @@ def kto_truth(groups):
             z0 = torch.stack(kl).mean().clamp(min=0)
         items = [
             torch.sigmoid(BETA * (z0 - ratio(g, k)))
-            if c.label
+            if c.columns["label"] > 0
             else 1.5 * torch.sigmoid(BETA * (ratio(g, k) - z0))
             for g in groups
             for k, c in enumerate(g.completions)
@@ -142,22 +142,16 @@ def kto_truth(groups):
     return reference_gradient(model, value)
 
 
-def kto_loss(logps):
-    return kto(logps, beta=BETA, undesirable_weight=1.5)
-
-
-kto_loss.couples_completions = False
-kto_loss.batch_statistic = kto.batch_statistic
 CASES = {
     "dpo": (
-        lambda logps: dpo(logps, beta=BETA),
+        as_loss(dpo).with_options(beta=BETA),
         lambda groups: preference_truth(groups, nll_weight=0.0),
     ),
     "rpo": (
-        lambda logps: rpo(logps, beta=BETA, nll_weight=0.4),
+        as_loss(rpo).with_options(beta=BETA, nll_weight=0.4),
         lambda groups: preference_truth(groups, nll_weight=0.4),
     ),
-    "kto": (kto_loss, kto_truth),
+    "kto": (kto.with_options(beta=BETA, undesirable_weight=1.5), kto_truth),
 }
 GROUPS = {
     (name, size): make_groups(size, labels=name == "kto") for name in CASES for size in (2, 4)
@@ -199,12 +193,12 @@ def test_preference_gradient(truths, name, size, mode, budget):
     accelerator = Accelerator(cpu=True)
 
     def reference(_, batch):
-        return frozen(batch)
+        return frozen(batch).logps_T
 
     forward = ForwardPlan(accelerator=accelerator, mode=mode, max_tokens=max_tokens)
     mean = batch_mean(forward, policy, reference, loss, groups)
     plan = plan_step(
-        groups, world_size=1, max_tokens=max_tokens, mode=mode, coupled=couples_completions(loss)
+        groups, world_size=1, max_tokens=max_tokens, mode=mode, coupled=loss.couples_completions
     )
     result = step_gradient(
         accelerator, policy, groups, plan, loss, mode=mode, reference=reference, batch_mean=mean
@@ -212,7 +206,7 @@ def test_preference_gradient(truths, name, size, mode, budget):
     wanted_loss, wanted_gradient = truths[name, size]
     assert abs(result.loss - wanted_loss) < TOLERANCE
     assert max_difference(gradients_of(model), wanted_gradient) < TOLERANCE
-    if budget == "split" and couples_completions(loss) and mode != "single":
+    if budget == "split" and loss.couples_completions and mode != "single":
         assert any(m.coupled_group is not None for m in plan.ranks[0])
     held_out = evaluate(
         forward, policy, groups, loss, reference=reference, counts=count_units(groups)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from posttrain.packing.batch import GroupPart, pack
-from posttrain.types import Completion, Pair, PairLogps, PromptGroup
+from posttrain.types import Completion, Logps, Pair, PromptGroup
+
+LABELS = {True: 1, False: -1, None: 0}
 
 
 def batch_of(
@@ -19,7 +21,7 @@ def batch_of(
     labels: Sequence[Sequence[bool | None]] | None = None,
     pairs: Sequence[Pair] | None = None,
     mean: float | None = None,
-) -> PairLogps:
+) -> Logps:
     """Groups whose completions have the given sums of log-probs (spread evenly over their tokens),
     in float64."""
     lengths = lengths or [[1] * len(group) for group in sums]
@@ -28,7 +30,9 @@ def batch_of(
             prompt_ids=[1 + g],
             completions=[
                 Completion(
-                    token_ids=[5] * n, loss_mask=[1] * n, label=labels[g][k] if labels else None
+                    token_ids=[5] * n,
+                    loss_mask=[1] * n,
+                    columns={"label": LABELS[labels[g][k]]} if labels else {},
                 )
                 for k, n in enumerate(lengths[g])
             ],
@@ -52,7 +56,7 @@ def batch_of(
     )
 
 
-def one_pair(w: float, l: float, **lengths: int) -> PairLogps:
+def one_pair(w: float, l: float, **lengths: int) -> Logps:
     """A pair with log-ratios w and l; log-probs -20 and -50; 10 and 20 tokens."""
     counts = [[lengths.get("chosen", 10), lengths.get("rejected", 20)]]
     return batch_of([[-20.0, -50.0]], reference=[[-20.0 - w, -50.0 - l]], lengths=counts)

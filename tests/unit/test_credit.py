@@ -91,7 +91,7 @@ PLAN = dict(mode="shared", max_tokens=40)  # some micro-batches
 
 def credit(algorithm, policy, reference, *, proximal=False, scored=None, **config):
     plan = ForwardPlan(accelerator=Accelerator(cpu=True), **PLAN)
-    forward = None if reference is None else (lambda _, batch: reference(batch))
+    forward = None if reference is None else (lambda _, batch: reference(batch).logps_T)
     groups = trained_groups(
         scored or scored_groups(),
         algorithm=algorithm,
@@ -130,7 +130,7 @@ def at_trained(values, completion):
 
 
 def advantages_of(groups):
-    return [[c.advantage for c in g.completions] for g in groups]
+    return [[c.columns["advantage"] for c in g.completions] for g in groups]
 
 
 @pytest.mark.parametrize("algorithm", [replace(GRPO, beta=0.0), KIMI_K15, GRPO, R1])
@@ -138,7 +138,7 @@ def test_a_single_update_without_a_kl_in_the_reward_needs_no_forward(policy, alg
     """The policy is its own old policy; a KL in the loss is computed with the update."""
     groups, _ = credit(algorithm, policy, None)
     assert policy.forwards == 0 and all(
-        c.proximal_logps is None for g in groups for c in g.completions
+        "proximal_logps" not in c.columns for g in groups for c in g.completions
     )
     wanted = algorithm.advantages(REWARDS, **algorithm.advantage_options)
     assert advantages_of(groups) == [[a or 0.0 for a in row] for row in wanted]
@@ -158,19 +158,23 @@ def test_several_updates_keep_the_log_probs_from_before_the_first_and_read_no_re
         for c, wanted in zip(group.completions, row, strict=True):
             if not c.num_trained:
                 continue
-            assert at_trained(c.proximal_logps, c) == pytest.approx(wanted, abs=1e-10)
+            assert at_trained(c.columns["proximal_logps"], c) == pytest.approx(wanted, abs=1e-10)
             assert all(
-                p == 0.0 for p, m in zip(c.proximal_logps, c.loss_mask, strict=True) if not m
+                p == 0.0
+                for p, m in zip(c.columns["proximal_logps"], c.loss_mask, strict=True)
+                if not m
             )
 
 
 @pytest.mark.parametrize("proximal", [False, True])
 def test_kl_off_the_completions_reward(policy, reference, proximal):
     """RLOO: R = r - beta sum_t (log pi - log pi_ref), then the leave-one-out baseline of R."""
-    groups, micro_batches = credit(replace(RLOO, beta=0.3), policy, reference, proximal=proximal)
+    groups, micro_batches = credit(
+        replace(RLOO, advantage_options={"beta": 0.3}), policy, reference, proximal=proximal
+    )
     assert policy.forwards == reference.forwards == micro_batches
     assert all(
-        (c.proximal_logps is not None) == proximal
+        ("proximal_logps" in c.columns) == proximal
         for g in groups
         for c in g.completions
         if c.num_trained
@@ -184,7 +188,7 @@ def test_kl_off_the_completions_reward(policy, reference, proximal):
         for k, c in enumerate(group.completions):
             others = [s for j, s in enumerate(shaped) if j != k and s is not None]
             wanted = 0.0 if shaped[k] is None else shaped[k] - sum(others) / len(others)
-            assert c.advantage == pytest.approx(wanted, abs=1e-10) and c.num_trained == (
+            assert c.columns["advantage"] == pytest.approx(wanted, abs=1e-10) and c.num_trained == (
                 0 if shaped[k] is None else c.num_trained
             )
     assert has_signal(groups[1]), "equal rewards, different KL"
@@ -196,7 +200,11 @@ def test_kl_off_each_tokens_reward(policy, reference, proximal):
     of all trained tokens."""
     beta = 0.3
     groups, micro_batches = credit(
-        replace(REINFORCE_PP, beta=beta), policy, reference, proximal=proximal, mask_truncated=True
+        replace(REINFORCE_PP, advantage_options={"beta": beta}),
+        policy,
+        reference,
+        proximal=proximal,
+        mask_truncated=True,
     )
     assert policy.forwards == reference.forwards == micro_batches
     mine, theirs = naive(policy, groups), naive(reference, groups)
@@ -213,22 +221,21 @@ def test_kl_off_each_tokens_reward(policy, reference, proximal):
     )  # unscored, truncated
     for g, group in enumerate(groups):
         for k, c in enumerate(group.completions):
-            assert c.advantage == 0.0
             if not c.num_trained:
-                assert c.token_advantages is None
+                assert c.columns["advantage"] == 0.0
                 continue
-            assert (c.proximal_logps is not None) == proximal
+            assert ("proximal_logps" in c.columns) == proximal
             wanted = [(returns[g, k, t] - mean) / deviation for t in range(c.num_trained)]
-            assert at_trained(c.token_advantages, c) == pytest.approx(wanted, abs=1e-7)
+            assert at_trained(c.columns["advantage"], c) == pytest.approx(wanted, abs=1e-7)
             assert all(
-                a == 0.0 for a, m in zip(c.token_advantages, c.loss_mask, strict=True) if not m
+                a == 0.0 for a, m in zip(c.columns["advantage"], c.loss_mask, strict=True) if not m
             )
     assert (
         len(
             {
                 round(a, 6)
                 for a in at_trained(
-                    groups[1].completions[0].token_advantages, groups[1].completions[0]
+                    groups[1].completions[0].columns["advantage"], groups[1].completions[0]
                 )
             }
         )
@@ -239,12 +246,14 @@ def test_kl_off_each_tokens_reward(policy, reference, proximal):
 def test_a_masked_completions_kl_is_in_the_baseline_of_the_others(policy, reference):
     """Ahmadian et al. 2024: the mean over the others of r - beta KL, also of one that is scored but
     not trained."""
-    every, _ = credit(replace(RLOO, beta=0.3), policy, reference)
-    masked, _ = credit(replace(RLOO, beta=0.3), policy, reference, mask_truncated=True)
+    every, _ = credit(replace(RLOO, advantage_options={"beta": 0.3}), policy, reference)
+    masked, _ = credit(
+        replace(RLOO, advantage_options={"beta": 0.3}), policy, reference, mask_truncated=True
+    )
     assert masked[2].completions[1].num_trained == 0 < every[2].completions[1].num_trained
     for k in (0, 2, 3):
-        assert masked[2].completions[k].advantage == pytest.approx(
-            every[2].completions[k].advantage, abs=1e-12
+        assert masked[2].completions[k].columns["advantage"] == pytest.approx(
+            every[2].completions[k].columns["advantage"], abs=1e-12
         )
 
 
@@ -259,7 +268,7 @@ def test_truncated_completions_are_scored_but_not_trained(policy):
         (g, k)
         for g in range(3)
         for k in range(4)
-        if masked[g].completions[k].loss_mask != plain[g].completions[k].loss_mask
+        if list(masked[g].completions[k].loss_mask) != list(plain[g].completions[k].loss_mask)
     ]
     assert (
         gone == [(2, 1)]
@@ -282,7 +291,7 @@ def test_nothing_to_train_needs_no_forward(policy, reference, algorithm):
         version=VERSION,
         proximal=True,
         policy=policy,
-        reference=lambda _, batch: reference(batch),
+        reference=lambda _, batch: reference(batch).logps_T,
         plan=ForwardPlan(accelerator=Accelerator(cpu=True), **PLAN),
     )
     assert policy.forwards == reference.forwards == 0 and not any(g.num_trained for g in groups)
@@ -301,11 +310,11 @@ def test_old_segments_are_out_of_the_loss_or_rescored_by_the_iterations_first_po
     )
     rescored = naive(policy, [whole])[0][1]
     first = 0 if keep else old
-    assert list(c.proximal_logps[first:]) == pytest.approx(rescored[first:], abs=1e-10)
+    assert list(c.columns["proximal_logps"][first:]) == pytest.approx(rescored[first:], abs=1e-10)
     assert min(abs(a - b) for a, b in zip(rescored, trajectory.logps, strict=True)) > 1e-3, (
         "what the sampler said is another"
     )
-    assert list(c.sampler_logps) == trajectory.logps
+    assert list(c.columns["sampler_logps"]) == trajectory.logps
     # after an update the log-ratio of k1.5's loss sums over exactly the trained tokens
     with torch.no_grad():
         for p in policy.parameters():

@@ -159,7 +159,8 @@ def test_a_batch_statistic_of_no_items_is_0():
     from tests.helpers import tiny_llama
 
     group = PromptGroup(
-        prompt_ids=[1, 2], completions=[Completion(token_ids=[3], loss_mask=[1], label=True)]
+        prompt_ids=[1, 2],
+        completions=[Completion(token_ids=[3], loss_mask=[1], columns={"label": 1})],
     )
     plan = ForwardPlan(accelerator=Accelerator(cpu=True), mode="shared", max_tokens=100)
     assert (

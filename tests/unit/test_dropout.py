@@ -42,7 +42,7 @@ from posttrain.precision import resolve_precision
 from posttrain.training.forward import ForwardPlan, batch_mean, evaluate, forward_values
 from posttrain.training.metrics import read_metrics
 from posttrain.training.reference import RunReference
-from posttrain.types import Counts
+from posttrain.types import Counts, Forward, loss
 from tests.helpers import random_groups, tiny_gpt2, tiny_llama
 from tests.tiny import byte_tokenizer
 
@@ -225,6 +225,7 @@ def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_eve
 
     clipped = losses.clipped
 
+    @loss(reference=False, couples_completions=False)
     def watched(logps, **options):
         seen.append(float((logps.logps_T - logps.proximal_T).detach().abs().max()))
         return clipped(logps, **options)
@@ -232,7 +233,6 @@ def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_eve
     from posttrain.algorithms import GRPO
 
     algorithm = replace(GRPO, loss=watched, beta=0.04)
-    watched.couples_completions = False
     model = peft_model(folder) if adapters else None
     config = RLConfig(
         model=ModelConfig(name=str(folder)),
@@ -272,8 +272,12 @@ def policy_with_dropout(adapters=False):
 
 
 def values(forward):
-    (found,) = forward_values(plan(), GROUPS, [forward])
-    return found
+    def computed(groups, batch):
+        value = forward(groups, batch)
+        return value if isinstance(value, Forward) else Forward(value)
+
+    (found,) = forward_values(plan(), GROUPS, [computed])
+    return {ref: value.logps_T for ref, value in found.items()}
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -20,7 +20,7 @@ from posttrain.rollout.engine import Sampled, SamplingConfig
 from posttrain.training.collect import Collector
 from posttrain.training.config import UserFacingError
 from posttrain.training.experience import RolloutConfig, RolloutSource
-from posttrain.training.forward import ForwardPlan, needs_reference
+from posttrain.training.forward import ForwardPlan
 from tests.tiny import byte_tokenizer
 
 
@@ -202,7 +202,9 @@ def test_r1s_rollout_8192_completions_in_16_updates_of_512(source_of):
     assert set(Counter(g.prompt_ids[0] for b in batches for g in b.groups).values()) == {1}
     assert sorted(g.prompt_ids[0] for b in batches for g in b.groups) == sorted(engine.asked)
     assert all(
-        [c.advantage for c in g.completions] == [-1.0, 1.0] * 8 for b in batches for g in b.groups
+        [c.columns["advantage"] for c in g.completions] == [-1.0, 1.0] * 8
+        for b in batches
+        for g in b.groups
     )
     assert (
         batches[0].groups[0].prompt_ids[0] != engine.asked[0]
@@ -225,7 +227,10 @@ def test_epochs_train_the_same_groups_again_and_old_log_probs_are_computed_once(
         "k1.5 forgets its moments once an iteration"
     )
     assert all(
-        c.proximal_logps == (0.0, 0.0) for b in batches for g in b.groups for c in g.completions
+        list(c.columns["proximal_logps"]) == [0.0, 0.0]
+        for b in batches
+        for g in b.groups
+        for c in g.completions
     )
     source.batch(4)
     assert policy.forwards == 2
@@ -235,7 +240,7 @@ def test_a_single_update_computes_no_old_log_probs(source_of):
     source, _, policy = source_of(replace(GRPO, beta=0.0), lively=[True] * 8)
     batch = source.batch(0)
     assert policy.forwards == 0 and not batch.fresh_optimizer
-    assert all(c.proximal_logps is None for g in batch.groups for c in g.completions)
+    assert all("proximal_logps" not in c.columns for g in batch.groups for c in g.completions)
 
 
 @pytest.mark.parametrize("algorithm", [KIMI_K15, replace(GRPO, beta=0.0)])
@@ -264,4 +269,4 @@ def test_the_step_asks_for_a_reference_only_where_the_loss_reads_it(source_of):
     ]
     for algorithm, reads in wanted:
         source, _, _ = source_of(algorithm, lively=[True])
-        assert needs_reference(source.watched(algorithm.loss)) == reads, algorithm.name
+        assert source.watched(algorithm.objective).reference == reads, algorithm.name

@@ -186,7 +186,7 @@ def test_long_rope_rows_never_mix_lengths_on_both_sides_of_the_threshold(mode):
     plan = plan_step(groups, world_size=1, max_tokens=80, mode=mode, length_limit=20)
     for micro_batch in plan.ranks[0]:
         batch = pack(groups, micro_batch.parts, mode=mode)
-        logps_T = policy(batch)
+        logps_T = policy(batch).logps_T
         for s, (g, k) in enumerate(batch.refs):
             trained = [i for i, m in enumerate(groups[g].completions[k].loss_mask) if m]
             cut = type(groups[g].completions[k])(

@@ -85,7 +85,8 @@ def tokens(row, case):
             found.append(f"refused: {error}"[:8])
             continue
         sides = [
-            (tuple(c.token_ids), tuple(map(bool, c.loss_mask)), c.label) for c in group.completions
+            (tuple(c.token_ids), tuple(map(bool, c.loss_mask)), c.columns.get("label"))
+            for c in group.completions
         ]
         found.append((tuple(group.prompt_ids), tuple(sides), tuple(group.trained_pairs)))
     return found

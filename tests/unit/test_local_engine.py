@@ -20,7 +20,7 @@ from posttrain.rollout.buffer import RolloutBuffer
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.training.collect import Collector
-from posttrain.types import Completion, PromptGroup
+from posttrain.types import Completion, PromptGroup, Ragged
 from tests.helpers import tiny_llama
 
 FAMILIES = [
@@ -157,7 +157,9 @@ def test_log_probs_are_the_trainers(options):
             prompt_ids=r.prompt_ids,
             completions=[
                 Completion(
-                    token_ids=d.token_ids, loss_mask=[1] * len(d.token_ids), kept_ids=d.kept_ids
+                    token_ids=d.token_ids,
+                    loss_mask=[1] * len(d.token_ids),
+                    columns={} if d.kept_ids is None else {"kept_ids": Ragged.of(d.kept_ids)},
                 )
                 for d in row
             ],
@@ -171,7 +173,7 @@ def test_log_probs_are_the_trainers(options):
         mode="shared",
     )
     with torch.no_grad():
-        trainer = policy(batch)
+        trainer = policy(batch).logps_T
     sampler = torch.tensor([p for row in drawn for d in row for p in d.logps], dtype=torch.float64)
     assert torch.allclose(trainer, sampler, atol=1e-10)
     assert (drawn[0][0].kept_ids is None) == (not sampling.truncates)

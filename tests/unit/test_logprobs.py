@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from posttrain.models.logprobs import LogitTransform, token_logps
-from posttrain.packing.batch import KeptIds
+from posttrain.types import Ragged
 
 TRANSFORMS = [
     LogitTransform(),
@@ -68,9 +68,9 @@ def test_kept_ids_renormalise_value_and_gradient(chunk, plain_head):
     sets = [
         sorted({int(t), 1, 5, 22 - i}) if i not in (1, 6) else [] for i, t in enumerate(targets)
     ]
-    kept = KeptIds(
-        ids=torch.tensor([v for ids in sets for v in ids]),
-        ends_T=torch.tensor([len(ids) for ids in sets]).cumsum(0),
+    kept = Ragged(
+        values=torch.tensor([v for ids in sets for v in ids]),
+        ends=torch.tensor([len(ids) for ids in sets]).cumsum(0),
     )
     transform = LogitTransform(softcap=2.0, temperature=0.8)
     logits = transform.apply(head(hidden))

@@ -19,6 +19,7 @@ from posttrain.algorithms import (
     group_normalised,
     leave_one_out,
     log_mean_exp,
+    mean_normalised,
     mirror_baseline,
     resolve_algorithm,
 )
@@ -35,7 +36,7 @@ def batch(lengths, advantages, *, ratio=None, prompt=1):
     """One group; log-probs drawn once, the proximal ones so that every token's ratio is
     ``ratio[k]``."""
     completions = [
-        Completion(token_ids=[5] * n, loss_mask=[1] * n, advantage=a)
+        Completion(token_ids=[5] * n, loss_mask=[1] * n, columns={"advantage": a})
         for n, a in zip(lengths, advantages, strict=True)
     ]
     groups = [PromptGroup(prompt_ids=[prompt], completions=completions, pairs=())]
@@ -50,8 +51,13 @@ def batch(lengths, advantages, *, ratio=None, prompt=1):
         shift = torch.cat(
             [torch.full((n,), math.log(r), dtype=F64) for n, r in zip(lengths, ratio, strict=True)]
         )
-        view = replace(view, given_proximal_T=logps.detach() - shift)
+        view = given(view, proximal_logps=logps.detach() - shift)
     return view, count_units(groups)
+
+
+def given(view, **columns):
+    """The batch with other columns by token."""
+    return replace(view, columns_T={**view.columns_T, **columns})
 
 
 def value(loss, view, counts, **options):
@@ -78,7 +84,8 @@ def test_advantages_of_one_right_in_four():
 
 
 @pytest.mark.parametrize(
-    "make", [group_normalised, leave_one_out, batch_normalised, mirror_baseline]
+    "make",
+    [group_normalised, leave_one_out, batch_normalised, mirror_baseline, mean_normalised],
 )
 def test_equal_rewards_give_exactly_zero_and_unscored_ones_none(make):
     assert make([[0.1, 0.1, 0.1]]) == [[0.0, 0.0, 0.0]]
@@ -155,7 +162,7 @@ def test_r1_epsilon_never_reaches_its_lower_bound():
 def test_gspo_ratio_is_the_geometric_mean():
     view, counts = batch([3], [1.0], ratio=[1.0])
     shift = torch.log(torch.tensor([1.1, 0.9, 1.2], dtype=F64))
-    view = replace(view, given_proximal_T=view.logps_T.detach() - shift)
+    view = given(view, proximal_logps=view.logps_T.detach() - shift)
     assert float(value(policy.gspo, view, counts, epsilon_high=1.0)) == pytest.approx(
         -1.0591045, abs=1e-7
     )
@@ -188,8 +195,8 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
 def test_k15_equation_3():
     view, counts = batch([1, 1, 1], [1 / 3, -2 / 3, 1 / 3])
     logps = torch.tensor([-3.0, -4.0, -2.5], dtype=F64, requires_grad=True)
-    view = replace(
-        view, logps_T=logps, given_proximal_T=torch.tensor([-3.2, -3.9, -2.5], dtype=F64)
+    view = given(
+        replace(view, logps_T=logps), proximal_logps=torch.tensor([-3.2, -3.9, -2.5], dtype=F64)
     )
     tau = 0.5
     loss = value(policy.mirror_descent, view, counts, tau=tau)
@@ -204,8 +211,9 @@ def test_k15_optimum_of_two_actions():
     pi = torch.tensor([0.731059, 0.268941], dtype=F64)
     b = log_mean_exp([1.0, 0.0], tau=1.0)
     view, counts = batch([1, 1], [1 - b, -b])
-    view = replace(
-        view, logps_T=pi.log(), given_proximal_T=torch.full((2,), math.log(0.5), dtype=F64)
+    view = given(
+        replace(view, logps_T=pi.log()),
+        proximal_logps=torch.full((2,), math.log(0.5), dtype=F64),
     )
     assert float(value(policy.mirror_descent, view, counts, tau=1.0)) == pytest.approx(0, abs=1e-11)
 
@@ -216,8 +224,7 @@ def test_k15_leaves_masked_tokens_out_of_the_log_ratio():
     whole = Completion(
         token_ids=[5] * 4,
         loss_mask=[0, 0, 1, 1],
-        advantage=0.5,
-        proximal_logps=[-9.0, -9.0, -1.0, -2.0],
+        columns={"advantage": 0.5, "proximal_logps": [-9.0, -9.0, -1.0, -2.0]},
     )
     groups = [PromptGroup(prompt_ids=[1], completions=[whole], pairs=())]
     packed = pack(groups, [GroupPart(group=0, completions=(0,))], mode="shared")
@@ -229,17 +236,17 @@ def test_k15_leaves_masked_tokens_out_of_the_log_ratio():
 def test_k15_corrected_for_the_sampler_weighs_whole_completions():
     """min(w, cap) of the completion times its square; above the cap a mask leaves it out."""
     view, counts = batch([2, 1], [0.5, -0.5])
-    view = replace(
-        view, sampler_T=view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 4.0], dtype=F64))
-    )
+    sampler = view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 4.0], dtype=F64))
+    view = given(view, sampler_logps=sampler)
     squares = [0.25 / 2, 0.25 / 2]  # tau = 1, at pi_i
     for correction, weights in (("sequence_truncate", (1.5, 2.0)), ("sequence_mask", (1.5, 0.0))):
         wanted = sum(w * s for w, s in zip(weights, squares, strict=True)) / 2
-        assert float(
-            value(policy.mirror_descent, view, counts, correction=correction)
-        ) == pytest.approx(wanted, abs=1e-12)
-    with pytest.raises(ValueError, match="items are completions"):
-        policy.mirror_descent(view, correction="token_mask")
+        corrected = policy.objective(policy.mirror_descent, correction=correction)
+        assert float(value(corrected, view, counts)) == pytest.approx(wanted, abs=1e-12)
+    with pytest.raises(ValueError, match="belong to each completion"):
+        policy.objective(policy.mirror_descent, correction="token_mask")(view)
+    with pytest.raises(ValueError, match="items of its loss are completions"):
+        resolve_algorithm("k15", {"correction": "token_mask"})
 
 
 @pytest.mark.parametrize(
@@ -289,7 +296,7 @@ def test_grpo_gradient_with_kl_is_the_papers():
     view, counts = batch([2, 3], [1.0, -1.0])
     view = replace(view, reference_T=view.logps_T.detach() + 0.3)
     (gradient,) = torch.autograd.grad(
-        value(policy.clipped, view, counts, kl_weight=0.04), view.logps_T
+        value(policy.objective(policy.clipped, beta=0.04), view, counts), view.logps_T
     )
     coefficient = [
         -(a + 0.04 * (math.exp(0.3) - 1)) / (2 * n)
@@ -311,11 +318,11 @@ def test_grpo_gradient_with_kl_is_the_papers():
 def test_importance_weights(correction, wanted):
     view, _ = batch([2, 1], [1.0, 1.0])
     sampler = view.logps_T.detach() - torch.log(torch.tensor([3.0, 0.5, 1.0], dtype=F64))
-    view = replace(view, sampler_T=sampler)
+    view = given(view, sampler_logps=sampler)
     assert policy.importance_weights(
         view, correction=correction, cap=2.0
     ).tolist() == pytest.approx(wanted)
-    (term,) = policy.clipped(view, correction=correction).terms
+    (term,) = policy.objective(policy.clipped, correction=correction)(view).terms
     assert term.items.tolist() == pytest.approx([-w for w in wanted])
 
 
@@ -337,13 +344,17 @@ def test_options_reach_what_has_them_and_unknown_ones_are_refused():
         resolve_algorithm("gropo", {})
 
 
-def test_a_kl_of_each_token_needs_advantages_over_the_batch():
-    with pytest.raises(ValueError, match="a baseline of its group would take the reward away"):
-        resolve_algorithm("grpo", {"kl_in": "token_reward"})
-    with pytest.raises(ValueError, match="a baseline of its group would take the reward away"):
-        resolve_algorithm("reinforce_pp", {"baseline": "group"})
-    with pytest.raises(ValueError, match="kl_in is loss, reward or token_reward; got 'rewrad'"):
-        resolve_algorithm("rloo", {"kl_in": "rewrad"})
+def test_beta_goes_where_the_algorithm_has_its_kl():
+    """RLOO and REINFORCE++ take it off the reward, GRPO has a term of the loss."""
+    rloo = resolve_algorithm("rloo", {"beta": 0.5})
+    assert rloo.advantage_options == {"beta": 0.5} and rloo.beta == 0.0 and rloo.needs_reference
+    assert not resolve_algorithm("rloo", {"beta": 0.0}).needs_reference
+    assert not resolve_algorithm("reinforce_pp", {"beta": 0.0}).needs("policy")
+    grpo = resolve_algorithm("grpo", {"beta": 0.5})
+    assert grpo.beta == 0.5 and grpo.objective.reference and not grpo.needs("reference")
+    for name in ("rloo", "grpo"):
+        with pytest.raises(ValueError, match="beta is the weight of a KL penalty and >= 0"):
+            resolve_algorithm(name, {"beta": -0.1})
 
 
 def test_sums_of_equal_rewards_in_another_order_are_equal():
@@ -354,24 +365,34 @@ def test_sums_of_equal_rewards_in_another_order_are_equal():
     )
 
 
-def test_a_kl_that_the_loss_has_no_place_for_is_refused():
-    with pytest.raises(
-        ValueError, match="k15: its loss mirror_descent has no term for the KL .*beta=0.1"
-    ):
-        resolve_algorithm("k15", {"beta": 0.1})
-    with pytest.raises(ValueError, match="mirror_descent has no term"):
-        replace(GRPO, loss=policy.mirror_descent, loss_options={})
-    inside = resolve_algorithm("k15", {"beta": 0.1, "kl_in": "reward"})
-    assert inside.beta == 0.1 and inside.skips(first_update=True)
-    replace(GRPO, loss=lambda logps, **options: policy.clipped(logps, **options))
+@pytest.mark.parametrize("loss", [policy.clipped, policy.mirror_descent, policy.sapo])
+def test_kl_and_entropy_go_around_any_loss(loss):
+    """loss + beta mean k3 - weight mean H, tokens aggregated as the loss's own."""
+    view, counts = batch([2, 3], [1.0, -1.0], ratio=[1.1, 0.9])
+    entropy = torch.rand(5, generator=torch.Generator().manual_seed(4), dtype=F64)
+    view = replace(view, reference_T=view.logps_T.detach() + 0.3, outputs={"entropy": entropy})
+    whole = policy.objective(loss, beta=0.04, entropy_weight=0.01)
+    assert whole.outputs == ("entropy",) and whole.reference
+    weights = torch.ones(5, dtype=F64) / 2  # the mean over completions of their sums
+    if loss is not policy.mirror_descent:  # ... of their means
+        weights = torch.tensor([1 / 4] * 2 + [1 / 6] * 3, dtype=F64)
+    kl = policy.kl_penalty(view)
+    wanted = value(loss, view, counts) + (weights * (0.04 * kl - 0.01 * entropy)).sum()
+    assert float(value(whole, view, counts)) == pytest.approx(float(wanted), abs=1e-12)
+    assert torch.equal(whole(view).metrics["entropy_nats"], entropy)
+    assert not resolve_algorithm("grpo", {"beta": 0.0, "entropy_weight": 0.1}).skips(
+        first_update=True
+    )
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_zero_advantage_means_a_zero_gradient_where_the_algorithm_says_so(name):
     algorithm = replace(ALGORITHMS[name], beta=0.0)
+    zeros = torch.zeros(5, dtype=F64)
     first, _ = batch([2, 3], [0.0, 0.0])
     later, counts = batch([2, 3], [0.0, 0.0], ratio=[1.3, 0.6])
     for view, is_first in ((first, True), (later, False)):
+        view = given(view, covariant=zeros + 1)
         options = {
             **algorithm.loss_options,
             **(

@@ -20,7 +20,7 @@ from posttrain.training.config import TrainConfig
 from posttrain.training.loop import Loop
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
 from posttrain.training.step import NonFiniteError
-from posttrain.types import Completion, LossOutput, PromptGroup, TokenLogps
+from posttrain.types import Completion, Logps, LossOutput, PromptGroup
 from tests.helpers import random_groups, tiny_llama
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd", "adafactor")
@@ -72,7 +72,7 @@ class Nll:
     couples_completions = False
     factor = 1.0
 
-    def __call__(self, logps: TokenLogps) -> LossOutput:
+    def __call__(self, logps: Logps) -> LossOutput:
         return LossOutput(items=-logps.logps_T * self.factor)
 
 

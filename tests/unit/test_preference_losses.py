@@ -15,11 +15,20 @@ import torch
 from posttrain.losses import preference
 from posttrain.losses.combine import weighted_sum
 from posttrain.losses.divergence import f_prime
-from posttrain.losses.preference_metrics import loss_beta, preference_metrics
+from posttrain.losses.preference_metrics import preference_metrics
 from posttrain.losses.reduce import reduce_term
 from posttrain.losses.unpaired import mismatched_groups
 from posttrain.packing.plan import count_units
-from posttrain.types import BatchStatistic, Completion, LossOutput, LossTerm, Pair, PromptGroup
+from posttrain.types import (
+    BatchStatistic,
+    Completion,
+    Loss,
+    LossOutput,
+    LossTerm,
+    Pair,
+    PromptGroup,
+    as_loss,
+)
 from tests.unit.preference_batches import batch_of, one_pair
 
 # w = +2, l = -1, beta = 0.1, epsilon = 0.1, |y_w| = 10, |y_l| = 20, log-probs -20 and -50
@@ -258,7 +267,7 @@ def test_kto_mismatches_every_prompt_with_another_prompts_answer():
     def group(prompt, token):
         return PromptGroup(
             prompt_ids=[prompt],
-            completions=[Completion(token_ids=[token], loss_mask=[1], label=True)],
+            completions=[Completion(token_ids=[token], loss_mask=[1], columns={"label": 1})],
         )
 
     made = mismatched_groups([group(1, 10), group(1, 11), group(2, 12)])
@@ -309,10 +318,10 @@ def test_the_accuracy_that_is_shown_is_that_of_what_the_loss_compares(name):
         if p.kind is p.KEYWORD_ONLY
     }
     sums, lengths = [[-33.0, -3.0], [-4.0, -6.0], [-9.0, -4.0]], [[30, 2], [5, 5], [4, 16]]
-    reference_free = not getattr(loss, "needs_reference", True)
+    reference_free = not as_loss(loss).reference
     reference = None if reference_free else [[-36.0, -3.5], [-4.5, -4.0], [-8.0, -6.0]]
     batch = batch_of(sums, reference=reference, lengths=lengths)
-    metrics = with_preference_metrics(loss, beta=loss_beta(loss))(batch).metrics
+    metrics = with_preference_metrics(as_loss(loss))(batch).metrics
     summed = (
         (batch.chosen_logps_B, batch.rejected_logps_B)
         if reference_free
@@ -335,7 +344,7 @@ def test_the_betas_of_losses_are_their_own():
 
     home = "posttrain.losses.preference"
     found = {
-        path: loss_beta(resolve_loss(path, options, home=home))
+        path: resolve_loss(path, options, home=home).beta
         for path, options in {
             "dpo": {},
             "simpo": {},
@@ -441,13 +450,13 @@ def test_weighted_sum_keeps_terms_and_declarations():
     assert sum(t.weight * float(t.items) for t in both(logps).terms) == pytest.approx(
         0.554355244 + 0.4, abs=1e-9
     )
-    assert both.needs_reference and both.couples_completions
+    assert both.reference and both.couples_completions
     nested = weighted_sum([(0.5, both), (2.0, preference.nll_chosen)])(logps).terms
     assert [t.weight for t in nested] == pytest.approx([0.5, 0.1, 2.0])
     free = weighted_sum([(1.0, preference.simpo), (0.2, preference.nll_chosen)])
-    assert not free.needs_reference
+    assert not free.reference
     labelled = weighted_sum([(1.0, preference.kto), (0.1, preference.nll_chosen)])
-    assert labelled.batch_statistic is preference.kto.batch_statistic
+    assert labelled.statistic is preference.kto.statistic
     assert (
         labelled.couples_completions
         and not weighted_sum([(0.5, preference.kto)]).couples_completions
@@ -472,11 +481,9 @@ def test_weighted_sum_tells_metrics_apart_and_knows_one_statistic():
     assert {name: round(float(v), 12) for name, v in metrics.items()} == wanted
     twice = weighted_sum([(1.0, other), (2.0, other)])(one_pair(2.0, -1.0)).metrics
     assert sorted(twice) == ["other#0/gap", "other#1/gap"]
-    other.batch_statistic = BatchStatistic(
-        groups=lambda groups: groups, items=lambda logps: logps.logps_S
-    )
+    statistic = BatchStatistic(groups=lambda groups: groups, items=lambda logps: logps.logps_S)
     with pytest.raises(ValueError, match="declare 2"):
-        weighted_sum([(1.0, preference.kto), (1.0, other)])
+        weighted_sum([(1.0, preference.kto), (1.0, Loss(function=other, statistic=statistic))])
     with pytest.raises(ValueError, match="got none"):
         weighted_sum([])
 

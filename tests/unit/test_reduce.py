@@ -13,7 +13,7 @@ from posttrain.losses.reduce import reduce_term
 from posttrain.losses.sft import sft
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import count_units
-from posttrain.types import Completion, Counts, LossOutput, LossTerm, Pair, PromptGroup, TokenLogps
+from posttrain.types import Completion, Counts, Logps, LossOutput, LossTerm, Pair, PromptGroup
 
 # two groups: completions of 1 and 3 trained tokens; one completion of 2
 SIZES = [[1, 3], [2]]
@@ -21,7 +21,7 @@ ITEMS = torch.tensor([8.0, 1.0, 2.0, 3.0, 4.0, 6.0])
 COUNTS = Counts(tokens=6, completions=3, groups=2, pairs=1, paired_groups=1)
 
 
-def logps() -> TokenLogps:
+def logps() -> Logps:
     groups = [
         PromptGroup(
             prompt_ids=[1],

@@ -15,6 +15,7 @@ from posttrain.packing.plan import PackingConfig
 from posttrain.precision import resolve_precision
 from posttrain.training.forward import ForwardPlan, forward_values
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.types import Forward
 from tests.helpers import random_groups, tiny_llama
 
 GROUPS = random_groups(8, sizes=(2, 4), seed=5)
@@ -33,9 +34,17 @@ def started(model, config, *, plan=None, groups=GROUPS):
     return policy, reference
 
 
+def as_forward(compute):
+    def computed(groups, batch):
+        value = compute(groups, batch)
+        return value if isinstance(value, Forward) else Forward(value)
+
+    return computed
+
+
 def values(reference, *, max_tokens=10_000):
-    (found,) = forward_values(plan_of(max_tokens), GROUPS, [reference])
-    return found
+    (found,) = forward_values(plan_of(max_tokens), GROUPS, [as_forward(reference)])
+    return {ref: forward.logps_T for ref, forward in found.items()}
 
 
 def change(model):

@@ -157,7 +157,7 @@ def test_metrics_and_bad_options():
         "chosen_score": [2.0, 1.0],
         "rejected_score": [0.5, 1.0],
     }
-    assert not bradley_terry.needs_reference
+    assert not bradley_terry.reference
     for bad in ({"margin_scale": -1.0}, {"centering": -0.1}):
         with pytest.raises(ValueError, match=">= 0"):
             bradley_terry(logps, **bad)

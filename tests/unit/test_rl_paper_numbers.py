@@ -33,7 +33,7 @@ F64 = torch.float64
 def view_of(lengths, advantages):
     """One group on the policy that sampled it."""
     completions = [
-        Completion(token_ids=[5] * n, loss_mask=[1] * n, advantage=a)
+        Completion(token_ids=[5] * n, loss_mask=[1] * n, columns={"advantage": a})
         for n, a in zip(lengths, advantages, strict=True)
     ]
     groups = [PromptGroup(prompt_ids=[1], completions=completions, pairs=())]
@@ -78,10 +78,10 @@ def test_the_product_of_ratios_1_1_0_9_1_2_is_1_188():
     log-ratio of k1.5."""
     view, _ = view_of([3, 1], [1.0, 1.0])
     shift = torch.log(torch.tensor([1.1, 0.9, 1.2, 1.0], dtype=F64))
-    sampled = replace(view, sampler_T=view.logps_T.detach() - shift)
+    sampled = replace(view, columns_T={"sampler_logps": view.logps_T.detach() - shift})
     weights = policy.importance_weights(sampled, correction="sequence_truncate", cap=2.0)
     assert weights.tolist() == pytest.approx([1.188] * 3 + [1.0], abs=1e-12)
-    later = replace(view, given_proximal_T=view.logps_T.detach() - shift)
+    later = replace(view, columns_T={"proximal_logps": view.logps_T.detach() - shift})
     ratios = policy.mirror_descent(later).metrics["logratio_nats"].exp()
     assert ratios.tolist() == pytest.approx([1.188, 1.0], abs=1e-12)
     assert math.exp(math.log(1.188) / 3) == pytest.approx(1.0591045, abs=1e-7)
@@ -97,16 +97,26 @@ def test_settings_of_the_papers():
         "dapo": (0.0, None, None, 0.2, 0.28),
         "gspo": (0.0, None, None, 3e-4, 4e-4),
         "rloo": (0.03, "reward", "k1", None, None),
-        "reinforce_pp": (0.001, "token_reward", "k1", 0.2, 0.2),
+        "reinforce_pp": (0.001, "reward", "k1", 0.2, 0.2),
         "reinforce_pp_baseline": (0.001, "loss", "k2", 0.2, 0.2),
         "k15": (0.0, None, None, None, None),
         "cispo": (0.0, None, None, None, None),
+        "gmpo": (0.0, None, None, None, None),
+        "sapo": (0.0, None, None, None, None),
+        "vespo": (0.0, None, None, None, None),
+        "maxrl": (0.0, None, None, None, None),
+        "gdpo": (0.0, None, None, 0.2, 0.2),
+        "clip_cov": (0.0, None, None, 0.2, 0.2),
+        "kl_cov": (0.0, None, None, None, None),
+        "distill": (0.0, None, None, None, None),
     }
     found = {}
     for name, a in ALGORITHMS.items():
-        options = {**(a.loss.__kwdefaults__ or {}), **a.loss_options}
-        kl = (a.kl_in, a.kl_estimator) if a.beta else (None, None)
-        found[name] = (a.beta, *kl, options.get("epsilon_low"), options.get("epsilon_high"))
+        options = {**(a.loss.function.__kwdefaults__ or {}), **a.loss_options}
+        kl = (a.beta, "loss", a.kl_estimator) if a.beta else (0.0, None, None)
+        if a.advantage_options.get("beta"):
+            kl = (a.advantage_options["beta"], "reward", "k1")
+        found[name] = (*kl, options.get("epsilon_low"), options.get("epsilon_high"))
     assert found == wanted
     assert {n: a.reference_every for n, a in ALGORITHMS.items() if a.reference_every} == {"r1": 400}
     assert {n for n, a in ALGORITHMS.items() if a.dynamic_sampling} == {"dapo"}

@@ -137,7 +137,7 @@ def test_samples_of_merged_adapters_have_the_trainers_log_probs():
             groups, [GroupPart(group=g, completions=(0, 1, 2, 3)) for g in range(6)], mode="shared"
         )
         with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
-            return policy(batch).float()
+            return policy(batch).logps_T.float()
 
     with torch.no_grad():
         own = []

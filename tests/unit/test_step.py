@@ -11,7 +11,7 @@ from posttrain.losses.sft import sft
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.step import NonFiniteError, clip_and_check, step_gradient
-from posttrain.types import LossOutput, LossTerm, TokenLogps
+from posttrain.types import Logps, LossOutput, LossTerm, loss
 from tests.helpers import gradients_of, max_difference, random_groups, tiny_gpt2, tiny_llama
 
 GROUPS = random_groups(6, sizes=(1, 3), seed=4)
@@ -65,7 +65,7 @@ def test_a_non_finite_log_prob_names_its_row_and_leaves_the_weights():
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_names_a_parameter():
-    def steep(logps: TokenLogps) -> LossOutput:
+    def steep(logps: Logps) -> LossOutput:
         return LossOutput(items=torch.sqrt(logps.logps_T - logps.logps_T.detach()))
 
     accelerator, policy, result = run(tiny_llama(), steep)
@@ -76,7 +76,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_names_a_parameter():
 def test_losses_never_compute_in_16_bit():
     seen = []
 
-    def product(logps: TokenLogps) -> LossOutput:
+    def product(logps: Logps) -> LossOutput:
         seen.append((logps.logps_T[None] @ logps.logps_T[:, None]).dtype)
         return LossOutput(items=-logps.logps_T)
 
@@ -89,7 +89,7 @@ def test_losses_never_compute_in_16_bit():
 
 
 def test_a_micro_batch_without_a_pair_still_takes_part():
-    def pairs(logps: TokenLogps) -> LossOutput:
+    def pairs(logps: Logps) -> LossOutput:
         sum_S = logps.sum_by_sequence(logps.logps_T)
         items = [
             sum_S[i] - sum_S[j]
@@ -108,10 +108,10 @@ def test_a_micro_batch_without_a_pair_still_takes_part():
 
 
 def test_a_coupled_unit_cannot_be_declared_uncoupled():
-    def wrong(logps: TokenLogps) -> LossOutput:
+    @loss(couples_completions=False)
+    def wrong(logps: Logps) -> LossOutput:
         return LossOutput(items=logps.logps_T[:2], unit="group")
 
-    wrong.couples_completions = False
     with pytest.raises(ValueError, match="couples the completions of a group"):
         run(tiny_gpt2(), wrong)
 

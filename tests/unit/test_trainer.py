@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain import (
     Completion,
     DataConfig,
+    Logps,
     LossOutput,
     ModelConfig,
     OptimizerConfig,
@@ -20,13 +21,12 @@ from posttrain import (
     PromptGroup,
     SFTConfig,
     SFTTrainer,
-    TokenLogps,
     TrainConfig,
 )
 from posttrain.losses.sft import sft
 from posttrain.training.config import resolve_loss
 from posttrain.training.metrics import ModelFlops, model_flops, read_metrics
-from posttrain.training.step import couples_completions
+from posttrain.types import as_loss
 from tests.helpers import random_groups, tiny_llama
 from tests.tiny import model_folder
 
@@ -42,7 +42,7 @@ def config(tmp_path, **train) -> SFTConfig:
     )
 
 
-def focal(logps: TokenLogps, *, gamma: float = 2.0) -> LossOutput:
+def focal(logps: Logps, *, gamma: float = 2.0) -> LossOutput:
     """-(1 - p)^gamma log p. Lin et al. 2017, arXiv:1708.02002 eq. 5."""
     p_T = logps.logps_T.exp()
     return LossOutput(items=-((1 - p_T) ** gamma) * logps.logps_T, metrics={"p": p_T.detach()})
@@ -83,7 +83,7 @@ def test_a_loaded_model_and_groups_of_several_completions(tmp_path):
 def test_a_loss_by_dotted_path_keeps_its_declaration_and_checks_its_options():
     assert resolve_loss("posttrain.losses.sft.sft", {}) is sft
     loss = resolve_loss("posttrain.losses.sft.sft", {"aggregation": "sequence_mean"})
-    assert not couples_completions(loss) and couples_completions(focal)
+    assert not loss.couples_completions and as_loss(focal).couples_completions
     with pytest.raises(
         ValueError, match=r"has no option 'gama'; it has \['gamma'\]. Did you mean gamma"
     ):

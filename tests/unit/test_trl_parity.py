@@ -110,7 +110,7 @@ def forward(model):
     batch = pack(
         groups(), [GroupPart(group=i, completions=(0, 1)) for i in range(len(ROWS))], mode="shared"
     )
-    return policy, batch, policy(batch)
+    return policy, batch, policy(batch).logps_T
 
 
 @pytest.fixture(scope="module")
