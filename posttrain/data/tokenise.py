@@ -14,7 +14,7 @@ import numpy as np
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.layouts import read_sample
-from posttrain.data.messages import Message
+from posttrain.data.messages import Message, located
 from posttrain.data.readers import Row
 from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
 from posttrain.data.row import Sample
@@ -87,16 +87,13 @@ class RowEncoder:
     def __call__(self, row: Row) -> Encoded:
         """ValueError naming file and row for a row that cannot be trained on, or is too long under
         overlong=error."""
-        meta = {"file": row.file, "row": row.row_number}
-        config = self.config
-        try:
+        how, meta = self.config, {"file": row.file, "row": row.row_number}
+        with located(row.where):
             sample = read_sample(
-                row.values, format=config.format, columns=config.columns, carry=config.carry
+                row.values, format=how.format, columns=how.columns, carry=how.carry
             )
             check_layout(sample.layout, self.purpose)
             _check_answers(sample, self.purpose)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}.") from error
         return self.encode(sample, meta)
 
     def encode(self, sample: Sample, meta: dict[str, Any]) -> Encoded:
