@@ -95,12 +95,15 @@ def near_duplicates(
     """
     ids: dict[str, None] = {}
 
-    def chunks() -> Iterator[list[str]]:
-        new = (text for prompt, text in prompts if ids.setdefault(prompt, len(ids)) == len(ids) - 1)
-        while chunk := list(itertools.islice(new, _TEXTS_AT_ONCE)):
-            yield chunk
+    def new_texts() -> Iterator[str]:
+        for prompt, text in prompts:
+            if prompt not in ids:
+                ids[prompt] = None
+                yield text
 
-    prints = np.concatenate([*imap(signatures, chunks()), signatures([])])
+    texts = new_texts()
+    chunks = iter(lambda: list(itertools.islice(texts, _TEXTS_AT_ONCE)), [])
+    prints = np.concatenate([*imap(signatures, chunks), signatures([])])
     parent = np.arange(len(prints))
 
     def root(i: int) -> int:

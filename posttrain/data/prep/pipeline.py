@@ -271,7 +271,7 @@ class _Reading:
         sample = read_sample(
             row.values, format=config.format, columns=config.columns, carry=config.carry
         )
-        place = {"source": row.file, "row": row.row_number}
+        place: Values = {"source": row.file, "row": row.row_number}
         place["prompt_id"] = prompt_id(sample.prompt, sample.tools)
         if sample.tools:
             place["tools"] = sample.tools

@@ -57,10 +57,7 @@ def write_report(
         parts.append(_bars({f"from {2**b:,}": [side[b] for side in sides] for b in bins}))
         parts += ["<h2>Margin</h2>", _bars(_margins(statistics.margins))]
     parts += ["<h2>Ten rows</h2>", *(_row(values) for _, values in statistics.shown)]
-    head = (
-        f"<!doctype html><meta charset='utf-8'><title>posttrain prep</title><style>{_STYLE}</style>"
-    )
-    path.write_text("\n".join([head, *parts, ""]), encoding="utf-8")
+    path.write_text("\n".join([_HEAD, *parts, ""]), encoding="utf-8")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

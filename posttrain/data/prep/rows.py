@@ -117,7 +117,7 @@ def index_pairs(
         return _long2short(answers)
     ranks = list(map(_rank, answers))
     order = sorted(range(len(answers)), key=ranks.__getitem__)
-    pairs = itertools.combinations(order, 2)
+    pairs: Iterator[tuple[int, int]] = itertools.combinations(order, 2)
     if strategy == "best-worst":
         pairs = itertools.islice((p for p in pairs if ranks[p[1]] == max(ranks)), 1)
     elif strategy == "adjacent":
