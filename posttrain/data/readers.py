@@ -159,7 +159,8 @@ def _json_of_lines(lines: Iterable[str], bad: BadRow) -> Iterator[tuple[int, Any
         try:
             yield number, json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            what = "nested too deeply" if isinstance(error, RecursionError) else error
+            is_deep = isinstance(error, RecursionError)
+            what = "nested too deeply" if is_deep else str(error).replace("line 1 column", "column")
             bad(
                 number,
                 f"not JSON: {what}: {_short(line)}. Every line must be one JSON object; correct or "

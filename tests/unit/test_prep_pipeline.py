@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections import Counter
 
 import pytest
 
@@ -446,11 +447,12 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_report_warns_of_length_bias_and_escapes(tmp_path):
-    assert length_bias(Statistics(longer_chosen=80, unequal_lengths=100)) == (0.8, True)
-    assert length_bias(Statistics(longer_chosen=52, unequal_lengths=100))[1] is False
-    assert (
-        length_bias(Statistics(longer_chosen=3, unequal_lengths=4))[1] is False
-    )  # too few to tell
+    def of(longer, pairs):
+        return Statistics(longer_chosen=Counter({True: longer, False: pairs - longer}))
+
+    assert length_bias(of(80, 100)) == (0.8, True)
+    assert length_bias(of(52, 100))[1] is False
+    assert length_bias(of(3, 4))[1] is False  # too few to tell
     run(
         tmp_path,
         [

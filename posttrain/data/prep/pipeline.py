@@ -41,7 +41,6 @@ from posttrain.data.readers import HubSource, Row, read_file, read_rows, resolve
 from posttrain.data.report import column_counts
 from posttrain.data.row import Answer, Sample
 
-SHOWN = 10
 _PARTITION_BYTES = 16 * 2**20
 _MAX_PARTITIONS = 256
 _HUB_PARTITIONS = 64
@@ -62,51 +61,27 @@ class Statistics:
     chosen_lengths: Counter[int] = field(default_factory=Counter)
     """Characters, in bins of powers of two: bin b holds 2^b to 2^(b+1) - 1."""
     rejected_lengths: Counter[int] = field(default_factory=Counter)
+    longer_chosen: Counter[bool] = field(default_factory=Counter)
+    """Of pairs of unequal length: whether the longer side is chosen."""
     margins: Counter[float] = field(default_factory=Counter)
     """Rounded to two significant digits."""
-    longer_chosen: int = 0
-    unequal_lengths: int = 0
-    shown: list[tuple[str, Values]] = field(default_factory=list)
-    """(order drawn by the seed, row): the first ten are shown."""
-    rejects: list[str] = field(default_factory=list)
-    """Lines of rejects.jsonl."""
 
     def add(self, other: Statistics) -> None:
-        """Sums, and the first ten of both; not the rejects."""
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-        self.longer_chosen += other.longer_chosen
-        self.unequal_lengths += other.unequal_lengths
-        self.shown = sorted(self.shown + other.shown, key=lambda item: item[0])[:SHOWN]
+        """Sums."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.update(theirs)
 
-    def drop(self, place: Values, reason: str) -> None:
-        """Counts what is left out, and says where it is from unless that is told of the rest of
-        it."""
-        self.dropped[reason] += 1
-        if place:
-            self.rejects.append(_reject(place["source"], place["row"], reason))
-
-    def see(self, row: Values, order: str) -> None:
-        """Counts a row that is written."""
-        if "chosen" in row:
-            chosen, rejected = (
-                sum(len(message_text(m)) for m in row[side]) for side in ("chosen", "rejected")
-            )
-            self.chosen_lengths[chosen.bit_length() - 1] += 1
-            self.rejected_lengths[rejected.bit_length() - 1] += 1
-            self.unequal_lengths += chosen != rejected
-            self.longer_chosen += chosen > rejected
-            if row["margin"] is not None:
-                self.margins[float(f"{row['margin']:.2g}")] += 1
-        self.shown.append((order, row))
-        if len(self.shown) > 50 * SHOWN:
-            self.add(Statistics())
-
-
-def _reject(file: str, row: int, reason: str, **more: Any) -> str:
-    line = {"file": file, "row": row, "reason": reason, **more}
-    return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+    def see(self, pair: Values) -> None:
+        """Counts lengths and margin of a pair that is written."""
+        chosen, rejected = (
+            sum(len(message_text(m)) for m in pair[side]) for side in ("chosen", "rejected")
+        )
+        self.chosen_lengths[chosen.bit_length() - 1] += 1
+        self.rejected_lengths[rejected.bit_length() - 1] += 1
+        if chosen != rejected:
+            self.longer_chosen[chosen > rejected] += 1
+        if pair["margin"] is not None:
+            self.margins[float(f"{pair['margin']:.2g}")] += 1
 
 
 def prepare(
@@ -148,9 +123,9 @@ def prepare(
         statistics = Statistics()
         with (folder / "rejects.jsonl").open("a", encoding="utf-8") as rejects:
             parts = imap(partial(run_partition, job), range(num_partitions))
-            for part in bar(parts, "building rows", total=num_partitions):
+            for part, dropped in bar(parts, "building rows", total=num_partitions):
                 statistics.add(part)
-                rejects.writelines(part.rejects)
+                rejects.writelines(map(_line, dropped))
         manifest = {
             "format_version": 2,
             "inputs": [
@@ -177,7 +152,7 @@ def _finish(
     shutil.rmtree(folder / "spill")
     text = json.dumps(manifest, indent=1, default=str, ensure_ascii=False)
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-    write_report(folder / "report.html", manifest, statistics, layout=config.layout)
+    write_report(folder, manifest, statistics)
 
 
 def _evaluation(config: PrepConfig) -> EvaluationSet | None:
@@ -294,7 +269,7 @@ class _Reading:
         if not self.counts["rejected"]:
             self._first_reason = f"{file}:{row}: {reason}"
         self.counts["rejected"] += 1
-        self._rejects.write(_reject(file, row, reason, **more))
+        self._rejects.write(_line({"file": file, "row": row, "reason": reason, **more}))
 
     def check(self) -> None:
         """Counts what was read; ValueError if no row was usable."""
@@ -304,6 +279,10 @@ class _Reading:
                 f"No row of {', '.join(self._config.inputs)} could be used ({self.counts['read']} "
                 f"read). First reason: {self._first_reason}"
             )
+
+
+def _line(reject: Values) -> str:
+    return json.dumps(reject, ensure_ascii=False, default=str) + "\n"
 
 
 def _spill_file(folder: Path, number: int) -> Path:
@@ -342,32 +321,42 @@ class _Job:
     schema: Any
 
 
-def run_partition(job: _Job, number: int) -> Statistics:
-    """The second pass: one partition of the prompts becomes rows, written as Parquet."""
-    config, statistics, rows = job.config, Statistics(), []
+def run_partition(job: _Job, number: int) -> tuple[Statistics, list[Values]]:
+    """The second pass: one partition of the prompts becomes rows, written as Parquet. Returns what
+    was left out, too."""
+    config, statistics = job.config, Statistics()
+    rows: list[Values] = []
+    rejects: list[Values] = []
+
+    def drop(place: Values, reason: str) -> None:
+        statistics.dropped[reason] += 1
+        if place:
+            rejects.append({"file": place["source"], "row": place["row"], "reason": reason})
+
     for identity, samples in _prompts(_spill_file(job.folder, number)).items():
         statistics.counts["prompts"] += 1
         reason = _reason_against(identity, samples, job)
         if reason is None:
-            rows += rows_of(samples, config, statistics.drop, statistics.counts)
+            rows += rows_of(samples, config, drop, statistics.counts)
             continue
-        for _, place in samples:
-            statistics.drop(place, reason)
         statistics.counts.update(samples=len(samples), dropped_samples=len(samples))
-    rows = within_limits(rows, config, job.count_tokens, statistics.drop)
+        for _, place in samples:
+            drop(place, reason)
     sides: dict[str, list[Values]] = {}
-    for k, row in enumerate(rows):
+    for row in within_limits(rows, config, job.count_tokens, drop):
         identity = job.representatives.get(row["prompt_id"], row["prompt_id"])
         # by a hash of seed and prompt: independent of all other prompts and of their order
-        drawn = int(_draw("split", config.seed, identity), 16)
+        key = f"split:{config.seed}:{identity}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
         side = "test" if drawn < config.test_fraction * 2**64 else "train"
-        statistics.counts[f"written_{side}"] += 1
-        statistics.see(row, _draw("shown", config.seed, row["prompt_id"], k))
         sides.setdefault(side, []).append(row)
+        statistics.counts[f"written_{side}"] += 1
+        if config.layout == "pairs":
+            statistics.see(row)
     for side, written in sides.items():
         (job.folder / side).mkdir(exist_ok=True)
         _write_parquet(job.folder / side / f"{number:05d}.parquet", written, job.schema)
-    return statistics
+    return statistics, rejects
 
 
 def _reason_against(identity: str, samples: list[Located], job: _Job) -> str | None:
@@ -379,10 +368,6 @@ def _reason_against(identity: str, samples: list[Located], job: _Job) -> str | N
         if any(map(job.evaluation.overlaps, texts)):
             return CONTAMINATED
     return None
-
-
-def _draw(*parts: Any) -> str:
-    return hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=8).hexdigest()
 
 
 def _schema(layout: str, reading: _Reading) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,16 +33,17 @@ td,th{padding:.15rem .8rem;border-bottom:1px solid #ddd}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
 .pair div,.prompt{background:#f6f6f6;padding:.6rem;white-space:pre-wrap;overflow-wrap:anywhere}
 </style>"""
+SHOWN = 10
 LENGTH_BIAS = 0.1
 """Distance of 'the longer answer is chosen' from one half that is warned about, if it is beyond
 three standard errors."""
 _PIECES = re.compile(r"\s+|\w+|[^\w\s]")
 
 
-def write_report(
-    path: Path, manifest: dict[str, Any], statistics: Statistics, *, layout: str
-) -> None:
-    """Counts, lengths, margins, length bias, ten rows drawn by the seed."""
+def write_report(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
+    """Counts, lengths, margins, length bias, ten rows drawn by the seed (of the first file, whose
+    prompts are drawn by their hash)."""
+    layout, seed = manifest["options"]["layout"], manifest["options"]["seed"]
     dropped = {f"dropped: {reason}": n for reason, n in manifest["dropped"].items()}
     columns = {
         f"column {name}: {use}": n
@@ -49,15 +51,17 @@ def write_report(
         for name, n in names.items()
     }
     counts = manifest["counts"] | dropped | columns
-    parts = [f"<h1>{layout}</h1>", _table([(k, f"{n:,}") for k, n in counts.items()])]
+    parts = [_HEAD, f"<h1>{layout}</h1>", _table([(k, f"{n:,}") for k, n in counts.items()])]
     if layout == "pairs":
         parts += [_length_bias(statistics), "<h2>Length, characters: chosen, rejected</h2>"]
         sides = (statistics.chosen_lengths, statistics.rejected_lengths)
         bins = sorted(set().union(*sides))
         parts.append(_bars({f"from {2**b:,}": [side[b] for side in sides] for b in bins}))
         parts += ["<h2>Margin</h2>", _bars(_margins(statistics.margins))]
-    parts += ["<h2>Ten rows</h2>", *(_row(values) for _, values in statistics.shown)]
-    path.write_text("\n".join([_HEAD, *parts, ""]), encoding="utf-8")
+    rows = [row.values for row in read_file(min((folder / "train").iterdir()))]
+    shown = random.Random(seed).sample(rows, min(SHOWN, len(rows)))
+    parts += ["<h2>Ten rows</h2>", *map(_row, shown)]
+    (folder / "report.html").write_text("\n".join([*parts, ""]), encoding="utf-8")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
@@ -86,17 +90,15 @@ def _margins(margins: Counter[float]) -> dict[str, list[int]]:
 def length_bias(statistics: Statistics) -> tuple[float, bool]:
     """(share of pairs of unequal length whose longer side is chosen, whether that is far from one
     half)."""
-    n = statistics.unequal_lengths
-    share = statistics.longer_chosen / n if n else 0.5
+    n = statistics.longer_chosen.total()
+    share = statistics.longer_chosen[True] / n if n else 0.5
     return share, abs(share - 0.5) > max(LENGTH_BIAS, 1.5 / math.sqrt(max(n, 1)))
 
 
 def _length_bias(statistics: Statistics) -> str:
     share, far = length_bias(statistics)
-    text = (
-        f"The longer answer is the chosen one in {share:.1%} of {statistics.unequal_lengths:,} "
-        "pairs of unequal length."
-    )
+    n = statistics.longer_chosen.total()
+    text = f"The longer answer is the chosen one in {share:.1%} of {n:,} pairs of unequal length."
     if not far:
         return f"<p>{text}</p>"
     return (
