@@ -65,7 +65,8 @@ class ChatEncoder:
         tools: list[Any] | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> PromptGroup:
-        """The conversation as a group of one completion; see ``encode_conversation``."""
+        """The conversation as a group of one completion; see ``encode_conversation``. ``trained``:
+        one flag per message, default every assistant message; ``meta``: ``file`` and ``row``."""
         flags = [m["role"] == "assistant" for m in messages] if trained is None else list(trained)
         with located(_where(meta)):
             ids, loss_mask = self._ids_and_mask(messages, tools, flags)
@@ -230,23 +231,15 @@ class ChatEncoder:
             return True
 
 
-def encode_conversation(
-    messages: Messages,
-    tokenizer: Any,
-    *,
-    trained: Sequence[bool] | None = None,
-    tools: list[Any] | None = None,
-    meta: Mapping[str, Any] | None = None,
-) -> PromptGroup:
+def encode_conversation(messages: Messages, tokenizer: Any, **options: Any) -> PromptGroup:
     """One conversation as a group with K = 1: prompt up to the first trained token, completion from
     there on.
 
     ``loss_mask`` is 1 on assistant content and on the token that ends the turn, 0 elsewhere.
-    ``trained``: one flag per message, default every assistant message. ``meta``: ``file`` and
-    ``row`` for messages. Raises ValueError where the mask cannot be exact. For many rows make one
-    ``ChatEncoder``.
+    Options are those of ``ChatEncoder.encode``, which is for many rows. Raises ValueError where the
+    mask cannot be exact.
     """
-    return ChatEncoder(tokenizer).encode(messages, trained=trained, tools=tools, meta=meta)
+    return ChatEncoder(tokenizer).encode(messages, **options)
 
 
 def render_prompt(tokenizer: Any, messages: Messages, tools: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from posttrain.data.row import COLUMNS
 
@@ -25,6 +25,12 @@ Purpose = Literal["sft", "preference", "reward"]
 """What rows are read for: demonstrations; comparisons whose completions are trained; comparisons
 whose completions are scored."""
 Overlong = Literal["truncate", "drop", "error"]
+
+
+def check_choice(name: str, value: str, kind: Any) -> None:
+    """ValueError if the value is none of the Literal's."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {value!r}.")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -90,22 +96,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_sources()
-        for name, value, known in (
-            ("format", self.format, get_args(Format)),
-            ("overlong", self.overlong, get_args(Overlong)),
-        ):
-            if value not in known:
-                raise ValueError(f"data.{name} is one of {', '.join(known)}; got {value!r}.")
+        check_choice("data.format", self.format, Format)
+        check_choice("data.overlong", self.overlong, Overlong)
         if self.max_length < 2:
             raise ValueError(
                 "data.max_length counts prompt and completion tokens, at least one of each; got "
                 f"{self.max_length}. Set --data.max_length 1024."
             )
         if self.num_proc < 1:
-            raise ValueError(
-                f"data.num_proc is a number of processes >= 1; got {self.num_proc}. "
-                "Set --data.num_proc 1."
-            )
+            raise ValueError(f"data.num_proc is a number of processes >= 1; got {self.num_proc}.")
         unknown = sorted(set(self.columns or ()) - set(COLUMNS))
         if unknown:
             raise ValueError(
@@ -117,10 +116,8 @@ class DataConfig:
     def _check_sources(self) -> None:
         for name, sources in (("train", self.train), ("eval", self.eval)):
             if isinstance(sources, str):
-                raise ValueError(
-                    f"data.{name} is a list of sources; got the string {sources!r}. "
-                    f"Write [{sources!r}]."
-                )
+                wanted = f"data.{name} is a list of sources; got the string {sources!r}"
+                raise ValueError(f"{wanted}. Write [{sources!r}].")
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(
                 f"data.eval_fraction is a fraction of rows in [0, 1); got {self.eval_fraction}."

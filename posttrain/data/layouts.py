@@ -33,7 +33,7 @@ from posttrain.data.messages import (
 from posttrain.data.row import (
     MEDIA,
     Answer,
-    Row,
+    Columns,
     Sample,
     Values,
     conversation_name,
@@ -76,7 +76,7 @@ def read_sample(
     if not isinstance(values, Mapping):
         raise ValueError(f"a row is an object with columns; got {short(values)}")
     try:
-        row = Row(values, columns, carry, format=layout)
+        row = Columns(values, columns, carry, format=layout)
         layout = _layout(row) if layout == "auto" else layout
         sample = LAYOUTS[layout](row)
         sample.layout = layout
@@ -101,7 +101,7 @@ def read_prompt(
             "--data.prompt_column"
         )
     try:
-        row = Row(values, None, carry, prompt_column=column)
+        row = Columns(values, None, carry, prompt_column=column)
         sample = _prompt(row, column)
         system_and_tools(row, sample)
         _check_left(row)
@@ -114,22 +114,20 @@ def read_prompt(
     return sample
 
 
-def _prompt(row: Row, column: str | None) -> Sample:
+def _prompt(row: Columns, column: str | None) -> Sample:
     conversation = None if column else conversation_name(row)
     prompt: list[Message] = []
     if column in names.CONVERSATIONS:
         conversation = column
     elif prompt_name(row):
         prompt = prompt_of(row)
-    answers: list[Message] = []
+    answers: list[Answer] = []
     if conversation is not None:
         whole = row.conversation(conversation)
-        answers = [whole.pop()] if whole[-1]["role"] == "assistant" else []
+        if whole[-1]["role"] == "assistant":
+            answers = [Answer(messages=[whole.pop()])]
         if not whole or whole[-1]["role"] == "assistant":
-            raise ValueError(
-                f"{conversation} has no user turn before its last assistant turn, so there is "
-                "nothing to answer"
-            )
+            raise ValueError(f"{conversation} has no user turn before its last assistant turn")
         if prompt and prompt[-1] not in whole:
             raise ValueError(
                 f"{short(prompt[-1]['content'])} is not in {conversation}. Which is the prompt? "
@@ -138,10 +136,10 @@ def _prompt(row: Row, column: str | None) -> Sample:
         prompt = max(whole, prompt, key=len)
     elif not prompt:
         prompt = LAYOUTS[_layout(row)](row).prompt
-    return Sample(prompt=prompt, answers=[Answer(messages=[m]) for m in answers])
+    return Sample(prompt=prompt, answers=answers)
 
 
-def _check_left(row: Row) -> None:
+def _check_left(row: Columns) -> None:
     """What belongs to a prompt is not left to the rewards."""
     belongs = {*names.PARTS, *names.SYSTEM, *names.TOOLS, "history", *MEDIA}
     lost = ", ".join(n for n in row.filled if n not in row.seen and str(n).lower() in belongs)
@@ -162,7 +160,7 @@ def _ground_truth(value: Any) -> str | None:
     return str(truth) if isinstance(truth, str | int | float) else None
 
 
-def _layout(row: Row) -> str:
+def _layout(row: Columns) -> str:
     """The first layout that has what it needs in this row."""
     is_meant = not row.mapped or row.mapped & {*names.CONVERSATIONS, *names.SYSTEM, *names.TOOLS}
     conversation = conversation_name(row) if is_meant else None
@@ -183,32 +181,31 @@ def _layout(row: Row) -> str:
     )
 
 
-def _sides(row: Row) -> tuple[str, str] | None:
+def _sides(row: Columns) -> tuple[str, str] | None:
     """The columns of the better and the worse answer; one of them may hold an empty text."""
     for pair in zip(names.BETTER, names.WORSE, strict=True):
-        if any(n in row.filled for n in pair) and not row.carry & {*pair}:
-            if all(row.all.get(n) is not None for n in pair):
+        if row.filled.keys() & {*pair} and not row.carry & {*pair}:
+            if None not in map(row.all.get, pair):
                 return pair
     return None
 
 
-def _alternatives(row: Row) -> tuple[str, str, str] | None:
+def _alternatives(row: Columns) -> tuple[str, str, str] | None:
     """The stem of the names of two answers, and their ends in order."""
     for stem in _STEMS:
-        for a, b in _ENDS:
-            if stem + a in row.filled and stem + b in row.filled:
-                return stem, a, b
+        for ends in _ENDS:
+            if all(stem + end in row.filled for end in ends):
+                return stem, *ends
     return None
 
 
-def _list(row: Row) -> str | None:
+def _list(row: Columns) -> str | None:
     """The column with several answers, unless it holds calls, which are one answer."""
-    listed = (n for n in names.ANSWER_LISTS if isinstance(row.filled.get(n), list | tuple))
-    name = row.name(listed)
+    name = row.name(n for n in names.ANSWER_LISTS if isinstance(row.all.get(n), list | tuple))
     return None if name == "answers" and row.name(names.TOOLS) else name
 
 
-def _verified(row: Row) -> list[str]:
+def _verified(row: Columns) -> list[str]:
     """Columns that are each a solution with a verdict."""
     return [n for n, v in row.filled.items() if isinstance(v, Mapping) and "is_correct" in v]
 
@@ -227,7 +224,7 @@ def _sample(
     of: str = "order",
 ) -> Sample:
     """Answers with the rank that ``order`` (lower is better), else their scores, else their labels
-    give them. ValueError where one of the others says the contrary."""
+    give them; a single one has rank 0. ValueError where one of the others says the contrary."""
     prompt, answers, is_text = sides
     unknown = [None] * len(answers)
     said = {
@@ -236,7 +233,7 @@ def _sample(
         "is_correct": [None if v is None else float(not v) for v in labels],
     }
     known = [(what, ranks) for what, ranks in said.items() if set(ranks) - {None}]
-    (what, ranks), *others = known or [("", unknown)]
+    (what, ranks), *others = known or [("", [0.0] if len(answers) == 1 else unknown)]
     for other, values in others:
         rated = [pair for pair in zip(ranks, values, strict=True) if None not in pair]
         if any(a < c and b > d for a, b in rated for c, d in rated):  # type: ignore[operator]
@@ -249,27 +246,25 @@ def _sample(
     return Sample(prompt=prompt, answers=made, is_text=is_text)
 
 
-def _messages(row: Row, **known: Any) -> Sample:
+def _messages(row: Columns, **known: Any) -> Sample:
     """The answer is what follows the last user or tool turn."""
     messages = row.conversation(row.name(names.CONVERSATIONS))
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         raise ValueError(
-            f"no assistant turn, so nothing to train; roles are {roles}. Remove the row or correct "
-            "its roles"
+            f"no assistant turn, so nothing to train; roles are {roles}. Correct or remove it"
         )
     if roles[0] == "assistant":
         raise ValueError(
-            "starts with an assistant turn, which answers nothing. Put a user or system message "
-            "before it"
+            "starts with an assistant turn, which answers nothing. Put a user message before it"
         )
-    start = len(roles) - 1 - roles[::-1].index("assistant")
+    start = len(roles) - roles[::-1].index("assistant")
     while roles[start - 1] == "assistant":
         start -= 1
-    return _sample((messages[:start], [messages[start:]], False), **{"order": [0.0], **known})
+    return _sample((messages[:start], [messages[start:]], False), **known)
 
 
-def _single(row: Row, **known: Any) -> Sample:
+def _single(row: Columns, **known: Any) -> Sample:
     """A prompt and one answer."""
     if not row.name(names.ANSWERS) and row.name(names.CONVERSATIONS):
         return _messages(row, **known)
@@ -278,10 +273,10 @@ def _single(row: Row, **known: Any) -> Sample:
         # xLAM: its answers are calls, all of one turn
         answer = [{"role": "assistant", "content": "", "tool_calls": row.use("answers")}]
     answer = row.needs(answer, f"an answer ({_ANSWER})")
-    return _sample(_read_sides(row, [answer]), **{"order": [0.0], **known})
+    return _sample(_read_sides(row, [answer]), **known)
 
 
-def _prompt_completion(row: Row) -> Sample:
+def _prompt_completion(row: Columns) -> Sample:
     """Answers in the history are trained, as Alpaca's are; others in the prompt are not."""
     sample = _single(row)
     if "history" not in row.seen:
@@ -291,17 +286,17 @@ def _prompt_completion(row: Row) -> Sample:
     return sample
 
 
-def _labelled(row: Row) -> Sample:
+def _labelled(row: Columns) -> Sample:
     label = truth_of("label", row.needs(row.take(*names.LABELS), "label"))
-    return _single(row, order=(), labels=[label])
+    return _single(row, labels=[label])
 
 
-def _rated(row: Row) -> Sample:
+def _rated(row: Columns) -> Sample:
     score = row.needs(row.number(*names.SCORES), f"a score ({', '.join(names.SCORES)})")
-    return _single(row, order=(), scores=[score])
+    return _single(row, scores=[score])
 
 
-def _pairs(row: Row) -> Sample:
+def _pairs(row: Columns) -> Sample:
     """A better and a worse answer, with their scores, a margin and a weight; or two answers and who
     wins."""
     columns = _sides(row)
@@ -321,7 +316,7 @@ def _pairs(row: Row) -> Sample:
     return sample
 
 
-def _compared(row: Row, stem: str, *ends: str) -> Sample:
+def _compared(row: Columns, stem: str, *ends: str) -> Sample:
     columns = [stem + end for end in ends]
     values = [row.use(n) for n in columns]
     listed = [_text_list(v) for v in (row.filled.get("prompt"), *values)]
@@ -361,7 +356,7 @@ def _text_list(value: Any) -> list[str]:
     return listed if all(isinstance(v, str) for v in listed) else []
 
 
-def _verdict(row: Row, ends: list[str], stem: str) -> tuple[float, float] | None:
+def _verdict(row: Columns, ends: list[str], stem: str) -> tuple[float, float] | None:
     """Ranks of two answers by every column that says something, which must agree; None if none
     does."""
     winners = [name for name in names.WINNERS if name in row.filled]
@@ -400,7 +395,7 @@ def _winner(name: str, value: Any, ends: list[str], stem: str) -> tuple[float, f
     return _WINS if said == ends[0] else _LOSES
 
 
-def _ranked(row: Row) -> Sample:
+def _ranked(row: Columns) -> Sample:
     """A list of answers; ranks, scores and verdicts in parallel lists, or in the items."""
     name = _list(row)
     items = list(row.use(name)) if name else [row.use(n) for n in _verified(row)]
@@ -427,7 +422,7 @@ def _ranked(row: Row) -> Sample:
     return _sample(_read_sides(row, texts), order=ranks, scores=scores, labels=labels)
 
 
-def _item(row: Row, column: str, item: Any) -> tuple[Any, Any, Any, Any]:
+def _item(row: Columns, column: str, item: Any) -> tuple[Any, Any, Any, Any]:
     """(text or messages, rank, score, verdict) of one of several answers; the last three None where
     it is no object that holds them."""
     if not isinstance(item, Mapping) or item.keys() & {"role", "from"}:
@@ -441,7 +436,7 @@ def _item(row: Row, column: str, item: Any) -> tuple[Any, Any, Any, Any]:
     return said, rank, score, label
 
 
-def _parallel(row: Row, columns: Iterable[str], inside: Sequence[Any]) -> Sequence[Any]:
+def _parallel(row: Columns, columns: Iterable[str], inside: Sequence[Any]) -> Sequence[Any]:
     """One value for each answer, of a column or of the answers themselves. None: not rated."""
     name = row.name(columns)
     if name is None:
@@ -460,7 +455,7 @@ def _parallel(row: Row, columns: Iterable[str], inside: Sequence[Any]) -> Sequen
     return values
 
 
-def _read_sides(row: Row, values: Sequence[Any]) -> Sides:
+def _read_sides(row: Columns, values: Sequence[Any]) -> Sides:
     values = [decoded(v) for v in values]
     values = [[v] if isinstance(v, Mapping) and v.keys() & {"role", "from"} else v for v in values]
     kinds, dialogues = {type(v) for v in values}, {is_dialogue(v) for v in values}
@@ -500,7 +495,7 @@ def _plainer(messages: list[Message]) -> list[Message]:
     return [m for m in messages if m["role"] != "system"]
 
 
-def _shared(row: Row, sides: list[list[Message]]) -> list[Message]:
+def _shared(row: Columns, sides: list[list[Message]]) -> list[Message]:
     """The prompt of conversations: the row's, or what all of them start with."""
     given = prompt_of(row) if row.name((*names.PROMPTS, *names.CONVERSATIONS)) else []
     plainer = _plainer(given)
@@ -521,7 +516,7 @@ def _shared(row: Row, sides: list[list[Message]]) -> list[Message]:
     return prompt
 
 
-LAYOUTS: dict[str, Callable[[Row], Sample]] = {
+LAYOUTS: dict[str, Callable[[Columns], Sample]] = {
     "messages": _messages,
     "prompt_completion": _prompt_completion,
     "pairs": _pairs,

@@ -148,12 +148,10 @@ def _lines(path: Path, bad: BadRow) -> Iterator[str]:
         )
 
 
-def _json_lines(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
-    return _json_of_lines(_lines(path, bad), bad)
-
-
-def _json_of_lines(lines: Iterable[str], bad: BadRow) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(lines, start=1):
+def _json_lines(
+    path: Path, bad: BadRow, lines: Iterable[str] | None = None
+) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines or _lines(path, bad), start=1):
         if not line.strip():
             continue
         try:
@@ -173,7 +171,7 @@ def _json(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
     JSON lines."""
     text = "".join(_lines(path, bad))
     if not text.lstrip().startswith("["):
-        yield from _json_of_lines(text.split("\n"), bad)
+        yield from _json_lines(path, bad, text.split("\n"))
         return
     try:
         values = json.loads(text, object_pairs_hook=_once)
@@ -300,12 +298,11 @@ def _saved(folder: Path, split: str) -> list[Path]:
 def _described(folder: Path, split: str, config: str | None) -> list[Path] | None:
     """The files that the card of a hub data set (README.md) names for the split; None where it
     names none."""
-    import yaml
+    from datasets.data_files import sanitize_patterns
+    from huggingface_hub.repocard import metadata_load
 
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    _, *front = text.split("---\n") if text.startswith("---\n") else ("",)
-    card = (yaml.safe_load(front[0]) if len(front) > 1 else None) or {}
+    card = (metadata_load(readme) if readme.is_file() else None) or {}
     configs = {
         c["config_name"]: c["data_files"] for c in card.get("configs") or () if c.get("data_files")
     }
@@ -318,12 +315,7 @@ def _described(folder: Path, split: str, config: str | None) -> list[Path] | Non
                 f"{folder}: which of its configs? README.md names {known}. Write {folder}:NAME."
             )
         return None
-    files: Any = configs[config]
-    by_split: dict[str, list[str]] = {}
-    for entry in [files] if isinstance(files, str) else files:
-        entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
-        patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        by_split.setdefault(str(entry["split"]), []).extend(patterns)
+    by_split = sanitize_patterns(configs[config])
     found = sorted({p for pattern in by_split.get(split, ()) for p in folder.glob(pattern)})
     if not found:
         raise ValueError(

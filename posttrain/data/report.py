@@ -91,11 +91,12 @@ class DataReport:
         from rich.table import Table
 
         rows = f"{self.num_train_rows:,} rows to train on, {self.num_eval_rows:,} to evaluate on"
-        table = Table("source", title=f"Data: {rows}")
+        table = Table(title=f"Data: {rows}")
+        table.add_column("source", overflow="fold")
         for name in ("read", "kept", "cut", "dropped", "tokens", "trained"):
             table.add_column(name, justify="right")
-        for s in (*self.train, *self.eval):
-            name = s.source.rpartition("/")[2] + ("" if s in self.train else " (eval)")
+        for number, s in enumerate((*self.train, *self.eval)):
+            name = s.source.rpartition("/")[2] + (" (eval)" if number >= len(self.train) else "")
             how = f"{', '.join(s.layouts)}, mask from {s.mask_from}"
             counts = (s.num_read, s.num_kept, s.num_truncated, sum(s.dropped.values()))
             numbers = (*counts, s.num_tokens, s.num_trained_tokens)

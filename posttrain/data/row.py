@@ -140,7 +140,7 @@ class Sample:
     ``messages.key``."""
 
 
-class Row:
+class Columns:
     """A row's filled columns under the names of the layouts; what a layout takes is used."""
 
     def __init__(
@@ -227,7 +227,7 @@ def _renamed(values: Values, columns: Mapping[str, str], carry: frozenset[str]) 
     return kept | {ours: values[theirs] for ours, theirs in columns.items()}
 
 
-def settle(row: Row, sample: Sample) -> None:
+def settle(row: Columns, sample: Sample) -> None:
     """Columns that are left over are carried along, or the row is refused with their names."""
     left = [name for name in row.filled if name not in row.seen]
     lost = [name for name in left if not _changes_nothing(row, name, sample)]
@@ -240,7 +240,7 @@ def settle(row: Row, sample: Sample) -> None:
     sample.columns = row.seen | dict.fromkeys(left, "carried")
 
 
-def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
+def _changes_nothing(row: Columns, name: str, sample: Sample) -> bool:
     value = row.filled[name]
     is_kind = name == "task" and isinstance(value, str) and len(value.split()) == 1
     if name in CARRIED or "*" in row.carry or is_kind:
@@ -254,7 +254,7 @@ def _changes_nothing(row: Row, name: str, sample: Sample) -> bool:
     return (is_of_layout or name == "text") and _repeats(row, name, sample)
 
 
-def _repeats(row: Row, name: str, sample: Sample) -> bool:
+def _repeats(row: Columns, name: str, sample: Sample) -> bool:
     """Whether a column says again what was used: the text of a message, all texts as one, messages,
     or the result that a conversation's answer ends with."""
     value = row.filled[name]
@@ -318,7 +318,7 @@ def _listed(value: Any) -> list[Any]:
     return value
 
 
-def conversation_name(row: Row) -> str | None:
+def conversation_name(row: Columns) -> str | None:
     """The column with a conversation: a list, also as JSON text."""
     for name in filter(row.filled.__contains__, names.CONVERSATIONS):
         value = row.filled[name]
@@ -327,14 +327,14 @@ def conversation_name(row: Row) -> str | None:
     return None
 
 
-def prompt_name(row: Row) -> str | None:
+def prompt_name(row: Columns) -> str | None:
     """The column with the prompt; a text called context is none, but follows one."""
     context = isinstance(row.filled.get("context"), str)
     listed = (n for n in names.PROMPTS if not (context and n == "context"))
     return row.prompt_column or row.name(listed)
 
 
-def prompt_of(row: Row) -> list[Message]:
+def prompt_of(row: Columns) -> list[Message]:
     """Earlier turns, the prompt, and with a prompt of one text its inputs."""
     name = prompt_name(row)
     if name is None and not row.name(names.CONVERSATIONS):
@@ -357,7 +357,7 @@ def prompt_of(row: Row) -> list[Message]:
     return messages
 
 
-def _asked(row: Row, name: str) -> list[Message]:
+def _asked(row: Columns, name: str) -> list[Message]:
     value = decoded(row.use(name))
     if not isinstance(value, str):
         return row.turns(value, "user")
@@ -378,7 +378,7 @@ def _asked(row: Row, name: str) -> list[Message]:
     return row.turns("\n\n".join(texts), "user")
 
 
-def _history(row: Row, value: list[Any]) -> list[Message]:
+def _history(row: Columns, value: list[Any]) -> list[Message]:
     """Earlier turns: messages, or [instruction, answer] pairs."""
     if all(isinstance(m, Mapping) for m in value):
         return row.turns(value, "user")
@@ -396,7 +396,7 @@ def _history(row: Row, value: list[Any]) -> list[Message]:
     return messages
 
 
-def system_and_tools(row: Row, sample: Sample) -> None:
+def system_and_tools(row: Columns, sample: Sample) -> None:
     """The row's tools, and its system message before the prompt."""
     sample.tools = tool_schemas(row.take(*names.TOOLS))
     system = row.take(*names.SYSTEM)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from posttrain.data.config import Format, check_choice
 
 Strategy = Literal["best-worst", "all", "adjacent", "random", "long2short"]
 Layout = Literal["pairs", "groups", "labelled", "sft"]
@@ -83,12 +85,9 @@ class PrepConfig:
                 "--max-tokens and --tokenizer belong together: give both, or "
                 "--max-chars for a limit in characters."
             )
-        for name, value, known in (
-            ("strategy", self.strategy, get_args(Strategy)),
-            ("layout", self.layout, get_args(Layout)),
-        ):
-            if value not in known:
-                raise ValueError(f"--{name} is one of {', '.join(known)}; got {value!r}.")
+        check_choice("--strategy", self.strategy, Strategy)
+        check_choice("--layout", self.layout, Layout)
+        check_choice("--format", self.format, Format)
 
     def recorded(self) -> dict[str, Any]:
         """Options for the manifest: all that decide the output, and not where it is or how many

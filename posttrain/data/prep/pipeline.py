@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from posttrain.data.cache import file_digest
-from posttrain.data.config import Format
 from posttrain.data.folders import refuse_filled, whole_folder
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
@@ -94,9 +93,6 @@ def prepare(
     """
     from rich.progress import track
 
-    if config.format not in get_args(Format):
-        known = ", ".join(get_args(Format))
-        raise ValueError(f"--format is one of {known}; got {config.format!r}.")
     out = config.out.expanduser()
     refuse_filled(out)
     sources = [file for source in config.inputs for file in _files(source, config.split)]
@@ -129,7 +125,7 @@ def prepare(
         manifest = {
             "format_version": 2,
             "inputs": [
-                {"name": name, **({"sha256": file_digest(path)} if path else {})}
+                {"name": name} | ({"sha256": file_digest(path)} if path else {})
                 for name, path in sources
             ],
             "options": config.recorded(),
@@ -137,13 +133,11 @@ def prepare(
             "dropped": dict(sorted(statistics.dropped.items())),
             "columns": column_counts(reading.uses),
         }
-        _finish(folder, manifest, statistics, config)
+        _finish(folder, manifest, statistics)
     return manifest
 
 
-def _finish(
-    folder: Path, manifest: dict[str, Any], statistics: Statistics, config: PrepConfig
-) -> None:
+def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
     if not (folder / "train").exists():
         raise ValueError(
             f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits, or "
@@ -174,10 +168,9 @@ def _files(source: str, split: str) -> Iterator[tuple[str, Path | None]]:
 
 def _num_partitions(paths: list[Path | None]) -> int:
     """From the size of the inputs alone, so that it is the same on every machine."""
-    if None in paths:
-        return _HUB_PARTITIONS
     sizes = (p.stat().st_size * (_GZIP_RATIO if p.suffix == ".gz" else 1) for p in paths if p)
-    return min(_MAX_PARTITIONS, 1 + sum(sizes) // _PARTITION_BYTES)
+    known = min(_MAX_PARTITIONS, 1 + sum(sizes) // _PARTITION_BYTES)
+    return _HUB_PARTITIONS if None in paths else known
 
 
 def _pool(config: PrepConfig, num_partitions: int) -> Any:
