@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from posttrain.data.messages import (
@@ -303,8 +304,7 @@ def _pairs(row: Columns) -> Sample:
     if columns is None:
         return _compared(row, *row.needs(_alternatives(row), "chosen and rejected"))
     sides = _read_sides(row, [row.use(n) for n in columns])
-    forms = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_reward")
-    scores = [row.number(*(form.format(n) for form in forms)) for n in columns]
+    scores = [row.number(*_score_names(n)) for n in columns]
     sample = _sample(sides, order=_WINS, scores=scores, of=f"order {' > '.join(columns)}")
     sample.margin, weight = row.number("margin"), row.number("weight")
     if min(weight or 0, sample.margin or 0) < 0:
@@ -314,6 +314,12 @@ def _pairs(row: Columns) -> Sample:
         )
     sample.weight = 1.0 if weight is None else weight
     return sample
+
+
+@cache
+def _score_names(side: str) -> list[str]:
+    forms = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_reward")
+    return [form.format(side) for form in forms]
 
 
 def _compared(row: Columns, stem: str, *ends: str) -> Sample:
@@ -479,9 +485,9 @@ def _read_sides(row: Columns, values: Sequence[Any]) -> Sides:
         raise ValueError(
             "no prompt, and the answers share no first message that could be one. Add a prompt"
         )
-    rest = []
+    rest, beginnings = [], [p for p in (prompt, _plainer(prompt)) if p]
     for side in sides:
-        begins = next((p for p in (prompt, _plainer(prompt)) if p and side[: len(p)] == p), [])
+        begins = next((p for p in beginnings if side[: len(p)] == p), [])
         rest.append(side[len(begins) :])
         if not rest[-1] or rest[-1][0]["role"] != "assistant":
             raise ValueError(
@@ -489,6 +495,10 @@ def _read_sides(row: Columns, values: Sequence[Any]) -> Sides:
                 f"no assistant turn but {[m['role'] for m in rest[-1]]})"
             )
     return prompt, rest, False
+
+
+def _stripped(message: Message) -> str:
+    return message["content"].strip()
 
 
 def _plainer(messages: list[Message]) -> list[Message]:
@@ -508,8 +518,7 @@ def _shared(row: Columns, sides: list[list[Message]]) -> list[Message]:
     while shared < longest and all(s[shared] == sides[0][shared] for s in sides):
         shared += 1
     prompt = sides[0][:shared]
-    said = {m["content"].strip() for m in prompt}
-    if given and (len(given) > 1 or given[0]["content"].strip() not in said):
+    if given and (len(given) > 1 or given[0]["content"].strip() not in map(_stripped, prompt)):
         raise ValueError(
             f"the prompt {short(given[-1]['content'])} is not in the turns that the answers share"
         )

@@ -69,27 +69,29 @@ BadRow = Callable[[int, str], None]
 """(row number, reason): what happens to a row that cannot be read."""
 
 
-def read_file(path: Path, *, on_bad_row: BadRow | None = None) -> Iterator[Row]:
-    """The rows of one file, by its suffix. An empty file is a ValueError: it is nearly always a
-    failed export.
+def read_file(
+    path: Path, *, name: str | None = None, on_bad_row: BadRow | None = None
+) -> Iterator[Row]:
+    """The rows of one file, by its suffix; their ``file`` is ``name``, or the path. An empty file
+    is a ValueError: it is nearly always a failed export.
 
     Without ``on_bad_row`` the first bad row is a ValueError. With it, it is told of the row and
     reading goes on, with the next row where the file allows it, with the end of the file where it
     is damaged from there on.
     """
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
+    lowered, name = path.name.lower(), name or str(path)
+    if not lowered.endswith(SUFFIXES):
         raise ValueError(
             f"{path}: unknown suffix {''.join(path.suffixes) or '(none)'!r}; rows are read from "
             f"{', '.join(SUFFIXES)}. Rename or convert the file."
         )
     bad = on_bad_row or partial(_refuse, path)
     readers = {".parquet": _arrow, ".arrow": _arrow, ".csv": _csv, ".json": _json}
-    read = readers.get(Path(name.removesuffix(".gz")).suffix, _json_lines)
+    read = readers.get(Path(lowered.removesuffix(".gz")).suffix, _json_lines)
     number = 0
     for number, value in read(path, bad):
         if isinstance(value, dict):
-            yield Row(file=str(path), row_number=number, values=value)
+            yield Row(file=name, row_number=number, values=value)
         else:
             bad(
                 number,

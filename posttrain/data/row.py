@@ -164,7 +164,7 @@ class Columns:
 
     def name(self, among: Iterable[str]) -> str | None:
         """The first of the names that is filled."""
-        return next((n for n in among if n in self.filled), None)
+        return next(filter(self.filled.__contains__, among), None)
 
     def use(self, name: str) -> Any:
         """The value of a column, which is used thereby."""

@@ -14,7 +14,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,6 +44,7 @@ _PARTITION_BYTES = 16 * 2**20
 _MAX_PARTITIONS = 256
 _HUB_PARTITIONS = 64
 _GZIP_RATIO = 4
+_PLACE = ("source", "row", "prompt_id")
 OUTPUT_COLUMNS = frozenset(
     "prompt chosen rejected margin chosen_score rejected_score weight completions ranks scores "
     "completion label messages tools source row prompt_id".split()
@@ -101,12 +102,16 @@ def prepare(
     with whole_folder(out) as folder, _pool(config, num_partitions) as pool:
         imap = map if pool is None else pool.imap
         reading = _Reading(folder, config)
-        prompts = reading.spilled(bar(reading.rows(sources), "reading"), num_partitions)
+        samples = reading.spilled(bar(reading.rows(sources), "reading"), num_partitions)
+        alike = {}
         if config.near_duplicates == "off":
-            deque(prompts, maxlen=0)
-            alike = {}
+            deque(samples, maxlen=0)
         else:
-            alike = near_duplicates(prompts, config.threshold, imap=imap)
+            texts = (
+                (place["prompt_id"], "\n".join(map(message_text, sample.prompt)))
+                for sample, place in samples
+            )
+            alike = near_duplicates(texts, config.threshold, imap=imap)
         reading.check()
         job = _Job(
             folder=folder,
@@ -208,11 +213,10 @@ class _Reading:
             if path is None:
                 yield from read_rows(name, split=self._config.split)
                 continue
-            for row in read_file(path, on_bad_row=partial(self._reject, name)):
-                yield replace(row, file=name)
+            yield from read_file(path, name=name, on_bad_row=partial(self._reject, name))
 
-    def spilled(self, rows: Iterable[Row], num_partitions: int) -> Iterator[tuple[str, str]]:
-        """(prompt id, text) of each sample, after it is written."""
+    def spilled(self, rows: Iterable[Row], num_partitions: int) -> Iterator[Located]:
+        """The samples of the rows, after each is written."""
         (self._folder / "spill").mkdir()
         with ExitStack() as stack:
             stack.enter_context(self._rejects)
@@ -232,7 +236,7 @@ class _Reading:
                         self.message_keys.update(message)
                 number = int(place["prompt_id"][:8], 16) % num_partitions
                 files[number].write(_record(sample, place))
-                yield place["prompt_id"], "\n".join(map(message_text, sample.prompt))
+                yield sample, place
 
     def _read(self, row: Row) -> Located:
         config = self._config
@@ -388,17 +392,16 @@ def _schema(layout: str, reading: _Reading) -> Any:
         "labelled": {"prompt": talk, "completion": talk, "label": pa.bool_()},
         "sft": {"messages": talk},
     }[layout]
-    always = {"source": pa.string(), "row": pa.int64(), "prompt_id": pa.string()}
-    known = {"weight": number}
-    more = {n: known.get(n, pa.string()) for n in sorted(reading.places - always.keys())}
-    return pa.schema(columns | always | more)
+    known = {"weight": number, "row": pa.int64()}
+    beside = [*_PLACE, *sorted(reading.places - {*_PLACE})]
+    return pa.schema(columns | {name: known.get(name, pa.string()) for name in beside})
 
 
 def _write_parquet(path: Path, rows: list[Values], schema: Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = [field.name for field in schema if field.type == pa.string()]
+    texts = [f.name for f in schema if f.type == pa.string() and f.name not in _PLACE]
     rows = [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows]
     if "tool_calls" in str(schema):
         rows = [_on_wire(row) for row in rows]

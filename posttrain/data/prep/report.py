@@ -43,6 +43,8 @@ _PIECES = re.compile(r"\s+|\w+|[^\w\s]")
 def write_report(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
     """Counts, lengths, margins, length bias, ten rows drawn by the seed (of the first file, whose
     prompts are drawn by their hash)."""
+    import pyarrow.parquet
+
     layout, seed = manifest["options"]["layout"], manifest["options"]["seed"]
     dropped = {f"dropped: {reason}": n for reason, n in manifest["dropped"].items()}
     columns = {
@@ -58,9 +60,9 @@ def write_report(folder: Path, manifest: dict[str, Any], statistics: Statistics)
         bins = sorted(set().union(*sides))
         parts.append(_bars({f"from {2**b:,}": [side[b] for side in sides] for b in bins}))
         parts += ["<h2>Margin</h2>", _bars(_margins(statistics.margins))]
-    rows = [row.values for row in read_file(min((folder / "train").iterdir()))]
-    shown = random.Random(seed).sample(rows, min(SHOWN, len(rows)))
-    parts += ["<h2>Ten rows</h2>", *map(_row, shown)]
+    table = pyarrow.parquet.read_table(min((folder / "train").iterdir()))
+    drawn = random.Random(seed).sample(range(len(table)), min(SHOWN, len(table)))
+    parts += ["<h2>Ten rows</h2>", *map(_row, table.take(drawn).to_pylist())]
     (folder / "report.html").write_text("\n".join([*parts, ""]), encoding="utf-8")
 
 

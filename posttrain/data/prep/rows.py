@@ -38,8 +38,9 @@ def prompt_id(prompt: list[Message], tools: list[Any] | None = None) -> str:
     """16 hex digits, equal for equal prompts."""
     said: list[Any] = []
     for m in prompt:
-        more = {k: v for k, v in sorted(m.items()) if k not in ("role", "content")}
-        said.append([m["role"], m["content"], *([more] if more else [])])
+        said.append([m["role"], m["content"]])
+        if len(m) > 2:
+            said[-1].append({k: v for k, v in sorted(m.items()) if k not in ("role", "content")})
     text = json.dumps([*said, tools] if tools else said, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -206,11 +207,14 @@ _LAYOUTS: dict[str, Callable[..., Iterator[Values]]] = {
 
 def _checked_pairs(rows: list[Values], config: PrepConfig, drop: Drop) -> Iterator[Values]:
     """Without equal sides, the same pair again, both orders of a pair, and small margins."""
+    if len(rows) == 1 and config.min_margin is None and rows[0]["chosen"] != rows[0]["rejected"]:
+        yield from rows  # nothing to compare it with
+        return
     sides = [
         tuple(json.dumps(row[side], ensure_ascii=False) for side in ("chosen", "rejected"))
         for row in rows
     ]
-    preferred, seen = set(sides), set()
+    preferred, seen = set(sides), set[tuple[str, ...]]()
     for row, pair in zip(rows, sides, strict=True):
         margin, least = row["margin"], config.min_margin
         reason = None
