@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from posttrain.cli import eval as evaluation
 from posttrain.cli import prep_tests
+from posttrain.data.config import PrepConfig, Strategy
 from posttrain.data.messages import message_text
-from posttrain.data.prep.options import PrepConfig, Strategy
 
 _HELP = {
     "format": "layout of the rows (default: by their columns)",

@@ -261,14 +261,9 @@ class _Tally:
                 f"{dict(self.dropped)}. Raise --data.max_length (now {encode.config.max_length}) "
                 "or correct the data."
             )
-        return SourceReport(
-            source=source,
-            mask_from=encode.encoder.mask_from,
-            layouts=dict(self.layouts),
-            dropped=dict(self.dropped),
-            columns=column_counts(self.columns),
-            **self.counts,
-        )
+        counts: dict[str, Any] = {"layouts": dict(self.layouts), "dropped": dict(self.dropped)}
+        counts |= {**self.counts, "columns": column_counts(self.columns)}
+        return SourceReport(source=source, mask_from=encode.encoder.mask_from, **counts)
 
 
 def _write(

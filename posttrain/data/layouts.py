@@ -236,8 +236,9 @@ def _sample(
     known = [(what, ranks) for what, ranks in said.items() if set(ranks) - {None}]
     (what, ranks), *others = known or [("", [0.0] if len(answers) == 1 else unknown)]
     for other, values in others:
-        rated = [pair for pair in zip(ranks, values, strict=True) if None not in pair]
-        if any(a < c and b > d for a, b in rated for c, d in rated):  # type: ignore[operator]
+        both = zip(ranks, values, strict=True)
+        rated = [(a, b) for a, b in both if a is not None and b is not None]
+        if any(a < c and b > d for a, b in rated for c, d in rated):
             raise ValueError(
                 f"the {what} and {other} contradict each other, so which of them is better? "
                 f"{short(list(ranks))} by the one, {short(values)} by the other (lower is better)"

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.cache import file_digest
+from posttrain.data.config import PrepConfig, TokenCounter
 from posttrain.data.folders import refuse_filled, whole_folder
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.duplicates import EvaluationSet, near_duplicates
-from posttrain.data.prep.options import PrepConfig, TokenCounter
 from posttrain.data.prep.report import write_report
 from posttrain.data.prep.rows import (
     CONTAMINATED,
@@ -339,20 +339,20 @@ def run_partition(job: _Job, number: int) -> tuple[Statistics, list[Values]]:
         statistics.counts.update(samples=len(samples), dropped_samples=len(samples))
         for _, place in samples:
             drop(place, reason)
-    sides: dict[str, list[Values]] = {}
+    splits: dict[str, list[Values]] = {}
     for row in within_limits(rows, config, job.count_tokens, drop):
-        identity = job.representatives.get(row["prompt_id"], row["prompt_id"])
+        first = job.representatives.get(row["prompt_id"], row["prompt_id"])
         # by a hash of seed and prompt: independent of all other prompts and of their order
-        key = f"split:{config.seed}:{identity}".encode()
+        key = f"split:{config.seed}:{first}".encode()
         drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest())
-        side = "test" if drawn < config.test_fraction * 2**64 else "train"
-        sides.setdefault(side, []).append(row)
-        statistics.counts[f"written_{side}"] += 1
+        split = "test" if drawn < config.test_fraction * 2**64 else "train"
+        splits.setdefault(split, []).append(row)
+        statistics.counts[f"written_{split}"] += 1
         if config.layout == "pairs":
             statistics.see(row)
-    for side, written in sides.items():
-        (job.folder / side).mkdir(exist_ok=True)
-        _write_parquet(job.folder / side / f"{number:05d}.parquet", written, job.schema)
+    for split, written in splits.items():
+        (job.folder / split).mkdir(exist_ok=True)
+        _write_parquet(job.folder / split / f"{number:05d}.parquet", written, job.schema)
     return statistics, rejects
 
 

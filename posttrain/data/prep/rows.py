@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from posttrain.data.config import PrepConfig, Strategy, TokenCounter
 from posttrain.data.messages import Message, message_text
-from posttrain.data.prep.options import PrepConfig, Strategy, TokenCounter
 from posttrain.data.row import Answer, Sample
 
 EMPTY, REPEATED_ANSWER, UNRATED = "empty answer", "repeated answer", "unrated answer"
