@@ -83,8 +83,7 @@ class ChatEncoder:
         with located(_where(meta)):
             if eos is None:
                 raise ValueError(
-                    "the tokenizer has no EOS token, so no end can be trained. Set "
-                    "tokenizer.eos_token"
+                    "the tokenizer has no EOS token, so no end is trained. Set tokenizer.eos_token"
                 )
             (prompt_length, _), ids = _encode_pieces([prompt, completion], self.tokenizer)
             prompt_ids = leading_special(self.tokenizer) + ids[:prompt_length]
@@ -110,8 +109,7 @@ class ChatEncoder:
         if stop is not None:
             raise ValueError(
                 f"an assistant message contains {stop!r}, the token that ends a turn; the chat "
-                "template adds it. Remove it from the text: trained inside, it teaches the model "
-                "to stop early"
+                "template adds it. Remove it from the text: it would teach to stop early"
             )
         text, spans = self._spans(messages, tools, trained)
         check_rendered(messages, text)
@@ -145,8 +143,7 @@ class ChatEncoder:
         if not spans or not all(flags):
             raise ValueError(
                 f"the template marks {len(spans)} generated spans for {len(flags)} assistant "
-                "turns, so which of them to train cannot be told. Put {% generation %} around each "
-                "assistant turn of the template"
+                "turns: which to train is unknown. Put {% generation %} around each of these turns"
             )
         return text, [(span, True) for span in spans]
 
@@ -267,10 +264,7 @@ def set_chat_template(tokenizer: Any, path: str | Path) -> None:
             f"data.chat_template={path}: cannot be read: {error}. Give the path of a jinja file."
         ) from error
     if "messages" not in template:
-        raise ValueError(
-            f"data.chat_template={path}: no chat template, it never reads `messages`. Give a jinja "
-            "template."
-        )
+        raise ValueError(f"data.chat_template={path}: no chat template, it never reads `messages`.")
     tokenizer.chat_template = template
 
 
@@ -330,9 +324,8 @@ def _rendered(
         ) from error
     if lost:
         raise ValueError(
-            f"the chat template writes nothing of the row's {len(tools)} tools, so the model would "
-            "not see them. Set --data.chat_template to one that does, or leave the column out with "
-            "--data.carry"
+            f"the chat template writes nothing of the row's {len(tools)} tools. Set "
+            "--data.chat_template to one that does, or leave the column out with --data.carry"
         )
     return text, spans
 

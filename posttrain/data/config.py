@@ -111,9 +111,8 @@ class DataConfig:
         unknown = sorted(set(self.columns or ()) - set(COLUMNS))
         if unknown:
             raise ValueError(
-                f"data.columns maps a column of a format to a column of your file; {unknown} "
-                f"belong to no format. Known: {', '.join(COLUMNS)}. Example: --data.columns "
-                "'{prompt: question, completion: answer}'."
+                f"data.columns: {unknown} belong to no format. Known: {', '.join(COLUMNS)}. Write "
+                "--data.columns '{prompt: question, completion: answer}', yours on the right."
             )
 
     def _check_sources(self) -> None:
@@ -140,8 +139,7 @@ class DataConfig:
         bad = [w for w in self.weights if not (math.isfinite(w) and w > 0)]
         if bad:
             raise ValueError(
-                f"data.weights must be finite and > 0; got {bad[0]}. A source without weight would "
-                "be read and never trained: remove it from data.train."
+                f"data.weights must be finite and > 0; got {bad[0]}. Or remove it from data.train."
             )
 
 
@@ -218,8 +216,7 @@ class PrepConfig:
             )
         if (self.max_tokens is None) != (self.tokenizer is None):
             raise ValueError(
-                "--max-tokens and --tokenizer belong together: give both, or "
-                "--max-chars for a limit in characters."
+                "--max-tokens and --tokenizer belong together: give both, or --max-chars."
             )
         check_choice("--strategy", self.strategy, Strategy)
         check_choice("--layout", self.layout, Layout)

@@ -258,8 +258,7 @@ class _Tally:
         if not self.counts["num_kept"]:
             raise ValueError(
                 f"{source}: no row is left to train on: {self.counts['num_read']} read, dropped: "
-                f"{dict(self.dropped)}. Raise --data.max_length (now {encode.config.max_length}) "
-                "or correct the data."
+                f"{dict(self.dropped)}. Raise --data.max_length (now {encode.config.max_length})."
             )
         counts: dict[str, Any] = {"layouts": dict(self.layouts), "dropped": dict(self.dropped)}
         counts |= {**self.counts, "columns": column_counts(self.columns)}

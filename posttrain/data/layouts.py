@@ -98,8 +98,7 @@ def read_prompt(
     reason."""
     if column is not None and is_empty(values.get(column)):
         raise ValueError(
-            f"no prompt in column {column!r}; the row has {sorted(map(str, values))}. Set "
-            "--data.prompt_column"
+            f"no prompt in data.prompt_column={column}; the row has {sorted(map(str, values))}"
         )
     try:
         row = Columns(values, None, carry, prompt_column=column)
@@ -146,9 +145,8 @@ def _check_left(row: Columns) -> None:
     lost = ", ".join(n for n in row.filled if n not in row.seen and str(n).lower() in belongs)
     if lost:
         raise ValueError(
-            f"nothing reads {lost}, which would belong to the prompt (inputs follow a prompt of "
-            "one text; names are in lower case; pictures are not trained on). What is for the "
-            f"rewards alone: --data.carry '[{lost}]'"
+            f"nothing reads {lost}, which would belong to the prompt (inputs follow one text; "
+            f"names are in lower case). What is for the rewards alone: --data.carry '[{lost}]'"
         )
 
 
@@ -331,8 +329,7 @@ def _compared(row: Columns, stem: str, *ends: str) -> Sample:
         asked, *replies = listed
         if len({*map(len, listed)}) > 1:
             raise ValueError(
-                f"prompt, {' and '.join(columns)} need one text for each turn; got lists of "
-                "different lengths"
+                f"prompt, {' and '.join(columns)} need one text for each turn, all of them as many"
             )
         row.use("prompt")
         del row.filled["prompt"]
@@ -346,9 +343,8 @@ def _compared(row: Columns, stem: str, *ends: str) -> Sample:
     verdict = _verdict(row, [end.lower() for end in bare], stem)
     if verdict is None and None in scores:
         raise ValueError(
-            f"nothing says which of {' and '.join(columns)} is better: no "
-            f"{', '.join((*names.WINNERS, *names.STRENGTHS))} and no scores. Name the column with "
-            "the verdict so"
+            f"nothing says which of {' and '.join(columns)} is better. Name the column with the "
+            f"verdict {', '.join((*names.WINNERS, *names.STRENGTHS))}, or give scores"
         )
     labels = [False, False] if verdict == _BOTH_BAD else []
     return _sample(sides, order=verdict or (), scores=scores, labels=labels, of="verdict")
@@ -381,8 +377,7 @@ def _verdict(row: Columns, ends: list[str], stem: str) -> tuple[float, float] | 
         found["labels"] = _WINS if truth_of("labels", row.use("labels")) else _LOSES
     if len(set(found.values())) > 1:
         raise ValueError(
-            f"the verdicts {', '.join(found)} disagree. Choose one, and carry the others along by "
-            "name"
+            f"the verdicts {', '.join(found)} disagree. Choose one, and carry the others by name"
         )
     return next(iter(found.values()), None)
 
@@ -396,8 +391,7 @@ def _winner(name: str, value: Any, ends: list[str], stem: str) -> tuple[float, f
         return _BOTH_BAD if "bad" in said else _TIES
     if said not in ends:
         raise ValueError(
-            f"{name} is {ends[0]}, {ends[1]} or tie (model_ or {stem}_ may be before it); got "
-            f"{value!r}"
+            f"{name} is {ends[0]}, {ends[1]} or tie (after model_ or {stem}_); got {value!r}"
         )
     return _WINS if said == ends[0] else _LOSES
 
@@ -409,9 +403,8 @@ def _ranked(row: Columns) -> Sample:
     row.needs(items, f"a list of answers ({_LISTS})")
     if "labels" in row.filled:
         raise ValueError(
-            f"labels beside {name} are of stepwise supervision (PRM): the steps of one solution "
-            "are no alternatives, and nothing here trains on them. If they are verdicts on "
-            "alternatives, name the column is_correct"
+            f"labels beside {name} are of stepwise supervision (PRM); nothing here trains on it. "
+            "If they are verdicts on alternatives, name the column is_correct"
         )
     texts, *inside = zip(*(_item(row, name or "solutions", i) for i in items), strict=True)
     listed = (names.RANK_LISTS, names.SCORE_LISTS, names.VERDICT_LISTS)
@@ -422,8 +415,7 @@ def _ranked(row: Columns) -> Sample:
         if row.format != "ranked":
             raise ValueError(
                 f"nothing says which of the {len(items)} {name} is better: no ranks, scores or "
-                "is_correct. If they are best first, say so with --data.format ranked (prep: "
-                "--format ranked)"
+                "is_correct. If they are best first: --data.format ranked (prep: --format ranked)"
             )
         ranks = [float(i) for i in range(len(items))]
     return _sample(_read_sides(row, texts), order=ranks, scores=scores, labels=labels)
@@ -471,8 +463,7 @@ def _read_sides(row: Columns, values: Sequence[Any]) -> Sides:
         raise ValueError(f"the answers must be all texts or all lists of messages; got {given}")
     if dialogues == {True, False}:
         raise ValueError(
-            "one answer is a whole dialogue (Human: ..., Assistant: ...) and another is not. "
-            "Write both the same way"
+            "one answer is a whole dialogue (Human: ..., Assistant: ...) and another is not"
         )
     if kinds == {str} and dialogues == {False}:
         prompt, name = prompt_of(row), prompt_name(row)

@@ -176,8 +176,8 @@ def _alias(raw: Any) -> str:
     roles = {_ROLES.get(name) for name in given}
     if len(roles) != 1 or None in roles:
         raise ValueError(
-            f"unknown role {' and '.join(given) or None!r}; known are {', '.join(_ROLES)}. Rename "
-            "it in the data"
+            f"unknown role {' and '.join(given) or None!r}; known are {', '.join(_ROLES)}. "
+            "Rename it"
         )
     return given[0]
 
@@ -188,18 +188,19 @@ def _weight(raw: Mapping[str, Any], role: str) -> Message:
     trained = {bool(value) == (key != "masked") for key, value in flags.items()}
     for key, value in flags.items():
         if value not in (0, 1):
-            raise ValueError(
-                f"{key} of a message is 0 or 1 (false or true); got {value!r}. Shares of a weight "
-                "are not supported"
-            )
+            raise ValueError(f"{key} of a message is 0 or 1 (false or true); got {value!r}")
         if value and role != "assistant" and key != "masked":
             raise ValueError(
-                f"the {role} message says {key}: {value!r}, but only assistant messages are "
-                "trained. Take it out"
+                f"the {role} message says {key}: {value!r}, but only assistant messages are trained"
             )
     if len(trained) > 1:
         raise ValueError(f"the {role} message's flags contradict each other: {short(flags)}")
     return {"weight": 0} if trained == {False} and role == "assistant" else {}
+
+
+def is_trained(message: Message) -> bool:
+    """Whether the assistant says it and its weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def is_empty(value: Any) -> bool:

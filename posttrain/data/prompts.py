@@ -114,8 +114,7 @@ class _Encoder:
         if name == "chat":
             if tokenizer.chat_template is None:
                 raise ValueError(
-                    "data.template=chat, but the tokenizer has no chat template. Use r1-zero, "
-                    "plain or a file."
+                    "data.template=chat, but the tokenizer has none. Use r1-zero, plain or a file."
                 )
             return
         named = {"plain": "{prompt}", "r1-zero": R1_ZERO_TEMPLATE}
@@ -124,8 +123,7 @@ class _Encoder:
             raise ValueError(f"data.template {name} must contain {{prompt}} exactly once.")
         if config.system is not None:
             raise ValueError(
-                "data.system is part of the chat template; with another data.template it would be "
-                "ignored."
+                "data.system is part of the chat template; another template ignores it."
             )
 
     def __call__(self, asked: Sample) -> list[int]:
@@ -139,10 +137,9 @@ class _Encoder:
             is_conversation = any(asked.columns.get(n) == "used" for n in names.CONVERSATIONS)
             if asked.tools or is_conversation or len(messages) > 1:
                 raise ValueError(
-                    f"data.template={config.template} writes one text: roles and tools are lost; "
-                    f"got the roles {[m['role'] for m in messages]} and {len(asked.tools or ())} "
-                    "tools. Use the chat template, or name a column with a text: "
-                    "--data.prompt_column"
+                    f"data.template={config.template} writes one text; got the roles "
+                    f"{[m['role'] for m in messages]} and {len(asked.tools or ())} tools. Use the "
+                    "chat template, or name a column with a text: --data.prompt_column"
                 )
             text = self._text.replace("{prompt}", messages[0]["content"])
             before = leading_special(tokenizer)

@@ -115,8 +115,7 @@ def load_hub(source: HubSource, *, split: str) -> Any:
         raise ValueError(
             f"{source.name}: no such file or folder here (looked in {Path.cwd()}), and as a hub id "
             f"it could not be loaded with config {source.config or 'default'!r}, split {split!r}: "
-            f"{error}. Check the spelling, --data.split and the network, or download the data and "
-            "pass its path."
+            f"{error}. Check the spelling, --data.split and the network, or pass a path."
         ) from error
 
 
@@ -201,10 +200,7 @@ def _csv(path: Path, bad: BadRow) -> Iterator[tuple[int, Any]]:
         reader = csv.DictReader(_lines(path, bad), strict=True)
         header = reader.fieldnames or ()
         if len(set(header)) != len(header):
-            raise ValueError(
-                f"{path}: two columns have the same name: {list(header)}. Rename one; only the "
-                "last would be read."
-            )
+            raise ValueError(f"{path}: two columns have the same name: {list(header)}. Rename one.")
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
                 bad(
@@ -284,15 +280,13 @@ def _saved(folder: Path, split: str) -> list[Path]:
         there = sorted(p.name for p in folder.iterdir() if p.is_dir())
         if split not in there:
             raise ValueError(
-                f"{folder}: has no split {split!r}; there are {', '.join(there)}. Choose with "
-                "--data.split."
+                f"{folder}: has no split {split!r}; there are {', '.join(there)} (--data.split)."
             )
         folder = folder / split
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_data_files"):
         raise ValueError(
-            f"{folder}: saved with an index beside the rows. Save it again after "
-            "`dataset.flatten_indices()`."
+            f"{folder}: saved with an index. Save it again after `dataset.flatten_indices()`."
         )
     return [folder / entry["filename"] for entry in state["_data_files"]]
 
@@ -360,7 +354,6 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         return files
     raise ValueError(
         f"{folder}: holds several splits, among them {held_out[0].relative_to(folder)}, and which "
-        f"files are {split!r} cannot be told from their names; reading all of them would train on "
-        "held-out rows. Name the files instead, such as "
+        f"files are {split!r} cannot be told from their names. Name the files instead, such as "
         f"{next(p for p in files if p not in held_out)}."
     )

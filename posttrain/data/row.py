@@ -139,6 +139,12 @@ class Sample:
     """Column to ``used``, ``carried`` or ``for the rewards``; keys of messages as
     ``messages.key``."""
 
+    def margin_of(self, better: Answer, worse: Answer) -> float | None:
+        """The row's margin, else the difference of the scores; None where neither is known."""
+        if self.margin is None and better.score is not None and worse.score is not None:
+            return better.score - worse.score
+        return self.margin
+
 
 class Columns:
     """A row's filled columns under the names of the layouts; what a layout takes is used."""
@@ -184,10 +190,7 @@ class Columns:
     def needs(self, value: Any, what: str) -> Any:
         """The value; ValueError that names what is missing if it is None or empty."""
         if value is None or value == []:
-            raise ValueError(
-                f"this row lacks {what}; it has {sorted(map(str, self.filled))}. All rows of a "
-                "source have one format"
-            )
+            raise ValueError(f"this row lacks {what}; it has {sorted(map(str, self.filled))}")
         return value
 
     def leave(self, key: str, inside: str = "messages") -> None:
@@ -213,10 +216,7 @@ class Columns:
 def _renamed(values: Values, columns: Mapping[str, str], carry: frozenset[str]) -> dict[str, Any]:
     missing = sorted(c for c in columns.values() if c not in values)
     if missing:
-        raise ValueError(
-            f"--data.columns names {missing}, which this row lacks; it has "
-            f"{sorted(map(str, values))}. Correct the mapping"
-        )
+        raise ValueError(f"--data.columns names {missing}; this row has {sorted(map(str, values))}")
     kept = {k: v for k, v in values.items() if k not in columns.values()}
     lost = sorted(c for c in columns if c in kept and c not in carry and not is_empty(kept[c]))
     if lost:
@@ -365,8 +365,7 @@ def _asked(row: Columns, name: str) -> list[Message]:
         return dialogue(value)
     if value.rstrip().endswith("\n\nAssistant:"):
         raise ValueError(
-            "the prompt ends in 'Assistant:' but does not start with 'Human:'. Give its turns as "
-            "messages"
+            "the prompt ends in 'Assistant:' but does not start with 'Human:'. Give messages"
         )
     among = (*names.PARTS, *names.SEEN) if "corrected_action" in row.filled else names.PARTS
     texts = [value]
@@ -380,20 +379,12 @@ def _asked(row: Columns, name: str) -> list[Message]:
 
 def _history(row: Columns, value: list[Any]) -> list[Message]:
     """Earlier turns: messages, or [instruction, answer] pairs."""
-    if all(isinstance(m, Mapping) for m in value):
-        return row.turns(value, "user")
-    messages: list[Message] = []
-    for turn in value:
-        is_pair = isinstance(turn, list | tuple) and len(turn) == 2
-        if not is_pair or not all(isinstance(said, str) for said in turn):
-            raise ValueError(
-                "history is a list of messages, or of [instruction, answer] pairs; got "
-                f"{short(value)}"
-            )
-        asked, answered = turn
-        messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": answered})
-    return messages
+    if not all(isinstance(m, Mapping) for m in value):
+        if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in value):
+            wanted = "history is a list of messages, or of [instruction, answer] pairs"
+            raise ValueError(f"{wanted}; got {short(value)}")
+        value = [{"input": asked, "output": answered} for asked, answered in value]
+    return row.turns(value, "user")
 
 
 def system_and_tools(row: Columns, sample: Sample) -> None:
@@ -406,10 +397,7 @@ def system_and_tools(row: Columns, sample: Sample) -> None:
         raise ValueError(f"a system column holds a text; got {short(system)}")
     head = next((m["content"] for m in sample.prompt if m["role"] in ("system", "developer")), None)
     if head is not None and head.strip() != system.strip():
-        raise ValueError(
-            f"two system messages: {short(system)} in a column and {short(head)} in the "
-            "conversation. Leave one out"
-        )
+        raise ValueError(f"two system messages, {short(system)} and {short(head)}. Leave one out")
     if head is None and system.strip():
         sample.prompt = [*row.turns(system, "system"), *sample.prompt]
         sample.is_text = False

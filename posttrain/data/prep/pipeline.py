@@ -145,8 +145,7 @@ def prepare(
 def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
     if not (folder / "train").exists():
         raise ValueError(
-            f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits, or "
-            "choose another --strategy."
+            f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits."
         )
     shutil.rmtree(folder / "spill")
     text = json.dumps(manifest, indent=1, default=str, ensure_ascii=False)
@@ -250,8 +249,7 @@ class _Reading:
         if sample.weight != 1:
             if config.layout != "pairs":
                 raise ValueError(
-                    f"a weight ({sample.weight:g}) belongs to a pair; --layout {config.layout} has "
-                    "no place for it"
+                    f"a weight ({sample.weight:g}) has no place in --layout {config.layout}"
                 )
             place["weight"] = sample.weight
         for name in config.carry:

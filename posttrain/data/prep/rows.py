@@ -149,16 +149,12 @@ def _pairs(
     seed = f"{config.seed}:{place['prompt_id']}"
     for i, j in index_pairs(answers, config.strategy, seed=seed, keep_ties=config.ties == "keep"):
         better, worse = answers[i], answers[j]
-        margin = sample.margin
-        if better.rank == worse.rank:
-            margin = 0.0
-        elif margin is None and better.score is not None and worse.score is not None:
-            margin = better.score - worse.score
+        is_tie = better.rank == worse.rank
         yield {
             "prompt": sample.prompt,
             "chosen": better.messages,
             "rejected": worse.messages,
-            "margin": margin,
+            "margin": 0.0 if is_tie else sample.margin_of(better, worse),
             "chosen_score": better.score,
             "rejected_score": worse.score,
         }
