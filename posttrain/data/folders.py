@@ -12,7 +12,10 @@ from pathlib import Path
 def refuse_filled(out: Path) -> None:
     """ValueError unless ``out`` does not exist, or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"Output folder {out} exists and is not empty. Give another --out.")
+        raise ValueError(
+            f"Output folder {out} exists and is not empty; nothing is overwritten. "
+            "Give another --out."
+        )
 
 
 @contextmanager
