@@ -400,7 +400,8 @@ def _write_parquet(path: Path, rows: list[Values], schema: Any) -> None:
     import pyarrow.parquet as pq
 
     texts = [f.name for f in schema if f.type == pa.string() and f.name not in _PLACE]
-    rows = [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows]
+    if texts:
+        rows = [row | {n: as_text(row[n]) for n in texts if n in row} for row in rows]
     if "tool_calls" in str(schema):
         rows = [_on_wire(row) for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
