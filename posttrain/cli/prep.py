@@ -5,11 +5,51 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from posttrain.cli import eval as evaluation
 from posttrain.cli import prep_tests
+from posttrain.data.config import PrepConfig, Strategy
 from posttrain.data.messages import message_text
+
+_HELP = {
+    "format": "layout of the rows (default: by their columns)",
+    "columns": "rename columns, e.g. prompt=question",
+    "carry": "columns that change nothing: not read, written along; '*': all others, not written",
+    "test_fraction": "share of prompts for test/ (default: 0)",
+    "seed": "of the split and of strategy random (default: 0)",
+    "decontaminate": "leave out what overlaps with these files",
+    "ngram": "words that make an overlap (default: 13)",
+    "near_duplicates": "prompts alike by MinHash: split: kept on one side; drop: the first stays "
+    "(default: off)",
+    "threshold": "Jaccard similarity of near-duplicates (default: 0.8)",
+    "max_chars": "longest prompt + answer, characters",
+    "max_tokens": "longest prompt + answer, tokens; needs --tokenizer",
+    "tokenizer": "embedded model, folder or hub id whose tokenizer counts",
+    "split": "split of hub ids (default: train)",
+    "strict": "stop at the first bad row",
+    "workers": "processes; the output does not depend on it (default: 2)",
+}
+_HELP_OF_PAIRS = {
+    "layout": "pairs; groups: one row per prompt, ranked; labelled: one row per answer, for KTO",
+    "strategy": "which pairs are made of K answers (default: best-worst)",
+    "ties": "pairs of equal rank (default: drop)",
+    "min_margin": "least score difference of a pair",
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    "columns": {"nargs": "+", "metavar": "OURS=YOURS"},
+    "carry": {"nargs": "+", "metavar": "COLUMN"},
+    "decontaminate": {"nargs": "+", "metavar": "EVAL"},
+    "near_duplicates": {"choices": ("off", "split", "drop")},
+    "layout": {"choices": ("pairs", "groups", "labelled")},
+    "strategy": {"choices": get_args(Strategy)},
+    "ties": {"choices": ("drop", "keep")},
+    "strict": {"action": "store_true"},
+    "max_chars": {"type": int, "metavar": "N"},
+    "max_tokens": {"type": int, "metavar": "N"},
+    "min_margin": {"type": float, "metavar": "X"},
+    "tokenizer": {"metavar": "M"},
+}
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -19,37 +59,21 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     pairs = kinds.add_parser("pairs", help="comparisons for DPO, reward models and KTO")
     sft = kinds.add_parser("sft", help="demonstrations: the best answer of each prompt")
-    for sub in (pairs, sft):
-        _declare_shared(sub)
-    pairs.add_argument(
-        "--layout",
-        default="pairs",
-        choices=("pairs", "groups", "labelled"),
-        help="pairs; groups: one row per prompt, ranked; labelled: one row per answer, for KTO",
+    for sub, helps in ((pairs, _HELP | _HELP_OF_PAIRS), (sft, _HELP)):
+        sources = "JSONL, JSON, CSV (also .gz), Parquet, a folder, a hub id"
+        sub.add_argument("inputs", nargs="+", metavar="RAW", help=sources)
+        target = "folder to write; must not exist, or be empty"
+        sub.add_argument("--out", required=True, metavar="DIR", help=target)
+        for name, text in helps.items():
+            flag, default = f"--{name.replace('_', '-')}", getattr(PrepConfig, name, [])
+            kind = _KINDS.get(name) or {"type": type(default)}
+            sub.add_argument(flag, default=default, help=text, **kind)
+    difficulty = kinds.add_parser(
+        "difficulty", help="write a model's pass rate beside each problem"
     )
-    pairs.add_argument(
-        "--strategy",
-        default="best-worst",
-        choices=("best-worst", "all", "adjacent", "random", "long2short"),
-        help="which pairs are made of K answers (default: best-worst)",
-    )
-    pairs.add_argument(
-        "--ties",
-        default="drop",
-        choices=("drop", "keep"),
-        help="pairs of equal rank (default: drop)",
-    )
-    pairs.add_argument(
-        "--min-margin", type=float, metavar="X", help="least score difference of a pair"
-    )
-    evaluation.declare_difficulty(
-        kinds.add_parser("difficulty", help="write a model's pass rate beside each problem")
-    )
-    prep_tests.declare(
-        kinds.add_parser(
-            "tests", help="tests of programming problems, from submissions known to be right"
-        )
-    )
+    evaluation.declare_difficulty(difficulty)
+    tests = "tests of programming problems, from submissions known to be right"
+    prep_tests.declare(kinds.add_parser("tests", help=tests))
     show = kinds.add_parser(
         "show", help="print rows of a folder that prep wrote, differences highlighted"
     )
@@ -57,113 +81,27 @@ def declare(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--n", type=int, default=3, help="rows (default: 3)")
 
 
-def _declare_shared(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="RAW",
-        help="JSONL, JSON, CSV (also .gz), Parquet, a folder, a hub id",
-    )
-    sub.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty"
-    )
-    sub.add_argument(
-        "--format", default="auto", help="layout of the rows (default: by their columns)"
-    )
-    sub.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="OURS=YOURS",
-        help="rename columns, e.g. prompt=question",
-    )
-    sub.add_argument(
-        "--carry",
-        nargs="+",
-        default=[],
-        metavar="COLUMN",
-        help="columns that change nothing: not read, written along; '*': all others, not written",
-    )
-    sub.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="share of prompts for test/ (default: 0)",
-    )
-    sub.add_argument(
-        "--seed", type=int, default=0, help="of the split and of strategy random (default: 0)"
-    )
-    sub.add_argument(
-        "--decontaminate",
-        nargs="+",
-        default=[],
-        metavar="EVAL",
-        help="leave out what overlaps with these files",
-    )
-    sub.add_argument(
-        "--ngram", type=int, default=13, help="words that make an overlap (default: 13)"
-    )
-    sub.add_argument(
-        "--near-duplicates",
-        default="off",
-        choices=("off", "split", "drop"),
-        help="prompts alike by MinHash: split: kept on one side; drop: the first "
-        "stays (default: off)",
-    )
-    sub.add_argument(
-        "--threshold",
-        type=float,
-        default=0.8,
-        help="Jaccard similarity of near-duplicates (default: 0.8)",
-    )
-    sub.add_argument(
-        "--max-chars", type=int, metavar="N", help="longest prompt + answer, characters"
-    )
-    sub.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="longest prompt + answer, tokens; needs --tokenizer",
-    )
-    sub.add_argument(
-        "--tokenizer", metavar="M", help="embedded model, folder or hub id whose tokenizer counts"
-    )
-    sub.add_argument("--split", default="train", help="split of hub ids (default: train)")
-    sub.add_argument("--strict", action="store_true", help="stop at the first bad row")
-    sub.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes; the output does not depend on it (default: 2)",
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Does the work and prints what came of it."""
-    if arguments.kind == "difficulty":
-        evaluation.run_difficulty(arguments)
-        return
-    if arguments.kind == "tests":
-        prep_tests.run(arguments)
+    if arguments.kind in ("difficulty", "tests"):
+        is_tests = arguments.kind == "tests"
+        (prep_tests.run if is_tests else evaluation.run_difficulty)(arguments)
         return
     if arguments.kind == "show":
         from rich.console import Console
 
-        from posttrain.data.prep.show import show
+        from posttrain.data.prep.report import show
 
         show(Path(arguments.folder), count=arguments.n, console=Console())
         return
-    from posttrain.data.prep import PrepConfig, prepare
+    from posttrain.data.prep.pipeline import prepare
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "kind")}
-    values["columns"] = dict(pair.split("=", 1) for pair in values["columns"]) or None
-    config = PrepConfig(
-        **{**values, "out": Path(arguments.out), "layout": values.get("layout", "sft")}
-    )
+    values["columns"] = dict(pair.split("=", 1) for pair in values["columns"] or ()) or None
+    values["out"] = Path(arguments.out)
+    config = PrepConfig(**{"layout": "sft", **values})
     counter = None if config.tokenizer is None else TokenCounter(config.tokenizer)
-    manifest = prepare(config, count_tokens=counter)
-    print_summary(manifest, config.out)
+    print_summary(prepare(config, count_tokens=counter), config.out)
 
 
 def print_summary(manifest: dict[str, Any], out: Path) -> None:

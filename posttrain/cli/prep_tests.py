@@ -7,63 +7,37 @@ import argparse
 import json
 import math
 import os
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "--cases-column": ("inputs", "list of standard inputs (default: inputs)"),
+    "--solutions-column": ("solutions", "list of right Python programs (default: solutions)"),
+    "--agree": (
+        0.7,
+        "share of the programs that must print the same for a test to be kept (k1.5: 7 of 10)",
+    ),
+    "--passing": (
+        0.9,
+        "share that must pass every kept test for a problem to be kept (k1.5: 9 of 10)",
+    ),
+    "--timeout": (5.0, "seconds for a program and an input (default: 5)"),
+    "--memory-mb": (512, "10^6 bytes for a program (default: 512)"),
+    "--workers": (os.cpu_count() or 1, "programs that run at the same time"),
+}
+
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prep tests`; imports nothing heavy."""
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="ROWS",
-        help="files of rows with the columns of the next two options",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="the rows that are kept, with `tests` for code_tests",
-    )
-    parser.add_argument(
-        "--cases-column", default="inputs", help="list of standard inputs (default: inputs)"
-    )
-    parser.add_argument(
-        "--solutions-column",
-        default="solutions",
-        help="list of right Python programs (default: solutions)",
-    )
-    parser.add_argument(
-        "--agree",
-        type=float,
-        default=0.7,
-        metavar="F",
-        help="share of the programs that must print the same for a test to be kept (k1.5: 7 of 10)",
-    )
-    parser.add_argument(
-        "--passing",
-        type=float,
-        default=0.9,
-        metavar="F",
-        help="share that must pass every kept test for a problem to be kept (k1.5: 9 of 10)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=5.0,
-        metavar="S",
-        help="seconds for a program and an input (default: 5)",
-    )
-    parser.add_argument(
-        "--memory-mb", type=int, default=512, help="10^6 bytes for a program (default: 512)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="programs that run at the same time",
-    )
+    rows = "files of rows with the columns of the next two options"
+    parser.add_argument("inputs", nargs="+", metavar="ROWS", help=rows)
+    kept = "the rows that are kept, with `tests` for code_tests"
+    parser.add_argument("--out", required=True, metavar="FILE", help=kept)
+    for flag, (default, text) in _OPTIONS.items():
+        parser.add_argument(flag, default=default, type=type(default), help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,7 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
     arXiv:2501.12599 section 2.3.5."""
     from rich.progress import track
 
-    from posttrain.data.code_cases import agreed_cases
     from posttrain.data.readers import read_rows
 
     rows = [row for source in arguments.inputs for row in read_rows(source)]
@@ -86,14 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
                 [pool.submit(_printed, program, case, arguments) for case in cases]
                 for program in solutions
             ]
+            outputs = [[job.result() for job in line] for line in jobs]
             agree, passing = (
                 math.ceil(share * len(solutions) - 1e-9)
                 for share in (arguments.agree, arguments.passing)
             )
             try:
-                found = agreed_cases(
-                    [[job.result() for job in line] for line in jobs], agree=agree, passing=passing
-                )
+                found = agreed_cases(outputs, agree=agree, passing=passing)
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
             num_cases += len(cases)
@@ -101,13 +73,35 @@ def run(arguments: argparse.Namespace) -> None:
                 tests = [{"stdin": cases[i], "stdout": text} for i, text in found.items()]
                 num_tests += len(tests)
                 kept.append({**row.values, "tests": tests})
-    Path(arguments.out).write_text(
-        "".join(json.dumps(line, default=str) + "\n" for line in kept), encoding="utf-8"
-    )
+    lines = (json.dumps(line, default=str) + "\n" for line in kept)
+    Path(arguments.out).write_text("".join(lines), encoding="utf-8")
     print(
         f"{len(rows)} problems with {num_cases} inputs; wrote {len(kept)} problems with "
         f"{num_tests} tests to {arguments.out}"
     )
+
+
+def agreed_cases(
+    outputs: Sequence[Sequence[str | None]], *, agree: int = 7, passing: int = 9
+) -> dict[int, str] | None:
+    """{case: expected output} of the cases to keep; None: leave the problem out.
+
+    ``outputs[submission][case]``, None where a submission failed. A case is kept if at least
+    ``agree`` submissions print the same, the problem if at least ``passing`` of them print that on
+    every kept case. Kimi k1.5, arXiv:2501.12599 section 2.3.5, for 10 submissions.
+    """
+    if not len(outputs) < 2 * agree <= 2 * len(outputs) or not 1 <= passing <= len(outputs):
+        raise ValueError(
+            f"agree is a majority of the submissions and passing a part; got {agree}, "
+            f"{passing} of {len(outputs)}."
+        )
+    kept: dict[int, str] = {}
+    for case, printed in enumerate(zip(*outputs, strict=True)):
+        ((text, count),) = Counter(p for p in printed if p is not None).most_common(1) or [("", 0)]
+        if count >= agree:
+            kept[case] = text
+    passed = sum(all(row[case] == text for case, text in kept.items()) for row in outputs)
+    return kept if kept and passed >= passing else None
 
 
 def _texts(row: Any, column: str) -> list[str]:

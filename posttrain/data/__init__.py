@@ -12,9 +12,13 @@ from posttrain.data.dataset import GroupData, GroupDataset, groups_from_rows, lo
 from posttrain.data.layouts import read_prompt, read_sample
 from posttrain.data.mixture import batch_indices
 from posttrain.data.readers import Row, read_rows
-from posttrain.data.report import DataReport, SourceReport
+from posttrain.data.report import (
+    DataReport,
+    SourceReport,
+    check_stop_trained,
+    highlight_sample,
+)
 from posttrain.data.row import Answer, Sample
-from posttrain.data.samples import check_stop_trained, highlight_sample
 
 __all__ = [
     "Answer",

@@ -14,15 +14,14 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
-from posttrain.data.readers import load_hub
-from posttrain.data.sources import HubSource
+from posttrain.data.folders import whole_folder
+from posttrain.data.readers import HubSource, load_hub
 
 ENCODING_VERSION = 4
 """Raise when the same rows would become different tokens or another file layout."""
@@ -34,9 +33,8 @@ def cache_root(configured: str | None) -> Path:
     """What is configured, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or
     ~/.cache."""
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(
-        configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
-    ).expanduser()
+    chosen = configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
+    return Path(chosen).expanduser()
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -44,21 +42,35 @@ def cache_folder(config: DataConfig) -> Path:
     return cache_root(config.cache_dir) / "data"
 
 
-def source_digests(source: Sequence[Path] | HubSource, *, split: str) -> list[str]:
-    """sha256 of every file's bytes; for the hub the fingerprint that `datasets` gives the loaded
-    split."""
+def cache_key(
+    source: Sequence[Path] | HubSource,
+    tokenizer: str,
+    encoder: ChatEncoder,
+    config: DataConfig,
+    purpose: str,
+) -> str:
+    """32 hex digits; equal keys mean equal tokens. ``tokenizer``: its digest."""
     if isinstance(source, HubSource):
-        return [
-            f"{source.name}:{source.config}[{split}] {load_hub(source, split=split)._fingerprint}"
-        ]
-    digests = []
-    for path in source:
-        with path.open("rb") as file:
-            suffixes = "".join(
-                path.suffixes[-2:]
-            ).lower()  # the same bytes read as CSV are other rows
-            digests.append(f"{suffixes} {hashlib.file_digest(file, 'sha256').hexdigest()}")
-    return digests
+        loaded = load_hub(source, split=config.split)
+        content = [f"{source.name}:{source.config}[{config.split}] {loaded._fingerprint}"]
+    else:  # with the suffix: the same bytes read as CSV are other rows
+        content = [f"{''.join(p.suffixes[-2:]).lower()} {file_digest(p)}" for p in source]
+    options = {
+        "format": config.format,
+        "purpose": purpose,
+        "columns": config.columns,
+        "carry": sorted(config.carry),
+        "max_length": config.max_length,
+        "overlong": config.overlong,
+    }
+    decisive = [ENCODING_VERSION, content, tokenizer, encoder.template, encoder.mask_from, options]
+    return _digest(decisive)[:32]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -69,41 +81,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        state: Any = {
-            "vocab": tokenizer.get_vocab(),
-            "name": type(tokenizer).__name__,
-            "init": repr(tokenizer),
-        }
+        state = {"vocab": tokenizer.get_vocab(), "init": repr(tokenizer)}
     else:
-        state = {
-            k: v
-            for k, v in json.loads(backend.to_str()).items()
-            if k not in ("padding", "truncation")
-        }
-    return _digest(
-        [state, tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__]
-    )
-
-
-def cache_key(
-    digests: Sequence[str],
-    tokenizer: str,
-    encoder: ChatEncoder,
-    config: DataConfig,
-    purpose: str = "sft",
-) -> str:
-    """32 hex digits; equal keys mean equal tokens."""
-    options = {
-        "format": config.format,
-        "purpose": purpose,
-        "columns": config.columns,
-        "carry": sorted(config.carry),
-        "max_length": config.max_length,
-        "overlong": config.overlong,
-    }
-    return _digest(
-        [ENCODING_VERSION, list(digests), tokenizer, encoder.template, encoder.mask_from, options]
-    )[:32]
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    versions = [transformers.__version__, tokenizers.__version__]
+    return _digest([state, tokenizer.special_tokens_map, *versions])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -124,57 +106,23 @@ def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, 
     Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there
     first.
     """
-    temporary = _temporary_beside(folder)
     try:
-        manifest = write(temporary / TOKENS)
-        manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        return _move(temporary, folder) or manifest
+        with whole_folder(folder) as temporary:
+            manifest = write(temporary / TOKENS)
+            manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if read_manifest(folder) is None:  # nothing, or damaged
+                shutil.rmtree(folder, ignore_errors=True)
+        return manifest
     except OSError as error:
+        there = read_manifest(folder)
+        if there is not None:
+            return there
         raise OSError(
             error.errno,
-            f"{folder.parent}: cannot write tokenised data: {error}. Free space, or "
-            "set --data.cache_dir.",
+            f"{folder.parent}: cannot write tokenised data here: {error}. Free space, or set "
+            "--data.cache_dir or POSTTRAIN_CACHE.",
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_beside(folder: Path) -> Path:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder.parent}: cannot write tokenised data here: {error}. Set --data.cache_dir or "
-            "POSTTRAIN_CACHE.",
-        ) from error
-
-
-def _move(temporary: Path, folder: Path) -> dict[str, Any] | None:
-    """Renames; returns the manifest of a valid folder that was there first. A damaged one is moved
-    out of the way."""
-    for _ in range(2):
-        try:
-            temporary.rename(folder)
-            return None
-        except OSError:
-            there = read_manifest(folder)
-            if there is not None:
-                return there
-            if not folder.exists():
-                raise
-            folder.rename(temporary.with_name(temporary.name + ".damaged"))
-            shutil.rmtree(temporary.with_name(temporary.name + ".damaged"), ignore_errors=True)
-    raise OSError(f"{folder} reappeared damaged while it was being replaced")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _digest(value: Any) -> str:

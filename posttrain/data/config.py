@@ -1,10 +1,13 @@
-"""What a run is trained on: sources, their format, and how rows become tokens."""
+"""What a run is trained on: sources, their format, and how rows become tokens; and what decides the
+output of `posttrain prep`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from posttrain.data.row import COLUMNS
 
@@ -25,6 +28,12 @@ Purpose = Literal["sft", "preference", "reward"]
 """What rows are read for: demonstrations; comparisons whose completions are trained; comparisons
 whose completions are scored."""
 Overlong = Literal["truncate", "drop", "error"]
+
+
+def check_choice(name: str, value: str, kind: Any) -> None:
+    """ValueError if the value is none of the Literal's."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {value!r}.")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -90,37 +99,27 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_sources()
-        for name, value, known in (
-            ("format", self.format, get_args(Format)),
-            ("overlong", self.overlong, get_args(Overlong)),
-        ):
-            if value not in known:
-                raise ValueError(f"data.{name} is one of {', '.join(known)}; got {value!r}.")
+        check_choice("data.format", self.format, Format)
+        check_choice("data.overlong", self.overlong, Overlong)
         if self.max_length < 2:
             raise ValueError(
                 "data.max_length counts prompt and completion tokens, at least one of each; got "
                 f"{self.max_length}. Set --data.max_length 1024."
             )
         if self.num_proc < 1:
-            raise ValueError(
-                f"data.num_proc is a number of processes >= 1; got {self.num_proc}. "
-                "Set --data.num_proc 1."
-            )
+            raise ValueError(f"data.num_proc is a number of processes >= 1; got {self.num_proc}.")
         unknown = sorted(set(self.columns or ()) - set(COLUMNS))
         if unknown:
             raise ValueError(
-                f"data.columns maps a column of a format to a column of your file; {unknown} "
-                f"belong to no format. Known: {', '.join(COLUMNS)}. Example: --data.columns "
-                "'{prompt: question, completion: answer}'."
+                f"data.columns: {unknown} belong to no format. Known: {', '.join(COLUMNS)}. Write "
+                "--data.columns '{prompt: question, completion: answer}', yours on the right."
             )
 
     def _check_sources(self) -> None:
         for name, sources in (("train", self.train), ("eval", self.eval)):
             if isinstance(sources, str):
-                raise ValueError(
-                    f"data.{name} is a list of sources; got the string {sources!r}. "
-                    f"Write [{sources!r}]."
-                )
+                wanted = f"data.{name} is a list of sources; got the string {sources!r}"
+                raise ValueError(f"{wanted}. Write [{sources!r}].")
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(
                 f"data.eval_fraction is a fraction of rows in [0, 1); got {self.eval_fraction}."
@@ -140,6 +139,91 @@ class DataConfig:
         bad = [w for w in self.weights if not (math.isfinite(w) and w > 0)]
         if bad:
             raise ValueError(
-                f"data.weights must be finite and > 0; got {bad[0]}. A source without weight would "
-                "be read and never trained: remove it from data.train."
+                f"data.weights must be finite and > 0; got {bad[0]}. Or remove it from data.train."
             )
+
+
+Strategy = Literal["best-worst", "all", "adjacent", "random", "long2short"]
+Layout = Literal["pairs", "groups", "labelled", "sft"]
+NearDuplicates = Literal["off", "split", "drop"]
+
+TokenCounter = Callable[[Sequence[tuple[list[dict[str, Any]], Any]]], list[int]]
+"""(messages, tools) of conversations -> their lengths in tokens; picklable, for worker
+processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepConfig:
+    """Options of one `posttrain prep`: same input and options, same bytes."""
+
+    inputs: list[str]
+    """Files (JSONL, JSON, CSV, each also .gz; Parquet), folders, hub ids."""
+    out: Path
+    """Folder to write; must not exist or be empty."""
+    format: str = "auto"
+    """A layout of ``posttrain.data.layouts``; auto: from each row's columns."""
+    columns: dict[str, str] | None = None
+    """{column of a layout: column of the files}."""
+    carry: list[str] = field(default_factory=list)
+    """Columns that change nothing: not read, and written beside each row. "*": all that the layout
+    does not read."""
+    layout: Layout = "pairs"
+    """pairs; groups (one row per prompt, all completions ranked); labelled (one row per answer, for
+    KTO); sft (the best)."""
+    strategy: Strategy = "best-worst"
+    """Which pairs are made of K answers (``build``)."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Pairs of equal rank: left out, or written with margin 0, in the order of the data."""
+    test_fraction: float = 0.0
+    """Share of prompts, in [0, 1), that go to test/; all rows of a prompt (and of its
+    near-duplicates) go to one side."""
+    seed: int = 0
+    """Of the split, of strategy random, and of the sampled pairs in the report."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Evaluation files; prompts or answers that share an n-gram with them are left out."""
+    ngram: int = 13
+    """Words of such an n-gram; a shorter evaluation text counts as a whole."""
+    near_duplicates: NearDuplicates = "off"
+    """split: near-duplicate prompts on one side of the split; drop: only the first of them
+    stays."""
+    threshold: float = 0.8
+    """Jaccard similarity of word 5-grams from which two prompts are near-duplicates."""
+    min_margin: float | None = None
+    """Least score difference of a pair, in the data's units; pairs without scores are then left
+    out. None: no threshold."""
+    max_chars: int | None = None
+    """Longest prompt + answer, characters. None: no limit."""
+    max_tokens: int | None = None
+    """Longest prompt + answer under the tokenizer's chat template, tokens. None: no limit."""
+    tokenizer: str | None = None
+    """Embedded model, folder or hub id whose tokenizer counts."""
+    split: str = "train"
+    """Split of hub ids."""
+    strict: bool = False
+    """A bad row is an error instead of a line in rejects.jsonl."""
+    workers: int = 2
+    """Processes; the output does not depend on them."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.test_fraction < 1.0:
+            raise ValueError(
+                f"--test-fraction is a share of prompts in [0, 1); got {self.test_fraction}."
+            )
+        if not 0.0 < self.threshold <= 1.0 or self.ngram < 1 or self.workers < 1:
+            raise ValueError(
+                "--threshold is a similarity in (0, 1], --ngram and --workers are >= 1; got "
+                f"{self.threshold}, {self.ngram}, {self.workers}."
+            )
+        if (self.max_tokens is None) != (self.tokenizer is None):
+            raise ValueError(
+                "--max-tokens and --tokenizer belong together: give both, or --max-chars."
+            )
+        check_choice("--strategy", self.strategy, Strategy)
+        check_choice("--layout", self.layout, Layout)
+        check_choice("--format", self.format, Format)
+
+    def recorded(self) -> dict[str, Any]:
+        """Options for the manifest: all that decide the output, and not where it is or how many
+        processes made it."""
+        left_out = ("inputs", "out", "workers", "strict")
+        return {k: v for k, v in sorted(vars(self).items()) if k not in left_out}

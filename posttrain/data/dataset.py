@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,14 @@ from posttrain.data.cache import (
     cache_key,
     publish,
     read_manifest,
-    source_digests,
     tokenizer_digest,
 )
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.layouts import SAME
 from posttrain.data.mixture import mixed64
-from posttrain.data.readers import Row, read_rows
-from posttrain.data.report import DataReport, SourceReport, column_counts
-from posttrain.data.samples import check_stop_trained
-from posttrain.data.sources import HubSource, resolve
+from posttrain.data.readers import HubSource, Row, read_rows, resolve
+from posttrain.data.report import DataReport, SourceReport, check_stop_trained, column_counts
 from posttrain.data.table import schema, to_group, to_record
 from posttrain.data.tokenise import Encoded, RowEncoder, check_layout, encode_rows
 from posttrain.types import PromptGroup
@@ -132,21 +128,26 @@ def load_groups(
         )
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
-    encoder, digest = ChatEncoder(tokenizer), tokenizer_digest(tokenizer)
-    loaded = [_load_source(s, config, encoder, digest, purpose, progress) for s in config.train]
-    held_out = [_load_source(s, config, encoder, digest, purpose, progress) for s in config.eval]
-    train_parts, eval_parts = [p for p, _ in loaded], [p for p, _ in held_out]
+    _check_format(config, purpose)
+    encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
+    digest = tokenizer_digest(tokenizer)
+    loaded = [
+        [_load_source(source, encode, digest, progress) for source in sources]
+        for sources in (config.train, config.eval)
+    ]
+    train_parts, eval_parts = ([part for part, _ in side] for side in loaded)
+    train_reports, eval_reports = ([report for _, report in side] for side in loaded)
     if config.eval_fraction:
         train_parts, eval_parts = _hold_out(train_parts, config.eval_fraction, config.seed)
     train = GroupDataset(train_parts)
     evaluation = GroupDataset(eval_parts) if eval_parts else None
     if purpose != "reward":
-        check_stop_trained(train, encoder.stop_ids)
+        check_stop_trained(train, encode.encoder.stop_ids)
     report = DataReport(
-        train=[r for _, r in loaded],
-        eval=[r for _, r in held_out],
+        train=train_reports,
+        eval=eval_reports,
         num_train_rows=len(train),
-        num_eval_rows=0 if evaluation is None else len(evaluation),
+        num_eval_rows=len(evaluation or ()),
     )
     return GroupData(train=train, eval=evaluation, report=report)
 
@@ -168,26 +169,21 @@ def groups_from_rows(
         raise ValueError(
             "rows are a list of objects, one per row; got one object. Write [{...}, ...]."
         )
-    numbered: Iterator[Row] = (
-        Row(file="<memory>", row_number=i, values=r) for i, r in enumerate(rows, start=1)
-    )  # type: ignore[arg-type]
     _check_format(config, purpose)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
-    results = list(map(encode, numbered))
-    if not results:
+    tally = _Tally()
+    numbered = enumerate(rows, start=1)
+    placed = (Row(file="<memory>", row_number=i, values=r) for i, r in numbered)
+    groups = list(tally.groups(map(encode, placed)))
+    if not tally.counts["num_read"]:
         raise ValueError("No rows were given: nothing to train on. Pass at least one.")
-    groups = [r.group for r in results if r.group is not None]
-    dropped = Counter(r.reason for r in results if r.group is None)
-    cut = sum(r.num_cut_tokens > 0 for r in results)
-    if not groups:
-        raise ValueError(_nothing_left("<memory>", len(results), dropped, config))
-    if cut or dropped:
-        counts = (
-            f"{len(results)} rows, {cut} cut to data.max_length={config.max_length}, dropped: "
-            f"{dict(dropped)}"
-        )
+    report = tally.report("<memory>", encode)
+    if report.num_truncated or report.dropped:
         warnings.warn(
-            f"Of the rows in memory not all are trained on whole: {counts}.", stacklevel=2
+            f"Of the rows in memory not all are trained on whole: {report.num_read} rows, "
+            f"{report.num_truncated} cut to data.max_length={config.max_length}, dropped: "
+            f"{report.dropped}.",
+            stacklevel=2,
         )
     if purpose != "reward":
         check_stop_trained(groups, encode.encoder.stop_ids)
@@ -195,37 +191,26 @@ def groups_from_rows(
 
 
 def _load_source(
-    source: str,
-    config: DataConfig,
-    encoder: ChatEncoder,
-    digest: str,
-    purpose: Purpose,
-    progress: bool,
+    source: str, encode: RowEncoder, tokenizer: str, progress: bool
 ) -> tuple[Part, SourceReport]:
-    """One source from the cache, tokenised first if it is not there."""
+    """One source from the cache, tokenised first if it is not there. ``tokenizer``: its digest."""
     import datasets
 
-    resolved = resolve(source, split=config.split)
-    files = (
-        [f"{source}[{config.split}]"]
-        if isinstance(resolved, HubSource)
-        else [str(p) for p in resolved]
-    )
-    _check_format(config, purpose)
-    key = cache_key(source_digests(resolved, split=config.split), digest, encoder, config, purpose)
+    config = encode.config
+    found = resolve(source, split=config.split)
+    is_hub = isinstance(found, HubSource)
+    files = [f"{source}[{config.split}]"] if is_hub else [str(path) for path in found]
+    key = cache_key(found, tokenizer, encode.encoder, config, encode.purpose)
     folder = cache_folder(config) / key
     manifest = read_manifest(folder)
     cached = manifest is not None
     if manifest is None:
-        encode = RowEncoder(encoder=encoder, config=config, purpose=purpose)
+        from rich.progress import track
+
         rows = read_rows(source, split=config.split)
-        results = _with_progress(
-            encode_rows(rows, encode, num_proc=config.num_proc), source, progress
-        )
-        manifest = publish(
-            folder,
-            lambda path: {"report": _write(path, results, encode, source=source, files=files)},
-        )
+        results = encode_rows(rows, encode, num_proc=config.num_proc)
+        shown = track(results, f"tokenising {source}", disable=not progress, transient=True)
+        manifest = publish(folder, lambda path: _write(path, shown, encode, source, files))
     report = SourceReport(**manifest["report"] | {"source": source, "from_cache": cached})
     table = datasets.Dataset.from_file(str(folder / TOKENS))
     return Part(table=table, files=files, rows=np.arange(len(table)), key=key), report
@@ -243,64 +228,56 @@ def _check_format(config: DataConfig, purpose: Purpose) -> None:
             ) from error
 
 
+@dataclass(kw_only=True)
+class _Tally:
+    """Counts rows on their way."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
+    columns: Counter[tuple[tuple[str, str], ...]] = field(default_factory=Counter)
+
+    def groups(self, results: Iterable[Encoded]) -> Iterable[PromptGroup]:
+        """Those of the kept rows."""
+        for result in results:
+            self.counts["num_read"] += 1
+            self.layouts[result.layout] += 1
+            self.columns[result.columns] += 1
+            if result.group is None:
+                self.dropped[result.reason] += 1
+                continue
+            self.counts["num_kept"] += 1
+            self.counts["num_truncated"] += result.num_cut_tokens > 0
+            self.counts["num_cut_tokens"] += result.num_cut_tokens
+            self.counts["num_tokens"] += result.group.num_tokens_shared
+            self.counts["num_trained_tokens"] += result.group.num_trained
+            yield result.group
+
+    def report(self, source: str, encode: RowEncoder) -> SourceReport:
+        """ValueError if no row is left."""
+        if not self.counts["num_kept"]:
+            raise ValueError(
+                f"{source}: no row is left to train on: {self.counts['num_read']} read, dropped: "
+                f"{dict(self.dropped)}. Raise --data.max_length (now {encode.config.max_length})."
+            )
+        counts: dict[str, Any] = {"layouts": dict(self.layouts), "dropped": dict(self.dropped)}
+        counts |= {**self.counts, "columns": column_counts(self.columns)}
+        return SourceReport(source=source, mask_from=encode.encoder.mask_from, **counts)
+
+
 def _write(
-    path: Path, results: Iterable[Encoded], encode: RowEncoder, *, source: str, files: Sequence[str]
+    path: Path, results: Iterable[Encoded], encode: RowEncoder, source: str, files: Sequence[str]
 ) -> dict[str, Any]:
-    """Writes the kept rows and returns the report's entries. ValueError if no row is left."""
+    """Writes the kept rows and returns the manifest's entries."""
     import pyarrow as pa
 
-    columns = schema()
+    columns, tally = schema(), _Tally()
     numbers = {name: i for i, name in enumerate(files)}
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    layouts: Counter[str] = Counter()
-    uses: Counter[tuple[tuple[str, str], ...]] = Counter()
-
-    def records() -> Iterator[dict[str, Any]]:
-        for result in results:
-            counts["num_read"] += 1
-            layouts[result.layout] += 1
-            uses[result.columns] += 1
-            if result.group is None:
-                dropped[result.reason] += 1
-                continue
-            counts["num_kept"] += 1
-            counts["num_truncated"] += result.num_cut_tokens > 0
-            counts["num_cut_tokens"] += result.num_cut_tokens
-            counts["num_tokens"] += result.group.num_tokens_shared
-            counts["num_trained_tokens"] += result.group.num_trained
-            yield to_record(result.group, numbers)
-
-    stream = records()
+    records = (to_record(group, numbers) for group in tally.groups(results))
     with path.open("wb") as file, pa.ipc.new_stream(file, columns) as writer:
-        while batch := list(itertools.islice(stream, _BATCH_ROWS)):
+        while batch := list(itertools.islice(records, _BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
-    if not counts["num_kept"]:
-        raise ValueError(_nothing_left(source, counts["num_read"], dropped, encode.config))
-    names = (
-        "num_read",
-        "num_kept",
-        "num_truncated",
-        "num_cut_tokens",
-        "num_tokens",
-        "num_trained_tokens",
-    )
-    entries = {
-        "layouts": dict(layouts),
-        "columns": column_counts(uses),
-        "mask_from": encode.encoder.mask_from,
-        "dropped": dict(dropped),
-    }
-    return entries | {name: counts[name] for name in names}
-
-
-def _nothing_left(
-    source: str, num_read: int, dropped: Mapping[str, int], config: DataConfig
-) -> str:
-    return (
-        f"{source}: no row is left to train on: {num_read} read, dropped: {dict(dropped)}. Raise "
-        f"--data.max_length (now {config.max_length}) or correct the data."
-    )
+    return {"report": vars(tally.report(source, encode))}
 
 
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
@@ -308,15 +285,13 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
     seed, prompts kept whole."""
     hashes = [p.column("prompt_hash") for p in parts]
     prompts, size = np.unique(np.concatenate(hashes), return_counts=True)
-    by_seed = mixed64(
-        prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
-    )  # another order for every seed
-    order = np.argsort(by_seed, kind="stable")
+    by_seed = prompts ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    order = np.argsort(mixed64(by_seed), kind="stable")
     target = max(1, round(fraction * int(size.sum())))
     num_prompts = int(np.searchsorted(np.cumsum(size[order]), target)) + 1
     held_out = prompts[order[:num_prompts]]
     masks = [np.isin(h, held_out) for h in hashes]
-    train = [dataclasses.replace(p, rows=p.rows[~m]) for p, m in zip(parts, masks, strict=True)]
+    train = [replace(p, rows=p.rows[~m]) for p, m in zip(parts, masks, strict=True)]
     empty = [i for i, p in enumerate(train) if len(p.rows) == 0]
     if empty:
         raise ValueError(
@@ -324,26 +299,5 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
             f"(rows with the same prompt stay together; {len(prompts)} different prompts in "
             f"{int(size.sum())} rows). Lower it, or give held-out rows with --data.eval."
         )
-    kept = [dataclasses.replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
+    kept = [replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
     return train, [p for p in kept if len(p.rows)]
-
-
-def _with_progress(results: Iterator[Encoded], source: str, show: bool) -> Iterator[Encoded]:
-    """Passes the results on, with a line that counts rows and tokens while they come."""
-    if not show:
-        yield from results
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    text = TextColumn(
-        "tokenising {task.description}: {task.completed:,} rows, {task.fields[tokens]:,} tokens"
-    )
-    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task(source, total=None, tokens=0)
-        rows = tokens = 0
-        for result in results:
-            rows += 1
-            tokens += 0 if result.group is None else result.group.num_tokens_shared
-            if rows % 64 == 0:
-                bar.update(task, completed=rows, tokens=tokens)
-            yield result

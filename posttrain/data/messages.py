@@ -12,34 +12,34 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 Message = dict[str, Any]
 Leave = Callable[[str], None]
 """Told of a key that is not read; raises ValueError where that could change what is trained."""
 
+_ALIASES = """
+system sys
+developer
+user human prompter customer person
+assistant gpt chatgpt bot model chatbot ai bing bard claude function_call tool_call
+tool observation function function_response tool_response tool_result ipython
+"""
 _ROLES = {
-    alias: role
-    for role, aliases in {
-        "system": "system sys",
-        "developer": "developer",
-        "user": "user human prompter customer person",
-        "assistant": (
-            "assistant gpt chatgpt bot model chatbot ai bing bard claude function_call tool_call"
-        ),
-        "tool": "tool observation function function_response tool_response tool_result ipython",
-    }.items()
-    for alias in aliases.split()
+    alias: aliases[0]
+    for aliases in map(str.split, _ALIASES.strip().splitlines())
+    for alias in aliases
 }
-_NAMES = ("role", "from", "speaker", "content", "value", "text")
+_ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text")
 _CALLING = ("function_call", "tool_call")
-_KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_TRAINED = ("weight", "train", "trainable", "loss", "loss_mask")
-_MASKED = ("masked",)
-"""Keys that say whether a message is trained, and whether it is not."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_KEPT = ("name", "tool_call_id", *THOUGHTS)
+_FLAGS = ("weight", "train", "trainable", "loss", "loss_mask", "masked")
+"""Keys that say whether a message is trained; the last, whether it is not."""
+_KEYS = {*_ROLE, *_CONTENT, *_KEPT, *_FLAGS, "tool_calls", "function_call"}
 _OF_CALLS = {"id", "type", "index", "function", "name", "arguments", "parameters"}
-_TEXTS = ("text", "input_text", "output_text")
 _PLAIN = ({"role", "content"}, {"from", "value"})
 _FIRST_SPEAKER = re.compile(r"\s*Human:")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -62,11 +62,10 @@ def turns(value: Any, role: str, leave: Leave) -> list[Message]:
         if isinstance(raw, Mapping) and "input" in raw and "output" in raw:
             for key in raw.keys() - {"input", "output"}:
                 leave(key)
-            raw = (
-                {"role": "user", "content": raw["input"]},
-                {"role": "assistant", "content": raw["output"]},
-            )
-        messages += [_message(m, leave) for m in (raw if isinstance(raw, tuple) else (raw,))]
+            asked, answered = raw["input"], raw["output"]
+            messages += [_message({"role": "user", "content": asked}, leave)]
+            raw = {"role": "assistant", "content": answered}
+        messages.append(_message(raw, leave))
     return messages
 
 
@@ -80,7 +79,7 @@ def decoded(value: Any) -> Any:
     try:
         found = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
-        if value.rstrip().endswith("]") and _is_conversation(_literal(value)):
+        if _is_conversation(_literal(value)):
             from_json(value, "messages")
         return value  # a text about such things
     return found if _is_conversation(found) else value
@@ -114,6 +113,15 @@ def from_json(text: str, what: str) -> Any:
         ) from error
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts file and row before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
+
+
 def short(value: Any) -> str:
     """The value for a message of 60 characters."""
     text = repr(value)
@@ -134,101 +142,88 @@ def checked(text: str) -> str:
 
 
 def _message(raw: Any, leave: Leave) -> Message:
+    alias, content = _alias(raw), _content(raw)
+    role, is_call = _ROLES[alias], alias in _CALLING
+    if type(content) is str and raw.keys() in _PLAIN and not is_call:
+        return {"role": role, "content": _text(role, content)}
+    given = {"tool_calls": raw.get("tool_calls")}
+    given["function_call"] = [raw["function_call"]] if raw.get("function_call") else None
+    calls = {key: made for key, value in given.items() if (made := _calls(value))}
+    if is_call and content:
+        calls["content"] = [] if calls else _calls(content)
+    if len(calls) > 1:
+        raise ValueError(f"a message has both {' and '.join(calls)}; leave one of them out")
+    if calls and role != "assistant":
+        raise ValueError(f"a {role} message has tool_calls; only the assistant calls tools")
+    further: Message = dict(zip(["tool_calls"], calls.values(), strict=False))
+    for key, value in raw.items():
+        if key in _KEPT and value is not None:
+            if not isinstance(value, str):
+                raise ValueError(f"{key} of the {role} message must be a text; got {short(value)}")
+            further[key] = checked(value)
+        elif key not in _KEYS and not is_empty(value):
+            leave(key)
+    says_nothing = is_call or (content is None and calls)
+    text = "" if says_nothing else _text(role, content)
+    return {"role": role, "content": text, **further, **_weight(raw, role)}
+
+
+def _alias(raw: Any) -> str:
+    """How a message calls its role."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"a message is an object with role and content; got {short(raw)}")
-    given = [str(raw[n]).lower() for n in ("role", "from", "speaker") if raw.get(n) is not None]
+    given = [str(raw[n]).lower() for n in _ROLE if raw.get(n) is not None]
     roles = {_ROLES.get(name) for name in given}
     if len(roles) != 1 or None in roles:
         raise ValueError(
-            f"unknown role {' and '.join(given) or None!r}; known are "
-            f"{', '.join(_ROLES)}. Rename it in the data"
+            f"unknown role {' and '.join(given) or None!r}; known are {', '.join(_ROLES)}. "
+            "Rename it"
         )
-    lowered, (role,) = given[0], roles
-    content = _either(raw, "content", "value", "text")
-    if type(content) is str and raw.keys() in _PLAIN and lowered not in _CALLING:
-        return {"role": role, "content": _text(role, content)}
-    message: Message = {"role": role, "content": content, **_further(raw, role, leave)}
-    if lowered in _CALLING and "tool_calls" in message:
-        raise ValueError(
-            f"a {lowered} turn says its call in its content and in tool_calls; leave "
-            "one of them out"
-        )
-    if lowered in _CALLING:
-        message |= {"tool_calls": _calls(content), "content": ""}
-    elif content is None and message.get("tool_calls"):
-        message["content"] = ""
-    else:
-        message["content"] = _text(role, content)
-    if message.get("tool_calls") and role != "assistant":
-        raise ValueError(f"a {role} message has tool_calls; only the assistant calls tools")
-    return message
+    return given[0]
 
 
-def _further(raw: Mapping[str, Any], role: str, leave: Leave) -> Message:
-    """What a message has beside role and content."""
-    found: Message = {}
-    flags = set()
-    for key, value in raw.items():
-        if value is None or key in _NAMES:
-            continue
-        if key in ("tool_calls", "function_call"):
-            calls = _calls(value if key == "tool_calls" else [value])
-            if calls and "tool_calls" in found:
-                raise ValueError(
-                    "a message has both tool_calls and function_call; leave one of them out"
-                )
-            found |= {"tool_calls": calls} if calls else {}
-        elif key in (*_TRAINED, *_MASKED):
-            flags.add(_is_trained(key, value, role))
-        elif key in _KEPT and isinstance(value, str):
-            found[key] = checked(value)
-        elif key in _KEPT:
-            raise ValueError(f"{key} of the {role} message must be a text; got {short(value)}")
-        elif not is_empty(value):
-            leave(key)
-    if len(flags) > 1:
-        raise ValueError(
-            f"the {role} message's flags contradict each other: "
-            f"{short({k: raw[k] for k in raw if k in (*_TRAINED, *_MASKED)})}"
-        )
-    return found | ({"weight": 0} if flags == {False} and role == "assistant" else {})
+def _weight(raw: Mapping[str, Any], role: str) -> Message:
+    """``weight: 0`` of an assistant's message that is not trained."""
+    flags = {key: raw[key] for key in _FLAGS if raw.get(key) is not None}
+    trained = {bool(value) == (key != "masked") for key, value in flags.items()}
+    for key, value in flags.items():
+        if value not in (0, 1):
+            raise ValueError(f"{key} of a message is 0 or 1 (false or true); got {value!r}")
+        if value and role != "assistant" and key != "masked":
+            raise ValueError(
+                f"the {role} message says {key}: {value!r}, but only assistant messages are trained"
+            )
+    if len(trained) > 1:
+        raise ValueError(f"the {role} message's flags contradict each other: {short(flags)}")
+    return {"weight": 0} if trained == {False} and role == "assistant" else {}
+
+
+def is_trained(message: Message) -> bool:
+    """Whether the assistant says it and its weight is not 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def is_empty(value: Any) -> bool:
     """Whether a column or key holds nothing: null, an empty text, list or object, and lists and
     objects of such."""
-    if isinstance(value, Mapping):
-        return all(map(is_empty, value.values()))
-    return (
-        value is None
-        or (isinstance(value, str) and not value)
-        or (isinstance(value, list | tuple) and all(map(is_empty, value)))
-    )
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(is_empty, value.values() if isinstance(value, Mapping) else value))
+    return value is None or (not hasattr(value, "tolist") and bool(value == ""))
 
 
-def _either(raw: Mapping[str, Any], *names: str) -> Any:
-    """What stands under the one of the names that is there; ValueError if two differ."""
-    found = [raw[n] for n in names if raw.get(n) is not None]
-    if any(value != found[0] for value in found[1:]):
-        raise ValueError(
-            f"{' and '.join(n for n in names if raw.get(n) is not None)} of a message "
-            "differ; leave one of them out"
-        )
-    return found[0] if found else None
+def _content(raw: Mapping[str, Any]) -> Any:
+    found = {n: raw[n] for n in _CONTENT if raw.get(n) is not None}
+    content, *others = found.values() or (None,)
+    if any(other != content for other in others):
+        raise ValueError(f"{' and '.join(found)} of a message differ; leave one of them out")
+    return content
 
 
 def _text(role: str, content: Any) -> str:
-    if (
-        isinstance(content, str)
-        and role in ("user", "system", "developer")
-        and _PARTS_AS_TEXT.match(content)
-    ):
-        parts = _literal(content) if "'" in content[:12] else None
-        content = (
-            from_json(content, "parts of a message")
-            if parts is not None or content.rstrip().endswith("]")
-            else content
-        )
+    is_text = isinstance(content, str)
+    if is_text and role in ("user", "system", "developer") and _PARTS_AS_TEXT.match(content):
+        if content.rstrip().endswith("]"):
+            content = from_json(content, "parts of a message")
     if isinstance(content, list) and content and all(map(_is_text_part, content)):
         content = "".join(p["text"] for p in content)
     if not isinstance(content, str):
@@ -240,43 +235,23 @@ def _text(role: str, content: Any) -> str:
 
 
 def _is_text_part(part: Any) -> bool:
-    keys = (
-        {k for k, v in part.items() if not is_empty(v)} | {"text"}
-        if isinstance(part, Mapping)
-        else set()
-    )
-    return keys == {"type", "text"} and part["type"] in _TEXTS and isinstance(part.get("text"), str)
-
-
-def _is_trained(key: str, value: Any, role: str) -> bool:
-    if value not in (0, 1):
-        raise ValueError(
-            f"{key} of a message is 0 or 1 (false or true); got {value!r}. Shares of "
-            "a weight are not supported"
-        )
-    trained = bool(value) == (key in _TRAINED)
-    if trained and role != "assistant" and key in _TRAINED:
-        raise ValueError(
-            f"the {role} message says {key}: {value!r}, but only assistant messages "
-            "are trained. Take it out"
-        )
-    return trained
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        return False
+    keys = {k for k, v in part.items() if not is_empty(v)} | {"text"}
+    return keys == {"type", "text"} and part["type"] in ("text", "input_text", "output_text")
 
 
 def _objects(value: Any, what: str) -> list[Any]:
     """A list of objects, each of which may be JSON text, as all of it may be; [] for nothing."""
-    if isinstance(value, str) and not value.strip():
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
     value = from_json(value, what) if isinstance(value, str) else decoded(value)
     listed = [value] if isinstance(value, Mapping) else [] if value is None else value
-    if not isinstance(listed, list):
+    is_list = isinstance(listed, list)
+    made = [from_json(m, what) if isinstance(m, str) else m for m in listed] if is_list else [None]
+    if any(not isinstance(m, Mapping) for m in made):
         raise ValueError(f"{what} must be a list of objects; got {short(value)}")
-    made = [
-        (from_json(raw, what), True) if isinstance(raw, str) else (raw, False) for raw in listed
-    ]
-    if any(not isinstance(m, Mapping) for m, _ in made):
-        raise ValueError(f"{what} must be a list of objects; got {short(value)}")
-    return [plain(m, keep_nulls=is_text) for m, is_text in made]
+    return [plain(m, keep_nulls=m is not raw) for m, raw in zip(made, listed, strict=True)]
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
@@ -297,21 +272,15 @@ def _calls(value: Any) -> list[dict[str, Any]]:
             )
         arguments = given[0] if given else {}
         if isinstance(arguments, str):
-            arguments = plain(
-                from_json(arguments or "{}", "arguments of a tool call"), keep_nulls=True
-            )
+            arguments = from_json(arguments or "{}", "arguments of a tool call")
+            arguments = plain(arguments, keep_nulls=True)
         if not isinstance(arguments, Mapping):
             raise ValueError(
                 f"arguments of a tool call are an object (or its JSON text); got {short(arguments)}"
             )
         identity = {"id": call["id"]} if call.get("id") else {}
-        calls.append(
-            {
-                **identity,
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+        named = {"name": function["name"], "arguments": arguments}
+        calls.append({**identity, "type": "function", "function": named})
     return calls
 
 
@@ -325,9 +294,8 @@ def tool_schemas(value: Any) -> list[Any] | None:
         is_function = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         if not is_builtin and (not is_function or (function is not tool and "name" in tool)):
             raise ValueError(f"tools are a list of JSON schemas with a name; got {short(tool)}")
-        tools.append(
-            tool if is_builtin or function is not tool else {"type": "function", "function": tool}
-        )
+        is_whole = is_builtin or function is not tool
+        tools.append(tool if is_whole else {"type": "function", "function": tool})
     return tools or None
 
 
@@ -335,12 +303,9 @@ def plain(value: Any, *, keep_nulls: bool = False) -> Any:
     """The value in JSON's types. Objects lose the keys that are null, at every depth, unless
     ``keep_nulls``: Arrow gives each object of a table the keys of all others."""
     if isinstance(value, Mapping):
-        return {
-            checked(str(k)): plain(v, keep_nulls=keep_nulls)
-            for k, v in value.items()
-            if v is not None or keep_nulls
-        }
-    value = decoded(value) if not isinstance(value, str) else checked(value)
+        kept = {k: v for k, v in value.items() if v is not None or keep_nulls}
+        return {checked(str(k)): plain(v, keep_nulls=keep_nulls) for k, v in kept.items()}
+    value = checked(value) if isinstance(value, str) else decoded(value)
     if isinstance(value, list):
         return [plain(v, keep_nulls=keep_nulls) for v in value]
     if not isinstance(value, str | int | float | None):
@@ -350,11 +315,8 @@ def plain(value: Any, *, keep_nulls: bool = False) -> Any:
 
 def is_dialogue(value: Any) -> bool:
     """Whether a text is Anthropic's ``Human: ... \n\nAssistant: ...``, from its start."""
-    return (
-        isinstance(value, str)
-        and _FIRST_SPEAKER.match(value) is not None
-        and "\n\nAssistant:" in value
-    )
+    is_text = isinstance(value, str)
+    return is_text and _FIRST_SPEAKER.match(value) is not None and "\n\nAssistant:" in value
 
 
 def dialogue(text: str) -> list[Message]:
@@ -368,11 +330,7 @@ def dialogue(text: str) -> list[Message]:
         {"role": roles[who], "content": after_colon(said).rstrip()}
         for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
-    return (
-        messages[:-1]
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]
-        else messages
-    )
+    return messages[: -1 if messages[-1] == {"role": "assistant", "content": ""} else None]
 
 
 def after_colon(said: str) -> str:
@@ -385,16 +343,6 @@ def message_text(message: Mapping[str, Any]) -> str:
     if len(message) == 2:
         return message["content"]
     calls = message.get("tool_calls")
-    written = (
-        calls
-        if isinstance(calls, str)
-        else json.dumps(calls, ensure_ascii=False)
-        if calls
-        else None
-    )
-    parts = [
-        *(message.get(k) for k in ("reasoning_content", "reasoning", "thinking")),
-        message["content"],
-        written,
-    ]
-    return "\n".join(p for p in parts if p)
+    if calls and not isinstance(calls, str):
+        calls = json.dumps(calls, ensure_ascii=False)
+    return "\n".join(p for p in (*map(message.get, THOUGHTS), message["content"], calls) if p)

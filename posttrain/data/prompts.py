@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.chat import leading_special
-from posttrain.data.layouts import ReadPrompt, read_prompt
+from posttrain.data.chat import leading_special, render_prompt
+from posttrain.data.layouts import read_prompt
+from posttrain.data.messages import located
 from posttrain.data.readers import read_rows
-from posttrain.data.rendering import render_prompt
 from posttrain.data.report import column_counts
-from posttrain.data.row import names
+from posttrain.data.row import Sample, names
 
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant "
@@ -80,79 +80,67 @@ def prompts_from_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: PromptConfig, *, suffix: str = ""
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """The same for rows in memory; ``suffix`` goes after what the last message says."""
-    counts: dict[str, Any] = {"read": 0, "kept": 0, "too long": 0}
     columns: Counter[tuple[tuple[str, str], ...]] = Counter()
     prompts: list[Prompt] = []
+    read = 0
     encode = _Encoder(tokenizer, config)
-    for number, row in enumerate(rows, start=1):
-        sample = {"_where": f"row {number}", **row}
-        try:
+    for read, row in enumerate(rows, start=1):
+        sample = {"_where": f"row {read}", **row}
+        with located(sample["_where"]):
             values = {k: v for k, v in sample.items() if k != "_where"}
-            read = read_prompt(values, column=config.prompt_column, carry=config.carry)
-        except ValueError as error:
-            raise ValueError(f"{sample['_where']}: {error}.") from error
-        if read.answer is not None and sample.get("answer") is None:
-            sample["answer"] = read.answer
-        read.messages[-1] = {**read.messages[-1], "content": read.messages[-1]["content"] + suffix}
-        ids = encode(read, sample["_where"])
-        counts["read"] += 1
-        columns[tuple(read.columns.items())] += 1
-        if len(ids) > config.max_prompt_length:
-            counts["too long"] += 1
-            continue
-        counts["kept"] += 1
-        prompts.append(Prompt(ids=tuple(ids), sample=sample))
+            asked = read_prompt(values, column=config.prompt_column, carry=config.carry)
+            last = asked.prompt[-1]
+            asked.prompt[-1] = {**last, "content": last["content"] + suffix}
+            ids = encode(asked)
+        if asked.answers and sample.get("answer") is None:
+            sample["answer"] = asked.answers[0].text
+        columns[tuple(asked.columns.items())] += 1
+        if len(ids) <= config.max_prompt_length:
+            prompts.append(Prompt(ids=tuple(ids), sample=sample))
+    too_long = read - len(prompts)
     if not prompts:
         raise ValueError(
-            f"No prompt is left of {counts['read']} rows ({counts['too long']} longer than "
-            f"data.max_prompt_length={config.max_prompt_length}). Give data.train, or raise the "
-            "limit."
+            f"No prompt is left of {read} rows ({too_long} longer than data.max_prompt_length="
+            f"{config.max_prompt_length}). Give data.train, or raise the limit."
         )
+    counts = {"read": read, "kept": len(prompts), "too long": too_long}
     return prompts, {**counts, "columns": column_counts(columns)}
 
 
 class _Encoder:
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         self._tokenizer, self._config = tokenizer, config
-        if config.template == "chat" and tokenizer.chat_template is None:
+        name = config.template
+        if name == "chat":
+            if tokenizer.chat_template is None:
+                raise ValueError(
+                    "data.template=chat, but the tokenizer has none. Use r1-zero, plain or a file."
+                )
+            return
+        named = {"plain": "{prompt}", "r1-zero": R1_ZERO_TEMPLATE}
+        self._text = named.get(name) or Path(name).read_text(encoding="utf-8")
+        if self._text.count("{prompt}") != 1:
+            raise ValueError(f"data.template {name} must contain {{prompt}} exactly once.")
+        if config.system is not None:
             raise ValueError(
-                "data.template=chat, but the tokenizer has no chat template. Use "
-                "r1-zero, plain or a file."
+                "data.system is part of the chat template; another template ignores it."
             )
-        named = {"chat": None, "plain": "{prompt}", "r1-zero": R1_ZERO_TEMPLATE}
-        text = (
-            named[config.template]
-            if config.template in named
-            else Path(config.template).read_text(encoding="utf-8")
-        )
-        if text is not None and text.count("{prompt}") != 1:
-            raise ValueError(
-                f"data.template {config.template} must contain {{prompt}} exactly once."
-            )
-        if text is not None and config.system is not None:
-            raise ValueError(
-                "data.system is part of the chat template; with another "
-                "data.template it would be ignored."
-            )
-        self._text = text
 
-    def __call__(self, read: ReadPrompt, where: str) -> list[int]:
-        messages, tools = read.messages, read.tools
-        is_conversation = any(read.columns.get(name) == "used" for name in names.CONVERSATIONS)
-        if self._text is None:
-            if self._config.system is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": self._config.system}, *messages]
-            text = render_prompt(self._tokenizer, messages, tools, where=where)
-        elif tools or is_conversation or len(messages) > 1:
-            raise ValueError(
-                f"{where}: data.template={self._config.template} writes one text: roles, turns and "
-                f"tools would be lost; got the roles {[m['role'] for m in messages]} and "
-                f"{len(tools or ())} tools. Use the chat template, or name a column with a text: "
-                "--data.prompt_column."
-            )
+    def __call__(self, asked: Sample) -> list[int]:
+        config, messages, tokenizer = self._config, asked.prompt, self._tokenizer
+        before: list[int] = []
+        if config.template == "chat":
+            if config.system is not None and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": config.system}, *messages]
+            text = render_prompt(tokenizer, messages, asked.tools)
         else:
+            is_conversation = any(asked.columns.get(n) == "used" for n in names.CONVERSATIONS)
+            if asked.tools or is_conversation or len(messages) > 1:
+                raise ValueError(
+                    f"data.template={config.template} writes one text; got the roles "
+                    f"{[m['role'] for m in messages]} and {len(asked.tools or ())} tools. Use the "
+                    "chat template, or name a column with a text: --data.prompt_column"
+                )
             text = self._text.replace("{prompt}", messages[0]["content"])
-        ids = list(
-            self._tokenizer(text + self._config.opening, add_special_tokens=False)["input_ids"]
-        )
-        return ids if self._text is None else [*leading_special(self._tokenizer), *ids]
+            before = leading_special(tokenizer)
+        return before + tokenizer(text + config.opening, add_special_tokens=False)["input_ids"]

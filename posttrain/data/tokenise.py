@@ -14,7 +14,7 @@ import numpy as np
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.layouts import read_sample
-from posttrain.data.messages import Message
+from posttrain.data.messages import Message, is_trained, located
 from posttrain.data.readers import Row
 from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
 from posttrain.data.row import Sample
@@ -87,16 +87,13 @@ class RowEncoder:
     def __call__(self, row: Row) -> Encoded:
         """ValueError naming file and row for a row that cannot be trained on, or is too long under
         overlong=error."""
-        meta = {"file": row.file, "row": row.row_number}
-        config = self.config
-        try:
+        how, meta = self.config, {"file": row.file, "row": row.row_number}
+        with located(row.where):
             sample = read_sample(
-                row.values, format=config.format, columns=config.columns, carry=config.carry
+                row.values, format=how.format, columns=how.columns, carry=how.carry
             )
             check_layout(sample.layout, self.purpose)
             _check_answers(sample, self.purpose)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}.") from error
         return self.encode(sample, meta)
 
     def encode(self, sample: Sample, meta: dict[str, Any]) -> Encoded:
@@ -122,10 +119,7 @@ class RowEncoder:
             )
         messages = [*sample.prompt, *answer]
         first = 0 if trains_prompt else len(sample.prompt)
-        trained = [
-            i >= first and m["role"] == "assistant" and m.get("weight", 1) != 0
-            for i, m in enumerate(messages)
-        ]
+        trained = [i >= first and is_trained(m) for i, m in enumerate(messages)]
         clean = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
         return self.encoder.encode(clean, trained=trained, tools=sample.tools, meta=meta)
 
@@ -160,10 +154,7 @@ def compared_pairs(sample: Sample) -> list[Pair]:
     pairs = []
     for (i, better), (j, worse) in permutations(enumerate(answers), 2):
         if better.rank is not None and worse.rank is not None and better.rank < worse.rank:
-            by_score = (
-                0.0 if better.score is None or worse.score is None else better.score - worse.score
-            )
-            margin = by_score if sample.margin is None else sample.margin
+            margin = sample.margin_of(better, worse) or 0.0
             pairs.append(Pair(chosen=i, rejected=j, margin=margin, weight=sample.weight))
     return pairs
 
@@ -172,20 +163,15 @@ def _check_answers(sample: Sample, purpose: Purpose) -> None:
     if purpose != "sft":
         if sample.layout != "labelled" and len(sample.answers) < 2:
             raise ValueError(f"a comparison needs at least two answers; got {len(sample.answers)}")
-        for answer in sample.answers:
-            if all(m["role"] != "assistant" or m.get("weight") == 0 for m in answer.messages):
-                raise ValueError(
-                    "every assistant message of an answer has weight 0: nothing to "
-                    "train. Remove the row"
-                )
+        if not all(any(map(is_trained, answer.messages)) for answer in sample.answers):
+            raise ValueError("every assistant message of an answer has weight 0: nothing to train")
         return
     said = [m for m in (*sample.prompt, *sample.answers[0].messages) if m["role"] == "assistant"]
     if any(not m["content"].strip() and not m.get("tool_calls") for m in said):
         raise ValueError(
-            "an assistant turn is empty; training on it teaches the model to say "
-            "nothing. Remove the row or fill it"
+            "an assistant turn is empty, which teaches to say nothing. Remove or fill it"
         )
-    if all(m.get("weight") == 0 for m in said):
+    if not any(map(is_trained, said)):
         raise ValueError("every assistant message has weight 0: nothing to train. Remove the row")
 
 

@@ -68,9 +68,9 @@ def _encoded(
         answers = [
             Answer(messages=[{"role": "assistant", "content": text}], label=True) for text in texts
         ]
-        is_text = len(read.messages) == 1 and not read.tools
+        is_text = len(read.prompt) == 1 and not read.tools
         sample = Sample(
-            prompt=read.messages,
+            prompt=read.prompt,
             tools=read.tools,
             answers=answers,
             layout="labelled",

@@ -502,7 +502,7 @@ REFUSED = [
     ),
     (
         {"prompt": "Q", "completions": ["a", "b"], "scores": [1, 0], "is_correct": [False, True]},
-        "the order and is_correct contradict",
+        "the scores and is_correct contradict",
     ),
     (
         {"messages": [USER, ANSWER], "conversations": [USER, {**ANSWER, "weight": 0}]},

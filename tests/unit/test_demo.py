@@ -141,5 +141,5 @@ def test_rows_of_the_demo_are_demonstrations_and_problems(task, reasoning):
     )[0]:
         sample, prompt = read_sample(row), read_prompt(row, column="messages")
         assert (
-            sample.layout == "messages" and prompt.messages == sample.prompt == row["messages"][:-1]
+            sample.layout == "messages" and prompt.prompt == sample.prompt == row["messages"][:-1]
         )

@@ -63,8 +63,8 @@ def test_a_public_layout(case):
     if case.rl:
         found = read_prompt(case.row)
         assert [
-            "\n".join(map(shown, found.messages)),
-            case.row.get("answer") or found.answer,
+            "\n".join(map(shown, found.prompt)),
+            case.row.get("answer") or "".join(a.text for a in found.answers) or None,
         ] == list(case.rl)
 
 

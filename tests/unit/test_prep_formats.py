@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data.layouts import read_sample as parse
-from posttrain.data.prep.build import index_pairs
-from posttrain.data.prep.rows import prompt_id
+from posttrain.data.prep.rows import index_pairs, prompt_id
 from posttrain.data.row import Answer
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections import Counter
 
 import pytest
 
 from posttrain.data.prep import PrepConfig, prepare
-from posttrain.data.prep.duplicates import PromptIndex, words
-from posttrain.data.prep.partition import Statistics
-from posttrain.data.prep.report import length_bias
-from posttrain.data.prep.show import difference
+from posttrain.data.prep.duplicates import near_duplicates, words
+from posttrain.data.prep.pipeline import Statistics
+from posttrain.data.prep.report import difference, length_bias
 from posttrain.data.readers import read_file
 
 
@@ -189,16 +189,16 @@ def test_split_is_by_prompt_and_its_near_duplicates(tmp_path):
 
 def test_minhash_finds_near_duplicates_and_nothing_else():
     rng = random.Random(1)
-    index, near = PromptIndex(), {}
+    prompts, near = [], {}
     for i in range(200):
         text = vocabulary_prompt(rng)
-        index.add(f"{i}a", text)
-        index.add(f"{i}b", text + " now")
+        prompts += [(f"{i}a", text), (f"{i}b", text + " now"), (f"{i}a", text)]
         near[f"{i}b"] = f"{i}a"
-    assert index.representatives(0.75) == near
+    assert near_duplicates(prompts, 0.75) == near
     assert (
-        index.representatives(1.0).items() < near.items()
+        near_duplicates(prompts, 1.0).items() < near.items()
     )  # only those whose 64 minima are all equal
+    assert near_duplicates([], 0.75) == {}
 
 
 def test_languages_without_spaces_have_near_duplicates_and_overlaps_too(tmp_path):
@@ -212,14 +212,12 @@ def test_languages_without_spaces_have_near_duplicates_and_overlaps_too(tmp_path
         "salty",
     ]
     assert len(words("ทำไมน้ำทะเลเค็ม")) > 5 and words("naïve café") == ["naïve", "café"]
-    index = PromptIndex()
-    for name, text in (
+    prompts = [
         ("a", question * 3),
         ("b", question * 3 + "嗎"),
         ("c", "猫は窓のそばで眠っている" * 4),
-    ):
-        index.add(name, text)
-    assert index.representatives(0.8) == {"b": "a"}
+    ]
+    assert near_duplicates(prompts, 0.8) == {"b": "a"}
     evaluation = write(tmp_path / "eval.jsonl", [{"question": question}])
     rows = [pair(f"{question}？謝謝", "鹽", "糖"), pair("別的問題", "是", "否")]
     manifest = run(tmp_path, rows, decontaminate=[evaluation])
@@ -449,11 +447,12 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_report_warns_of_length_bias_and_escapes(tmp_path):
-    assert length_bias(Statistics(longer_chosen=80, unequal_lengths=100)) == (0.8, True)
-    assert length_bias(Statistics(longer_chosen=52, unequal_lengths=100))[1] is False
-    assert (
-        length_bias(Statistics(longer_chosen=3, unequal_lengths=4))[1] is False
-    )  # too few to tell
+    def of(longer, pairs):
+        return Statistics(longer_chosen=Counter({True: longer, False: pairs - longer}))
+
+    assert length_bias(of(80, 100)) == (0.8, True)
+    assert length_bias(of(52, 100))[1] is False
+    assert length_bias(of(3, 4))[1] is False  # too few to tell
     run(
         tmp_path,
         [
@@ -464,7 +463,7 @@ def test_report_warns_of_length_bias_and_escapes(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
         "Length bias" in page
-        and "<svg" in page
+        and "<meter" in page
         and "<script>" not in page
         and "&lt;script&gt;" in page
     )

@@ -14,7 +14,7 @@ import torch
 
 from posttrain.algorithms import ALGORITHMS
 from posttrain.cli import eval as cli
-from posttrain.data.code_cases import agreed_cases
+from posttrain.cli.prep_tests import agreed_cases
 from posttrain.data.prompts import PromptConfig, prompts_from_rows
 from posttrain.losses import policy
 from posttrain.losses.reduce import reduce_term

@@ -397,32 +397,38 @@ def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
 
     user, four = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
     system = {"role": "system", "content": "S"}
-    assert read_prompt({"prompt": "2+2?", "messages": [system, user, four]}).messages == [
+    assert read_prompt({"prompt": "2+2?", "messages": [system, user, four]}).prompt == [
         system,
         user,
     ]
-    assert read_prompt(
-        {
-            "messages": [
-                user,
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [{"name": "f", "arguments": {}}],
-                },
-            ]
-        }
-    ).answer.startswith('[{"type"')
+    assert (
+        read_prompt(
+            {
+                "messages": [
+                    user,
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"name": "f", "arguments": {}}],
+                    },
+                ]
+            }
+        )
+        .answers[0]
+        .text.startswith('[{"type"')
+    )
     truth = {"ground_truth": "4"}
     for given in (truth, json.dumps(truth), {"ground_truth": ["4"]}):
         assert (
             read_prompt(
                 {**{"messages": [user, {**four, "content": "long 4"}]}, "reward_model": given}
-            ).answer
+            )
+            .answers[0]
+            .text
             == "4"
         )
     assert (
-        read_prompt({"context": "Q", "answer": "4"}, column="context").messages[0]["content"] == "Q"
+        read_prompt({"context": "Q", "answer": "4"}, column="context").prompt[0]["content"] == "Q"
     )
     for row, lost in (
         ({"prompt": [user], "context": "C"}, "context"),

@@ -1,77 +1,106 @@
-"""report.html: what the rows look like, in pictures. One file, no network, every text escaped."""
+"""What rows look like: report.html (one file, no network, every text escaped), and rows in the
+terminal."""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
+import random
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from posttrain.data.messages import message_text
-from posttrain.data.prep.partition import Statistics
+import numpy as np
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;
-max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse}
-td,th{padding:.15rem .8rem;text-align:left;border-bottom:1px solid #ddd}
-td.n{text-align:right}
+from posttrain.data.messages import Message, message_text
+from posttrain.data.prep.rows import Values, parts_of
+from posttrain.data.readers import read_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from posttrain.data.prep.pipeline import Statistics
+
+_HEAD = """<!doctype html><meta charset='utf-8'><title>posttrain prep</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;color:#222}
+td,th{padding:.15rem .8rem;border-bottom:1px solid #ddd}
 .warn{background:#fff3cd;border-left:4px solid #e0a800;padding:.6rem 1rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}
 .pair div,.prompt{background:#f6f6f6;padding:.6rem;white-space:pre-wrap;overflow-wrap:anywhere}
-.pair div:first-child{border-top:3px solid #2a7}
-.pair div:last-child{border-top:3px solid #c44}
-svg text{font:12px sans-serif}"""
-
+</style>"""
+SHOWN = 10
 LENGTH_BIAS = 0.1
 """Distance of 'the longer answer is chosen' from one half that is warned about, if it is beyond
 three standard errors."""
+_PIECES = re.compile(r"\s+|\w+|[^\w\s]")
 
 
-def write_report(
-    path: Path, manifest: dict[str, Any], statistics: Statistics, *, layout: str
-) -> None:
-    """Counts, lengths, margins, length bias, ten rows drawn by the seed."""
-    parts = [f"<h1>{layout}</h1>", _counts(manifest)]
-    if layout == "pairs":
-        parts += [_length_bias(statistics), _lengths(statistics), _margins(statistics.margins)]
-    parts += ["<h2>Ten rows</h2>", *(_row(values) for _, values in statistics.shown)]
-    page = (
-        f"<!doctype html><meta charset='utf-8'><title>posttrain prep</title><style>{_STYLE}</style>"
-    ) + "\n".join(parts)
-    path.write_text(page + "\n", encoding="utf-8")
+def write_report(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
+    """Counts, lengths, margins, length bias, ten rows drawn by the seed (of the first file, whose
+    prompts are drawn by their hash)."""
+    import pyarrow.parquet
 
-
-def _counts(manifest: dict[str, Any]) -> str:
-    lines = {
-        **manifest["counts"],
-        **{f"dropped: {reason}": n for reason, n in manifest["dropped"].items()},
-    }
-    lines |= {
+    layout, seed = manifest["options"]["layout"], manifest["options"]["seed"]
+    dropped = {f"dropped: {reason}": n for reason, n in manifest["dropped"].items()}
+    columns = {
         f"column {name}: {use}": n
         for use, names in manifest["columns"].items()
         for name, n in names.items()
     }
-    rows = "".join(
-        f"<tr><td>{escape(str(k))}</td><td class='n'>{v:,}</td></tr>" for k, v in lines.items()
+    counts = manifest["counts"] | dropped | columns
+    parts = [_HEAD, f"<h1>{layout}</h1>", _table([(k, f"{n:,}") for k, n in counts.items()])]
+    if layout == "pairs":
+        parts += [_length_bias(statistics), "<h2>Length, characters: chosen, rejected</h2>"]
+        sides = (statistics.chosen_lengths, statistics.rejected_lengths)
+        bins = sorted(set().union(*sides))
+        parts.append(_bars({f"from {2**b:,}": [side[b] for side in sides] for b in bins}))
+        parts += ["<h2>Margin</h2>", _bars(_margins(statistics.margins))]
+    table = pyarrow.parquet.read_table(min((folder / "train").iterdir()))
+    drawn = random.Random(seed).sample(range(len(table)), min(SHOWN, len(table)))
+    parts += ["<h2>Ten rows</h2>", *map(_row, table.take(drawn).to_pylist())]
+    (folder / "report.html").write_text("\n".join([*parts, ""]), encoding="utf-8")
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    rows = ("".join(f"<td>{cell}</td>" for cell in line) for line in lines)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _bars(bins: Mapping[str, Sequence[int]]) -> str:
+    """One line for each bin, with a bar for each of its numbers."""
+    top = max((n for numbers in bins.values() for n in numbers), default=0)
+    return _table(
+        [
+            (label, *(f"<meter max='{top}' value='{n}'></meter> {n:,}" for n in numbers))
+            for label, numbers in bins.items()
+        ]
     )
-    return f"<table>{rows}</table>"
+
+
+def _margins(margins: Counter[float]) -> dict[str, list[int]]:
+    if not margins:
+        return {}
+    heights, edges = np.histogram(list(margins), bins=20, weights=list(margins.values()))
+    return {f"from {low:.3g}": [int(n)] for low, n in zip(edges, heights, strict=False)}
 
 
 def length_bias(statistics: Statistics) -> tuple[float, bool]:
     """(share of pairs of unequal length whose longer side is chosen, whether that is far from one
     half)."""
-    n = statistics.unequal_lengths
-    share = statistics.longer_chosen / n if n else 0.5
+    n = statistics.longer_chosen.total()
+    share = statistics.longer_chosen[True] / n if n else 0.5
     return share, abs(share - 0.5) > max(LENGTH_BIAS, 1.5 / math.sqrt(max(n, 1)))
 
 
 def _length_bias(statistics: Statistics) -> str:
     share, far = length_bias(statistics)
-    text = (
-        f"The longer answer is the chosen one in {share:.1%} of {statistics.unequal_lengths:,} "
-        "pairs of unequal length."
-    )
+    n = statistics.longer_chosen.total()
+    text = f"The longer answer is the chosen one in {share:.1%} of {n:,} pairs of unequal length."
     if not far:
         return f"<p>{text}</p>"
     return (
@@ -81,71 +110,55 @@ def _length_bias(statistics: Statistics) -> str:
     )
 
 
-def _lengths(statistics: Statistics) -> str:
-    chosen, rejected = statistics.chosen_lengths, statistics.rejected_lengths
-    bins = chosen.keys() | rejected.keys()
-    every = range(min(bins), max(bins) + 1) if bins else range(0)
-    labels = [f"{2**b:,}" for b in every]
-    series = [
-        (colour, [lengths[b] for b in every])
-        for colour, lengths in (("#2a7", chosen), ("#c44", rejected))
-    ]
-    return "<h2>Length, characters (green chosen, red rejected; from 2^b)</h2>" + _bars(
-        labels, series
-    )
+def _row(values: Values) -> str:
+    def say(messages: list[Message]) -> str:
+        lines = (f"<b>{escape(m['role'])}</b> {escape(message_text(m))}" for m in messages)
+        return "\n\n".join(lines)
 
-
-def _margins(margins: Counter[float]) -> str:
-    if not margins:
-        return ""
-    low, high = min(margins), max(margins)
-    width = (high - low) / 20 or 1.0
-    bins = [0] * 20
-    for value, n in margins.items():
-        bins[min(19, int((value - low) / width))] += n
-    return "<h2>Margin</h2>" + _bars(
-        [f"{low + i * width:.3g}" for i in range(20)], [("#47a", bins)]
-    )
-
-
-def _bars(labels: list[str], series: list[tuple[str, list[int]]]) -> str:
-    """Bars side by side, their heights in proportion."""
-    if not labels:
-        return "<p>no rows</p>"
-    step, height = 44, 160
-    top = max(max(values) for _, values in series) or 1
-    width = (step - 8) / len(series)
-    shapes = []
-    for s, (colour, values) in enumerate(series):
-        for i, n in enumerate(values):
-            h = n / top * height
-            x = i * step + s * width
-            shapes.append(
-                f"<rect x='{x:.1f}' y='{height - h:.1f}' width='{width:.1f}' height='{h:.1f}' "
-                f"fill='{colour}'><title>{n:,}</title></rect>"
-            )
-    texts = [
-        f"<text x='{i * step}' y='{height + 16}'>{escape(label)}</text>"
-        for i, label in enumerate(labels)
-    ]
+    prompt, answers = parts_of(values)
+    sides = "".join(f"<div>{say(side)}</div>" for side in itertools.islice(answers.values(), 2))
     return (
-        f"<svg width='{len(labels) * step}' height='{height + 24}' "
-        f"role='img'>{''.join(shapes + texts)}</svg>"
+        f"<p>{escape(values['source'])}:{values['row']}</p><div class='prompt'>{say(prompt)}</div>"
+        f"<div class='pair'>{sides}</div>"
     )
 
 
-def _say(messages: list[dict[str, str]]) -> str:
-    return "\n\n".join(f"<b>{escape(m['role'])}</b> {escape(message_text(m))}" for m in messages)
+def show(folder: Path, *, count: int, console: Console) -> None:
+    """The first rows of ``folder``/train. ValueError if it is no output of `posttrain prep`."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    files = sorted((folder / "train").glob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no train/*.parquet; give a folder that `posttrain prep` wrote."
+        )
+    rows = (row.values for path in files for row in read_file(path))
+    for values in itertools.islice(rows, count if count >= 0 else None):
+        values = {k: v for k, v in values.items() if v is not None}
+        prompt, answers = parts_of(values)
+        place = f"{values['source']}:{values['row']}"
+        console.print(Panel(Text(_join(prompt)), title="prompt", subtitle=place))
+        sides = {title: Text(_join(side)) for title, side in answers.items()}
+        if "chosen" in sides:
+            marked = difference(sides["chosen"].plain, sides["rejected"].plain)
+            margin = f" (margin {values['margin']:g})" if "margin" in values else ""
+            sides = dict(zip((f"chosen{margin}", "rejected"), marked, strict=True))
+        for title, side in sides.items():
+            console.print(Panel(side, title=title))
 
 
-def _row(values: dict[str, Any]) -> str:
-    where = f"<p>{escape(values['source'])}:{values['row']}</p>"
-    if "messages" in values:
-        return f"{where}<div class='prompt'>{_say(values['messages'])}</div>"
-    sides = [values[n] for n in ("chosen", "rejected", "completion") if n in values] or values[
-        "completions"
-    ][:2]
-    divs = "".join(f"<div>{_say(side)}</div>" for side in sides)
-    return (
-        f"{where}<div class='prompt'>{_say(values['prompt'])}</div><div class='pair'>{divs}</div>"
-    )
+def difference(chosen: str, rejected: str) -> tuple[Text, Text]:
+    """Both texts; green in the first and red in the second is what the other has not."""
+    from rich.text import Text
+
+    a, b = _PIECES.findall(chosen), _PIECES.findall(rejected)
+    left, right = Text(), Text()
+    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
+        left.append("".join(a[a0:a1]), style="" if kind == "equal" else "bold green")
+        right.append("".join(b[b0:b1]), style="" if kind == "equal" else "bold red")
+    return left, right
+
+
+def _join(messages: list[Message]) -> str:
+    return "\n\n".join(f"[{m['role']}] {message_text(m)}" for m in messages)

@@ -3,278 +3,259 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+from posttrain.data.config import PrepConfig, Strategy, TokenCounter
 from posttrain.data.messages import Message, message_text
-from posttrain.data.prep.build import index_pairs
-from posttrain.data.prep.options import PrepConfig
 from posttrain.data.row import Answer, Sample
 
 EMPTY, REPEATED_ANSWER, UNRATED = "empty answer", "repeated answer", "unrated answer"
 NOTHING = "nothing to compare: one answer, or all tied"
 NEAR_DUPLICATE, CONTAMINATED = "near-duplicate prompt", "shares an n-gram with the evaluation set"
-EQUAL, REPEATED, CONTRADICTORY = (
-    "equal sides",
-    "repeated pair",
-    ("contradictory: both orders are preferred"),
-)
+EQUAL, REPEATED = "equal sides", "repeated pair"
+CONTRADICTORY = "contradictory: both orders are preferred"
 MARGIN, NO_MARGIN = "margin below the minimum", "no scores, so no margin"
 LONG_CHARS, LONG_TOKENS = "longer than max_chars", "longer than max_tokens"
+LONGER = 1.5
+"""k1.5: a correct answer more than this many times as long as the shortest correct one is a
+negative."""
 
-
-@dataclass(kw_only=True)
-class Located:
-    """A sample and where it comes from."""
-
-    sample: Sample
-    source: str
-    row: int
-    carried: dict[str, Any] = field(default_factory=dict)
-    """Columns that ``--carry`` names, as they are written."""
-
-
-@dataclass(kw_only=True)
-class OutRow:
-    """One candidate for the output."""
-
-    values: dict[str, Any]
-    """Columns of the layout."""
-    conversations: list[list[Message]]
-    """Prompt with each side: what the length limits are for."""
-    located: Located
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What became of one prompt."""
-
-    rows: list[OutRow] = field(default_factory=list)
-    dropped: list[tuple[Located, str]] = field(default_factory=list)
-    """Samples and rows left out; (where, reason)."""
-    num_samples: int = 0
-    num_built: int = 0
-    """Rows before they were checked; built = rows + dropped rows."""
-    num_dropped_samples: int = 0
-    dropped_answers: list[str] = field(default_factory=list)
+Values = dict[str, Any]
+"""A row as it is written: the columns of its layout, and where it is from."""
+Located = tuple[Sample, Values]
+"""A sample with the columns that are written beside it: source, row, prompt_id, and tools, weight
+and carried columns where it has them."""
+Drop = Callable[[Values, str], None]
+"""Told of a sample or row that is left out, and why."""
 
 
 def prompt_id(prompt: list[Message], tools: list[Any] | None = None) -> str:
     """16 hex digits, equal for equal prompts."""
-    said = [[m["role"], m["content"], *([more] if (more := _more(m)) else [])] for m in prompt]
+    said: list[Any] = []
+    for m in prompt:
+        said.append([m["role"], m["content"]])
+        if len(m) > 2:
+            said[-1].append({k: v for k, v in sorted(m.items()) if k not in ("role", "content")})
     text = json.dumps([*said, tools] if tools else said, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _more(message: Message) -> dict[str, Any]:
-    return (
-        {k: v for k, v in sorted(message.items()) if k not in ("role", "content")}
-        if len(message) > 2
-        else {}
-    )
+def parts_of(values: Values) -> tuple[list[Message], dict[str, list[Message]]]:
+    """(prompt, {what it is: answer}) of a row of any layout."""
+    if "messages" in values:
+        return values["messages"][:-1], {"answer": values["messages"][-1:]}
+    if "completion" in values:
+        title = "desirable" if values["label"] else "undesirable"
+        return values["prompt"], {title: values["completion"]}
+    if "completions" in values:
+        ranked = zip(values["ranks"], values["completions"], strict=True)
+        return values["prompt"], {f"{i}. rank {r}": c for i, (r, c) in enumerate(ranked, start=1)}
+    return values["prompt"], {side: values[side] for side in ("chosen", "rejected")}
 
 
-def outcome_of(identity: str, samples: list[Located], config: PrepConfig) -> Outcome:
-    """Rows of one prompt, in the order of the data. Scattered samples are joined first."""
-    outcome = Outcome()
-    for located in _joined(samples):
-        outcome.num_samples += 1
-        answers = _clean(located.sample, outcome.dropped_answers)
-        built = list(_LAYOUTS[config.layout](identity, located, answers, config))
+def rows_of(
+    samples: list[Located], config: PrepConfig, drop: Drop, counts: dict[str, int]
+) -> list[Values]:
+    """Rows of one prompt, in the order of the data. Single answers are joined first."""
+    rows: list[Values] = []
+    for sample, place in _joined(samples):
+        answers = list(_clean(sample, drop))
+        built = [made | place for made in _LAYOUTS[config.layout](sample, answers, config, place)]
+        counts["dropped_samples"] += not built
         if not built:
-            outcome.num_dropped_samples += 1
-            outcome.dropped.append((located, NOTHING))
-        outcome.num_built += len(built)
-        outcome.rows.extend(built)
-    only = outcome.rows[0].values if len(outcome.rows) == 1 and config.min_margin is None else None
-    if config.layout == "pairs" and not (
-        only and only["chosen"] != only["rejected"]
-    ):  # nothing to compare one row with
-        _check_pairs(outcome, config)
-    return outcome
-
-
-def keep_short(outcome: Outcome, config: PrepConfig, lengths: dict[int, int]) -> None:
-    """Rows over a limit leave; ``lengths``: tokens of the longest conversation by id() of the
-    row."""
-    kept = []
-    for row in outcome.rows:
-        chars = max(sum(len(message_text(m)) for m in c) for c in row.conversations)
-        if config.max_chars is not None and chars > config.max_chars:
-            outcome.dropped.append((row.located, LONG_CHARS))
-        elif config.max_tokens is not None and lengths[id(row)] > config.max_tokens:
-            outcome.dropped.append((row.located, LONG_TOKENS))
-        else:
-            kept.append(row)
-    outcome.rows = kept
+            drop(place, NOTHING)
+        rows += built
+        counts["samples"] += 1
+        counts["built"] += len(built)
+    return list(_checked_pairs(rows, config, drop)) if config.layout == "pairs" else rows
 
 
 def _joined(samples: list[Located]) -> Iterator[Located]:
     """Single answers to one prompt as one sample, labelled and rated ones apart: their ranks are of
     different kinds."""
     for layout in ("labelled", "rated"):
-        scattered = [s for s in samples if s.sample.layout == layout]
-        if scattered:
-            answers = [a for s in scattered for a in s.sample.answers]
-            yield replace(scattered[0], sample=replace(scattered[0].sample, answers=answers))
-    yield from (s for s in samples if not s.sample.is_scattered)
+        single = [s for s in samples if s[0].layout == layout]
+        if single:
+            (first, place), *_ = single
+            yield replace(first, answers=[a for s, _ in single for a in s.answers]), place
+    yield from (s for s in samples if s[0].layout not in ("labelled", "rated"))
 
 
-def _clean(sample: Sample, dropped: list[str]) -> list[Answer]:
+def _clean(sample: Sample, drop: Drop) -> Iterator[Answer]:
     """Without empty and unrated answers, and without a second copy of the same answer with the same
     rank."""
-    kept, seen = [], set()
+    seen = set()
     for answer in sample.answers:
         said = [m for m in answer.messages if m["role"] == "assistant"]
         key = (answer.text, answer.rank)
         if not said or not all(m["content"].strip() or m.get("tool_calls") for m in said):
-            dropped.append(EMPTY)
+            drop({}, EMPTY)
         elif answer.rank is None:
-            dropped.append(UNRATED)
+            drop({}, UNRATED)
         elif key in seen:
-            dropped.append(REPEATED_ANSWER)
+            drop({}, REPEATED_ANSWER)
         else:
             seen.add(key)
-            kept.append(answer)
-    return kept
+            yield answer
 
 
-def _meta(identity: str, located: Located) -> dict[str, Any]:
-    tools = {"tools": located.sample.tools} if located.sample.tools else {}
-    return {
-        "source": located.source,
-        "row": located.row,
-        "prompt_id": identity,
-        **tools,
-        **located.carried,
-    }
+def _rank(answer: Answer) -> float:
+    assert answer.rank is not None, "unrated answers are left out before"
+    return answer.rank
 
 
-def _pair_rows(
-    identity: str, located: Located, answers: list[Answer], config: PrepConfig
-) -> Iterator[OutRow]:
-    prompt = located.sample.prompt
-    seed = f"{config.seed}:{identity}"
+def index_pairs(
+    answers: list[Answer], strategy: Strategy, *, seed: str, keep_ties: bool
+) -> list[tuple[int, int]]:
+    """(better, worse) indices by ``strategy``; ``seed`` decides what `random` draws. Ties come out
+    only with ``keep_ties``."""
+    if strategy == "long2short":
+        return _long2short(answers)
+    ranks = list(map(_rank, answers))
+    order = sorted(range(len(answers)), key=ranks.__getitem__)
+    pairs: Iterator[tuple[int, int]] = itertools.combinations(order, 2)
+    if strategy == "best-worst":
+        pairs = itertools.islice((p for p in pairs if ranks[p[1]] == max(ranks)), 1)
+    elif strategy == "adjacent":
+        pairs = itertools.pairwise(order)
+    elif strategy == "random":
+        every = list(pairs)
+        different = [(i, j) for i, j in every if ranks[i] < ranks[j]]
+        pairs = iter([random.Random(seed).choice(different or every)] if every else [])
+    return [(i, j) for i, j in pairs if keep_ties or ranks[i] < ranks[j]]
+
+
+def _long2short(answers: list[Answer]) -> list[tuple[int, int]]:
+    """Kimi k1.5, arXiv:2501.12599 section 2.4: the shortest correct answer against wrong longer
+    ones and against correct ones more than 1.5 times as long. Lengths in characters."""
+    lengths = [len(a.text) for a in answers]
+    correct = [i for i, a in enumerate(answers) if a.label]
+    if not correct:
+        return []
+    best = min(correct, key=lengths.__getitem__)
+    wrong = [j for j, a in enumerate(answers) if a.label is False and lengths[j] > lengths[best]]
+    wordy = [j for j in correct if lengths[j] > LONGER * lengths[best]]
+    return [(best, j) for j in sorted(wrong + wordy)]
+
+
+def _pairs(
+    sample: Sample, answers: list[Answer], config: PrepConfig, place: Values
+) -> Iterator[Values]:
+    seed = f"{config.seed}:{place['prompt_id']}"
     for i, j in index_pairs(answers, config.strategy, seed=seed, keep_ties=config.ties == "keep"):
         better, worse = answers[i], answers[j]
-        by_score = (
-            None if better.score is None or worse.score is None else better.score - worse.score
-        )
-        sample = located.sample
-        margin = by_score if sample.margin is None else sample.margin
-        margin = 0.0 if better.rank == worse.rank else margin
-        values = {
-            "prompt": prompt,
+        is_tie = better.rank == worse.rank
+        yield {
+            "prompt": sample.prompt,
             "chosen": better.messages,
             "rejected": worse.messages,
-            "margin": margin,
+            "margin": 0.0 if is_tie else sample.margin_of(better, worse),
             "chosen_score": better.score,
             "rejected_score": worse.score,
-            **_meta(identity, located),
-            **({"weight": sample.weight} if sample.weight != 1 else {}),
         }
-        yield OutRow(
-            values=values,
-            conversations=[prompt + better.messages, prompt + worse.messages],
-            located=located,
-        )
 
 
-def _group_rows(
-    identity: str, located: Located, answers: list[Answer], _: PrepConfig
-) -> Iterator[OutRow]:
-    levels = sorted({a.rank for a in answers})
+def _group(sample: Sample, answers: list[Answer], *_: Any) -> Iterator[Values]:
+    levels = sorted(set(map(_rank, answers)))
     if len(levels) < 2:
         return
-    ordered = sorted(answers, key=lambda a: a.rank)
-    scores = [a.score for a in ordered]
-    if located.sample.margin is not None and len(ordered) == 2 and None in scores:
-        scores = [located.sample.margin, 0.0]
-    values = {
-        "prompt": located.sample.prompt,
+    ordered = sorted(answers, key=_rank)
+    scores: list[float | None] | None = [a.score for a in ordered]
+    if None in (scores or ()):
+        is_pair = sample.margin is not None and len(ordered) == 2
+        scores = [sample.margin, 0.0] if is_pair else None
+    yield {
+        "prompt": sample.prompt,
         "completions": [a.messages for a in ordered],
-        "ranks": [levels.index(a.rank) for a in ordered],
-        "scores": None if None in scores else scores,
-        **_meta(identity, located),
+        "ranks": [levels.index(_rank(a)) for a in ordered],
+        "scores": scores,
     }
-    yield OutRow(
-        values=values,
-        conversations=[located.sample.prompt + a.messages for a in ordered],
-        located=located,
-    )
 
 
-def _labelled_rows(
-    identity: str, located: Located, answers: list[Answer], _: PrepConfig
-) -> Iterator[OutRow]:
-    ranks = [a.rank for a in answers]
-    for answer in answers:
+def _labelled(sample: Sample, answers: list[Answer], *_: Any) -> Iterator[Values]:
+    ranks = list(map(_rank, answers))
+    for answer, rank in zip(answers, ranks, strict=True):
         label = answer.label
-        if label is None and len(set(ranks)) > 1 and answer.rank in (min(ranks), max(ranks)):
-            label = answer.rank == min(ranks)
+        if label is None and min(ranks) < max(ranks) and rank in (min(ranks), max(ranks)):
+            label = rank == min(ranks)
         if label is not None:
-            values = {
-                "prompt": located.sample.prompt,
-                "completion": answer.messages,
-                "label": label,
-                **_meta(identity, located),
-            }
-            yield OutRow(
-                values=values,
-                conversations=[located.sample.prompt + answer.messages],
-                located=located,
-            )
+            yield {"prompt": sample.prompt, "completion": answer.messages, "label": label}
 
 
-def _sft_rows(
-    identity: str, located: Located, answers: list[Answer], _: PrepConfig
-) -> Iterator[OutRow]:
+def _best(sample: Sample, answers: list[Answer], *_: Any) -> Iterator[Values]:
     good = [a for a in answers if a.label is not False]
     if good:
-        best = min(good, key=lambda a: a.rank)
-        conversation = located.sample.prompt + best.messages
-        yield OutRow(
-            values={"messages": conversation, **_meta(identity, located)},
-            conversations=[conversation],
-            located=located,
-        )
+        yield {"messages": sample.prompt + min(good, key=_rank).messages}
 
 
-_LAYOUTS = {
-    "pairs": _pair_rows,
-    "groups": _group_rows,
-    "labelled": _labelled_rows,
-    "sft": _sft_rows,
+_LAYOUTS: dict[str, Callable[..., Iterator[Values]]] = {
+    "pairs": _pairs,
+    "groups": _group,
+    "labelled": _labelled,
+    "sft": _best,
 }
 
 
-def _check_pairs(outcome: Outcome, config: PrepConfig) -> None:
-    """Equal sides, the same pair again, both orders of a pair, small margins."""
-
-    def sides(row: OutRow) -> tuple[str, str]:
-        return tuple(json.dumps(row.values[n], ensure_ascii=False) for n in ("chosen", "rejected"))  # type: ignore[return-value]
-
-    ordered = [sides(row) for row in outcome.rows]
-    preferred = set(ordered)
-    kept, seen = [], set()
-    for row, (chosen, rejected) in zip(outcome.rows, ordered, strict=True):
-        margin = row.values["margin"]
+def _checked_pairs(rows: list[Values], config: PrepConfig, drop: Drop) -> Iterator[Values]:
+    """Without equal sides, the same pair again, both orders of a pair, and small margins."""
+    if len(rows) == 1 and config.min_margin is None and rows[0]["chosen"] != rows[0]["rejected"]:
+        yield from rows  # nothing to compare it with
+        return
+    sides = [
+        tuple(json.dumps(row[side], ensure_ascii=False) for side in ("chosen", "rejected"))
+        for row in rows
+    ]
+    preferred, seen = set(sides), set[tuple[str, ...]]()
+    for row, pair in zip(rows, sides, strict=True):
+        margin, least = row["margin"], config.min_margin
         reason = None
-        if chosen == rejected:
+        if pair[0] == pair[1]:
             reason = EQUAL
-        elif (rejected, chosen) in preferred:
+        elif pair[::-1] in preferred:
             reason = CONTRADICTORY
-        elif (chosen, rejected) in seen:
+        elif pair in seen:
             reason = REPEATED
-        elif config.min_margin is not None and margin is None:
-            reason = NO_MARGIN
-        elif config.min_margin is not None and margin < config.min_margin:
-            reason = MARGIN
-        seen.add((chosen, rejected))
+        elif least is not None and (margin is None or margin < least):
+            reason = NO_MARGIN if margin is None else MARGIN
+        seen.add(pair)
         if reason is None:
-            kept.append(row)
+            yield row
         else:
-            outcome.dropped.append((row.located, reason))
-    outcome.rows = kept
+            drop(row, reason)
+
+
+def within_limits(
+    rows: list[Values],
+    config: PrepConfig,
+    count_tokens: Callable[..., list[int]] | None,
+    drop: Drop,
+) -> list[Values]:
+    """Rows whose prompt with each answer is short enough."""
+    if config.max_chars is None and count_tokens is None:
+        return rows
+    split = [parts_of(row) for row in rows]
+    whole = [[prompt + answer for answer in answers.values()] for prompt, answers in split]
+    tools = [row.get("tools") for row in rows]
+    counted = [(c, t) for several, t in zip(whole, tools, strict=True) for c in several]
+    tokens = iter(_in_chunks(count_tokens, counted) if count_tokens else ())
+    kept = []
+    for row, several in zip(rows, whole, strict=True):
+        longest = max(sum(len(message_text(m)) for m in c) for c in several)
+        num_tokens = max(list(itertools.islice(tokens, len(several))), default=0)
+        if config.max_chars is not None and longest > config.max_chars:
+            drop(row, LONG_CHARS)
+        elif config.max_tokens is not None and num_tokens > config.max_tokens:
+            drop(row, LONG_TOKENS)
+        else:
+            kept.append(row)
+    return kept
+
+
+def _in_chunks(count_tokens: TokenCounter, counted: list[Any]) -> Iterator[int]:
+    for at in range(0, len(counted), 512):
+        yield from count_tokens(counted[at : at + 512])
