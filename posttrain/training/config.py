@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from posttrain.losses.preference_metrics import loss_beta
-from posttrain.rewards.pool import load_function
+from posttrain.resolve import import_name
 
 C = TypeVar("C")
 
