@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
+    from posttrain.rewards import reward
     from posttrain.rewards.compose import RewardsConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig, DPOTrainer
@@ -46,6 +47,7 @@ _NAMES = {
     "models.adapters": ("LoraConfig",),
     "models.load": ("ModelConfig",),
     "packing.plan": ("PackingConfig",),
+    "rewards": ("reward",),
     "rewards.compose": ("RewardsConfig",),
     "rollout.engine": ("SamplingConfig",),
     "trainers.dpo": ("DPOConfig", "DPOTrainer"),

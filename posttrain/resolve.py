@@ -26,6 +26,6 @@ def import_name(path: str, *, wanted: str) -> Any:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """The end of an error message: `` Did you mean 'x'?``, or nothing where no name is near."""
+    """The end of an error message: `` Did you mean x?``, or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return f" Did you mean {near[0]}?" if near else ""

@@ -57,8 +57,7 @@ class reward:
                 f"The reward {getattr(function, '__name__', function)!r} has an attribute "
                 f"{by_hand[0]!r}, which is not read. Write @reward({by_hand[0]}=...) above it."
             )
-        declared: reward = getattr(function, "declared", reward())
-        return declared
+        return getattr(function, "declared", reward())
 
 
 class CompletionText(str):

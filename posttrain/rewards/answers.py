@@ -10,7 +10,7 @@ completion that exhausts it is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
@@ -410,10 +410,12 @@ def _last_number_match(text: str) -> str | None:
     """The last number as it is written, without separators; "" if it is a part of something else;
     None if there is none."""
     plain = _plain(text)
-    matches = list(_NUMERIC.finditer(plain))
-    if not matches:
+    match = None
+    for match in _NUMERIC.finditer(plain):  # noqa: B007 - the last one
+        pass
+    if match is None:
         return None
-    before, number, after = plain[: matches[-1].start()], matches[-1].group(), plain[matches[-1].end() :]
+    before, number, after = plain[: match.start()], match.group(), plain[match.end() :]
     joined = _JOINED_BEFORE_SIGN if number[0] in "+-" else _JOINED_BEFORE
     in_list = _LISTED_BEFORE.search(before) and re.match(r"\s*(?:\\right)?[)\]}]", after)
     opens_list = re.search(r"[(\[]\s*$", before) and re.match(r"\s*,", after)

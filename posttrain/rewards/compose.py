@@ -11,17 +11,10 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from posttrain.resolve import import_name
+from posttrain.resolve import did_you_mean, import_name
 from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.answers import final_answer
-from posttrain.rewards.run import (
-    START_SECONDS,
-    Outcome,
-    Task,
-    WorkerPool,
-    score_alone,
-    score_together,
-)
+from posttrain.rewards.run import START_SECONDS, Outcome, WorkerPool, score_alone, score_together
 
 log = logging.getLogger(__name__)
 
@@ -136,23 +129,22 @@ class Rewards:
         twice = sorted(set(given) & set(config.functions))
         if twice:
             raise ValueError(
-                f"Two rewards have the name {twice[0]!r}: one was given as a "
-                "function, one by rewards.functions."
+                f"Two rewards have the name {twice[0]!r}: one is a function, one is in "
+                "rewards.functions."
             )
-        self._weights = {**config.functions, **{name: weight for name, (_, weight) in given.items()}}
+        self._weights = config.functions | {name: weight for name, (_, weight) in given.items()}
         self._functions = {name: function for name, (function, _) in given.items()}
         for terms in (config.functions, *config.by_task.values()):
             for name in terms:
                 self._functions.setdefault(name, _import(name))
         if not self._functions:
             raise ValueError(
-                "There is no reward. Set --rewards.functions '{math_answer: 1.0}', "
-                "or rewards.by_task."
+                "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
             )
         if correct is not None and correct not in self._functions:
             raise ValueError(
-                "evaluation.correct is one of the rewards "
-                f"{', '.join(self._functions)}; got {correct!r}."
+                f"evaluation.correct is one of the rewards {', '.join(self._functions)}; "
+                f"got {correct!r}."
             )
         self._declared = {name: reward.of(f) for name, f in self._functions.items()}
         for name, options in config.options.items():
@@ -281,12 +273,7 @@ class Rewards:
         if path is None or inspect.iscoroutinefunction(function):
             calls = [partial(function, text, sample, **options) for sample, text in pairs]
             return score_alone(calls, self.config.timeout_s, concurrency=self.config.concurrency)
-        return self._pool.run(
-            [
-                Task(function=path, completion=text, sample=sample, options=options)
-                for sample, text in pairs
-            ]
-        )
+        return self._pool.run(path, pairs, options)
 
     def _value(self, name: str, outcome: Outcome, text: CompletionText) -> float | None:
         value = self._declared[name].on_timeout if outcome.exhausted else outcome.value
@@ -349,8 +336,7 @@ def _import(name: str) -> Callable[..., Any]:
         f"A reward is one of {', '.join(BUILT_IN)}, or the dotted path of a function "
         "(completion, sample) -> float | None"
     )
-    found: Callable[..., Any] = import_name(BUILT_IN.get(name, name), wanted=wanted)
-    return found
+    return import_name(BUILT_IN.get(name, name), wanted=wanted)
 
 
 def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -360,15 +346,15 @@ def _check_options(name: str, function: Callable[..., Any], options: Mapping[str
     if unknown:
         raise ValueError(
             f"rewards.options.{name} has {unknown}; {name} knows {', '.join(known) or 'none'}."
+            f"{did_you_mean(unknown[0], known)}"
         )
 
 
 def _dotted_path(function: Callable[..., Any]) -> str | None:
     """Where a worker can import it from; None for closures, lambdas and functions of a script."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
-    return (
-        None if module in (None, "__main__") or "<" in name or "." in name else f"{module}.{name}"
-    )
+    is_importable = module not in (None, "__main__") and not set("<.") & set(name)
+    return f"{module}.{name}" if is_importable else None
 
 
 def _warn(groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> None:

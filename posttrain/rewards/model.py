@@ -69,16 +69,13 @@ def _encoded(
         place = {"file": row.get("_where", "<memory>"), "row": number}
         values = {k: v for k, v in row.items() if k != "_where"}
         read = read_prompt(values, column=prompt_column if prompt_column in row else None)
-        answers = [
-            Answer(messages=[{"role": "assistant", "content": text}], label=True) for text in texts
-        ]
-        is_text = len(read.messages) == 1 and not read.tools
+        turns = [[{"role": "assistant", "content": text}] for text in texts]
         sample = Sample(
             prompt=read.messages,
             tools=read.tools,
-            answers=answers,
+            answers=[Answer(messages=turn, label=True) for turn in turns],
             layout="labelled",
-            is_text=is_text,
+            is_text=len(read.messages) == 1 and not read.tools,
         )
         group = encoder.encode(sample, place).group
         groups += [] if group is None else [group]
@@ -116,9 +113,8 @@ def _loaded(model: str) -> tuple[Any, Any]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(name=model)
     tokenizer = load_tokenizer(config)
-    loaded = load_reward_model(
-        config, tokenizer, dtype=torch_dtype(default_precision(kind).compute)
-    ).to(kind)
+    dtype = torch_dtype(default_precision(kind).compute)
+    loaded = load_reward_model(config, tokenizer, dtype=dtype).to(kind)
     return Scorer(loaded, PackingConfig(), device_type=kind).eval(), tokenizer
 
 
@@ -156,31 +152,23 @@ async def llm_judge(
     folder. The answer's own tags of the prompt begin with ``&lt;`` instead of ``<``, so that it
     cannot close its block.
     """
-    question = sample.get(question_column) or sample.get("prompt") or ""
-    answer = _TAG.sub("&lt;", str(completion))
-    text = re.sub(
-        r"\{(question|answer)\}",
-        lambda field: str(question) if field[1] == "question" else answer,
-        prompt,
-    )
+    said = {
+        "question": str(sample.get(question_column) or sample.get("prompt") or ""),
+        "answer": _TAG.sub("&lt;", str(completion)),
+    }
+    text = re.sub(r"\{(question|answer)\}", lambda field: said[field[1]], prompt)
     body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-    reply = await asyncio.to_thread(
-        _post,
-        f"{url.rstrip('/')}/chat/completions",
-        body,
-        os.environ.get(api_key_variable),
-        timeout_s,
-    )
+    key, url = os.environ.get(api_key_variable), f"{url.rstrip('/')}/chat/completions"
+    reply = await asyncio.to_thread(_post, url, body, key, timeout_s)
     found = re.findall(r"[Rr]ating:\s*([0-9]+(?:\.[0-9]+)?)", reply)
     rating = float(found[-1]) / 10 if found else None
-    return rating if rating is not None and 0 <= rating <= 1 else None
+    return rating if rating is not None and rating <= 1 else None
 
 
 def _post(url: str, body: Any, key: str | None, timeout_s: float) -> str:
-    headers = {
-        "Content-Type": "application/json",
-        **({"Authorization": f"Bearer {key}"} if key else {}),
-    }
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310 - the user's own URL
         return str(json.loads(response.read())["choices"][0]["message"]["content"] or "")

@@ -40,17 +40,6 @@ Call = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """One call ``function(completion, sample, **options)`` in a worker."""
-
-    function: str
-    """Dotted path."""
-    completion: CompletionText
-    sample: Mapping[str, Any]
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What came of a call: a value, or why there is none."""
 
@@ -89,31 +78,36 @@ def _outcome(found: Any) -> Outcome:
 
 
 class WorkerPool:
-    """``run(tasks) -> outcomes``, in order. Workers start when they are needed and live until
-    ``close``."""
+    """Worker processes. They start when they are needed and live until ``close``."""
 
     def __init__(self, *, size: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._workers = [_Worker() for _ in range(size)]
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        self._idle = list(self._workers)
         self._threads: ThreadPoolExecutor | None = None
 
-    def run(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Every task once, and once more in a fresh worker if the first one died. A result does not
-        depend on which it was."""
+    def run(
+        self,
+        function: str,
+        pairs: Sequence[tuple[Mapping[str, Any], CompletionText]],
+        options: Mapping[str, Any],
+    ) -> list[Outcome]:
+        """The outcomes of ``function(completion, sample, **options)`` for pairs (sample,
+        completion), in their order. A call whose worker dies is made once more in a fresh one, so
+        that a result does not depend on which worker it was. ``function``: dotted path."""
+        call = {"function": function, "options": options, "timeout_s": self._timeout_s}
+        tasks = [{**call, "sample": s, "text": text, "drawn": vars(text)} for s, text in pairs]
         if self._threads is None:  # they live as long as the workers, which end with their thread
             self._threads = ThreadPoolExecutor(len(self._workers))
         return list(self._threads.map(self._score, tasks))
 
-    def _score(self, task: Task) -> Outcome:
-        worker = self._idle.get()
+    def _score(self, task: dict[str, Any]) -> Outcome:
+        worker = self._idle.pop()
         try:
-            outcome, died = worker.score(task, self._timeout_s)
-            return worker.score(task, self._timeout_s)[0] if died else outcome
+            outcome, died = worker.score(task)
+            return worker.score(task)[0] if died else outcome
         finally:
-            self._idle.put(worker)
+            self._idle.append(worker)
 
     def close(self) -> None:
         """Ends the workers; calls that run are waited for."""
@@ -131,22 +125,20 @@ class _Worker:
     def __init__(self) -> None:
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def score(self, task: Task, timeout_s: float) -> tuple[Outcome, bool]:
+    def score(self, task: dict[str, Any]) -> tuple[Outcome, bool]:
         """What came of the task, and whether the process died of it."""
-        message = {**vars(task), "drawn": vars(task.completion), "timeout_s": timeout_s}
         limit_s, problem = START_SECONDS, "the worker process died (killed, or out of memory)"
-        late = Outcome(
-            problem=f"no worker could import {task.function} within {START_SECONDS:g} s"
-        )
+        late = Outcome(problem=f"no worker could import {task['function']} within {limit_s:g} s")
         dead = Outcome(problem=f"{problem} before the call")
         try:
             pipe = self._pipe()
-            pipe.send_bytes(json.dumps(message, default=str).encode())
+            pipe.send_bytes(json.dumps(task, default=str).encode())
             while pipe.poll(limit_s):
                 answer = json.loads(pipe.recv_bytes())
                 if answer != "loaded":
                     return Outcome(**answer), False
-                limit_s, late = timeout_s, _outcome(_OutOfTime(timeout_s))
+                limit_s = task["timeout_s"]
+                late = _outcome(_OutOfTime(limit_s))
                 dead = Outcome(problem=problem, exhausted=True)
         except (EOFError, OSError):
             self.stop()
@@ -208,7 +200,7 @@ def serve(fd: int) -> None:
                 importlib.import_module(module)
             start_clock(task["timeout_s"])
             pipe.send_bytes(b'"loaded"')
-            text = CompletionText(task["completion"], **task["drawn"])
+            text = CompletionText(task["text"], **task["drawn"])
             found = function(text, task["sample"], **task["options"])
         except Exception as error:  # noqa: BLE001 - reported with its sample
             found = error

@@ -23,13 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
-    0x00020000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 _MS_RDONLY, _MS_NOSUID, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _USERS = range(61184, 65520)
@@ -60,21 +54,10 @@ def _call(result: int, what: str) -> None:
 
 
 def _mount(
-    libc: Any,
-    source: str,
-    target: str,
-    flags: int,
-    kind: str | None = None,
-    options: str | None = None,
+    libc: Any, source: str | None, target: str, flags: int, kind: str = "", options: str = ""
 ) -> None:
-    arguments = (
-        source.encode(),
-        target.encode(),
-        kind.encode() if kind else None,
-        flags,
-        options.encode() if options else None,
-    )
-    _call(libc.mount(*arguments), f"mount {target}")
+    text = [None if not s else s.encode() for s in (source, target, kind, options)]
+    _call(libc.mount(text[0], text[1], text[2], flags, text[3]), f"mount {target}")
 
 
 def _unshare(libc: Any) -> None:
@@ -91,40 +74,22 @@ def _unshare(libc: Any) -> None:
 
 def _enter(libc: Any, memory_bytes: int) -> None:
     """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
+    # out of memory ends this process first; no memory that outlives a process
     settings = {"self/oom_score_adj": "1000", "sys/kernel/shmmni": "0", "sys/kernel/msgmni": "0"}
-    for (
-        name,
-        value,
-    ) in (
-        settings.items()
-    ):  # out of memory ends this process first; no memory that outlives a process
+    for name, value in settings.items():
         with contextlib.suppress(OSError):
             Path("/proc", name).write_text(value)
     _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
-    _mount(
-        libc,
-        "tmpfs",
-        str(_ROOT),
-        _MS_NOSUID,
-        "tmpfs",
-        f"size={memory_bytes},nr_inodes={FILES},mode=755",
-    )
+    size = f"size={memory_bytes},nr_inodes={FILES},mode=755"
+    _mount(libc, "tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", size)
+    read_only = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
         if not os.path.isdir(source) or any(source.startswith(s + "/") for s in _SYSTEM):
             continue
         target = _ROOT / source.lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
         _mount(libc, source, str(target), _MS_BIND | _MS_REC)
-        _call(
-            libc.mount(
-                None,
-                str(target).encode(),
-                None,
-                _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID,
-                None,
-            ),
-            f"{target}",
-        )
+        _mount(libc, None, str(target), read_only)
     for folder in ("box", "tmp", "dev"):
         (_ROOT / folder).mkdir(exist_ok=True)
         (_ROOT / folder).chmod(0o777)
@@ -199,11 +164,10 @@ def _first_process(
         _enter(libc, int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
-            _program(
-                job, libc, output, errors, user
-            )  # comes back only by an exception, told below: no program has run
-        ended, status = os.wait()
-        while ended != program:
+            # comes back only by an exception, told below: no program has run
+            _program(job, libc, output, errors, user)
+        ended = 0
+        while ended != program:  # as process 1 it gets what others leave behind, too
             ended, status = os.wait()
         message = {"code": os.waitstatus_to_exitcode(status)}
     except BaseException as error:  # noqa: BLE001 - told to the parent, then gone
@@ -255,16 +219,17 @@ def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    messages = [json.loads(line) for line in texts[report].splitlines()]
-    for message in messages:
-        if "refused" in message:
-            return {"status": "refused", "problem": message["refused"]}
+    told: dict[str, Any] = {}
+    for line in texts[report].splitlines():
+        told |= json.loads(line)
+    if "refused" in told:
+        return {"status": "refused", "problem": told["refused"]}
     if is_late:
         return {"status": "timeout"}
     for fd in (output, errors):
         while fd in waiting and len(texts[fd]) <= OUTPUT_BYTES:  # nobody is left who writes
             _read(fd, texts, waiting)
-    code = messages[0]["code"] if messages else -int(signal.SIGKILL)
+    code = told.get("code", -int(signal.SIGKILL))
     written, said = (texts[fd][:OUTPUT_BYTES].decode(errors="replace") for fd in (output, errors))
     too_long = max(map(len, texts.values())) > OUTPUT_BYTES
     return {"status": "exit", "code": code, "output": written, "errors": said, "too_long": too_long}

@@ -83,7 +83,8 @@ def _words(text: str) -> list[str]:
     found: list[str] = []
     for piece in re.findall(r"[^\W\d_]+", text):
         for is_word, run in groupby(piece, key=_is_word):
-            found += run if is_word else ["".join(run)]
+            letters = "".join(run)
+            found += letters if is_word else [letters]
     return found
 
 

@@ -8,7 +8,6 @@ and the parser. An unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from posttrain.losses.preference_metrics import loss_beta
-from posttrain.resolve import import_name
+from posttrain.resolve import did_you_mean, import_name
 
 C = TypeVar("C")
 
@@ -171,8 +170,10 @@ def _suggestion(parser: Any, message: str) -> str:
     found = next((m for pattern in patterns if (m := re.search(pattern, message))), None)
     if found is None:
         return ""
-    near = difflib.get_close_matches(".".join(found.groups()), known, n=1, cutoff=0.5)
-    return f" Did you mean --{near[0]}?" if near else " See --help for all options."
+    near = did_you_mean(
+        "--" + ".".join(found.groups()), [f"--{name}" for name in known], cutoff=0.5
+    )
+    return near or " See --help for all options."
 
 
 def plain_settings(value: Any) -> Any:
@@ -232,8 +233,7 @@ def resolve_loss(
     unknown = sorted(set(options) - set().union(*accepted))
     if unknown:
         every = sorted(set().union(*accepted))
-        near = difflib.get_close_matches(unknown[0], every, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], every)
         raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
     bound = [
         (weight, with_options(function, {k: v for k, v in options.items() if k in names}))
@@ -278,13 +278,11 @@ def _weight_and_name(term: str, path: str) -> tuple[float, str]:
 
 
 def _import_function(name: str, home: str) -> Callable[..., Any]:
-    try:
-        return load_function(name if "." in name else f"{home}.{name}")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
-            f"importable from the folder you start in; got {name!r} ({error})."
-        ) from error
+    wanted = (
+        f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
+        "importable from the folder you start in"
+    )
+    return import_name(name if "." in name else f"{home}.{name}", wanted=wanted)
 
 
 def _options_of(function: Callable[..., Any]) -> set[str]:

@@ -6,13 +6,18 @@ import json
 
 import pytest
 
+from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.answers import math_answer, numeric_answer
 from posttrain.rewards.code import code_tests
-from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import BUILT_IN, Rewards, RewardsConfig, by_name
-from posttrain.rewards.format import think_answer_format
-from posttrain.rewards.language import language_consistency
-from posttrain.rewards.length import cosine_length, k15_length, overlong_penalty, repetition_penalty
+from posttrain.rewards.text import (
+    cosine_length,
+    k15_length,
+    language_consistency,
+    overlong_penalty,
+    repetition_penalty,
+    think_answer_format,
+)
 from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
@@ -184,10 +189,10 @@ def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
 
 
 def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
+    @reward(grouped=True)
     def length_of_group(completions, sample, scores):
         return [float(len(completions)) + (s or 0) for s in scores[f"{HERE}.batched"]]
 
-    length_of_group.grouped = True
     rewards = rewards_of(
         RewardsConfig(
             functions={f"{HERE}.batched": 0.5, f"{HERE}.asynchronous": 1.0},
@@ -344,7 +349,7 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
 
 
 def test_a_judge_is_asked_and_its_failures_are_named(rewards_of, monkeypatch):
-    from posttrain.rewards import judge
+    from posttrain.rewards import model as judge
 
     asked = []
 
