@@ -260,7 +260,7 @@ def test_a_hanging_call_does_not_keep_the_interpreter(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import asyncio, time
-        from posttrain.rewards import CompletionText, reward
+        from posttrain.rewards import CompletionText
         from posttrain.rewards.compose import Rewards, RewardsConfig
         async def in_a_thread(c, s):
             await asyncio.to_thread(time.sleep, 100)

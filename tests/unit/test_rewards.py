@@ -239,6 +239,27 @@ def test_mistakes_in_the_settings():
     assert all(path.startswith("posttrain.rewards.") for path in BUILT_IN.values())
 
 
+def test_a_declaration_is_a_decorator_that_leaves_the_function_as_it_is():
+    @reward(on_timeout=0.0, verifies=True)
+    def f(completion, sample):
+        return 1.0
+
+    assert f("x", {}) == 1.0 and f.__name__ == "f"
+    assert reward.of(f) == reward(on_timeout=0.0, verifies=True)
+    assert reward.of(lambda c, s: 1.0) == reward()
+    with pytest.raises(ValueError, match="batched or grouped"):
+        reward(batched=True, grouped=True)
+
+
+def test_an_attribute_set_by_hand_is_refused_and_not_ignored():
+    def f(completions, samples):
+        return [1.0 for _ in completions]
+
+    f.batched = True
+    with pytest.raises(ValueError, match=r"'f' has an attribute 'batched'.*@reward\(batched=\.\.\.\)"):
+        Rewards(RewardsConfig(), given={"f": (f, 1.0)})
+
+
 def test_two_functions_of_one_name_are_refused():
     from posttrain.trainers.rl import RLTrainer
 
