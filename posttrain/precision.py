@@ -49,22 +49,22 @@ class PrecisionPlan:
 
     name: str
     """What the user writes: ``fp32``, ``bf16``, ``bf16-pure``, ``fp16``."""
-    weight: DType
+    weight: DType = "float32"
     """Dtype the parameters are loaded and stored in."""
-    gradient: DType
+    gradient: DType = "float32"
     """Dtype of ``parameter.grad`` and of its reduction over ranks (torch keeps both in the weight's
     dtype)."""
-    master: DType | None
+    master: DType | None = None
     """Dtype of a *separate* copy of the weights that the optimizer updates; None when it updates
     the weights themselves (then float32 weights are their own master: see ``update``). Additive:
     counting ``weight`` and ``master`` counts no byte twice."""
-    moment: DType
+    moment: DType = "float32"
     """Dtype of AdamW's two moments (other optimizers: ``memory/states.py``)."""
-    compute: DType
+    compute: DType = "float32"
     """Dtype of the matmuls in forward and backward (autocast when it differs from ``weight``)."""
-    reduce: DType
+    reduce: DType = "float32"
     """Dtype of softmax, log-probs, losses and gradient norms: never 16-bit."""
-    uses_loss_scaling: bool
+    uses_loss_scaling: bool = False
     """Whether the loss is multiplied by a dynamic scale before backward."""
 
     def __post_init__(self) -> None:
@@ -104,17 +104,8 @@ class PrecisionPlan:
         return sum(bytes_per_element(dtype) for dtype in held if dtype is not None)
 
 
-_FP32 = PrecisionPlan(
-    name="fp32",
-    weight="float32",
-    gradient="float32",
-    master=None,
-    moment="float32",
-    compute="float32",
-    reduce="float32",
-    uses_loss_scaling=False,
-)
-_BF16 = replace(_FP32, name="bf16", compute="bfloat16")
+_FP32 = PrecisionPlan(name="fp32")
+_BF16 = PrecisionPlan(name="bf16", compute="bfloat16")
 PRECISIONS: dict[str, PrecisionPlan] = {
     "fp32": _FP32,
     # accelerate keeps the weights in fp32 and casts inside autocast: they are the master, gradients
@@ -124,7 +115,7 @@ PRECISIONS: dict[str, PrecisionPlan] = {
     "bf16-pure": replace(
         _BF16, name="bf16-pure", weight="bfloat16", gradient="bfloat16", moment="bfloat16"
     ),
-    "fp16": replace(_FP32, name="fp16", compute="float16", uses_loss_scaling=True),
+    "fp16": PrecisionPlan(name="fp16", compute="float16", uses_loss_scaling=True),
 }
 
 # DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and

@@ -101,10 +101,8 @@ def mix_into(mine: nn.Module, theirs: nn.Module, share: float) -> None:
     reshard(mine)
     reshard(theirs)
     for target, parameter in zip(mine.parameters(), theirs.parameters(), strict=True):
-        with whole(parameter) as source:
-            part = (
-                distribute_tensor(source, target.device_mesh, target.placements).to_local()
-                if _is_dtensor(target)
-                else source
-            )
+        with whole(parameter) as part:
+            if _is_dtensor(target):
+                sharded = distribute_tensor(part, target.device_mesh, target.placements)
+                part = sharded.to_local()
             local(target).lerp_(part.to(target.dtype), share)
