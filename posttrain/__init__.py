@@ -42,34 +42,25 @@ if TYPE_CHECKING:
     )
 
 _NAMES = {
-    "algorithms": ("Algorithm",),
-    "data": ("DataConfig",),
-    "models.adapters": ("LoraConfig",),
-    "models.load": ("ModelConfig",),
-    "packing.plan": ("PackingConfig",),
-    "rewards": ("reward",),
-    "rewards.compose": ("RewardsConfig",),
-    "rollout.engine": ("SamplingConfig",),
-    "trainers.dpo": ("DPOConfig", "DPOTrainer"),
-    "trainers.reward": ("RewardConfig", "RewardTrainer"),
-    "trainers.rl": ("RLConfig", "RLTrainer"),
-    "trainers.sft": ("SFTConfig", "SFTTrainer"),
-    "training.config": ("TrainConfig",),
-    "training.experience": ("RolloutConfig",),
-    "training.optimizer": ("OptimizerConfig",),
-    "training.reference": ("ReferenceConfig",),
-    "types": (
-        "BatchStatistic",
-        "Completion",
-        "LossOutput",
-        "LossTerm",
-        "Pair",
-        "PairLogps",
-        "PromptGroup",
-        "TokenLogps",
-    ),
+    "algorithms": "Algorithm",
+    "data": "DataConfig",
+    "models.adapters": "LoraConfig",
+    "models.load": "ModelConfig",
+    "packing.plan": "PackingConfig",
+    "rewards": "reward",
+    "rewards.compose": "RewardsConfig",
+    "rollout.engine": "SamplingConfig",
+    "trainers.dpo": "DPOConfig DPOTrainer",
+    "trainers.reward": "RewardConfig RewardTrainer",
+    "trainers.rl": "RLConfig RLTrainer",
+    "trainers.sft": "SFTConfig SFTTrainer",
+    "training.config": "TrainConfig",
+    "training.experience": "RolloutConfig",
+    "training.optimizer": "OptimizerConfig",
+    "training.reference": "ReferenceConfig",
+    "types": "BatchStatistic Completion LossOutput LossTerm Pair PairLogps PromptGroup TokenLogps",
 }
-_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}
+_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOME)
 
 

@@ -16,7 +16,8 @@ from tests.code_size import code_size
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
 LAYERS = [
-    {"types", "precision", "resolve"},
+    {"resolve"},
+    {"types", "precision"},
     {"losses", "memory", "data", "packing"},
     {"models"},
     {"rollout", "rewards"},
