@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 
-def base_model(model: nn.Module) -> Any:
+def base_model(model: Any) -> Any:
     """The transformers model inside a PEFT model (its layers carry the adapter), or the model
     itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +81,7 @@ def load_model(
     the checkpoint, an architecture that needs foreign code or is no causal language model, a router
     loss.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    model, _ = load_pretrained(
-        config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype, compute=compute
-    )
+    model, _ = load_pretrained(config, dtype=dtype, compute=compute)
     return as_trained(model, config)
 
 
@@ -133,9 +129,7 @@ def untrained_model(
 ) -> Any:
     """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none
     on the meta device."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto_class: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    auto_class, _ = _auto_class(scores)
     if scores:
         model_config = copy.deepcopy(model_config)
         model_config.num_labels = 1
@@ -147,23 +141,17 @@ def untrained_model(
 
 def load_pretrained(
     config: ModelConfig,
-    auto_class: Any,
-    known: Any,
     *,
     dtype: torch.dtype,
     compute: torch.dtype | None = None,
-    may_miss: Callable[[str], bool] = lambda _: False,
-    **config_values: Any,
+    scores: bool = False,
 ) -> tuple[Any, list[str]]:
-    """(model without adapters, names of weights that the checkpoint lacks and ``may_miss`` allows
-    to be random).
-
-    ``auto_class`` is transformers' class for the task, ``known`` its mapping of configs;
-    ``config_values`` replace values of the model's config. Raises as ``load_model`` does.
-    """
+    """(model without adapters, names of the weights that the checkpoint lacks: those of a reward
+    model's head, which are random). Raises as ``load_model`` does."""
     source = resolve_source(config.name)
     _check_weights_are_safetensors(source)
     model_config = read_config(config)
+    auto_class, known = _auto_class(scores)
     if type(model_config) not in known:
         raise ValueError(
             f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' "
@@ -171,8 +159,8 @@ def load_pretrained(
             "can be trained here."
         )
     _settle_router_loss(model_config, config)
-    for name, value in config_values.items():
-        setattr(model_config, name, value)
+    if scores:
+        model_config.num_labels = 1
     model, report = auto_class.from_pretrained(
         source,
         config=model_config,
@@ -184,7 +172,7 @@ def load_pretrained(
         output_loading_info=True,
     )
     missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if not may_miss(name)]
+    lost = [name for name in missing if not (scores and name.startswith("score."))]
     if lost:
         raise ValueError(
             f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights "
@@ -192,6 +180,15 @@ def load_pretrained(
             "Check that config.json belongs to the weights."
         )
     return model, missing
+
+
+def _auto_class(scores: bool) -> tuple[Any, Any]:
+    """(transformers' class for the task, the configs that it knows)"""
+    import transformers as hf
+
+    if scores:
+        return hf.AutoModelForSequenceClassification, hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

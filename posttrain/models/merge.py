@@ -48,9 +48,7 @@ def merge_adapter(
     refuse_filled(target)
     name = base or recorded.get("base_model_name_or_path")
     if not name:
-        raise ValueError(
-            f"{adapter} does not say which model it was trained on. Give it with --base."
-        )
+        raise ValueError(f"{adapter} does not name the model it was trained on. Give --base.")
     revision = None if base else recorded.get("revision")
     config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
     model, tokenizer = _load_with_adapter(adapter, config, task_type=recorded.get("task_type"))

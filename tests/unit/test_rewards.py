@@ -256,7 +256,9 @@ def test_an_attribute_set_by_hand_is_refused_and_not_ignored():
         return [1.0 for _ in completions]
 
     f.batched = True
-    with pytest.raises(ValueError, match=r"'f' has an attribute 'batched'.*@reward\(batched=\.\.\.\)"):
+    with pytest.raises(
+        ValueError, match=r"'f' has an attribute 'batched'.*@reward\(batched=\.\.\.\)"
+    ):
         Rewards(RewardsConfig(), given={"f": (f, 1.0)})
 
 
