@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 _MS_RDONLY, _MS_NOSUID, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -49,47 +50,44 @@ could name an encoding. Without the packages of ``site``, but with its ``exit`` 
 
 def _call(result: int, what: str) -> None:
     if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def _mount(
-    libc: Any, source: str | None, target: str, flags: int, kind: str = "", options: str = ""
-) -> None:
+def _mount(source: str | None, target: str, flags: int, kind: str = "", options: str = "") -> None:
     text = [None if not s else s.encode() for s in (source, target, kind, options)]
-    _call(libc.mount(text[0], text[1], text[2], flags, text[3]), f"mount {target}")
+    _call(_LIBC.mount(text[0], text[1], text[2], flags, text[3]), f"mount {target}")
 
 
-def _unshare(libc: Any) -> None:
+def _unshare() -> None:
     """Namespaces of its own; as an ordinary user inside a user namespace."""
     uid, gid = os.getuid(), os.getgid()
     flags = _NEWNS | _NEWIPC | _NEWPID | _NEWNET
-    if uid == 0 and libc.unshare(flags) == 0:
+    if uid == 0 and _LIBC.unshare(flags) == 0:
         return
-    _call(libc.unshare(flags | _NEWUSER), "unshare")
+    _call(_LIBC.unshare(flags | _NEWUSER), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 
-def _enter(libc: Any, memory_bytes: int) -> None:
+def _enter(memory_bytes: int) -> None:
     """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
     # out of memory ends this process first; no memory that outlives a process
     settings = {"self/oom_score_adj": "1000", "sys/kernel/shmmni": "0", "sys/kernel/msgmni": "0"}
     for name, value in settings.items():
         with contextlib.suppress(OSError):
             Path("/proc", name).write_text(value)
-    _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
+    _mount("none", "/", _MS_REC | _MS_PRIVATE)
     size = f"size={memory_bytes},nr_inodes={FILES},mode=755"
-    _mount(libc, "tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", size)
+    _mount("tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", size)
     read_only = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
         if not os.path.isdir(source) or any(source.startswith(s + "/") for s in _SYSTEM):
             continue
         target = _ROOT / source.lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
-        _mount(libc, source, str(target), _MS_BIND | _MS_REC)
-        _mount(libc, None, str(target), read_only)
+        _mount(source, str(target), _MS_BIND | _MS_REC)
+        _mount(None, str(target), read_only)
     for folder in ("box", "tmp", "dev"):
         (_ROOT / folder).mkdir(exist_ok=True)
         (_ROOT / folder).chmod(0o777)
@@ -115,14 +113,14 @@ def _limit(job: dict[str, Any]) -> None:
 
 def _in_memory(text: str) -> int:
     """Descriptor of a file in memory that holds the text."""
-    fd, data = os.memfd_create("text"), text.encode("utf-8", "surrogatepass")
-    while data:
-        data = data[os.write(fd, data) :]
+    fd = os.memfd_create("text")
+    with os.fdopen(fd, "wb", closefd=False) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
 
-def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int) -> None:
+def _program(job: dict[str, Any], output: int, errors: int, user: int) -> None:
     """Becomes the program. Every descriptor but 0, 1, 2 and the program's text closes on exec."""
     source, stdin = _in_memory(job["program"]), _in_memory(job["stdin"])
     for target, fd in ((0, stdin), (1, output), (2, errors)):
@@ -133,7 +131,7 @@ def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": "/box",
@@ -144,9 +142,7 @@ def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int
     os.execve(interpreter, [interpreter, "-I", "-S", "-c", _START.format(fd=source)], environment)
 
 
-def _first_process(
-    job: dict[str, Any], libc: Any, output: int, errors: int, report: int, user: int
-) -> None:
+def _first_process(job: dict[str, Any], output: int, errors: int, report: int, user: int) -> None:
     """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
 
     The report goes through a pipe that the program does not have: a line {"refused": why} or
@@ -154,18 +150,18 @@ def _first_process(
     """
     message: dict[str, Any]
     try:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         poll = select.poll()
         poll.register(report, 0)
         if poll.poll(0):  # nobody reads: the parent died before the line above
             os._exit(1)
         # a program's kill(0, ...) reaches a whole process group, outside of its namespace too
         os.setsid()
-        _enter(libc, int(job["memory_bytes"]))
+        _enter(int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
             # comes back only by an exception, told below: no program has run
-            _program(job, libc, output, errors, user)
+            _program(job, output, errors, user)
         ended = 0
         while ended != program:  # as process 1 it gets what others leave behind, too
             ended, status = os.wait()
@@ -186,21 +182,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """
     if not sys.platform.startswith("linux"):
         return {"status": "refused", "problem": f"{sys.platform} has no namespaces"}
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != job["parent"]:
         os._exit(1)
     output, errors, report = os.pipe(), os.pipe(), os.pipe()
     user = _USERS[os.getpid() % len(_USERS)]
     try:
-        _unshare(libc)
+        _unshare()
         child = os.fork()
     except OSError as error:
         return {"status": "refused", "problem": str(error)}
     if child == 0:
         for pipe in (output, errors, report):
             os.close(pipe[0])
-        _first_process(job, libc, output[1], errors[1], report[1], user)
+        _first_process(job, output[1], errors[1], report[1], user)
     for pipe in (output, errors, report):
         os.close(pipe[1])
     return _wait(child, output[0], errors[0], report[0], float(job["timeout_s"]))
