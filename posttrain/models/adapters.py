@@ -102,32 +102,25 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
     with."""
     import torch
 
-    layers: list[Any] = [
-        m
+    own: dict[Any, Any] = {
+        m: m.compute_dtype
         for m in model.modules()
         if type(m).__module__ == "bitsandbytes.nn.modules" and hasattr(m, "compute_dtype")
-    ]
-    computed = [layer.compute_dtype for layer in layers]
+    }
     try:
-        for layer in layers:
+        for layer in own:
             layer.compute_dtype = torch.float32
         yield
     finally:
-        for layer, dtype in zip(layers, computed, strict=True):
+        for layer, dtype in own.items():
             layer.compute_dtype = dtype
 
 
 def add_adapters(
-    model: PreTrainedModel,
-    lora: LoraConfig,
-    *,
-    base: str,
-    revision: str | None,
-    task_type: str,
-    modules_to_save: list[str] | None = None,
+    model: PreTrainedModel, lora: LoraConfig, *, base: str, revision: str | None, scores: bool
 ) -> PeftModel:
-    """LoRA around the model. ``base`` is recorded as where the base can be loaded from;
-    ``modules_to_save`` are trained whole and saved with the adapters (a new head)."""
+    """LoRA around the model. ``base`` is recorded as where the base can be loaded from.
+    ``scores``: a reward model, whose head is trained whole and saved with the adapters."""
     import peft
 
     if lora.quantize_4bit:
@@ -138,9 +131,8 @@ def add_adapters(
         lora_alpha=lora.alpha or 2 * lora.rank,  # type: ignore[arg-type]  # peft only divides it
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or "all-linear",
-        bias="none",
-        task_type=task_type,  # type: ignore[arg-type]  # peft takes the name as well as its enum
-        modules_to_save=modules_to_save,
+        task_type=peft.TaskType.SEQ_CLS if scores else peft.TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scores else None,
         revision=revision,
     )
     wrapped = peft.get_peft_model(model, adapters)

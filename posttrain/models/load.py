@@ -89,15 +89,8 @@ def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
     """The model with its adapters and gradient checkpointing, as the config says. ``scores``: a
     reward model, whose head is trained whole."""
     if config.lora.rank > 0:
-        task, kept = ("SEQ_CLS", ["score"]) if scores else ("CAUSAL_LM", None)
-        model = add_adapters(
-            model,
-            config.lora,
-            base=base_name(config),
-            revision=config.revision,
-            task_type=task,
-            modules_to_save=kept,
-        )
+        base = base_name(config)
+        model = add_adapters(model, config.lora, base=base, revision=config.revision, scores=scores)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}
@@ -372,12 +365,11 @@ def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> 
     if not getattr(text_config, "output_router_logits", False):
         return
     if not config.train_without_router_loss:
+        coefficient = getattr(text_config, "router_aux_loss_coef", None)
         raise ValueError(
             f"Router auxiliary loss refused: the config of {config.name!r} asks for one "
-            "(output_router_logits=true, "
-            f"router_aux_loss_coef={getattr(text_config, 'router_aux_loss_coef', None)}), and "
-            "transformers computes it per micro-batch, so the gradient would depend on how a step "
-            "is split. Train without it with --model.train_without_router_loss true."
+            f"(output_router_logits=true, router_aux_loss_coef={coefficient}), which depends on "
+            "how a step is split. Train without it: --model.train_without_router_loss true."
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)

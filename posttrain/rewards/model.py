@@ -31,74 +31,60 @@ def reward_model(
     folder or hub id. An answer that is longer with its prompt than ``max_length`` tokens, or empty,
     is None. Runs in the training process, on the CPU or the first CUDA device.
     """
+    import torch
+
+    from posttrain.data import ChatEncoder, DataConfig
+    from posttrain.data.tokenise import RowEncoder
+    from posttrain.packing.batch import pack
+    from posttrain.packing.plan import plan_step
+
     scorer, tokenizer = _loaded(model)
-    scores: list[float | None] = [None] * len(completions)
+    config = DataConfig(max_length=max_length, overlong="drop")
+    encoder = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose="reward")
+
+    def encoded(indices: list[int]) -> PromptGroup | None:
+        answers = [str(completions[i]) for i in indices]
+        return _encoded(encoder, samples[indices[0]], answers, prompt_column)
+
     by_prompt: dict[int, list[int]] = {}
     for i, (text, sample) in enumerate(zip(completions, samples, strict=True)):
         if text.strip():
             by_prompt.setdefault(id(sample), []).append(i)
-
-    def score(places: list[list[int]]) -> list[int]:
-        """Fills in the scores of the groups that fit; places of the others."""
-        asked = [(samples[ks[0]], [str(completions[k]) for k in ks]) for ks in places]
-        groups = _encoded(asked, tokenizer, prompt_column, max_length)
-        for group, values in zip(groups, _scores(scorer, groups, max_length), strict=True):
-            for place, value in zip(places[group.meta["row"]], values, strict=True):
-                scores[place] = value
-        kept = {group.meta["row"] for group in groups}
-        return [place for r, row in enumerate(places) if r not in kept for place in row]
-
-    score([[place] for place in score(list(by_prompt.values()))])
+    groups: list[tuple[PromptGroup, list[int]]] = []
+    for indices in by_prompt.values():
+        together = encoded(indices)  # None: one of the answers does not fit
+        tries = (
+            [(encoded([i]), [i]) for i in indices] if together is None else [(together, indices)]
+        )
+        groups += [(group, found) for group, found in tries if group is not None]
+    scores: list[float | None] = [None] * len(completions)
+    mode, device = scorer.forward_mode.mode, next(scorer.parameters()).device
+    packed = [group for group, _ in groups]
+    with torch.no_grad():
+        for part in plan_step(packed, world_size=1, max_tokens=max_length, mode=mode).ranks[0]:
+            batch = pack(packed, part.parts, mode=mode).to(device)
+            for (g, k), value in zip(batch.refs, scorer(batch).tolist(), strict=True):
+                scores[groups[g][1][k]] = value
     return scores
 
 
 def _encoded(
-    asked: Sequence[tuple[Mapping[str, Any], list[str]]],
-    tokenizer: Any,
-    prompt_column: str,
-    max_length: int,
-) -> list[PromptGroup]:
-    """Groups of (sample, answers) that fit; ``meta["row"]`` is their index."""
-    from posttrain.data import Answer, ChatEncoder, DataConfig, Sample, read_prompt
-    from posttrain.data.tokenise import RowEncoder
+    encoder: Any, row: Mapping[str, Any], texts: list[str], prompt_column: str
+) -> PromptGroup | None:
+    """The prompt of the row with the texts as answers; None if they do not fit."""
+    from posttrain.data import Answer, Sample, read_prompt
 
-    config = DataConfig(max_length=max_length, overlong="drop")
-    encoder = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose="reward")
-    groups = []
-    for number, (row, texts) in enumerate(asked):
-        place = {"file": row.get("_where", "<memory>"), "row": number}
-        values = {k: v for k, v in row.items() if k != "_where"}
-        read = read_prompt(values, column=prompt_column if prompt_column in row else None)
-        turns = [[{"role": "assistant", "content": text}] for text in texts]
-        sample = Sample(
-            prompt=read.messages,
-            tools=read.tools,
-            answers=[Answer(messages=turn, label=True) for turn in turns],
-            layout="labelled",
-            is_text=len(read.messages) == 1 and not read.tools,
-        )
-        group = encoder.encode(sample, place).group
-        groups += [] if group is None else [group]
-    return groups
-
-
-def _scores(scorer: Any, groups: Sequence[PromptGroup], max_length: int) -> list[list[float]]:
-    """[group][completion]"""
-    import torch
-
-    from posttrain.packing.batch import pack
-    from posttrain.packing.plan import plan_step
-
-    if not groups:
-        return []
-    found: list[list[float]] = [[0.0] * len(g.completions) for g in groups]
-    mode, device = scorer.forward_mode.mode, next(scorer.parameters()).device
-    with torch.no_grad():
-        for part in plan_step(groups, world_size=1, max_tokens=max_length, mode=mode).ranks[0]:
-            batch = pack(groups, part.parts, mode=mode).to(device)
-            for (g, k), value in zip(batch.refs, scorer(batch).tolist(), strict=True):
-                found[g][k] = value
-    return found
+    values = {k: v for k, v in row.items() if k != "_where"}
+    read = read_prompt(values, column=prompt_column if prompt_column in row else None)
+    turns = [[{"role": "assistant", "content": text}] for text in texts]
+    sample = Sample(
+        prompt=read.messages,
+        tools=read.tools,
+        answers=[Answer(messages=turn, label=True) for turn in turns],
+        layout="labelled",
+        is_text=len(read.messages) == 1 and not read.tools,
+    )
+    return encoder.encode(sample, {"file": row.get("_where", "<memory>"), "row": 0}).group
 
 
 @lru_cache(maxsize=2)
