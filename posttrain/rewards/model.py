@@ -52,12 +52,13 @@ def reward_model(
             by_prompt.setdefault(id(sample), []).append(i)
     groups: list[tuple[PromptGroup, list[int]]] = []
     for indices in by_prompt.values():
-        together = encoded(indices)  # None: one of the answers does not fit
-        tries = (
-            [(encoded([i]), [i]) for i in indices] if together is None else [(together, indices)]
-        )
+        tries = [(encoded(indices), indices)]
+        if tries[0][0] is None:  # one of the answers does not fit
+            tries = [(encoded([i]), [i]) for i in indices]
         groups += [(group, found) for group, found in tries if group is not None]
     scores: list[float | None] = [None] * len(completions)
+    if not groups:
+        return scores
     mode, device = scorer.forward_mode.mode, next(scorer.parameters()).device
     packed = [group for group, _ in groups]
     with torch.no_grad():

@@ -349,6 +349,9 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
         ({"prompt": "2+2?"}, texts("4", "five", "", "x" * 200)),
         ({"question": "1+1?"}, texts("2")),
     ]
+    assert [s.total for s in rewards.score([({"prompt": "?"}, texts("", "x" * 200))])[0]] == [
+        None
+    ] * 2
     first, second = rewards.score(groups)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", dtype=torch.float32
