@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WHERE_IT_CAME_FROM = ("quantization_config", "_name_or_path", "_model_name_or_path")
 _FILES_OF_A_WHOLE_FOLDER = (
     "config.json",
     "generation_config.json",
@@ -146,27 +145,23 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
 
 
 def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Dequantise into a model built from the same config: transformers refuses to save the one it
-    read."""
+    """The dequantised model as a plain one: transformers refuses to save what it knows as GGUF."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    read = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
     )
-    values = read.config.to_dict()
-    for key in _WHERE_IT_CAME_FROM:
-        values.pop(key, None)
-    config = type(read.config).from_dict(values)
+    model.hf_quantizer = None
+    config = model.config
+    del config.quantization_config, config._model_name_or_path  # where it came from
     # GGUF keeps it in float32: 9.99999975e-06
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return plain
+    return model
