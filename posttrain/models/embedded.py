@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.cache import cache_root
 from posttrain.data.folders import whole_folder
@@ -149,7 +149,7 @@ def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTr
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
     )
     model.hf_quantizer = None
