@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
+    from posttrain.rewards import reward
     from posttrain.rewards.compose import RewardsConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig, DPOTrainer
@@ -43,35 +44,25 @@ if TYPE_CHECKING:
     )
 
 _NAMES = {
-    "algorithms": ("Algorithm", "Credit", "Rollout", "credit"),
-    "data": ("DataConfig",),
-    "models.adapters": ("LoraConfig",),
-    "models.load": ("ModelConfig",),
-    "packing.plan": ("PackingConfig",),
-    "rewards.compose": ("RewardsConfig",),
-    "rollout.engine": ("SamplingConfig",),
-    "trainers.dpo": ("DPOConfig", "DPOTrainer"),
-    "trainers.reward": ("RewardConfig", "RewardTrainer"),
-    "trainers.rl": ("RLConfig", "RLTrainer"),
-    "trainers.sft": ("SFTConfig", "SFTTrainer"),
-    "training.config": ("TrainConfig",),
-    "training.experience": ("RolloutConfig",),
-    "training.optimizer": ("OptimizerConfig",),
-    "training.reference": ("ReferenceConfig",),
-    "types": (
-        "BatchStatistic",
-        "Completion",
-        "Forward",
-        "Logps",
-        "Loss",
-        "LossOutput",
-        "LossTerm",
-        "Pair",
-        "PromptGroup",
-        "loss",
-    ),
+    "algorithms": "Algorithm Credit Rollout credit",
+    "data": "DataConfig",
+    "models.adapters": "LoraConfig",
+    "models.load": "ModelConfig",
+    "packing.plan": "PackingConfig",
+    "rewards": "reward",
+    "rewards.compose": "RewardsConfig",
+    "rollout.engine": "SamplingConfig",
+    "trainers.dpo": "DPOConfig DPOTrainer",
+    "trainers.reward": "RewardConfig RewardTrainer",
+    "trainers.rl": "RLConfig RLTrainer",
+    "trainers.sft": "SFTConfig SFTTrainer",
+    "training.config": "TrainConfig",
+    "training.experience": "RolloutConfig",
+    "training.optimizer": "OptimizerConfig",
+    "training.reference": "ReferenceConfig",
+    "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup loss",
 }
-_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names}
+_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOME)
 
 

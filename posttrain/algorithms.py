@@ -10,12 +10,8 @@ it is split into mini-batches.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
@@ -24,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posttrain.losses import policy
+from posttrain.resolve import did_you_mean, import_name
 from posttrain.types import Loss, LossOutput, as_loss, wrap
 
 Scores = Sequence[Sequence[float | None]]
@@ -572,8 +569,7 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     known = of_loss | of_advantages | own
     unknown = sorted(set(options) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], sorted(known))
         raise ValueError(
             f"Algorithm {algorithm.name} has no option {unknown[0]!r}; it has "
             f"{', '.join(sorted(known))}.{hint}"
@@ -593,16 +589,10 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
 
 
 def _import_algorithm(name: str) -> Algorithm:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--algorithm is one of {', '.join(ALGORITHMS)}, or the dotted path of an Algorithm; "
-            f"got {name!r} ({error})."
-        ) from error
+    known = ", ".join(ALGORITHMS)
+    found = import_name(
+        name, wanted=f"--algorithm is one of {known}, or the dotted path of an Algorithm"
+    )
     if not isinstance(found, Algorithm):
         raise ValueError(f"{name} is not an Algorithm but a {type(found).__name__}.")
     return found

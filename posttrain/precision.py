@@ -9,10 +9,12 @@ inside the functions that return torch objects.
 
 from __future__ import annotations
 
-import difflib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
+
+from posttrain.resolve import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +23,13 @@ DType = Literal["float64", "float32", "bfloat16", "float16"]
 
 _BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _AUTOCAST: dict[str, str] = {"bfloat16": "bf16", "float16": "fp16"}
-_FAST_BF16_CPU_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def bytes_per_element(dtype: str) -> int:
     """Bytes of one element of a floating dtype named as torch names it (``"bfloat16"``: 2)."""
     if dtype not in _BYTES:
         raise ValueError(
-            f"bytes_per_element knows {', '.join(_BYTES)}; got {dtype!r}. Use the "
-            "torch name without 'torch.'."
+            f"A dtype is one of {', '.join(_BYTES)}; got {dtype!r}. Use the torch name."
         )
     return _BYTES[dtype]
 
@@ -39,9 +39,7 @@ def torch_dtype(dtype: str) -> torch.dtype:
     import torch
 
     bytes_per_element(dtype)
-    found = getattr(torch, dtype)
-    assert isinstance(found, torch.dtype)
-    return found
+    return getattr(torch, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,43 +49,33 @@ class PrecisionPlan:
 
     name: str
     """What the user writes: ``fp32``, ``bf16``, ``bf16-pure``, ``fp16``."""
-    weight: DType
+    weight: DType = "float32"
     """Dtype the parameters are loaded and stored in."""
-    gradient: DType
+    gradient: DType = "float32"
     """Dtype of ``parameter.grad`` and of its reduction over ranks (torch keeps both in the weight's
     dtype)."""
-    master: DType | None
+    master: DType | None = None
     """Dtype of a *separate* copy of the weights that the optimizer updates; None when it updates
     the weights themselves (then float32 weights are their own master: see ``update``). Additive:
     counting ``weight`` and ``master`` counts no byte twice."""
-    moment: DType
+    moment: DType = "float32"
     """Dtype of AdamW's two moments (other optimizers: ``memory/states.py``)."""
-    compute: DType
+    compute: DType = "float32"
     """Dtype of the matmuls in forward and backward (autocast when it differs from ``weight``)."""
-    reduce: DType
+    reduce: DType = "float32"
     """Dtype of softmax, log-probs, losses and gradient norms: never 16-bit."""
-    uses_loss_scaling: bool
+    uses_loss_scaling: bool = False
     """Whether the loss is multiplied by a dynamic scale before backward."""
 
     def __post_init__(self) -> None:
-        wanted = get_args(DType)
-        for field in ("weight", "gradient", "master", "moment", "compute", "reduce"):
-            value = getattr(self, field)
-            if value not in wanted and not (field == "master" and value is None):
-                raise ValueError(
-                    f"PrecisionPlan {self.name!r}: {field} must be one of "
-                    f"{', '.join(wanted)}; got {value!r}."
-                )
         if self.compute != self.weight and self.compute not in _AUTOCAST:
             raise ValueError(
-                f"PrecisionPlan {self.name!r}: compute={self.compute} with weight={self.weight} is "
-                f"not possible, autocast only lowers to {', '.join(_AUTOCAST)}. Set compute to the "
-                "weight's dtype."
+                f"compute={self.compute} with weight={self.weight} is not possible: autocast only "
+                f"lowers to {', '.join(_AUTOCAST)}."
             )
         if bytes_per_element(self.reduce) < 4:
             raise ValueError(
-                f"PrecisionPlan {self.name!r}: reduce={self.reduce} would lose sums (4096 ones add "
-                "up to 256 in bfloat16, 2048 in float16). Set reduce='float32'."
+                f"reduce={self.reduce} would lose sums: 4096 ones add up to 256 in bfloat16."
             )
 
     @property
@@ -112,45 +100,27 @@ class PrecisionPlan:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1 (2 + 2 + 12 = 16 for a 16-bit weight
         with an fp32 master).
         """
-        master = bytes_per_element(self.master) if self.master else 0
-        return (
-            bytes_per_element(self.weight)
-            + bytes_per_element(self.gradient)
-            + master
-            + 2 * bytes_per_element(self.moment)
-        )
+        held = [self.weight, self.gradient, self.moment, self.moment, self.master]
+        return sum(bytes_per_element(dtype) for dtype in held if dtype is not None)
 
 
-_FP32 = PrecisionPlan(
-    name="fp32",
-    weight="float32",
-    gradient="float32",
-    master=None,
-    moment="float32",
-    compute="float32",
-    reduce="float32",
-    uses_loss_scaling=False,
-)
+_FP32 = PrecisionPlan(name="fp32")
+_BF16 = PrecisionPlan(name="bf16", compute="bfloat16")
 PRECISIONS: dict[str, PrecisionPlan] = {
     "fp32": _FP32,
     # accelerate keeps the weights in fp32 and casts inside autocast: they are the master, gradients
     # come back in fp32.
-    "bf16": replace(_FP32, name="bf16", compute="bfloat16"),
+    "bf16": _BF16,
     # Half the memory of the others; loses every update smaller than 2^-8 of the weight.
     "bf16-pure": replace(
-        _FP32,
-        name="bf16-pure",
-        weight="bfloat16",
-        gradient="bfloat16",
-        moment="bfloat16",
-        compute="bfloat16",
+        _BF16, name="bf16-pure", weight="bfloat16", gradient="bfloat16", moment="bfloat16"
     ),
-    "fp16": replace(_FP32, name="fp16", compute="float16", uses_loss_scaling=True),
+    "fp16": PrecisionPlan(name="fp16", compute="float16", uses_loss_scaling=True),
 }
 
 # DeepSpeed computes with bf16 weights and updates an fp32 copy of them; gradients are reduced and
 # accumulated in fp32.
-DEEPSPEED_BF16 = replace(PRECISIONS["bf16"], weight="bfloat16", master="float32")
+DEEPSPEED_BF16 = replace(_BF16, weight="bfloat16", master="float32")
 # It updates an fp32 copy even of fp32 weights.
 DEEPSPEED_FP32 = replace(_FP32, master="float32")
 
@@ -166,29 +136,23 @@ def resolve_precision(
     """
     name = default_precision(device_type).name if name is None else name
     if name not in PRECISIONS:
-        near = difflib.get_close_matches(name, PRECISIONS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"Unknown precision {name!r}; it must be one of {', '.join(PRECISIONS)}.{hint}"
+            f"Unknown precision {name!r}; it must be one of {', '.join(PRECISIONS)}."
+            f"{did_you_mean(name, PRECISIONS, cutoff=0.4)}"
         )
     if deepspeed:
         if name not in ("fp32", "bf16"):
             raise ValueError(
-                f"Precision {name!r} does not exist under DeepSpeed: it always updates an fp32 "
-                "copy of the weights, and its fp16 loss scale is its own. Use --train.precision "
-                "bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
+                f"Precision {name!r} does not exist under DeepSpeed, which always updates an fp32 "
+                "copy of the weights. Use bf16 or fp32, or FSDP2 (launch/fsdp.yaml)."
             )
         return DEEPSPEED_FP32 if name == "fp32" else DEEPSPEED_BF16
     plan = PRECISIONS[name]
     if plan.uses_loss_scaling and device_type != "cuda":
-        reason = (
-            "a CPU runs float16 matmuls at 0.4 GFLOP/s (float32: 149)"
-            if device_type == "cpu"
-            else "its dynamic loss scaling is only exercised there"
-        )
         raise ValueError(
-            f"Precision {name!r} needs a CUDA device; got device type {device_type!r}, and "
-            f"{reason}. Use {default_precision(device_type).name!r} here."
+            f"Precision {name!r} needs a CUDA device; got device type {device_type!r} (a CPU runs "
+            "float16 matmuls at 0.4 GFLOP/s, float32 at 149). "
+            f"Use {default_precision(device_type).name!r} here."
         )
     return plan
 
@@ -202,30 +166,17 @@ def default_precision(
     among its flags for which torch runs its AVX-512 kernels (``kernels``, by default what torch
     says; ATEN_CPU_CAPABILITY can hold it to less).
     """
+    is_good = False
     if device_type == "cuda":
         import torch
 
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        is_good = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
             including_emulation=False
         )
-        return PRECISIONS["bf16" if native else "fp32"]
-    if device_type == "cpu" and _cpu_flags(cpuinfo) & _FAST_BF16_CPU_FLAGS:
-        import torch
+    elif device_type == "cpu" and cpuinfo.exists():  # not on macOS and Windows
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
+            import torch
 
-        return PRECISIONS[
-            "bf16" if "512" in (kernels or torch.backends.cpu.get_cpu_capability()) else "fp32"
-        ]
-    return PRECISIONS["fp32"]
-
-
-def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
-    """Feature flags of the first core; empty where the file does not exist (macOS, Windows)."""
-    try:
-        text = cpuinfo.read_text(errors="replace")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
+            is_good = "512" in (kernels or torch.backends.cpu.get_cpu_capability())
+    return PRECISIONS["bf16" if is_good else "fp32"]

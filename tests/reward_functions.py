@@ -6,6 +6,8 @@ import math
 import os
 import time
 
+from posttrain import reward
+
 
 def hangs(completion, sample):
     while True:
@@ -34,22 +36,18 @@ def dies(completion, sample):
     os._exit(3)
 
 
+@reward(on_timeout=0.0)
 def dies_and_is_wrong(completion, sample):
     os._exit(3)
 
 
-dies_and_is_wrong.on_timeout = 0.0
-
-
+@reward(on_timeout=0.0)
 def dies_once(completion, sample):
     """Of what is not its own fault: the second time there is a mark."""
     if os.path.exists(sample["mark"]):
         return 1.0
     with open(sample["mark"], "w"):
         os._exit(3)
-
-
-dies_once.on_timeout = 0.0
 
 
 def chatters(completion, sample):
@@ -63,11 +61,9 @@ async def asynchronous(completion, sample):
     return 2.0
 
 
+@reward(batched=True)
 def batched(completions, samples):
     return [float(len(c)) for c in completions]
-
-
-batched.batched = True
 
 
 def starts_with_digit(completion, sample):

@@ -16,6 +16,7 @@ from tests.code_size import code_size
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
 LAYERS = [
+    {"resolve"},
     {"types", "precision"},
     {"losses", "memory", "data", "packing"},
     {"models"},

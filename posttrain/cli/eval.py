@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,88 +15,45 @@ if TYPE_CHECKING:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `eval`; imports nothing heavy."""
-    _declare_shared(parser)
-    parser.add_argument(
-        "--out", metavar="FILE", help="write every answer with its rewards here, JSON lines"
-    )
-    parser.add_argument(
-        "--pass-at-powers",
-        action="store_true",
-        help="pass@k for k = 2, 4, 8, ... below the samples too",
-    )
-    parser.set_defaults(samples=1, temperature=0.0)
+    add = parser.add_argument
+    add("--out", metavar="FILE", help="write every answer with its rewards here, JSON lines")
+    add("--pass-at-powers", action="store_true", help="pass@k for k = 2, 4, 8, ... below --samples")
+    _declare_shared(parser, samples=1, temperature=0.0)
 
 
 def declare_difficulty(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prep difficulty`."""
-    _declare_shared(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="the rows with pass_rate and difficulty (1 - pass_rate)",
-    )
-    parser.add_argument(
-        "--guess-tries",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out problems that are right within N tries without reasoning "
-        "(k1.5: 8); 0: none",
-    )
-    parser.add_argument(
-        "--guess-suffix",
-        default="\n\nAnswer with the result only.",
-        help="put after the prompt for a guess",
-    )
-    parser.set_defaults(samples=10, temperature=1.0)
+    add = parser.add_argument
+    written = "the rows with pass_rate and difficulty (1 - pass_rate)"
+    add("--out", required=True, metavar="FILE", help=written)
+    left_out = "leave out problems that are right within N tries without reasoning (k1.5: 8)"
+    add("--guess-tries", type=int, default=0, metavar="N", help=f"{left_out}; 0: none")
+    suffix = "\n\nAnswer with the result only."
+    add("--guess-suffix", default=suffix, help="put after the prompt for a guess")
+    _declare_shared(parser, samples=10, temperature=1.0)
 
 
-def _declare_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="embedded model, folder or hub id")
-    parser.add_argument(
-        "--task",
-        required=True,
-        nargs="+",
-        metavar="ROWS",
-        help="files of rows, or gym:NAME for reasoning-gym's NAME",
-    )
-    parser.add_argument(
-        "--reward",
-        default="math_answer",
-        help="what tells right from wrong (default: math_answer; gym: gym_answer)",
-    )
-    parser.add_argument(
-        "--samples", type=int, help="answers of each problem (default: eval 1, difficulty 10)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, help="0: greedy (default: eval 0, difficulty 1)"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: 512)")
-    parser.add_argument(
-        "--must-end",
-        action="store_true",
-        help="an answer that is cut off at --max-tokens is wrong, whatever it says",
-    )
-    parser.add_argument(
-        "--problems",
-        type=int,
-        default=0,
-        metavar="N",
-        help="only the first N; gym: how many (default: all; gym 200)",
-    )
-    parser.add_argument(
-        "--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}"
-    )
-    parser.add_argument("--system", help="system message")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--max-rows",
-        type=int,
-        default=64,
-        help="completions that run at the same time (default: 64)",
-    )
+def _declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperature: float) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="embedded model, folder or hub id")
+    rows = "files of rows, or gym:NAME for reasoning-gym's NAME"
+    add("--task", required=True, nargs="+", metavar="ROWS", help=rows)
+    verifier = "what tells right from wrong (default: math_answer; gym: gym_answer)"
+    add("--reward", default="math_answer", help=verifier)
+    default = "(default: %(default)s)"
+    add("--samples", type=int, default=samples, help=f"answers of each problem {default}")
+    add("--temperature", type=float, default=temperature, help=f"0: greedy {default}")
+    add("--top-p", type=float, default=1.0)
+    add("--max-tokens", type=int, default=512, help=f"longest answer {default}")
+    cut_off = "an answer that is cut off at --max-tokens is wrong, whatever it says"
+    add("--must-end", action="store_true", help=cut_off)
+    first = "only the first N; gym: how many (default: all; gym 200)"
+    add("--problems", type=int, default=0, metavar="N", help=first)
+    add("--template", default="chat", help="chat, r1-zero, plain, or a text file with {prompt}")
+    add("--system", help="system message")
+    add("--seed", type=int, default=0)
+    rows = "completions that run at the same time"
+    add("--max-rows", type=int, default=64, help=f"{rows} {default}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -112,21 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     table.add_column("", justify="right")
     interval = metrics.pop("eval_pass@1_ci95")
     for name, value in metrics.items():
-        text = (
-            f"{value:.1%}"
-            if "@" in name or name in ("eval_truncated", "eval_unscored")
-            else f"{value:.3f}"
-        )
-        table.add_row(
-            name.removeprefix("eval_"),
-            f"{text} ± {interval:.1%}" if name == "eval_pass@1" else text,
-        )
+        is_share = "@" in name or name in ("eval_truncated", "eval_unscored")
+        text = f"{value:.1%}" if is_share else f"{value:.3f}"
+        text += f" ± {interval:.1%}" if name == "eval_pass@1" else ""
+        table.add_row(name.removeprefix("eval_"), text)
     Console().print(table)
     if arguments.out:
-        lines = evaluation.rows()
-        Path(arguments.out).write_text(
-            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-        )
+        _write(arguments.out, evaluation.rows())
 
 
 def run_difficulty(arguments: argparse.Namespace) -> None:
@@ -137,9 +87,8 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     evaluation = evaluate(arguments, rows)
     guessed: set[str] = set()
     if arguments.guess_tries:
-        quick = argparse.Namespace(
-            **{**vars(arguments), "samples": arguments.guess_tries, "max_tokens": 32}
-        )
+        changed = {"samples": arguments.guess_tries, "max_tokens": 32}
+        quick = argparse.Namespace(**{**vars(arguments), **changed})
         tried = evaluate(quick, rows, suffix=arguments.guess_suffix)
         guessed = {
             str(g.prompt.sample["_where"])
@@ -151,17 +100,20 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
         known = [ok for ok in correct if ok is not None]
         unjudged += not known
-        rate = statistics.fmean(known) if known else None
-        if rate is not None and str(group.prompt.sample["_where"]) not in guessed:
-            kept = {k: v for k, v in group.prompt.sample.items() if k != "_where"}
+        kept = dict(group.prompt.sample)
+        if known and str(kept.pop("_where")) not in guessed:
+            rate = statistics.fmean(known)
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
-    Path(arguments.out).write_text(
-        "".join(json.dumps(line, default=str) + "\n" for line in lines), encoding="utf-8"
-    )
+    _write(arguments.out, lines)
     print(
         f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), "
         f"{unjudged} left out (no answer could be judged); wrote {len(lines)} to {arguments.out}"
     )
+
+
+def _write(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(line, default=str) + "\n" for line in lines)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def evaluate(
@@ -196,14 +148,11 @@ def evaluate(
     rewards = Rewards(
         RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0)
     )
-    source = ModelConfig(name=arguments.model)
-    tokenizer = load_tokenizer(source)
-    dtype = torch_dtype(default_precision(state.device.type).compute)
-    policy = Policy(
-        load_model(source, dtype=dtype).to(state.device),
-        PackingConfig(max_tokens=8192),
-        device_type=state.device.type,
-    )
+    source, device = ModelConfig(name=arguments.model), state.device
+    tokenizer: Any = load_tokenizer(source)
+    dtype = torch_dtype(default_precision(device.type).compute)
+    model: Any = load_model(source, dtype=dtype).to(device)
+    policy = Policy(model, PackingConfig(max_tokens=8192), device_type=device.type)
     engine = LocalEngine(
         policy,
         compute=dtype,
@@ -249,13 +198,10 @@ def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             import reasoning_gym
 
             name = source.removeprefix("gym:")
-            made = reasoning_gym.create_dataset(
-                name, size=arguments.problems or 200, seed=arguments.seed
-            )
-            rows += [
-                {**entry, "task": name, "_where": f"{source}:{i}"}
-                for i, entry in enumerate(made, start=1)
-            ]
+            size = arguments.problems or 200
+            made = reasoning_gym.create_dataset(name, size=size, seed=arguments.seed)
+            for i, entry in enumerate(made, start=1):
+                rows.append({**entry, "task": name, "_where": f"{source}:{i}"})
         else:
             rows += [{**row.values, "_where": row.where} for row in read_rows(source)]
     return rows[: arguments.problems or None]

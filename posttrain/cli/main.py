@@ -1,8 +1,8 @@
 """``posttrain COMMAND ...``. Each command imports what it needs when it runs, so that ``posttrain
 --help`` is instant.
 
-A new command is a function that declares its arguments, a function that runs it, and a line in
-``COMMANDS``.
+A new command is a line in ``COMMANDS``: what ``--help`` says, a function that declares its
+arguments, and one that runs it and raises ValueError or OSError for what the user can mend.
 """
 
 from __future__ import annotations
@@ -11,45 +11,23 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from posttrain.cli import eval as evaluation
 from posttrain.cli import plan, prep
 
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """One subcommand."""
-
-    help: str
-    """One line for ``posttrain --help``."""
-    declare: Callable[[argparse.ArgumentParser], None]
-    """Adds the arguments; imports nothing heavy."""
-    run: Callable[[argparse.Namespace], None]
-    """Does the work. Raises ValueError or OSError for what the user can mend."""
-    takes_settings: bool = False
-    """Options that it does not declare are settings of a run: they come as
-    ``arguments.settings``."""
+Declare = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], None]
 
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER_DIR", help="folder with adapter_config.json")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--base",
-        metavar="NAME_OR_DIR",
-        help="embedded model, folder or hub id of the base model (default: the one the adapter "
-        "recorded)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the merged weights; the sum is computed in float32 (default: auto, that of the "
-        "base's checkpoint)",
-    )
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER_DIR", help="folder with adapter_config.json")
+    add("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    base = "embedded model, folder or hub id of the base (default: the one the adapter recorded)"
+    add("--base", metavar="NAME_OR_DIR", help=base)
+    dtype = "of the merged weights; the sum is in float32 (default: auto, the base's)"
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=dtypes, help=dtype)
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
@@ -71,25 +49,19 @@ def _run_version(arguments: argparse.Namespace) -> None:
             print(f"{package} not installed")
 
 
-COMMANDS = {
-    "prep": Command(
-        help="make training rows of raw preference data", declare=prep.declare, run=prep.run
-    ),
-    "plan": Command(
-        help="what a run's memory will be", declare=plan.declare, run=plan.run, takes_settings=True
-    ),
-    "eval": Command(
-        help="answer and verify held-out problems", declare=evaluation.declare, run=evaluation.run
-    ),
-    "merge": Command(
-        help="make a plain model of a LoRA adapter", declare=_declare_merge, run=_run_merge
-    ),
-    "version": Command(
-        help="print the versions of posttrain and what it builds on",
-        declare=lambda _: None,
-        run=_run_version,
+COMMANDS: dict[str, tuple[str, Declare, Run]] = {
+    "prep": ("make training rows of raw preference data", prep.declare, prep.run),
+    "plan": ("what a run's memory will be", plan.declare, plan.run),
+    "eval": ("answer and verify held-out problems", evaluation.declare, evaluation.run),
+    "merge": ("make a plain model of a LoRA adapter", _declare_merge, _run_merge),
+    "version": (
+        "print the versions of posttrain and what it builds on",
+        lambda _: None,
+        _run_version,
     ),
 }
+TAKE_SETTINGS = ("plan",)
+"""Commands whose undeclared options are settings of a run: they come as ``arguments.settings``."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="posttrain", description="Post-training of language models."
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        command.declare(subparsers.add_parser(name, help=command.help, description=command.help))
+    for name, (text, declare, _) in COMMANDS.items():
+        declare(subparsers.add_parser(name, help=text, description=text))
     return parser
 
 
@@ -111,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments, settings = parser.parse_known_args(argv)
-    if COMMANDS[arguments.command].takes_settings:
+    if arguments.command in TAKE_SETTINGS:
         arguments.settings = settings
     elif settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
-        COMMANDS[arguments.command].run(arguments)
+        COMMANDS[arguments.command][2](arguments)
     except (ValueError, OSError) as error:
         if os.environ.get("POSTTRAIN_TRACEBACK") == "1":
             raise

@@ -35,36 +35,21 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0:
-            raise ValueError(
-                f"lora.rank counts dimensions and must be >= 0 (0: no adapters); got {self.rank}."
-            )
+            raise ValueError(f"lora.rank must be >= 0 (0: no adapters); got {self.rank}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"lora.dropout is a probability in [0, 1); got {self.dropout}.")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(
-                "lora.alpha must be > 0, since the update is scaled by alpha / rank; got "
-                f"{self.alpha}. Leave it out for 2 * rank."
+                f"lora.alpha must be > 0; got {self.alpha}. Leave it out for 2 * rank."
             )
-        if self.target_modules is not None and not self.target_modules:
+        if self.target_modules == []:
+            raise ValueError("lora.target_modules is empty. Leave it out for every linear layer.")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.rank == 0 and given:
             raise ValueError(
-                "lora.target_modules is empty: nothing would be trained. Leave it "
-                "out for every linear layer."
+                f"{', '.join(f'lora.{name}' for name in given)} would have no effect: lora.rank is "
+                "0, so there are no adapters. Set --model.lora.rank 16, or leave these options out."
             )
-        ignored = [
-            f"lora.{f.name}"
-            for f in fields(self)
-            if f.name != "rank" and getattr(self, f.name) != f.default
-        ]
-        if self.rank == 0 and ignored:
-            raise ValueError(
-                f"{', '.join(ignored)} would have no effect: lora.rank is 0, so there are no "
-                "adapters. Set --model.lora.rank 16, or leave these options out."
-            )
-
-    @property
-    def scale_numerator(self) -> float:
-        """``alpha``, resolved."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 def nf4(compute: torch.dtype) -> Any:
@@ -76,9 +61,8 @@ def nf4(compute: torch.dtype) -> Any:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            "lora.quantize_4bit needs bitsandbytes, which is not installed. Run: pip install "
-            "'posttrain[qlora]', or train adapters on unquantised weights (leave "
-            "--model.lora.quantize_4bit out)."
+            "lora.quantize_4bit needs bitsandbytes. Run: pip install 'posttrain[qlora]', or leave "
+            "it out."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -118,45 +102,37 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
     with."""
     import torch
 
-    layers = [
-        m
+    own: dict[Any, Any] = {
+        m: m.compute_dtype
         for m in model.modules()
         if type(m).__module__ == "bitsandbytes.nn.modules" and hasattr(m, "compute_dtype")
-    ]
-    computed = [layer.compute_dtype for layer in layers]
+    }
     try:
-        for layer in layers:
-            layer.compute_dtype = torch.float32  # type: ignore[assignment]  # an attribute of bitsandbytes
+        for layer in own:
+            layer.compute_dtype = torch.float32
         yield
     finally:
-        for layer, dtype in zip(layers, computed, strict=True):
+        for layer, dtype in own.items():
             layer.compute_dtype = dtype
 
 
 def add_adapters(
-    model: PreTrainedModel,
-    lora: LoraConfig,
-    *,
-    base: str,
-    revision: str | None,
-    task_type: str,
-    modules_to_save: list[str] | None = None,
+    model: PreTrainedModel, lora: LoraConfig, *, base: str, revision: str | None, scores: bool
 ) -> PeftModel:
-    """LoRA around the model. ``base`` is recorded as where the base can be loaded from;
-    ``modules_to_save`` are trained whole and saved with the adapters (a new head)."""
+    """LoRA around the model. ``base`` is recorded as where the base can be loaded from.
+    ``scores``: a reward model, whose head is trained whole and saved with the adapters."""
     import peft
 
     if lora.quantize_4bit:
         _keep_4bit_layers_differentiable(model)
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapters = peft.LoraConfig(
+    adapters: Any = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.scale_numerator,  # type: ignore[arg-type]  # peft only divides it by r
+        lora_alpha=lora.alpha or 2 * lora.rank,  # type: ignore[arg-type]  # peft only divides it
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or "all-linear",
-        bias="none",
-        task_type=task_type,  # type: ignore[arg-type]  # peft takes the name as well as its enum
-        modules_to_save=modules_to_save,
+        task_type=peft.TaskType.SEQ_CLS if scores else peft.TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scores else None,
         revision=revision,
     )
     wrapped = peft.get_peft_model(model, adapters)

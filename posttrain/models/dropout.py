@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 
-def base_model(model: nn.Module) -> Any:
+def base_model(model: Any) -> Any:
     """The transformers model inside a PEFT model (its layers carry the adapter), or the model
     itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -21,20 +21,16 @@ def _config_rates(model: nn.Module) -> dict[str, float]:
     return {
         name: value
         for name, value in base_model(model).config.get_text_config().to_dict().items()
-        if any(word in name for word in ("drop", "pdrop"))
-        and not name.startswith(("classifier", "summary"))
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value > 0
+        if "drop" in name and not name.startswith(("classifier", "summary"))
+        if isinstance(value, float) and value > 0
     }
 
 
 def has_dropout(model: nn.Module) -> bool:
     """A dropout module, or any dropout rate in the config (OPT and others call F.dropout) but those
     of other heads."""
-    return bool(_config_rates(model)) or any(
-        isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()
-    )
+    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return modules or bool(_config_rates(model))
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -46,10 +42,8 @@ def without_dropout(model: nn.Module) -> None:
     ``own_rates`` gives the config its rates back while it is saved.
     """
     base = base_model(model)
-    base.own_dropout_rates = {**getattr(base, "own_dropout_rates", {}), **_config_rates(model)}
-    config = base.config.get_text_config()
-    for name in base.own_dropout_rates:
-        setattr(config, name, 0.0)
+    base.own_dropout_rates = getattr(base, "own_dropout_rates", {}) | _config_rates(model)
+    _set_rates(base, dict.fromkeys(base.own_dropout_rates, 0.0))
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (
@@ -62,11 +56,14 @@ def without_dropout(model: nn.Module) -> None:
 def own_rates(model: nn.Module) -> Iterator[None]:
     """Inside, the config says the rates that the model came with."""
     base = base_model(model)
-    rates, config = getattr(base, "own_dropout_rates", {}), base.config.get_text_config()
-    for name, rate in rates.items():
-        setattr(config, name, rate)
+    rates = getattr(base, "own_dropout_rates", {})
+    _set_rates(base, rates)
     try:
         yield
     finally:
-        for name in rates:
-            setattr(config, name, 0.0)
+        _set_rates(base, dict.fromkeys(rates, 0.0))
+
+
+def _set_rates(base: Any, rates: dict[str, float]) -> None:
+    for name, rate in rates.items():
+        setattr(base.config.get_text_config(), name, rate)

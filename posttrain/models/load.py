@@ -10,9 +10,9 @@ a router loss whose denominator is not global.
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from posttrain.data.chat import stop_token_ids
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.dropout import own_rates, without_dropout
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
+from posttrain.resolve import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _TOKENS_THAT_TEXT_NEVER_HOLDS = ("image_token", "video_token", "audio_token")
+_NAMES = f"an embedded model ({', '.join(EMBEDDED)}), a local folder or a hub id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError(
-                f"model.name is empty. Give {', '.join(EMBEDDED)}, a local folder or a hub id."
-            )
-        if self.revision is not None and (
-            self.name in EMBEDDED or Path(self.name).expanduser().is_dir()
-        ):
+            raise ValueError(f"model.name is empty. Give {_NAMES}.")
+        if self.revision is not None and _is_local(self.name):
             raise ValueError(
                 f"model.revision={self.revision!r} would have no effect: {self.name!r} is not a "
                 "hub id. Leave it out."
@@ -83,11 +81,7 @@ def load_model(
     the checkpoint, an architecture that needs foreign code or is no causal language model, a router
     loss.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    model, _ = load_pretrained(
-        config, AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, dtype=dtype, compute=compute
-    )
+    model, _ = load_pretrained(config, dtype=dtype, compute=compute)
     return as_trained(model, config)
 
 
@@ -95,15 +89,8 @@ def as_trained(model: Any, config: ModelConfig, *, scores: bool = False) -> Any:
     """The model with its adapters and gradient checkpointing, as the config says. ``scores``: a
     reward model, whose head is trained whole."""
     if config.lora.rank > 0:
-        task, kept = ("SEQ_CLS", ["score"]) if scores else ("CAUSAL_LM", None)
-        model = add_adapters(
-            model,
-            config.lora,
-            base=base_name(config),
-            revision=config.revision,
-            task_type=task,
-            modules_to_save=kept,
-        )
+        base = base_name(config)
+        model = add_adapters(model, config.lora, base=base, revision=config.revision, scores=scores)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}
@@ -135,9 +122,7 @@ def untrained_model(
 ) -> Any:
     """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none
     on the meta device."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto_class: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    auto_class, _ = _auto_class(scores)
     if scores:
         model_config = copy.deepcopy(model_config)
         model_config.num_labels = 1
@@ -149,23 +134,17 @@ def untrained_model(
 
 def load_pretrained(
     config: ModelConfig,
-    auto_class: Any,
-    known: Any,
     *,
     dtype: torch.dtype,
     compute: torch.dtype | None = None,
-    may_miss: Callable[[str], bool] = lambda _: False,
-    **config_values: Any,
+    scores: bool = False,
 ) -> tuple[Any, list[str]]:
-    """(model without adapters, names of weights that the checkpoint lacks and ``may_miss`` allows
-    to be random).
-
-    ``auto_class`` is transformers' class for the task, ``known`` its mapping of configs;
-    ``config_values`` replace values of the model's config. Raises as ``load_model`` does.
-    """
+    """(model without adapters, names of the weights that the checkpoint lacks: those of a reward
+    model's head, which are random). Raises as ``load_model`` does."""
     source = resolve_source(config.name)
     _check_weights_are_safetensors(source)
     model_config = read_config(config)
+    auto_class, known = _auto_class(scores)
     if type(model_config) not in known:
         raise ValueError(
             f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' "
@@ -173,23 +152,20 @@ def load_pretrained(
             "can be trained here."
         )
     _settle_router_loss(model_config, config)
-    for name, value in config_values.items():
-        setattr(model_config, name, value)
-    options: dict[str, Any] = (
-        {"quantization_config": nf4(compute or dtype)} if config.lora.quantize_4bit else {}
-    )
+    if scores:
+        model_config.num_labels = 1
     model, report = auto_class.from_pretrained(
         source,
         config=model_config,
-        revision=_revision(config, source),
+        revision=config.revision or "main",
         dtype=dtype,
+        quantization_config=nf4(compute or dtype) if config.lora.quantize_4bit else None,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        **options,
     )
     missing = sorted(report["missing_keys"])
-    lost = [name for name in missing if not may_miss(name)]
+    lost = [name for name in missing if not (scores and name.startswith("score."))]
     if lost:
         raise ValueError(
             f"The checkpoint of {config.name!r} lacks {len(lost)} of the model's weights "
@@ -199,49 +175,49 @@ def load_pretrained(
     return model, missing
 
 
+def _auto_class(scores: bool) -> tuple[Any, Any]:
+    """(transformers' class for the task, the configs that it knows)"""
+    import transformers as hf
+
+    if scores:
+        return hf.AutoModelForSequenceClassification, hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or the one named by ``config.tokenizer``."""
     from transformers import AutoTokenizer
 
     name = config.tokenizer or config.name
-    source = resolve_source(name)
-    revision = None if config.tokenizer else _revision(config, source)
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(_needs_foreign_code(name)) from error
-        raise FileNotFoundError(
-            f"No tokenizer in {name!r}: {_first_line(error)} A folder needs tokenizer.json or the "
-            "tokenizer's own files. Copy them there, or name another tokenizer with "
-            "--model.tokenizer."
-        ) from error
+    source, revision = resolve_source(name), None if config.tokenizer else config.revision
+    advice = (
+        "A folder needs tokenizer.json or the tokenizer's own files. Copy them there, or name "
+        "another tokenizer with --model.tokenizer."
+    )
+    with _told(name, (OSError, ValueError), f"No tokenizer in {name!r}", advice):
+        return AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
 
 
-def check_vocabulary(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if the tokenizer can make an id without an embedding row. More rows than ids
     are padding: fine.
 
     Placeholders for images, sound and video are exempt, since text never holds them: Gemma 3's text
     models share a tokenizer whose last id, ``<image_soft_token>``, they have no row for.
     """
-    num_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    num_rows = int(model.get_input_embeddings().weight.shape[0])
     placeholders = {getattr(tokenizer, name, None) for name in _TOKENS_THAT_TEXT_NEVER_HOLDS}
-    beyond = {
-        token_id: token
-        for token, token_id in tokenizer.get_vocab().items()
-        if token_id >= num_rows and token not in placeholders
-    }
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = {i: token for token, i in vocabulary if i >= num_rows and token not in placeholders}
     if beyond:
-        largest = max(beyond)
         raise ValueError(
-            f"Tokenizer and model do not fit: the tokenizer's largest id is {largest} "
-            f"({beyond[largest]!r}), the model's embedding has {num_rows} rows (ids 0 to "
-            f"{num_rows - 1}); {len(beyond)} tokens have no row. Use the tokenizer the model was "
-            "trained with, or, if you added tokens, resize the embedding "
-            "(model.resize_token_embeddings) and save the model before training."
+            f"Tokenizer and model do not fit: the tokenizer's largest id is {max(beyond)} "
+            f"({beyond[max(beyond)]!r}), the model's embedding has {num_rows} rows (ids 0 to "
+            f"{num_rows - 1}); {len(beyond)} tokens have no row. Use the model's own tokenizer, "
+            "or, if you added tokens, resize the embedding (model.resize_token_embeddings) and "
+            "save the model before training."
         )
 
 
@@ -288,20 +264,32 @@ def read_config(config: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     source = resolve_source(config.name)
-    try:
+    failed = (
+        f"Model {config.name!r} is neither an embedded model ({', '.join(EMBEDDED)}) nor a local "
+        "folder, and reading it from the hub failed"
+    )
+    advice = "Check the name, the network and, for a gated model, the login."
+    with _told(config.name, OSError, failed, advice):
         return AutoConfig.from_pretrained(
-            source, revision=_revision(config, source), trust_remote_code=False
+            source, revision=config.revision or "main", trust_remote_code=False
         )
-    except ValueError as error:
+
+
+@contextmanager
+def _told(name: str, errors: Any, failed: str, advice: str) -> Iterator[None]:
+    """Say ``errors`` of transformers in fewer words and with advice."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(_needs_foreign_code(config.name)) from error
-        raise
-    except OSError as error:
-        raise FileNotFoundError(
-            f"Model {config.name!r} is neither an embedded model ({', '.join(EMBEDDED)}) nor a "
-            f"local folder, and reading it from the hub failed: {_first_line(error)} Check the "
-            "name, the network and, for a gated model, the login."
-        ) from error
+            raise ValueError(
+                f"{name!r} needs Python code from its own repository, which is never run here. Use "
+                "a model whose architecture is part of transformers."
+            ) from error
+        if not isinstance(error, errors):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"{failed}: {first} {advice}") from error
 
 
 def resolve_source(name: str) -> str:
@@ -317,29 +305,27 @@ def resolve_source(name: str) -> str:
     if path.is_dir():
         return str(path)
     if path.is_file():
-        raise ValueError(
-            f"Model {name!r} is a file; the folder that holds config.json and "
-            "*.safetensors is wanted."
-        )
-    if (
-        path.is_absolute()
-        or name.startswith((".", "~"))
-        or name.endswith("/")
-        or name.count("/") > 1
-    ):
+        raise ValueError(f"Model {name!r} is a file; give the folder with config.json.")
+    looks_like_a_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith("/")
+    if looks_like_a_path or name.count("/") > 1:
         raise FileNotFoundError(
-            f"Model folder {name!r} does not exist (looked for {path.resolve()}). Check the path, "
-            f"or give an embedded model ({', '.join(EMBEDDED)}) or a hub id (organisation/model)."
+            f"Model folder {name!r} does not exist (looked for {path.resolve()}). Give {_NAMES}."
         )
-    near = difflib.get_close_matches(name.lower(), EMBEDDED, n=1, cutoff=0.8)
-    if near and "/" not in name:
-        raise ValueError(f"Unknown model {name!r}. Did you mean {near[0]!r}?")
+    near = "" if "/" in name else did_you_mean(name.lower(), EMBEDDED, cutoff=0.8)
+    if near:
+        raise ValueError(f"Unknown model {name!r}.{near}")
     return name
 
 
-def _revision(config: ModelConfig, source: str) -> str:
-    is_hub_id = source == config.name and not Path(source).is_dir()
-    return (config.revision if is_hub_id else None) or "main"
+def _is_local(name: str) -> bool:
+    return name in EMBEDDED or Path(name).expanduser().is_dir()
+
+
+def base_name(config: ModelConfig) -> str:
+    """What adapters record as their base: the embedded name, the absolute path of a folder, or the
+    hub id."""
+    is_folder = config.name not in EMBEDDED and _is_local(config.name)
+    return str(Path(config.name).expanduser().resolve()) if is_folder else config.name
 
 
 def _check_weights_are_safetensors(source: str) -> None:
@@ -348,45 +334,28 @@ def _check_weights_are_safetensors(source: str) -> None:
     if not folder.is_dir():
         return
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if "adapter_config.json" in files and "config.json" not in files:
-        raise ValueError(
-            f"{source} holds adapters, not a model. Make a plain model of it first: "
-            f"posttrain merge {source} --out {source.rstrip('/')}-merged"
-        )
     if "config.json" not in files:
-        raise FileNotFoundError(
-            f"Model folder {source} has no config.json, so it is not a transformers model folder."
-        )
+        if "adapter_config.json" in files:
+            raise ValueError(
+                f"{source} holds adapters, not a model. Make a plain model of it first: "
+                f"posttrain merge {source} --out {source.rstrip('/')}-merged"
+            )
+        raise FileNotFoundError(f"Model folder {source} has no config.json: it is no model folder.")
     if any(name in files for name in _SAFETENSORS_NAMES):
         return
-    pickles = [
-        name for name in files if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"
-    ]
+    pickles = [n for n in files if n.endswith(_PICKLE_SUFFIXES) and n != "training_args.bin"]
     if pickles:
         raise ValueError(
-            f"Model folder {source} has its weights as pickle only ({', '.join(pickles[:3])}); "
-            "safetensors is wanted, because unpickling a file can run code hidden in it. If you "
-            "trust its origin, convert it once: "
-            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"M.from_pretrained('{source}', use_safetensors=False, dtype='auto')"
-            ".save_pretrained('OUT'); "
-            f"T.from_pretrained('{source}').save_pretrained('OUT')\""
+            f"Model folder {source} has its weights as pickle only ({', '.join(pickles[:3])}), "
+            "and unpickling a file can run code hidden in it. If you trust its origin, convert it "
+            'once: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as '
+            f"T; M.from_pretrained('{source}', use_safetensors=False, dtype='auto')"
+            f".save_pretrained('OUT'); T.from_pretrained('{source}').save_pretrained('OUT')\""
         )
     raise FileNotFoundError(
         f"Model folder {source} has no weights: {' or '.join(_SAFETENSORS_NAMES)} is wanted; "
         f"found {', '.join(files[:8])}. Was a download or a copy cut short?"
     )
-
-
-def _needs_foreign_code(name: str) -> str:
-    return (
-        f"{name!r} needs Python code from its own repository, which is never run here. Use a model "
-        "whose architecture is part of transformers."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> None:
@@ -396,20 +365,11 @@ def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> 
     if not getattr(text_config, "output_router_logits", False):
         return
     if not config.train_without_router_loss:
+        coefficient = getattr(text_config, "router_aux_loss_coef", None)
         raise ValueError(
             f"Router auxiliary loss refused: the config of {config.name!r} asks for one "
-            "(output_router_logits=true, "
-            f"router_aux_loss_coef={getattr(text_config, 'router_aux_loss_coef', None)}), and "
-            "transformers computes it per micro-batch, so the gradient would depend on how a step "
-            "is split. Train without it with --model.train_without_router_loss true."
+            f"(output_router_logits=true, router_aux_loss_coef={coefficient}), which depends on "
+            "how a step is split. Train without it: --model.train_without_router_loss true."
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)
-
-
-def base_name(config: ModelConfig) -> str:
-    """What adapters record as their base: the embedded name, the absolute path of a folder, or the
-    hub id."""
-    folder = Path(config.name).expanduser()
-    is_folder = config.name not in EMBEDDED and folder.is_dir()
-    return str(folder.resolve()) if is_folder else config.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MERGE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -46,10 +48,7 @@ def merge_adapter(
     refuse_filled(target)
     name = base or recorded.get("base_model_name_or_path")
     if not name:
-        raise ValueError(
-            f"{adapter} does not say which model it was trained on. Give it with "
-            "--base NAME_OR_FOLDER."
-        )
+        raise ValueError(f"{adapter} does not name the model it was trained on. Give --base.")
     revision = None if base else recorded.get("revision")
     config = ModelConfig(name=name, revision=revision, train_without_router_loss=True)
     model, tokenizer = _load_with_adapter(adapter, config, task_type=recorded.get("task_type"))
@@ -65,29 +64,21 @@ def _read_adapter_config(adapter: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"Adapter folder {adapter} does not exist.")
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        hint = (
-            " It looks like a plain model already." if (adapter / "config.json").is_file() else ""
-        )
+        is_model = (adapter / "config.json").is_file()
+        hint = " It looks like a plain model already." if is_model else ""
         raise FileNotFoundError(
             f"{adapter} has no adapter_config.json, so it is not an adapter folder.{hint}"
         )
     recorded = json.loads(path.read_text(encoding="utf-8"))
     kind = recorded.get("peft_type")
     if kind != "LORA":
+        raise ValueError(f"{adapter} is a {kind} adapter; only LORA is merged here.")
+    if not (adapter / _WEIGHTS).is_file():
+        found = "pickle only" if (adapter / "adapter_model.bin").is_file() else "missing"
         raise ValueError(
-            f"{adapter} is a {kind} adapter; only LORA adds to weights in a way that "
-            "is merged here."
-        )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        found = (
-            "pickle only (adapter_model.bin)"
-            if (adapter / "adapter_model.bin").is_file()
-            else "missing"
-        )
-        raise ValueError(
-            f"The weights of adapter {adapter} are {found}; adapter_model.safetensors is wanted, "
-            "because unpickling a file can run code hidden in it. Save the adapter again with a "
-            "current peft, which writes safetensors."
+            f"The weights of adapter {adapter} are {found}; {_WEIGHTS} is wanted, because "
+            "unpickling a file can run code hidden in it. Save the adapter again with a current "
+            "peft, which writes safetensors."
         )
     return recorded
 
@@ -98,27 +89,31 @@ def _load_with_adapter(
     import torch
     from peft import PeftModel
 
-    has_tokenizer = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
+    own = any((adapter / file).is_file() for file in _TOKENIZER_FILES)
     try:
-        tokenizer = load_tokenizer(
-            ModelConfig(name=config.name, tokenizer=str(adapter) if has_tokenizer else None)
-        )
+        tokenizer = load_tokenizer(replace(config, tokenizer=str(adapter) if own else None))
+        base: Any
         if task_type == "SEQ_CLS":  # a reward model: its head comes with the adapter
-            base: Any = load_reward_model(config, tokenizer, dtype=torch.float32)
+            base = load_reward_model(config, tokenizer, dtype=torch.float32)
         else:
             base = load_model(config, dtype=torch.float32)
-        _grow(base, adapter)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"The base model of {adapter} cannot be read. {error} Or give --base."
         ) from error
+    misfit = f"Adapter {adapter} does not fit the base {config.name!r}"
     try:
+        _grow(base, adapter)
         model = PeftModel.from_pretrained(base, str(adapter))
     except RuntimeError as error:  # load_state_dict reports different shapes this way
+        raise ValueError(f"{misfit}: {error}") from error
+    missing, unexpected = _misplaced(model, adapter)
+    if missing or unexpected:
         raise ValueError(
-            f"Adapter {adapter} does not fit the base {config.name!r}: {error}"
-        ) from error
-    _check_every_weight_found_its_place(model, adapter, config.name)
+            f"{misfit}: {len(missing)} weights are missing from the adapter and {len(unexpected)} "
+            f"have no place in the base (first: {(missing + unexpected)[0]}). Give the model it "
+            "was trained on with --base."
+        )
     return model.eval(), tokenizer
 
 
@@ -127,33 +122,24 @@ def _grow(base: Any, adapter: Path) -> None:
     added for it."""
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(adapter / _WEIGHTS, framework="pt") as file:
         names = [n for n in file.keys() if n.endswith(("embed_tokens.weight", "lm_head.weight"))]  # noqa: SIM118
         rows = max((file.get_slice(n).get_shape()[0] for n in names), default=0)
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _check_every_weight_found_its_place(model: PeftModel, adapter: Path, base_name: str) -> None:
-    """peft only warns about adapter weights that the file lacks, and says nothing of those the
-    model lacks."""
+def _misplaced(model: PeftModel, adapter: Path) -> tuple[list[str], list[str]]:
+    """(weights that the file lacks, weights that the model lacks). peft only warns of the first and
+    says nothing of the second."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+    with safe_open(adapter / _WEIGHTS, framework="pt") as file:
         in_file = set(file.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    lacking = sorted(wanted - in_file)
-    places = {
-        name.replace(".default", "") for name in model.state_dict()
-    }  # a file does not name the adapter
-    homeless = sorted(in_file - wanted - places)
-    if lacking or homeless:
-        raise ValueError(
-            f"Adapter {adapter} does not fit the base {base_name!r}: {len(lacking)} weights are "
-            f"missing from the adapter and {len(homeless)} have no place in the base (first: "
-            f"{(lacking + homeless)[0]}). Give the model it was trained on with --base."
-        )
+    places = {n.replace(".default", "") for n in model.state_dict()}  # a file names no adapter
+    return sorted(wanted - in_file), sorted(in_file - wanted - places)
 
 
 def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -164,11 +150,11 @@ def _merge(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
 
     plain: Any = model.get_base_model()
     embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        if isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer):
-            bare: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-            # peft sees the two tensors and records tie_word_embeddings=False
-            bare.weight = torch.nn.Parameter(bare.weight.detach().clone(), requires_grad=False)
+    is_adapted = isinstance(embedding, BaseTunerLayer) or isinstance(head, BaseTunerLayer)
+    if is_adapted and head is not None and head.weight is embedding.weight:
+        bare: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        # peft sees the two tensors and records tie_word_embeddings=False
+        bare.weight = torch.nn.Parameter(bare.weight.detach().clone(), requires_grad=False)
     merged: Any = model.base_model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     return merged.to(dtype)
 

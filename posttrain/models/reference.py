@@ -39,13 +39,9 @@ def freeze(policy: Policy, *, compute: torch.dtype | None = None) -> Policy:
     if compute is None:
         return policy
     tied = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
-    for module in policy.modules():
-        if (
-            type(module) is nn.Linear
-            and id(module.weight) not in tied
-            and module.weight.dtype == torch.float32
-        ):
-            module.weight.data = module.weight.data.to(compute)
+    for weight in [m.weight for m in policy.modules() if type(m) is nn.Linear]:
+        if id(weight) not in tied and weight.dtype == torch.float32:
+            weight.data = weight.data.to(compute)
     return policy
 
 
@@ -68,16 +64,15 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(_base_weights(model).items()):
         flat = tensor.detach().reshape(-1).cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    weights = dict(model.named_parameters())
     if not has_adapters(model):
-        return weights
-    kept = {n: t for n, t in weights.items() if ".lora_" not in n and ".modules_to_save." not in n}
+        return dict(model.named_parameters())
     return {
-        n.replace("base_model.model.", "", 1).replace(".base_layer.", "."): t
-        for n, t in kept.items()
+        n.replace("base_model.model.", "", 1).replace(".base_layer.", "."): p
+        for n, p in model.named_parameters()
+        if ".lora_" not in n and ".modules_to_save." not in n
     }

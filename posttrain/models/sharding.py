@@ -20,7 +20,7 @@ def _is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements")  # without the import, which takes half a second
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's part, sharing memory with the parameter; the tensor itself where it is
     whole."""
     if _is_dtensor(tensor):
@@ -31,13 +31,14 @@ def local(tensor: Tensor) -> Tensor:
 def reshard(module: nn.Module) -> None:
     """FSDP2 leaves the outermost weights whole after a forward without backward; afterwards every
     parameter is a shard."""
+    part: Any
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()
 
 
 @contextmanager
-def whole(tensor: Tensor) -> Iterator[Tensor]:
+def whole(tensor: Any) -> Iterator[Tensor]:
     """The tensor whole, valid inside."""
     if hasattr(tensor, "ds_tensor"):
         import deepspeed
@@ -100,11 +101,10 @@ def mix_into(mine: nn.Module, theirs: nn.Module, share: float) -> None:
 
     reshard(mine)
     reshard(theirs)
+    target: Any
     for target, parameter in zip(mine.parameters(), theirs.parameters(), strict=True):
-        with whole(parameter) as source:
-            part = (
-                distribute_tensor(source, target.device_mesh, target.placements).to_local()
-                if _is_dtensor(target)
-                else source
-            )
+        with whole(parameter) as part:
+            if _is_dtensor(target):
+                sharded = distribute_tensor(part, target.device_mesh, target.placements)
+                part = sharded.to_local()
             local(target).lerp_(part.to(target.dtype), share)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.rewards import reward, time_left
 from posttrain.rewards.answers import judged_text
-from posttrain.rewards.completion import time_left
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _KEPT_S, _KEPT = 0.5, 0.1
@@ -26,6 +26,7 @@ class SandboxRefused(RuntimeError):
     """This machine does not permit the namespaces that the sandbox needs; nothing was run."""
 
 
+@reward(verifies=True, on_timeout=0.0)
 def code_tests(
     completion: str,
     sample: Mapping[str, Any],
@@ -53,12 +54,9 @@ def code_tests(
     that equals everything; a search for the harness in memory); stdin and stdout tests do not have
     that weakness.
     """
-    tests = tests_of(sample, column)
-    if not tests:
-        return None
-    program = program_of(completion)
-    if program is None:
-        return 0.0
+    tests, program = tests_of(sample, column), program_of(completion)
+    if not tests or program is None:
+        return 0.0 if tests else None
     passed = 0
     for test in tests:
         seconds = min(timeout_s, (1 - _KEPT) * time_left() - _KEPT_S)
@@ -68,10 +66,6 @@ def code_tests(
             return 0.0
         passed += ok
     return passed / len(tests)
-
-
-code_tests.on_timeout = 0.0  # type: ignore[attr-defined]
-code_tests.verifies = True  # type: ignore[attr-defined]
 
 
 Test = str | dict[str, Any]
@@ -105,17 +99,19 @@ def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
 
 def _paired(given: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     for before, after in (("inputs", "outputs"), ("input", "output"), ("stdin", "stdout")):
-        if before in given and after in given:
-            inputs, outputs = given[before], given[after]
-            if isinstance(inputs, str) or isinstance(outputs, str):
-                inputs, outputs = [inputs], [outputs]
-            if len(inputs) != len(outputs):
-                raise ValueError(
-                    f"column {column!r} has {len(inputs)} {before} and {len(outputs)} "
-                    f"{after}; each needs its own."
-                )
-            more = {"fn_name": given["fn_name"]} if given.get("fn_name") else {}
-            return [{"input": i, "output": o, **more} for i, o in zip(inputs, outputs, strict=True)]
+        if before not in given or after not in given:
+            continue
+        inputs, outputs = given[before], given[after]
+        if isinstance(inputs, str) or isinstance(outputs, str):
+            inputs, outputs = [inputs], [outputs]
+        if len(inputs) != len(outputs):
+            raise ValueError(
+                f"column {column!r} has {len(inputs)} {before} and {len(outputs)} "
+                f"{after}; each needs its own."
+            )
+        name = given.get("fn_name")
+        pairs = zip(inputs, outputs, strict=True)
+        return [{"input": i, "output": o, "fn_name": name} for i, o in pairs]
     raise ValueError(
         f"tests in column {column!r} have the keys {sorted(given)}; known are inputs "
         "and outputs, with fn_name."
@@ -125,51 +121,39 @@ def _paired(given: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
 def _test(test: Any, column: str) -> Test:
     if isinstance(test, str):
         return test
-    if isinstance(test, Mapping):
-        said = {name: test[name] for name in ("stdin", "input", "stdout", "output") if name in test}
-        results = [said[n] for n in ("stdout", "output") if n in said]
-        inputs = [said[n] for n in ("stdin", "input") if n in said]
-        if results and test.get("fn_name"):
-            return _call(str(test["fn_name"]), inputs[0] if inputs else [], results[0])
-        if results:
-            stdin, stdout = (_joined(value) for value in (inputs[0] if inputs else "", results[0]))
-            return {"stdin": stdin, "stdout": stdout}
     keys = sorted(test) if isinstance(test, Mapping) else type(test).__name__
-    raise ValueError(
-        f"a test in column {column!r} is Python statements, or has stdin and stdout (or input and "
-        f"output, with fn_name for a call); got {keys}."
-    )
+    result = next((name for name in ("stdout", "output") if name in keys), None)
+    if result is None or isinstance(keys, str):
+        raise ValueError(
+            f"a test in column {column!r} is Python statements, or has stdin and stdout (or input "
+            f"and output, with fn_name for a call); got {keys}."
+        )
+    given = test.get("stdin", test.get("input", []))
+    if test.get("fn_name"):
+        return _call(str(test["fn_name"]), given, test[result])
+    return {"stdin": _joined(given), "stdout": _joined(test[result])}
 
 
 def _joined(value: Any) -> str:
     """Lines as one text; None is no text."""
-    return (
-        "\n".join(map(str, value))
-        if isinstance(value, list)
-        else ""
-        if value is None
-        else str(value)
-    )
+    if isinstance(value, list):
+        return "\n".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _call(name: str, arguments: Any, result: Any) -> str:
-    """Statements that call a function, or the method of a class Solution. APPS writes a result as
-    [result] too."""
-    written = (
-        []
-        if isinstance(arguments, list)
-        else [line for line in str(arguments).splitlines() if line.strip()]
-    )
-    values = arguments if isinstance(arguments, list) else list(map(json.loads, written))
-    expected = (
-        json.loads(result) if isinstance(arguments, str) and isinstance(result, str) else result
-    )
-    return (
-        f"_f = getattr(Solution(), {name!r}) if 'Solution' in globals() and hasattr(Solution, "
-        f"{name!r}) else {name}\n_got = _f(*{values!r})\n_got = list(_got) if isinstance(_got, "
-        f"tuple) else _got\n_wanted = {expected!r}\nassert _got == _wanted or (isinstance(_wanted, "
-        "list) and [_got] == _wanted)"
-    )
+    """Statements that call a function, or the method of a class Solution. Arguments are a list, or
+    text with one JSON value a line. APPS writes a result as [result] too."""
+    if not isinstance(arguments, list):
+        values = [json.loads(line) for line in str(arguments).splitlines() if line.strip()]
+        if isinstance(arguments, str) and isinstance(result, str):
+            result = json.loads(result)
+        arguments = values
+    return f"""_has = 'Solution' in globals() and hasattr(Solution, {name!r})
+_got = (getattr(Solution(), {name!r}) if _has else {name})(*{arguments!r})
+_got = list(_got) if isinstance(_got, tuple) else _got
+_wanted = {result!r}
+assert _got == _wanted or (isinstance(_wanted, list) and [_got] == _wanted)"""
 
 
 _FENCE = re.compile(
@@ -183,35 +167,21 @@ def program_of(completion: str) -> str | None:
     text = judged_text(completion)
     if text is None:
         return None
-    blocks = [
-        (m[2].strip().lower(), m[3])
-        for m in _FENCE.finditer(text if "```" in text or "~~~" in text else completion)
-    ]
-    named = [
-        body
-        for language, body in blocks
-        if language.split()[:1] in (["py"], ["python"], ["python3"])
-    ]
-    unnamed = [body for language, body in blocks if not language]
-    return (named or unnamed or [text])[-1]
+    fenced = text if "```" in text or "~~~" in text else completion
+    blocks = [(m[2].lower().split()[:1], m[3]) for m in _FENCE.finditer(fenced)]
+    named = [body for language, body in blocks if language in (["py"], ["python"], ["python3"])]
+    return (named or [body for language, body in blocks if not language] or [text])[-1]
 
 
 def _passes(program: str, test: Test, limits: Mapping[str, Any]) -> bool:
     if isinstance(test, str):
-        mark = secrets.token_hex(
-            16
-        )  # printed by what runs after the program and its test: an early exit does not print it
-        source = f"{program}\n\n{test}\n\nprint({mark!r})\n"
-        result = run_sandboxed(source, stdin="", **limits)
-        return (
-            result["status"] == "exit"
-            and result["code"] == 0
-            and result["output"].rstrip().endswith(mark)
-        )
+        mark = secrets.token_hex(16)  # printed after program and test: an early exit prints none
+        program = f"{program}\n\n{test}\n\nprint({mark!r})\n"
+        result = run_sandboxed(program, stdin="", **limits)
+        return result.get("code") == 0 and result["output"].rstrip().endswith(mark)
     result = run_sandboxed(program, stdin=test["stdin"], **limits)
-    if result["status"] != "exit" or result["code"] != 0 or result["too_long"]:
-        return False
-    return lines(result["output"]) == lines(test["stdout"])
+    passed = result.get("code") == 0 and not result["too_long"]
+    return passed and lines(result["output"]) == lines(test["stdout"])
 
 
 def lines(text: str) -> list[str]:

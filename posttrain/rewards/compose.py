@@ -1,25 +1,5 @@
 """Reward functions by name and weight -> one number for each completion, every function logged
-alone.
-
-A reward is a plain function ``(completion, sample) -> float | None``; ``async def`` too.
-``completion`` is a ``CompletionText``, ``sample`` the row. None: cannot be scored (never 0).
-Attributes of the function say more:
-
-    my_reward.grouped = True   (completions, sample, scores) -> list, for the completions of one
-                               prompt; ``scores`` holds
-                                 what the functions before it gave, by name
-    my_reward.batched = True     (completions, samples) -> list, for all completions at once
-    my_reward.verifies = True   it tells right (> 0) from wrong (0): accuracy, pass@k and the
-                                prompts' success rates are its
-    my_reward.on_timeout = 0.0   its value where it runs out of time or memory; default None
-    my_reward.imports = ("x",)   modules that it imports when called: a worker loads them before its
-                                 time starts
-
-Plain functions that can be imported by name run in worker processes under a hard time limit; all
-others in threads of this process, where a hanging call is given up but goes on. ``timeout_s`` holds
-for each call from its start; the one call of a batched function has it once for each completion,
-and 120 s more for what it loads.
-"""
+alone."""
 
 from __future__ import annotations
 
@@ -28,27 +8,26 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any
 
+from posttrain.resolve import did_you_mean, import_name
+from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.answers import final_answer
-from posttrain.rewards.calls import scored_alone, scored_async, scored_together
-from posttrain.rewards.completion import CompletionText
-from posttrain.rewards.pool import START_SECONDS, Outcome, Task, WorkerPool, load_function
+from posttrain.rewards.run import START_SECONDS, Outcome, WorkerPool, score_alone, score_together
 
 log = logging.getLogger(__name__)
 
 BUILT_IN = {
     name: f"posttrain.rewards.{module}.{name}"
     for module, names in {
-        "answers": ("math_answer", "numeric_answer", "exact_answer", "choice_answer", "gym_answer"),
-        "code": ("code_tests",),
-        "format": ("think_answer_format",),
-        "language": ("language_consistency",),
-        "model": ("reward_model",),
-        "judge": ("llm_judge",),
-        "length": ("k15_length", "overlong_penalty", "cosine_length", "repetition_penalty"),
+        "answers": "math_answer numeric_answer exact_answer choice_answer gym_answer",
+        "code": "code_tests",
+        "text": "think_answer_format language_consistency k15_length overlong_penalty "
+        "cosine_length repetition_penalty",
+        "model": "reward_model llm_judge",
     }.items()
-    for name in names
+    for name in names.split()
 }
 
 
@@ -95,10 +74,9 @@ class RewardsConfig:
     together."""
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ValueError(
-                f"rewards.concurrency is a number of calls >= 1; got {self.concurrency}."
-            )
+        for name in ("timeout_s", "concurrency", "workers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"rewards.{name} must be > 0; got {getattr(self, name)}.")
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"rewards.max_unscored is a share in [0, 1]; got {self.max_unscored}.")
         used = {name for terms in (self.functions, *self.by_task.values()) for name in terms}
@@ -130,74 +108,55 @@ class Scored:
     """What tells right (> 0) from wrong: the value of ``Rewards.verifier``; None: not judged."""
 
 
-@dataclass(kw_only=True)
-class _Seen:
-    """What came of an iteration's completions so far."""
-
-    iteration: int = -1
-    prompts: int = 0
-    completions: int = 0
-    unscored: int = 0
-    first: str = ""
-    """Where the first unscored one is from, and why."""
-
-
-_PROBE = CompletionText(r"\boxed{4}")
-
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""
-Parts = Sequence[Sequence[Mapping[str, Any]]]
-"""[group][completion] {name: what the functions before gave}"""
+Weighted = tuple[Callable[..., Any], float]
+"""(reward function, weight)"""
 
 
 class Rewards:
     """``score(groups, iteration=...)``. ``given``: functions passed in from Python, by name, with
-    their weight."""
+    their weight. ``correct``: name of the one that tells right from wrong."""
 
     def __init__(
         self,
         config: RewardsConfig,
         *,
-        given: Mapping[str, tuple[Callable[..., Any], float]] | None = None,
+        given: Mapping[str, Weighted] | None = None,
         correct: str | None = None,
     ) -> None:
-        self.config, self._correct = config, correct
-        twice = sorted(set(given or {}) & set(config.functions))
+        self.config, self._correct, given = config, correct, given or {}
+        twice = sorted(set(given) & set(config.functions))
         if twice:
             raise ValueError(
-                f"Two rewards have the name {twice[0]!r}: one was given as a "
-                "function, one by rewards.functions."
+                f"Two rewards have the name {twice[0]!r}: one is a function, one is in "
+                "rewards.functions."
             )
-        self._functions: dict[str, Callable[..., Any]] = {
-            name: f for name, (f, _) in (given or {}).items()
-        }
-        self._weights = {
-            **config.functions,
-            **{name: weight for name, (_, weight) in (given or {}).items()},
-        }
+        self._weights = config.functions | {name: weight for name, (_, weight) in given.items()}
+        self._functions = {name: function for name, (function, _) in given.items()}
         for terms in (config.functions, *config.by_task.values()):
             for name in terms:
-                self._functions.setdefault(name, _resolve(name))
+                self._functions.setdefault(name, _import(name))
         if not self._functions:
             raise ValueError(
-                "There is no reward. Set --rewards.functions '{math_answer: 1.0}', "
-                "or rewards.by_task."
+                "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
             )
-        self._check_options()
         if correct is not None and correct not in self._functions:
             raise ValueError(
-                "evaluation.correct is one of the rewards "
-                f"{', '.join(self._functions)}; got {correct!r}."
+                f"evaluation.correct is one of the rewards {', '.join(self._functions)}; "
+                f"got {correct!r}."
             )
+        self._declared = {name: reward.of(f) for name, f in self._functions.items()}
+        for name, options in config.options.items():
+            _check_options(name, self._functions[name], options)
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
-        self._seen = _Seen()
+        self._seen: list[tuple[Mapping[str, Any], Sequence[Scored]]] = []
+        self._iteration = -1
 
     @property
     def names(self) -> list[str]:
         """Of the functions, in the order in which they run."""
-        return sorted(
-            self._functions, key=lambda name: getattr(self._functions[name], "grouped", False)
-        )
+        return sorted(self._functions, key=lambda name: self._declared[name].grouped)
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -216,11 +175,12 @@ class Rewards:
 
     def verifier(self, sample: Mapping[str, Any]) -> str | None:
         """The reward that tells right from wrong for a sample: ``correct``, else the one verifier
-        (``my_reward.verifies``) among its rewards, else the only one it has; None where that leaves
-        a choice."""
-        weights = self.weights_of(sample)
-        verifiers = [name for name in weights if getattr(self._functions[name], "verifies", False)]
-        found = [self._correct] if self._correct is not None else verifiers or list(weights)
+        (``@reward(verifies=True)``) among its rewards, else the only one it has; None where that
+        leaves a choice."""
+        if self._correct is not None:
+            return self._correct
+        names = list(self.weights_of(sample))
+        found = [name for name in names if self._declared[name].verifies] or names
         return found[0] if len(found) == 1 else None
 
     def needs_verifier(self, sample: Mapping[str, Any], what: str) -> None:
@@ -236,26 +196,13 @@ class Rewards:
         """{verifier: where the samples are whose own answers it cannot read}. Of them a completion
         is unscored unless it says the very same."""
         found: dict[str, list[str]] = {}
-        for name, function in self._functions.items():
-            path = _dotted_path(function) if getattr(function, "reads_answers", False) else None
-            mine = [s for s in samples if name in self.weights_of(s)]
-            if path is not None:
-                tasks = [
-                    Task(
-                        function=path,
-                        completion=_PROBE,
-                        sample=s,
-                        options=self.config.options.get(name, {}),
-                    )
-                    for s in mine
-                ]
-                outcomes = self._pool.run(tasks)
-                places = [
-                    f"{_where(s)}: {o.problem or ''}"
-                    for s, o in zip(mine, outcomes, strict=True)
-                    if o.value is None
-                ]
-                found |= {name: places} if places else {}
+        probe = CompletionText(r"\boxed{4}")
+        for name in [n for n, declared in self._declared.items() if declared.reads_answers]:
+            pairs = [(s, probe) for s in samples if name in self.weights_of(s)]
+            for (sample, _), outcome in zip(pairs, self._score_alone(name, pairs), strict=True):
+                if outcome.value is None:
+                    place = f"{_where(sample)}: {outcome.problem or ''}"
+                    found.setdefault(name, []).append(place)
         return found
 
     def alike(self, sample: Mapping[str, Any], texts: Sequence[CompletionText]) -> list[str]:
@@ -263,200 +210,116 @@ class Rewards:
         for the same."""
         said = [final_answer(text) for text in texts]
         name = self.verifier(sample)
-        function = self._functions.get(name or "")
-        path = (
-            _dotted_path(function)
-            if function is not None and getattr(function, "reads_answers", False)
-            else None
-        )
-        if path is None or len(set(said)) < 2:
+        if name is None or not self._declared[name].reads_answers:
             return said
-        options = self.config.options.get(name or "", {})
-        column = options.get("column", "answer")
-        firsts = {
-            answer: text for answer, text in zip(reversed(said), reversed(texts), strict=True)
-        }
-        kinds = list(dict.fromkeys(said))
-        pairs = [(one, other) for i, one in enumerate(kinds) for other in kinds[i + 1 :]]
-        tasks = [
-            Task(
-                function=path,
-                completion=firsts[other],
-                sample={**sample, column: one},
-                options=options,
-            )
-            for one, other in pairs
-        ]
+        first = dict(zip(reversed(said), reversed(texts), strict=True))
+        column = self.config.options.get(name, {}).get("column", "answer")
+        pairs = list(combinations(dict.fromkeys(said), 2))
+        asked = [({**sample, column: one}, first[other]) for one, other in pairs]
         same: dict[str, str] = {}
-        for (one, other), outcome in zip(pairs, self._pool.run(tasks), strict=True):
-            if outcome.value is not None and outcome.value > 0:
+        for (one, other), outcome in zip(pairs, self._score_alone(name, asked), strict=True):
+            if (outcome.value or 0.0) > 0:
                 same.setdefault(other, same.get(one, one))
         return [same.get(answer, answer) for answer in said]
 
     def score(self, groups: Sequence[Group], *, iteration: int = 0) -> list[list[Scored]]:
         """[group][completion]. Raises RewardError when more than ``max_unscored`` of the
         iteration's have no total."""
-        weights = [self.weights_of(sample) for sample, _ in groups]
         parts: list[list[dict[str, float | None]]] = [[{} for _ in texts] for _, texts in groups]
         problems: list[list[list[str]]] = [[[] for _ in texts] for _, texts in groups]
         for name in self.names:
-            at = [
-                (g, k)
-                for g, (_, texts) in enumerate(groups)
-                if name in weights[g]
-                for k in range(len(texts))
-            ]
-            for (g, k), outcome in zip(at, self._run(name, groups, at, parts), strict=True):
-                value = (
-                    getattr(self._functions[name], "on_timeout", None)
-                    if outcome.exhausted
-                    else outcome.value
-                )
-                if (
-                    value is not None
-                    and self.config.must_end
-                    and groups[g][1][k].finish_reason != "stop"
-                ):
-                    value = min(value, 0.0)
-                parts[g][k][name] = value
-                if outcome.problem is not None:
-                    problems[g][k].append(f"{name}: {outcome.problem}")
+            of = [g for g, (sample, _) in enumerate(groups) if name in self.weights_of(sample)]
+            if not of:
+                continue
+            outcomes = iter(self._run(name, [groups[g] for g in of], [parts[g] for g in of]))
+            for g in of:
+                for k, text in enumerate(groups[g][1]):
+                    outcome = next(outcomes)
+                    parts[g][k][name] = self._value(name, outcome, text)
+                    if outcome.problem is not None:
+                        problems[g][k].append(f"{name}: {outcome.problem}")
         scored = [
-            [
-                self._scored(
-                    self._total(parts[g][k], weights[g], iteration),
-                    parts[g][k],
-                    problems[g][k],
-                    verifier,
-                )
-                for k in range(len(texts))
-            ]
-            for g, (sample, texts) in enumerate(groups)
-            for verifier in [self.verifier(sample)]
+            [self._scored(sample, *found, iteration) for found in zip(values, errors, strict=True)]
+            for (sample, _), values, errors in zip(groups, parts, problems, strict=True)
         ]
-        self._report(groups, scored)
+        _warn(groups, scored)
         self._check_unscored(groups, scored, iteration)
         return scored
 
-    @staticmethod
+    def _run(
+        self, name: str, groups: Sequence[Group], parts: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> list[Outcome]:
+        """The outcomes of the groups' completions, in their order. ``parts``: [group][completion]
+        {name: what the functions before gave}."""
+        function = partial(self._functions[name], **self.config.options.get(name, {}))
+        pairs = [(sample, text) for sample, texts in groups for text in texts]
+        timeout_s = self.config.timeout_s
+        if self._declared[name].grouped:
+            calls = [
+                partial(function, texts, sample, {n: [part[n] for part in row] for n in row[0]})
+                for (sample, texts), row in zip(groups, parts, strict=True)
+            ]
+            return score_together(calls, [len(texts) for _, texts in groups], timeout_s)
+        if self._declared[name].batched:
+            call = partial(function, [text for _, text in pairs], [sample for sample, _ in pairs])
+            return score_together([call], [len(pairs)], START_SECONDS + timeout_s * len(pairs))
+        return self._score_alone(name, pairs)
+
+    def _score_alone(
+        self, name: str, pairs: Sequence[tuple[Mapping[str, Any], CompletionText]]
+    ) -> list[Outcome]:
+        function, options = self._functions[name], self.config.options.get(name, {})
+        path = _dotted_path(function)
+        if path is None or inspect.iscoroutinefunction(function):
+            calls = [partial(function, text, sample, **options) for sample, text in pairs]
+            return score_alone(calls, self.config.timeout_s, concurrency=self.config.concurrency)
+        return self._pool.run(path, pairs, options)
+
+    def _value(self, name: str, outcome: Outcome, text: CompletionText) -> float | None:
+        value = self._declared[name].on_timeout if outcome.exhausted else outcome.value
+        if value is not None and self.config.must_end and text.finish_reason != "stop":
+            return min(value, 0.0)
+        return value
+
     def _scored(
-        total: float | None,
+        self,
+        sample: Mapping[str, Any],
         parts: Mapping[str, float | None],
-        problems: list[str],
-        verifier: str | None,
+        problems: Sequence[str],
+        iteration: int,
     ) -> Scored:
-        verdict = (
-            None if verifier is None else parts.get(verifier, total)
-        )  # total: of another task than the verifier's
-        return Scored(total=total, parts=parts, problems=tuple(problems), verdict=verdict)
-
-    def _total(
-        self, parts: Mapping[str, float | None], weights: Mapping[str, float], iteration: int
-    ) -> float | None:
-        total = 0.0
-        for name, weight in weights.items():
-            if iteration < self.config.starts.get(name, 0) or weight == 0:
-                continue
+        total: float | None = 0.0
+        for name, weight in self.weights_of(sample).items():
             value = parts[name]
-            if value is None:
-                return None
-            total += weight * value
-        return total
-
-    def _report(self, groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> None:
-        failed = [
-            (g, k, s) for g, row in enumerate(scored) for k, s in enumerate(row) if s.problems
-        ]
-        for g, k, s in failed[:3]:
-            log.warning(
-                "reward %s; completion %d of %s: %.120r",
-                "; ".join(s.problems),
-                k,
-                _where(groups[g][0]),
-                groups[g][1][k],
-            )
-        if len(failed) > 3:
-            log.warning("... and %d more completions with a failing reward", len(failed) - 3)
+            if weight != 0 and iteration >= self.config.starts.get(name, 0):
+                total = None if value is None or total is None else total + weight * value
+        verifier = self.verifier(sample)  # of another task: the total tells right from wrong
+        verdict = None if verifier is None else parts.get(verifier, total)
+        return Scored(total=total, parts=parts, problems=tuple(problems), verdict=verdict)
 
     def _check_unscored(
         self, groups: Sequence[Group], scored: Sequence[Sequence[Scored]], iteration: int
     ) -> None:
-        if iteration != self._seen.iteration and self._seen.prompts >= MIN_PROMPTS:
-            self._seen = _Seen()
-        seen = self._seen
-        seen.iteration = iteration
-        for (sample, _), row in zip(groups, scored, strict=True):
-            unscored = [s for s in row if s.total is None]
-            seen.prompts += 1
-            seen.completions += len(row)
-            seen.unscored += len(unscored)
-            if unscored and not seen.first:
-                seen.first = (
-                    f"{_where(sample)}: {'; '.join(unscored[0].problems) or 'a reward gave None'}"
-                )
-        if (
-            seen.prompts >= MIN_PROMPTS
-            and seen.unscored > self.config.max_unscored * seen.completions
-        ):
+        if iteration != self._iteration and len(self._seen) >= MIN_PROMPTS:
+            self._seen = []
+        self._iteration = iteration
+        self._seen += [(sample, row) for (sample, _), row in zip(groups, scored, strict=True)]
+        count = sum(len(row) for _, row in self._seen)
+        unscored = [(sample, s) for sample, row in self._seen for s in row if s.total is None]
+        if len(self._seen) >= MIN_PROMPTS and len(unscored) > self.config.max_unscored * count:
+            sample, first = unscored[0]
             raise RewardError(
-                f"{seen.unscored} of {seen.completions} completions could not be scored (limit "
-                f"{self.config.max_unscored:.0%}), the first of {seen.first}. Correct the reward "
-                "or the data, or raise --rewards.max_unscored."
+                f"{len(unscored)} of {count} completions could not be scored (limit "
+                f"{self.config.max_unscored:.0%}), the first of {_where(sample)}: "
+                f"{'; '.join(first.problems) or 'a reward gave None'}. Correct the reward or the "
+                "data, or raise --rewards.max_unscored."
             )
 
-    def _run(
-        self, name: str, groups: Sequence[Group], at: Sequence[tuple[int, int]], parts: Parts
-    ) -> list[Outcome]:
-        function, options = self._functions[name], self.config.options.get(name, {})
-        texts, samples = [groups[g][1][k] for g, k in at], [groups[g][0] for g, _ in at]
-        calls = [partial(function, t, s, **options) for t, s in zip(texts, samples, strict=True)]
-        timeout_s = self.config.timeout_s
-        if getattr(function, "grouped", False):
-            outcomes: list[Outcome] = []
-            for g in dict.fromkeys(g for g, _ in at):
-                sample, answers = groups[g]
-                scores = {before: [part.get(before) for part in parts[g]] for before in parts[g][0]}
-                outcomes += scored_together(
-                    partial(function, answers, sample, scores, **options), len(answers), timeout_s
-                )
-            return outcomes
-        if getattr(function, "batched", False):
-            return scored_together(
-                lambda: function(texts, samples, **options),
-                len(at),
-                START_SECONDS + timeout_s * len(at),
-            )
-        if inspect.iscoroutinefunction(function):
-            return scored_async(calls, timeout_s, concurrency=self.config.concurrency)
-        path = _dotted_path(function)
-        if path is None:
-            return scored_alone(calls, timeout_s, concurrency=self.config.concurrency)
-        pairs = zip(texts, samples, strict=True)
-        return self._pool.run(
-            [Task(function=path, completion=t, sample=s, options=options) for t, s in pairs]
-        )
 
-    def _check_options(self) -> None:
-        for name, options in self.config.options.items():
-            known = {
-                n
-                for n, p in inspect.signature(self._functions[name]).parameters.items()
-                if p.kind is p.KEYWORD_ONLY
-            }
-            unknown = sorted(set(options) - known)
-            if unknown:
-                raise ValueError(
-                    f"rewards.options.{name} has {unknown}; {name} knows "
-                    f"{', '.join(sorted(known)) or 'none'}."
-                )
-
-
-def by_name(
-    functions: Mapping[Callable[..., Any], float],
-) -> dict[str, tuple[Callable[..., Any], float]]:
+def by_name(functions: Mapping[Callable[..., Any], float]) -> dict[str, Weighted]:
     """{function: weight} -> {name: (function, weight)}. Raises ValueError for two functions of one
     name, such as two lambdas."""
-    named: dict[str, tuple[Callable[..., Any], float]] = {}
+    named: dict[str, Weighted] = {}
     for function, weight in functions.items():
         name = getattr(function, "__name__", type(function).__name__)
         if name in named:
@@ -468,22 +331,43 @@ def by_name(
     return named
 
 
-def _resolve(name: str) -> Callable[..., Any]:
-    try:
-        return load_function(BUILT_IN.get(name, name))
-    except (ImportError, AttributeError, ValueError) as error:
+def _import(name: str) -> Callable[..., Any]:
+    wanted = (
+        f"A reward is one of {', '.join(BUILT_IN)}, or the dotted path of a function "
+        "(completion, sample) -> float | None"
+    )
+    return import_name(BUILT_IN.get(name, name), wanted=wanted)
+
+
+def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.items()
+    known = sorted(n for n, p in parameters if p.kind is p.KEYWORD_ONLY)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
         raise ValueError(
-            f"A reward is one of {', '.join(BUILT_IN)}, or the dotted path of a function "
-            f"(completion, sample) -> float | None; got {name!r} ({error})."
-        ) from error
+            f"rewards.options.{name} has {unknown}; {name} knows {', '.join(known) or 'none'}."
+            f"{did_you_mean(unknown[0], known)}"
+        )
 
 
 def _dotted_path(function: Callable[..., Any]) -> str | None:
     """Where a worker can import it from; None for closures, lambdas and functions of a script."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
-    return (
-        None if module in (None, "__main__") or "<" in name or "." in name else f"{module}.{name}"
-    )
+    is_importable = module not in (None, "__main__") and not set("<.") & set(name)
+    return f"{module}.{name}" if is_importable else None
+
+
+def _warn(groups: Sequence[Group], scored: Sequence[Sequence[Scored]]) -> None:
+    failed = [
+        f"reward {'; '.join(s.problems)}; completion {k} of {_where(sample)}: {texts[k]!r:.120}"
+        for (sample, texts), row in zip(groups, scored, strict=True)
+        for k, s in enumerate(row)
+        if s.problems
+    ]
+    for line in failed[:3]:
+        log.warning("%s", line)
+    if len(failed) > 3:
+        log.warning("... and %d more completions with a failing reward", len(failed) - 3)
 
 
 def _where(sample: Mapping[str, Any]) -> str:

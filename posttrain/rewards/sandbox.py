@@ -23,13 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
-    0x00020000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 _MS_RDONLY, _MS_NOSUID, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 32, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _USERS = range(61184, 65520)
@@ -55,76 +50,44 @@ could name an encoding. Without the packages of ``site``, but with its ``exit`` 
 
 def _call(result: int, what: str) -> None:
     if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def _mount(
-    libc: Any,
-    source: str,
-    target: str,
-    flags: int,
-    kind: str | None = None,
-    options: str | None = None,
-) -> None:
-    arguments = (
-        source.encode(),
-        target.encode(),
-        kind.encode() if kind else None,
-        flags,
-        options.encode() if options else None,
-    )
-    _call(libc.mount(*arguments), f"mount {target}")
+def _mount(source: str | None, target: str, flags: int, kind: str = "", options: str = "") -> None:
+    text = [None if not s else s.encode() for s in (source, target, kind, options)]
+    _call(_LIBC.mount(text[0], text[1], text[2], flags, text[3]), f"mount {target}")
 
 
-def _unshare(libc: Any) -> None:
+def _unshare() -> None:
     """Namespaces of its own; as an ordinary user inside a user namespace."""
     uid, gid = os.getuid(), os.getgid()
     flags = _NEWNS | _NEWIPC | _NEWPID | _NEWNET
-    if uid == 0 and libc.unshare(flags) == 0:
+    if uid == 0 and _LIBC.unshare(flags) == 0:
         return
-    _call(libc.unshare(flags | _NEWUSER), "unshare")
+    _call(_LIBC.unshare(flags | _NEWUSER), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
     Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 
-def _enter(libc: Any, memory_bytes: int) -> None:
+def _enter(memory_bytes: int) -> None:
     """Only the interpreter, read-only, and an empty folder /box are left of the file system."""
+    # out of memory ends this process first; no memory that outlives a process
     settings = {"self/oom_score_adj": "1000", "sys/kernel/shmmni": "0", "sys/kernel/msgmni": "0"}
-    for (
-        name,
-        value,
-    ) in (
-        settings.items()
-    ):  # out of memory ends this process first; no memory that outlives a process
+    for name, value in settings.items():
         with contextlib.suppress(OSError):
             Path("/proc", name).write_text(value)
-    _mount(libc, "none", "/", _MS_REC | _MS_PRIVATE)
-    _mount(
-        libc,
-        "tmpfs",
-        str(_ROOT),
-        _MS_NOSUID,
-        "tmpfs",
-        f"size={memory_bytes},nr_inodes={FILES},mode=755",
-    )
+    _mount("none", "/", _MS_REC | _MS_PRIVATE)
+    size = f"size={memory_bytes},nr_inodes={FILES},mode=755"
+    _mount("tmpfs", str(_ROOT), _MS_NOSUID, "tmpfs", size)
+    read_only = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID
     for source in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
         if not os.path.isdir(source) or any(source.startswith(s + "/") for s in _SYSTEM):
             continue
         target = _ROOT / source.lstrip("/")
         target.mkdir(parents=True, exist_ok=True)
-        _mount(libc, source, str(target), _MS_BIND | _MS_REC)
-        _call(
-            libc.mount(
-                None,
-                str(target).encode(),
-                None,
-                _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID,
-                None,
-            ),
-            f"{target}",
-        )
+        _mount(source, str(target), _MS_BIND | _MS_REC)
+        _mount(None, str(target), read_only)
     for folder in ("box", "tmp", "dev"):
         (_ROOT / folder).mkdir(exist_ok=True)
         (_ROOT / folder).chmod(0o777)
@@ -150,14 +113,14 @@ def _limit(job: dict[str, Any]) -> None:
 
 def _in_memory(text: str) -> int:
     """Descriptor of a file in memory that holds the text."""
-    fd, data = os.memfd_create("text"), text.encode("utf-8", "surrogatepass")
-    while data:
-        data = data[os.write(fd, data) :]
+    fd = os.memfd_create("text")
+    with os.fdopen(fd, "wb", closefd=False) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
 
-def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int) -> None:
+def _program(job: dict[str, Any], output: int, errors: int, user: int) -> None:
     """Becomes the program. Every descriptor but 0, 1, 2 and the program's text closes on exec."""
     source, stdin = _in_memory(job["program"]), _in_memory(job["stdin"])
     for target, fd in ((0, stdin), (1, output), (2, errors)):
@@ -168,7 +131,7 @@ def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     environment = {
         "PATH": "/usr/bin:/bin",
         "HOME": "/box",
@@ -179,9 +142,7 @@ def _program(job: dict[str, Any], libc: Any, output: int, errors: int, user: int
     os.execve(interpreter, [interpreter, "-I", "-S", "-c", _START.format(fd=source)], environment)
 
 
-def _first_process(
-    job: dict[str, Any], libc: Any, output: int, errors: int, report: int, user: int
-) -> None:
+def _first_process(job: dict[str, Any], output: int, errors: int, report: int, user: int) -> None:
     """Process 1 of the new namespaces: starts the program and tells how it ended. Never returns.
 
     The report goes through a pipe that the program does not have: a line {"refused": why} or
@@ -189,21 +150,20 @@ def _first_process(
     """
     message: dict[str, Any]
     try:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         poll = select.poll()
         poll.register(report, 0)
         if poll.poll(0):  # nobody reads: the parent died before the line above
             os._exit(1)
         # a program's kill(0, ...) reaches a whole process group, outside of its namespace too
         os.setsid()
-        _enter(libc, int(job["memory_bytes"]))
+        _enter(int(job["memory_bytes"]))
         program = os.fork()
         if program == 0:
-            _program(
-                job, libc, output, errors, user
-            )  # comes back only by an exception, told below: no program has run
-        ended, status = os.wait()
-        while ended != program:
+            # comes back only by an exception, told below: no program has run
+            _program(job, output, errors, user)
+        ended = 0
+        while ended != program:  # as process 1 it gets what others leave behind, too
             ended, status = os.wait()
         message = {"code": os.waitstatus_to_exitcode(status)}
     except BaseException as error:  # noqa: BLE001 - told to the parent, then gone
@@ -222,21 +182,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """
     if not sys.platform.startswith("linux"):
         return {"status": "refused", "problem": f"{sys.platform} has no namespaces"}
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != job["parent"]:
         os._exit(1)
     output, errors, report = os.pipe(), os.pipe(), os.pipe()
     user = _USERS[os.getpid() % len(_USERS)]
     try:
-        _unshare(libc)
+        _unshare()
         child = os.fork()
     except OSError as error:
         return {"status": "refused", "problem": str(error)}
     if child == 0:
         for pipe in (output, errors, report):
             os.close(pipe[0])
-        _first_process(job, libc, output[1], errors[1], report[1], user)
+        _first_process(job, output[1], errors[1], report[1], user)
     for pipe in (output, errors, report):
         os.close(pipe[1])
     return _wait(child, output[0], errors[0], report[0], float(job["timeout_s"]))
@@ -255,16 +214,17 @@ def _wait(child: int, output: int, errors: int, report: int, timeout_s: float) -
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    messages = [json.loads(line) for line in texts[report].splitlines()]
-    for message in messages:
-        if "refused" in message:
-            return {"status": "refused", "problem": message["refused"]}
+    told: dict[str, Any] = {}
+    for line in texts[report].splitlines():
+        told |= json.loads(line)
+    if "refused" in told:
+        return {"status": "refused", "problem": told["refused"]}
     if is_late:
         return {"status": "timeout"}
     for fd in (output, errors):
         while fd in waiting and len(texts[fd]) <= OUTPUT_BYTES:  # nobody is left who writes
             _read(fd, texts, waiting)
-    code = messages[0]["code"] if messages else -int(signal.SIGKILL)
+    code = told.get("code", -int(signal.SIGKILL))
     written, said = (texts[fd][:OUTPUT_BYTES].decode(errors="replace") for fd in (output, errors))
     too_long = max(map(len, texts.values())) > OUTPUT_BYTES
     return {"status": "exit", "code": code, "output": written, "errors": said, "too_long": too_long}

@@ -16,7 +16,7 @@ from torch import Tensor
 from posttrain.algorithms import all_equal
 from posttrain.data.chat import stop_token_ids
 from posttrain.data.prompts import Prompt
-from posttrain.rewards.completion import CompletionText
+from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import RewardError, Rewards, Scored
 from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig

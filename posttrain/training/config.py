@@ -8,7 +8,6 @@ and the parser. An unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from posttrain.rewards.pool import load_function
+from posttrain.resolve import did_you_mean, import_name
 from posttrain.types import Loss, as_loss
 
 C = TypeVar("C")
@@ -170,8 +169,10 @@ def _suggestion(parser: Any, message: str) -> str:
     found = next((m for pattern in patterns if (m := re.search(pattern, message))), None)
     if found is None:
         return ""
-    near = difflib.get_close_matches(".".join(found.groups()), known, n=1, cutoff=0.5)
-    return f" Did you mean --{near[0]}?" if near else " See --help for all options."
+    near = did_you_mean(
+        "--" + ".".join(found.groups()), [f"--{name}" for name in known], cutoff=0.5
+    )
+    return near or " See --help for all options."
 
 
 def plain_settings(value: Any) -> Any:
@@ -222,8 +223,7 @@ def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.l
     every = sorted(set().union(*(loss.accepts for _, loss in losses)))
     unknown = sorted(set(options) - set(every))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], every, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], every)
         raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
     bound = [
         (weight, loss.with_options(**{k: v for k, v in options.items() if k in loss.accepts}))
@@ -247,10 +247,8 @@ def _weight_and_name(term: str, path: str) -> tuple[float, str]:
 
 
 def _import_function(name: str, home: str) -> Callable[..., Any]:
-    try:
-        return load_function(name if "." in name else f"{home}.{name}")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
-            f"importable from the folder you start in; got {name!r} ({error})."
-        ) from error
+    wanted = (
+        f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
+        "importable from the folder you start in"
+    )
+    return import_name(name if "." in name else f"{home}.{name}", wanted=wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.rewards.completion import CompletionText
+from posttrain.rewards import CompletionText
 
 
 def texts(*values: str) -> list[CompletionText]:

@@ -17,7 +17,7 @@ from posttrain.losses import policy as losses
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
-from posttrain.rewards.completion import CompletionText
+from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Scored
 from posttrain.rollout.buffer import Trajectory, TrajectoryGroup
 from posttrain.training.collect import ScoredGroup

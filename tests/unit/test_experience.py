@@ -14,6 +14,7 @@ from torch import nn
 
 from posttrain.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.data.prompts import Prompt
+from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Sampled, SamplingConfig
@@ -78,18 +79,19 @@ def source_of(tmp_path):
         """``lively``: of each prompt, whether its completions get different rewards; ``noise``: a
         second reward that always differs."""
 
-        def reward(completions, sample, scores):
+        @reward(grouped=True)
+        def first(completions, sample, scores):
             return [float(sample["lively"] and k % 2) for k in range(len(completions))]
 
+        @reward(grouped=True)
         def second(completions, sample, scores):
             return [noise * k for k in range(len(completions))]
 
-        reward.grouped = second.grouped = True
         prompts = [
             Prompt(ids=(i, 5), sample={"lively": x, "_where": f"rows:{i}"})
             for i, x in enumerate(lively)
         ]
-        rewards = Rewards(RewardsConfig(), given={"reward": (reward, 1.0), "second": (second, 1.0)})
+        rewards = Rewards(RewardsConfig(), given={"reward": (first, 1.0), "second": (second, 1.0)})
         opened.append(rewards)
         engine = engine or ScriptedEngine()
         policy = CertainPolicy()

@@ -130,7 +130,7 @@ from unittest import mock
 limit = 3 * 2**30
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-from posttrain.rewards import pool, sandbox
+from posttrain.rewards import run, sandbox
 real = resource.setrlimit
 
 def as_an_ordinary_user(name, pair):  # root may raise a hard limit
@@ -139,7 +139,7 @@ def as_an_ordinary_user(name, pair):  # root may raise a hard limit
     real(name, pair)
 
 with mock.patch.object(resource, "setrlimit", as_an_ordinary_user):
-    pool._limit_this_process()
+    run.limit_this_process()
     sandbox._limit({"timeout_s": 5, "memory_bytes": 8 * 2**30, "processes": 4})
 print(resource.getrlimit(resource.RLIMIT_AS)[0] == limit, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
@@ -157,7 +157,7 @@ def test_a_system_without_namespaces_refuses_and_gives_no_verdict(monkeypatch):
 
 def test_a_worker_without_a_memory_limit_still_works(monkeypatch):
     """macOS refuses RLIMIT_AS and has no prctl."""
-    from posttrain.rewards import pool
+    from posttrain.rewards import run
 
     tried = []
 
@@ -166,7 +166,7 @@ def test_a_worker_without_a_memory_limit_still_works(monkeypatch):
         if name == resource.RLIMIT_AS:
             raise ValueError("current limit exceeds maximum limit")
 
-    monkeypatch.setattr(pool.sys, "platform", "darwin")
-    monkeypatch.setattr(pool.resource, "setrlimit", refuses)
-    pool._limit_this_process()
+    monkeypatch.setattr(run.sys, "platform", "darwin")
+    monkeypatch.setattr(run.resource, "setrlimit", refuses)
+    run.limit_this_process()
     assert tried == [resource.RLIMIT_AS, resource.RLIMIT_CORE]

@@ -201,7 +201,7 @@ def test_adapter_folder_as_a_model_names_the_merge_command(tmp_path: Path) -> No
 def test_missing_folder_near_miss_and_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         resolve_source("./no/such/folder")
-    with pytest.raises(ValueError, match="Did you mean 'smollm2-135m'"):
+    with pytest.raises(ValueError, match="Did you mean smollm2-135m"):
         resolve_source("smollm-135m")
     assert resolve_source("organisation/model") == "organisation/model"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -9,13 +9,17 @@ import time
 
 import pytest
 
+from posttrain.rewards import CompletionText
 from posttrain.rewards.code import code_tests
-from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import Rewards, RewardsConfig
-from posttrain.rewards.format import think_answer_format
-from posttrain.rewards.judge import llm_judge
-from posttrain.rewards.language import language_consistency
-from posttrain.rewards.length import k15_length, overlong_penalty, repetition_penalty
+from posttrain.rewards.model import llm_judge
+from posttrain.rewards.text import (
+    k15_length,
+    language_consistency,
+    overlong_penalty,
+    repetition_penalty,
+    think_answer_format,
+)
 
 MARK = "/tmp/posttrain_was_here"
 
@@ -285,7 +289,7 @@ def test_lengths_are_those_of_the_tokens_drawn():
     ],
 )
 def test_an_answer_cannot_leave_its_block_of_the_judges_prompt(text, monkeypatch):
-    from posttrain.rewards import judge
+    from posttrain.rewards import model as judge
 
     def post(url, body, key, timeout_s):
         squeezed = "".join(body["messages"][0]["content"].split()).lower()

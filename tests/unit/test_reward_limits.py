@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.rewards import compose, pool
+from posttrain.rewards import CompletionText, compose, reward, run
 from posttrain.rewards.code import run_sandboxed
-from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import RewardError, RewardsConfig
-from posttrain.rewards.pool import Task, WorkerPool
+from posttrain.rewards.run import WorkerPool
 from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
@@ -215,10 +214,9 @@ def test_a_crash_is_tried_again_in_a_fresh_worker(rewards_of, tmp_path):
 def test_a_worker_that_cannot_start_is_no_wrong_answer(source, problem, tmp_path, monkeypatch):
     (tmp_path / "does_not_load.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(pool, "START_SECONDS", 2.0)
+    monkeypatch.setattr(run, "START_SECONDS", 2.0)
     workers = WorkerPool(size=1, timeout_s=5.0)
-    task = Task(function="does_not_load.f", completion=CompletionText(""), sample={}, options={})
-    (outcome,) = workers.run([task])
+    (outcome,) = workers.run("does_not_load.f", [({}, CompletionText(""))], {})
     workers.close()
     assert problem in outcome.problem and outcome.value is None and not outcome.exhausted
 
@@ -226,26 +224,21 @@ def test_a_worker_that_cannot_start_is_no_wrong_answer(source, problem, tmp_path
 def test_what_a_function_imports_does_not_count(rewards_of, tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(2)")
     (tmp_path / "reward_of_slow.py").write_text(
-        "def f(completion, sample):\n    import slow_to_import\n    return 1.0\nf.imports = ('slow_to_import',)"
+        "from posttrain import reward\n@reward(imports=('slow_to_import',))\ndef f(completion, sample):\n    import slow_to_import\n    return 1.0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rewards = rewards_of(RewardsConfig(functions={"reward_of_slow.f": 1.0}, timeout_s=1.0))
     assert rewards.score([({}, texts("a"))])[0][0].total == 1.0
 
 
-def hanging(**attributes):
+@pytest.mark.parametrize("kind", [{"grouped": True}, {"batched": True}, {}])
+def test_functions_of_this_process_have_a_time_limit(kind, rewards_of, monkeypatch):
+    monkeypatch.setattr(compose, "START_SECONDS", 0.1)
+
+    @reward(**kind, on_timeout=-1.0)
     def function(*arguments):
         time.sleep(60)
 
-    for name, value in attributes.items():
-        setattr(function, name, value)
-    return function
-
-
-@pytest.mark.parametrize("kind", ["grouped", "batched", "alone"])
-def test_functions_of_this_process_have_a_time_limit(kind, rewards_of, monkeypatch):
-    monkeypatch.setattr(compose, "START_SECONDS", 0.1)
-    function = hanging(**{kind: True, "on_timeout": -1.0})
     rewards = rewards_of(RewardsConfig(timeout_s=0.5), given={"hangs": (function, 1.0)})
     began = time.monotonic()
     (row,) = rewards.score([({}, texts("a", "b"))])
@@ -267,7 +260,7 @@ def test_a_hanging_call_does_not_keep_the_interpreter(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import asyncio, time
-        from posttrain.rewards.completion import CompletionText
+        from posttrain.rewards import CompletionText
         from posttrain.rewards.compose import Rewards, RewardsConfig
         async def in_a_thread(c, s):
             await asyncio.to_thread(time.sleep, 100)

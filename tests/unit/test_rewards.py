@@ -6,13 +6,18 @@ import json
 
 import pytest
 
+from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.answers import math_answer, numeric_answer
 from posttrain.rewards.code import code_tests
-from posttrain.rewards.completion import CompletionText
 from posttrain.rewards.compose import BUILT_IN, Rewards, RewardsConfig, by_name
-from posttrain.rewards.format import think_answer_format
-from posttrain.rewards.language import language_consistency
-from posttrain.rewards.length import cosine_length, k15_length, overlong_penalty, repetition_penalty
+from posttrain.rewards.text import (
+    cosine_length,
+    k15_length,
+    language_consistency,
+    overlong_penalty,
+    repetition_penalty,
+    think_answer_format,
+)
 from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
@@ -184,10 +189,10 @@ def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
 
 
 def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
+    @reward(grouped=True)
     def length_of_group(completions, sample, scores):
         return [float(len(completions)) + (s or 0) for s in scores[f"{HERE}.batched"]]
 
-    length_of_group.grouped = True
     rewards = rewards_of(
         RewardsConfig(
             functions={f"{HERE}.batched": 0.5, f"{HERE}.asynchronous": 1.0},
@@ -232,6 +237,29 @@ def test_mistakes_in_the_settings():
     with pytest.raises(ValueError, match="concurrency"):
         RewardsConfig(functions={"math_answer": 1.0}, concurrency=0)
     assert all(path.startswith("posttrain.rewards.") for path in BUILT_IN.values())
+
+
+def test_a_declaration_is_a_decorator_that_leaves_the_function_as_it_is():
+    @reward(on_timeout=0.0, verifies=True)
+    def f(completion, sample):
+        return 1.0
+
+    assert f("x", {}) == 1.0 and f.__name__ == "f"
+    assert reward.of(f) == reward(on_timeout=0.0, verifies=True)
+    assert reward.of(lambda c, s: 1.0) == reward()
+    with pytest.raises(ValueError, match="batched or grouped"):
+        reward(batched=True, grouped=True)
+
+
+def test_an_attribute_set_by_hand_is_refused_and_not_ignored():
+    def f(completions, samples):
+        return [1.0 for _ in completions]
+
+    f.batched = True
+    with pytest.raises(
+        ValueError, match=r"'f' has an attribute 'batched'.*@reward\(batched=\.\.\.\)"
+    ):
+        Rewards(RewardsConfig(), given={"f": (f, 1.0)})
 
 
 def test_two_functions_of_one_name_are_refused():
@@ -321,6 +349,9 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
         ({"prompt": "2+2?"}, texts("4", "five", "", "x" * 200)),
         ({"question": "1+1?"}, texts("2")),
     ]
+    assert [s.total for s in rewards.score([({"prompt": "?"}, texts("", "x" * 200))])[0]] == [
+        None
+    ] * 2
     first, second = rewards.score(groups)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", dtype=torch.float32
@@ -344,7 +375,7 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
 
 
 def test_a_judge_is_asked_and_its_failures_are_named(rewards_of, monkeypatch):
-    from posttrain.rewards import judge
+    from posttrain.rewards import model as judge
 
     asked = []
 

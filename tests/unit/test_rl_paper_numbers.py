@@ -21,7 +21,7 @@ from posttrain.losses.reduce import reduce_term
 from posttrain.models.sharding import mix_into
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import count_units
-from posttrain.rewards.completion import CompletionText
+from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama

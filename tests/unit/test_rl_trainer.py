@@ -27,7 +27,7 @@ from posttrain.algorithms import R1
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.precision import PRECISIONS
-from posttrain.rewards.format import think_answer_format
+from posttrain.rewards.text import think_answer_format
 from posttrain.trainers import rl
 from posttrain.training.experience import MismatchError
 from posttrain.training.metrics import read_metrics

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from posttrain.data.prompts import R1_ZERO_TEMPLATE, PromptConfig, prompts_from_rows
-from posttrain.rewards.completion import CompletionText
+from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Rewards, RewardsConfig, Scored
 from posttrain.rollout.buffer import RolloutBuffer, Trajectory, TrajectoryGroup
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler, priorities

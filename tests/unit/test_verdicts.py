@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from posttrain.rewards.answers import (
+    answer_in,
     choice_answer,
     final_answer,
     judged_text,
+    last_number,
     math_answer,
     numeric_answer,
+    read_answer,
 )
-from posttrain.rewards.reading import answer_in, last_number, read_answer
 from tests.verdicts import MATH, table
 
 FORMS = (
