@@ -16,7 +16,7 @@ from tests.code_size import code_size
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
 LAYERS = [
-    {"types", "precision"},
+    {"types", "precision", "files"},
     {"losses", "memory", "data", "packing"},
     {"models"},
     {"rollout", "rewards"},

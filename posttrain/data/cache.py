@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
 from posttrain.data.readers import load_hub
 from posttrain.data.sources import HubSource
+from posttrain.files import whole_folder, write_json
 
 ENCODING_VERSION = 4
 """Raise when the same rows would become different tokens or another file layout."""
@@ -124,57 +124,22 @@ def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, 
     Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there
     first.
     """
-    temporary = _temporary_beside(folder)
     try:
-        manifest = write(temporary / TOKENS)
-        manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        return _move(temporary, folder) or manifest
+        with whole_folder(folder) as temporary:
+            manifest = write(temporary / TOKENS)
+            manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
+            write_json(temporary / MANIFEST, manifest)
+            if folder.exists() and read_manifest(folder) is None:  # damaged
+                shutil.rmtree(folder, ignore_errors=True)
+        return manifest
     except OSError as error:
+        if (there := read_manifest(folder)) is not None:
+            return there
         raise OSError(
             error.errno,
-            f"{folder.parent}: cannot write tokenised data: {error}. Free space, or "
-            "set --data.cache_dir.",
+            f"{folder.parent}: cannot write tokenised data here: {error}. Free space, or set "
+            "--data.cache_dir or POSTTRAIN_CACHE.",
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _temporary_beside(folder: Path) -> Path:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder.parent}: cannot write tokenised data here: {error}. Set --data.cache_dir or "
-            "POSTTRAIN_CACHE.",
-        ) from error
-
-
-def _move(temporary: Path, folder: Path) -> dict[str, Any] | None:
-    """Renames; returns the manifest of a valid folder that was there first. A damaged one is moved
-    out of the way."""
-    for _ in range(2):
-        try:
-            temporary.rename(folder)
-            return None
-        except OSError:
-            there = read_manifest(folder)
-            if there is not None:
-                return there
-            if not folder.exists():
-                raise
-            folder.rename(temporary.with_name(temporary.name + ".damaged"))
-            shutil.rmtree(temporary.with_name(temporary.name + ".damaged"), ignore_errors=True)
-    raise OSError(f"{folder} reappeared damaged while it was being replaced")
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _digest(value: Any) -> str:

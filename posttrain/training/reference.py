@@ -8,8 +8,6 @@ rows.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.data.cache import cache_root
+from posttrain.files import whole_file
 from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.models.reference import (
     adapters_off,
@@ -328,14 +327,8 @@ def _compute(
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lengths = torch.tensor([v.shape[0] for v in values.values()])
     keys = torch.from_numpy(np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16).copy())
     tensors = {"logps": torch.cat(list(values.values())), "ends": lengths.cumsum(0), "keys": keys}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

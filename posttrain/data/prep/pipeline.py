@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from posttrain.data.config import Format
-from posttrain.data.folders import refuse_filled, whole_folder
+from posttrain.files import refuse_filled, whole_folder
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.contamination import EvaluationSet
