@@ -13,7 +13,7 @@ from posttrain.algorithms import Algorithm
 from posttrain.models.policy import in_eval_mode
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.forward import Forward, ForwardPlan, forward_values
-from posttrain.training.ranks import of_all_ranks
+from posttrain.training.sharding import gather_object
 from posttrain.types import Completion, PromptGroup
 
 
@@ -127,7 +127,7 @@ def _values_of_all(
             {ref: v.tolist() for ref, v in values.items()}
             for values in forward_values(plan, groups, forwards)
         ]
-    parts = of_all_ranks(plan.accelerator, mine)
+    parts = gather_object(plan.accelerator, mine)
     every = [{ref: v for part in parts for ref, v in part[f].items()} for f in range(len(forwards))]
     return every if len(every) > 1 else [*every, {}]
 

@@ -32,8 +32,13 @@ from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
-from posttrain.training.ranks import of_all_ranks, of_main_rank
-from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
+from posttrain.training.sharding import (
+    broadcast_object,
+    gather_object,
+    is_deepspeed,
+    shards_weights,
+    unwrapped,
+)
 from posttrain.types import Completion, PromptGroup
 
 
@@ -271,7 +276,7 @@ class ReferenceCache:
                     digest.update(sequence_key(group, completion))
         path = cache_root(config.cache_dir) / "reference" / f"{digest.hexdigest()}.safetensors"
         accelerator = plan.accelerator
-        if not of_main_rank(accelerator, path.exists()):
+        if not broadcast_object(accelerator, path.exists()):
             values = _compute(plan, live, datasets, show_progress=show_progress)
             if accelerator.is_main_process:
                 _write(path, values)
@@ -321,9 +326,8 @@ def _compute(
         values |= {
             sequence_key(part[g], part[g].completions[k]): v.cpu() for (g, k), v in found.items()
         }
-    return {
-        key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()
-    }
+    every_rank = gather_object(plan.accelerator, values)
+    return {key: value for rank in every_rank for key, value in rank.items()}
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:

@@ -22,7 +22,7 @@ def save(
     root: Path, step: int, write: Callable[[Path], None] = write_files, **settings: Any
 ) -> Path:
     return save_checkpoint(
-        root, step, write, state={"seen": step * 10}, **{"keep": None, **ALONE, **settings}
+        root, step, write, state={"seen": step * 10}, **{"keep": 0, **ALONE, **settings}
     )
 
 

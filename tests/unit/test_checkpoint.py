@@ -137,14 +137,14 @@ def test_leftovers_of_a_crash_are_ignored_and_then_removed(
     assert names(tmp_path) == ["notes", "step_3", "step_4"]
 
 
-def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_save_total_limit_keeps_the_newest(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11):
-        save(tmp_path, step, keep=2, best=8)
-    assert names(tmp_path) == ["step_10", "step_11", "step_8"]
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_10", "step_11"]
     save(tmp_path, 12, keep=1)
     assert names(tmp_path) == ["step_12"]
-    with pytest.raises(ValueError, match="at least 1"):
-        save(tmp_path, 13, keep=0)
+    save(tmp_path, 13, keep=0)
+    assert names(tmp_path) == ["step_12", "step_13"], "0 keeps all"
 
 
 def test_a_rewound_run_never_deletes_what_it_just_wrote(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from posttrain.data.config import Format
-from posttrain.files import refuse_filled, whole_folder
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.contamination import EvaluationSet
@@ -38,6 +37,7 @@ from posttrain.data.prep.rows import prompt_id
 from posttrain.data.readers import Row, read_file, read_rows
 from posttrain.data.report import column_counts
 from posttrain.data.sources import HubSource, resolve
+from posttrain.files import refuse_filled, whole_folder
 
 _PARTITION_BYTES = 16 * 2**20
 _MAX_PARTITIONS = 256
