@@ -301,7 +301,7 @@ def read_state(
         load_training_state(folder, policy, optimizer, part=_part(accelerator))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(_read_json(folder / "scaler.json"))
-    schedule.last_epoch, schedule._step_count = saved["step"] - 1, saved["step"] + 1
+    schedule.last_epoch, schedule._step_count = saved["step"] - 1, 2  # 1: it would warn
     schedule.step()  # sets the rates of this step
     restore_rng(_read_json(folder / f"rng_{rank}.json"))
 

@@ -427,7 +427,7 @@ def test_warmup_as_a_ratio() -> None:
         ({"warmup_ratio": 1.0}, "warmup_ratio must be"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "both set and one would be ignored"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio must be"),
-        ({"schedule": "constant", "min_lr_ratio": 0.1}, "would be ignored: schedule='constant'"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "would be ignored by schedule='constant'"),
         ({"schedule": "linear", "wsd_decay_ratio": 0.2}, "would be ignored by schedule='linear'"),
         ({"schedule": "wsd", "wsd_decay_ratio": 0.0}, "wsd_decay_ratio must be"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be"),
