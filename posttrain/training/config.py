@@ -18,6 +18,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -156,22 +157,15 @@ def one_line_errors() -> Iterator[None]:
 
 def _suggestion(parser: Any, message: str) -> str:
     """' Did you mean --x.y?' for an unknown option or YAML key."""
-    known = sorted(
-        {
-            action.dest
-            for action in parser._actions
-            if action.dest not in ("help", "config", "print_config")
-        }
+    found = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+        r"(?:Group '([\w.]+)' )?(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'",
+        message,
     )
-    patterns = (
-        r"unrecognized arguments: --([\w.]+)",
-        r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'",
-        r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'",
-    )
-    found = next((m for pattern in patterns if (m := re.search(pattern, message))), None)
     if found is None:
         return ""
-    near = difflib.get_close_matches(".".join(found.groups()), known, n=1, cutoff=0.5)
+    known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
+    name = ".".join(filter(None, found.groups()))
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f" Did you mean --{near[0]}?" if near else " See --help for all options."
 
 
@@ -226,18 +220,25 @@ def resolve_loss(
     every term that has it; an option that none has is an error, never ignored. The functions'
     declarations are kept.
     """
-    terms = [_weight_and_name(term, path) for term in path.split("+")]
-    functions = [(weight, _import_function(name, home)) for weight, name in terms]
-    accepted = [_options_of(function) for _, function in functions]
-    unknown = sorted(set(options) - set().union(*accepted))
-    if unknown:
-        every = sorted(set().union(*accepted))
-        near = difflib.get_close_matches(unknown[0], every, n=1)
+    terms = []
+    for term in path.split("+"):
+        weight, star, name = term.rpartition("*")
+        try:
+            factor = float(weight) if star else 1.0
+        except ValueError as error:
+            raise ValueError(
+                f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}."
+            ) from error
+        terms.append((factor, _import_function(name.strip(), home)))
+    accepted = [_options_of(function) for _, function in terms]
+    known = sorted(set().union(*accepted))
+    for option in sorted(options.keys() - known):
+        near = difflib.get_close_matches(option, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
+        raise ValueError(f"{path} has no option {option!r}; it has {known or 'none'}.{hint}")
     bound = [
-        (weight, with_options(function, {k: v for k, v in options.items() if k in names}))
-        for (weight, function), names in zip(functions, accepted, strict=True)
+        (factor, with_options(function, {k: v for k, v in options.items() if k in names}))
+        for (factor, function), names in zip(terms, accepted, strict=True)
     ]
     if len(bound) == 1 and bound[0][0] == 1.0:
         return bound[0][1]
@@ -250,11 +251,8 @@ def with_options(function: Callable[..., Any], options: dict[str, Any]) -> Calla
     """The loss with keyword options fixed, its declarations kept."""
     if not options:
         return function
-
-    def loss(logps: Any) -> Any:
-        return function(logps, **options)
-
-    loss.beta = float(options.get("beta", loss_beta(function)))  # type: ignore[attr-defined]
+    loss: Any = partial(function, **options)
+    loss.beta = float(options.get("beta", loss_beta(function)))
     return declared_like(function, loss)
 
 
@@ -265,16 +263,6 @@ def declared_like(function: Callable[..., Any], loss: Any) -> Callable[..., Any]
         if hasattr(function, name):
             setattr(loss, name, getattr(function, name))
     return loss
-
-
-def _weight_and_name(term: str, path: str) -> tuple[float, str]:
-    weight, star, name = term.strip().rpartition("*")
-    try:
-        return (float(weight) if star else 1.0), name.strip()
-    except ValueError as error:
-        raise ValueError(
-            f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}."
-        ) from error
 
 
 def _import_function(name: str, home: str) -> Callable[..., Any]:
