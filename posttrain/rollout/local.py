@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache
 
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
@@ -27,9 +29,7 @@ from posttrain.rollout.engine import (
     SamplingConfig,
     check_positions,
 )
-from posttrain.rollout.kv import RecordingCache, SlotCache
-from posttrain.rollout.sampling import draw
-from posttrain.rollout.stopping import StopRule
+from posttrain.rollout.sampling import StopRule, draw
 from posttrain.rollout.weights import SamplingWeights
 
 
@@ -49,6 +49,90 @@ class LocalConfig:
                 "sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got "
                 f"{self.max_rows} and {self.kv_cache_gb}."
             )
+
+
+class RecordingCache(Cache):
+    """Keeps what each layer computes for a packed row and changes nothing: keys and values [1, kv
+    heads, L, D] by layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer."""
+        self.recorded[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+ROOM_STEP = 64
+"""Tokens by which slots grow. A decode step reads slots whole, masked: a part of them would be
+copied by every product (15 % of a step's time on a CPU)."""
+
+
+class SlotCache(Cache):
+    """Keys and values of sequences that grow, one slot for each, dense at the front: [2, slots, kv
+    heads, room, D] by layer. The room grows with the longest row, up to ``capacity``."""
+
+    def __init__(self, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
+        super().__init__(layers=[])
+        self.slots, self._capacity, self._dtype, self._room = slots, capacity, dtype, 0
+        self._stores: dict[int, Tensor] = {}
+        self._lengths_B = torch.zeros(0, dtype=torch.long)
+
+    def _store(self, layer: int, like: Tensor) -> Tensor:
+        if layer not in self._stores:
+            shape = (2, self.slots, like.shape[1], self._room, like.shape[-1])
+            self._stores[layer] = like.new_zeros(shape, dtype=self._dtype)
+        return self._stores[layer]
+
+    def _grow(self, longest: int) -> None:
+        """Room for sequences of ``longest`` tokens."""
+        if longest > self._room:
+            before = self._room
+            self._room = min(-(-longest // ROOM_STEP) * ROOM_STEP, self._capacity)
+            for layer, store in self._stores.items():
+                self._stores[layer] = F.pad(store, (0, 0, 0, self._room - before))
+
+    def fill(
+        self,
+        slot: int,
+        recorded: dict[int, tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]],
+    ) -> None:
+        """Copies the given spans of a recorded row, one after the other, to the start of a slot."""
+        self._grow(sum(end - start for start, end in spans) + 1)
+        for layer, both in recorded.items():
+            for store, states in zip(self._store(layer, both[0]), both, strict=True):
+                at = 0
+                for start, end in spans:
+                    store[slot, :, at : at + end - start] = states[0, :, start:end]
+                    at += end - start
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Slot ``source`` takes the place of ``target``."""
+        for store in self._stores.values():
+            store[:, target, :, :length] = store[:, source, :, :length]
+
+    def begin_step(self, lengths_B: Tensor, longest: int) -> int:
+        """The next forward appends one token to each of the first B slots, which are
+        ``lengths_B`` long; ``longest`` counts it. Returns the keys it sees."""
+        self._grow(longest)
+        self._lengths_B = lengths_B
+        return self._room
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer with [B, kv heads, 1, D]; returns views of the rows'
+        slots."""
+        store = self._store(layer_idx, key_states)
+        rows_B = torch.arange(len(self._lengths_B), device=store.device)
+        store[0, rows_B, :, self._lengths_B] = key_states[:, :, 0].to(store.dtype)
+        store[1, rows_B, :, self._lengths_B] = value_states[:, :, 0].to(store.dtype)
+        return store[0, : len(rows_B)], store[1, : len(rows_B)]
 
 
 @dataclass(kw_only=True)
@@ -187,8 +271,8 @@ class LocalEngine:
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """[B, V] in at least float32, after the family's transform, at temperature 1."""
+        logits = self._weights.logits(hidden_BH)
         with torch.autocast(hidden_BH.device.type, enabled=False):
-            logits = self._weights.logits(hidden_BH)
             return self._transform.apply(
                 logits.to(torch.promote_types(logits.dtype, torch.float32))
             )
@@ -229,47 +313,38 @@ class _Run:
         ones."""
         free = self._cache.slots - len(self._rows)
         entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
-        by_request: dict[int, list[int]] = {}
+        self._prefill([i for i in dict(entering) if i not in self._prefilled])
         for i, k in entering:
-            by_request.setdefault(i, []).append(k)
-        self._prefill([i for i in by_request if i not in self._prefilled])
-        for i, ks in by_request.items():
             request, done = self._requests[i], self._prefilled[i]
-            groups: dict[
-                tuple[tuple[int, int], ...], list[int]
-            ] = {}  # those that start alike are copied together
-            for k in ks:
-                slot = len(self._rows)
-                groups.setdefault(tuple(done.spans[k]), []).append(slot)
-                prefix = request.prefixes[k] if request.prefixes else ()
-                self._rows.append(
-                    _Row(
-                        request=i,
-                        completion=k,
-                        seed=request.seeds[k],
-                        prefix=prefix,
-                        length=sum(end - start for start, end in done.spans[k]),
-                        next_input=prefix[-1] if prefix else request.prompt_ids[-1],
-                    )
+            prefix = request.prefixes[k] if request.prefixes else ()
+            self._cache.fill(len(self._rows), done.recorded, done.spans[k])
+            self._rows.append(
+                _Row(
+                    request=i,
+                    completion=k,
+                    seed=request.seeds[k],
+                    prefix=prefix,
+                    length=sum(end - start for start, end in done.spans[k]),
+                    next_input=prefix[-1] if prefix else request.prompt_ids[-1],
                 )
-            for spans, slots in groups.items():
-                self._cache.fill(slots, done.recorded, spans)
-            if not self._waiting or self._waiting[-1][0] != i:
-                del self._prefilled[i]
+            )
+        next_one = {i for i, _ in self._waiting[-1:]}  # of the others all completions run
+        self._prefilled = {i: done for i, done in self._prefilled.items() if i in next_one}
 
     def _prefill(self, wanted: Sequence[int]) -> None:
         """Prompts and prefixes without their last token, which is the first input of the decoding;
         several to a row."""
-        row: list[int] = []
+        rows: list[list[int]] = [[]]
         tokens = 0
         for i in wanted:
-            own = len(self._requests[i].prompt_ids) + sum(map(len, self._requests[i].prefixes))
-            if row and tokens + own > self._engine.prefill_tokens:
-                self._prefill_row(row)
-                row, tokens = [], 0
-            row.append(i)
+            request = self._requests[i]
+            own = len(request.prompt_ids) + sum(map(len, request.prefixes))
+            if rows[-1] and tokens + own > self._engine.prefill_tokens:
+                rows.append([])
+                tokens = 0
+            rows[-1].append(i)
             tokens += own
-        if row:
+        for row in rows:
             self._prefill_row(row)
 
     def _prefill_row(self, wanted: Sequence[int]) -> None:
@@ -280,19 +355,14 @@ class _Run:
             n = len(request.prompt_ids)
             prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
             start = row.add_segment(prompt, first_position=0, prefix=-1)
-            prompt_segment = len(row.lengths) - 1
+            of_prompt = len(row.lengths) - 1
             spans[i] = []
-            for k in range(len(request.seeds)):
-                prefix = request.prefixes[k] if request.prefixes else ()
+            for prefix in request.prefixes or [()] * len(request.seeds):
                 own = [(start, start + (n if prefix else n - 1))]
                 if len(prefix) > 1:
-                    own.append(
-                        (
-                            row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment),
-                            len(row.ids),
-                        )
-                    )
-                spans[i].append([(a, b) for a, b in own if b > a])
+                    at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)
+                    own.append((at, len(row.ids)))
+                spans[i].append(own)
         cache = RecordingCache()
         if row.ids:
             ids, positions = torch.tensor([[row.ids], [row.positions]], device=self._engine.device)
@@ -315,7 +385,7 @@ class _Run:
             positions=[r.position for r in rows],
         )
         tokens, logps = drawn.token_ids_B.tolist(), drawn.logps_B.tolist()
-        finished: dict[int, FinishReason] = {}
+        finished: set[int] = set()
         for b, row in enumerate(rows):
             row.length += 1
             row.next_input = tokens[b]
@@ -325,10 +395,9 @@ class _Run:
                 row.kept_ids.append(tuple(drawn.kept_BV[b].nonzero()[:, 0].tolist()))
             reason = self._stop.reason(row.prefix, row.token_ids)
             if reason is not None:
-                finished[b] = reason
-        for b, reason in finished.items():
-            self._finish(rows[b], reason)
-        self._close_gaps(set(finished))
+                finished.add(b)
+                self._finish(row, reason)
+        self._close_gaps(finished)
 
     def _finish(self, row: _Row, reason: FinishReason) -> None:
         sampled = Sampled(
