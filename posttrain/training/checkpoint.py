@@ -55,26 +55,24 @@ class CheckpointError(UserFacingError):
 
 
 def save_checkpoint(
+    accelerator: Any,
     root: Path,
     step: int,
     write: Callable[[Path], None],
     *,
     state: Mapping[str, Any],
     keep: int,
-    is_main: bool,
-    barrier: Callable[[], None],
-    all_ok: Callable[[bool], bool],
 ) -> Path:
     """Writes ``root/step_<step>`` whole or not at all; all ranks call it, and all return or all
     raise CheckpointError.
 
     ``write(folder)`` writes this rank's files; ``state`` is JSON and comes back from
-    ``find_resumable``; ``all_ok`` is true on every rank iff its argument is true on every rank
-    (``agree(accelerator)``). Then the main rank deletes older ones beyond ``keep`` (0: none), never
-    the one just written. A rank that fails *inside* a collective of ``write`` (sharded saves)
-    leaves the others to the backend's timeout.
+    ``find_resumable``. Then the main rank deletes older ones beyond ``keep`` (0: none), never the
+    one just written. A rank that fails *inside* a collective of ``write`` (sharded saves) leaves
+    the others to the backend's timeout.
     """
     temp, final = root / f".tmp_step_{step}", root / f"step_{step}"
+    is_main, barrier = accelerator.is_main_process, accelerator.wait_for_everyone
     phases: tuple[tuple[bool, Callable[[], None]], ...] = (
         (is_main, lambda: _prepare(temp)),
         (True, lambda: write(temp)),
@@ -87,7 +85,7 @@ def save_checkpoint(
                 phase()
         except Exception as raised:  # noqa: BLE001 - the ranks agree before anyone raises
             error = raised
-        if not all_ok(error is None):
+        if not all_ok(accelerator, error is None):
             message = _explain(error, temp, final)
             barrier()  # until every rank has looked at the partial folder
             if is_main:
@@ -100,10 +98,9 @@ def save_checkpoint(
     return final
 
 
-def agree(accelerator: Any) -> Callable[[bool], bool]:
-    """``all_ok`` of ``save_checkpoint`` over the ranks of a run: a collective, so every rank must
-    call it."""
-    return lambda ok: all(sharding.gather_object(accelerator, ok))
+def all_ok(accelerator: Any, ok: bool) -> bool:
+    """Whether ``ok`` is true on every rank: a collective."""
+    return bool(accelerator.gather(torch.tensor([int(ok)], device=accelerator.device)).min())
 
 
 def find_resumable(root: Path) -> tuple[Path, dict[str, Any]] | None:

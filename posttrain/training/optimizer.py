@@ -288,15 +288,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
-def lr_multiplier(
-    step: int,
-    *,
-    schedule: Schedule,
-    num_steps: int,
-    warmup_steps: int = 0,
-    min_lr_ratio: float = 0.0,
-    wsd_decay_ratio: float = _DEFAULT_WSD_DECAY_RATIO,
-) -> float:
+def lr_multiplier(step: int, config: OptimizerConfig, num_steps: int) -> float:
     """lr(step) / lr for the optimizer step with this 0-based number.
 
     Warmup: (step + 1) / (warmup_steps + 1). After it, with p = (step - warmup) / (num_steps -
@@ -309,16 +301,17 @@ def lr_multiplier(
     From step ``warmup_steps`` on both agree. r is reached at ``num_steps``, one past the last step,
     so no step is wasted at rate 0 there either.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    start = warmup_steps
-    if schedule == "constant":
+    warmup = start = config.num_warmup_steps(num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
         return 1.0
-    if schedule == "wsd":
-        start = max(warmup_steps, num_steps - math.ceil(wsd_decay_ratio * num_steps))
-    progress = min(max(step - start, 0) / max(num_steps - start, 1), 1.0)
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
-    return min_lr_ratio + (1.0 - min_lr_ratio) * falling
+    if config.schedule == "wsd":
+        ratio = config.wsd_decay_ratio or _DEFAULT_WSD_DECAY_RATIO
+        start = max(warmup, num_steps - math.ceil(ratio * num_steps))
+    p = min(max(step - start, 0) / max(num_steps - start, 1), 1.0)
+    falling = 0.5 * (1.0 + math.cos(math.pi * p)) if config.schedule == "cosine" else 1.0 - p
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * falling
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:
@@ -332,14 +325,4 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int
             f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset "
             "empty or --train.max_steps 0?"
         )
-    return LambdaLR(
-        optimizer,
-        partial(
-            lr_multiplier,
-            schedule=config.schedule,
-            num_steps=num_steps,
-            warmup_steps=config.num_warmup_steps(num_steps),
-            min_lr_ratio=config.min_lr_ratio,
-            wsd_decay_ratio=config.wsd_decay_ratio or _DEFAULT_WSD_DECAY_RATIO,
-        ),
-    )
+    return LambdaLR(optimizer, partial(lr_multiplier, config=config, num_steps=num_steps))

@@ -180,14 +180,12 @@ class RunFolder:
                 extra.write(folder, is_main=accelerator.is_main_process)
 
         return checkpoint.save_checkpoint(
+            accelerator,
             self.checkpoints,
             step,
             write,
             state={"settings": self._settings, "fingerprint": self._fingerprint},
             keep=self._train.save_total_limit,
-            is_main=accelerator.is_main_process,
-            barrier=accelerator.wait_for_everyone,
-            all_ok=checkpoint.agree(accelerator),
         )
 
     def save_final(self, write: Callable[[Path], None]) -> Path:
@@ -200,7 +198,7 @@ class RunFolder:
                     write(folder)
             except (OSError, SafetensorError) as raised:
                 error = raised
-        if not checkpoint.agree(self._accelerator)(error is None):
+        if not checkpoint.all_ok(self._accelerator, error is None):
             raise checkpoint.CheckpointError(
                 f"The final model was not written to {final}: "
                 f"{error or 'the main process says why'}. The last checkpoint is intact: make room "

@@ -23,7 +23,6 @@ from torch import nn
 
 from posttrain.training.checkpoint import (
     CheckpointError,
-    agree,
     capture_rng,
     damage,
     find_resumable,
@@ -355,12 +354,7 @@ def distributed_rank(kind: str, root: Path) -> None:
         if accelerator.process_index == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    together: dict[str, Any] = {
-        "is_main": accelerator.is_main_process,
-        "barrier": accelerator.wait_for_everyone,
-        "all_ok": agree(accelerator),
-        "keep": 1,
-    }
+    together: dict[str, Any] = {"accelerator": accelerator, "keep": 1}
     run = prepared()
     steps(*run, range(2))
     save(root, 2, lambda folder: write_state(accelerator, *run, folder), **together)

@@ -318,7 +318,8 @@ def test_nothing_to_train_is_an_error() -> None:
 # --- schedules
 # ------------------------------------------------------------------------------------------------------------
 def curve(num_steps: int, **settings: Any) -> list[float]:
-    return [lr_multiplier(step, num_steps=num_steps, **settings) for step in range(num_steps + 2)]
+    config = OptimizerConfig(**settings)
+    return [lr_multiplier(step, config, num_steps) for step in range(num_steps + 2)]
 
 
 def test_closed_form_values() -> None:
