@@ -46,8 +46,7 @@ class LocalConfig:
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.kv_cache_gb <= 0:
             raise ValueError(
-                "sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got "
-                f"{self.max_rows} and {self.kv_cache_gb}."
+                f"max_rows and kv_cache_gb must be at least 1 and above 0; got {self}."
             )
 
 
@@ -187,10 +186,8 @@ class LocalEngine:
     ) -> None:
         """``decode``: ids to text, for stop strings."""
         if policy.forward_mode.backend is None:
-            raise ValueError(
-                "Sampling in the training process is not possible for this model: "
-                f"{policy.forward_mode.reason}. Use a vLLM server (--engine vllm)."
-            )
+            why = policy.forward_mode.reason
+            raise ValueError(f"This model cannot be sampled here: {why}. Use a vLLM server.")
         self._policy = policy
         self._config = config or LocalConfig()
         self.stop_ids, self._decode = tuple(stop_ids), decode
@@ -222,9 +219,7 @@ class LocalEngine:
         stop = StopRule(sampling, self.stop_ids, self._decode)
         self._check_lengths(requests, sampling)
         with self._weights.sampling():
-            run = _Run(self, requests, sampling, stop, on_finished)
-            run.to_the_end()
-        return run.results
+            return _Run(self, requests, sampling, stop, on_finished).to_the_end()
 
     def _check_lengths(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
@@ -232,28 +227,24 @@ class LocalEngine:
         limit = self._policy.forward_mode.length_limit
         if limit is not None and shortest <= limit < longest:
             raise ValueError(
-                f"This model scales its positions by whether a sequence is longer than {limit} "
-                f"tokens; sequences of {shortest} to {longest} tokens cannot be sampled together "
-                "here. Lower sampling.max_tokens, or use a vLLM server."
+                f"This model has other positions above {limit} tokens: {shortest} and {longest} "
+                "cannot be sampled together. Lower sampling.max_tokens, or use a vLLM server."
             )
         check_positions(self._policy.config, longest)
 
-    def slots(self, requests: Sequence[Request], sampling: SamplingConfig, capacity: int) -> int:
-        """Completions that run at the same time."""
+    def slots(self, completions: int, capacity: int) -> int:
+        """How many of ``completions``, of at most ``capacity`` tokens, run at the same time."""
         config = self._policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        width = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
         each = 2 * config.num_hidden_layers * heads * width * capacity * self.kv_dtype.itemsize
         fit = int(self._config.kv_cache_gb * 1e9 // each)
         if fit < 1:
             raise ValueError(
-                f"One completion's keys and values take {each / 1e9:.2f} GB ({capacity} tokens), "
-                f"the budget is {self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower "
-                "sampling.max_tokens."
+                f"Keys and values of {capacity} tokens take {each / 1e9:.2f} GB, the budget is "
+                f"{self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
             )
-        return min(fit, self._config.max_rows, sum(len(r.seeds) for r in requests))
+        return min(fit, self._config.max_rows, completions)
 
     def hidden(
         self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout
@@ -291,22 +282,20 @@ class _Run:
     ) -> None:
         self._engine, self._requests, self._sampling, self._stop = engine, requests, sampling, stop
         self._on_finished = on_finished
-        self.results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
+        self._results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         self._waiting = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))][::-1]
         self._prefilled: dict[int, _Prefilled] = {}
         self._rows: list[_Row] = []
         capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
-        self._cache = SlotCache(
-            slots=engine.slots(requests, sampling, capacity),
-            capacity=capacity,
-            dtype=engine.kv_dtype,
-        )
+        slots = engine.slots(len(self._waiting), capacity)
+        self._cache = SlotCache(slots=slots, capacity=capacity, dtype=engine.kv_dtype)
 
-    def to_the_end(self) -> None:
-        """Until every completion is drawn."""
+    def to_the_end(self) -> list[list[Sampled]]:
+        """[request][completion], once all are drawn."""
         while self._waiting or self._rows:
             self._admit()
             self._step()
+        return self._results
 
     def _admit(self) -> None:
         """Waiting completions, first come first served, into the free slots behind the running
@@ -407,7 +396,7 @@ class _Run:
             policy_version=self._engine.version,
             kept_ids=tuple(row.kept_ids) if row.kept_ids else None,
         )
-        self.results[row.request][row.completion] = sampled
+        self._results[row.request][row.completion] = sampled
         if self._on_finished is not None:
             self._on_finished(row.request, row.completion, sampled)
 

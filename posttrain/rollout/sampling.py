@@ -11,13 +11,14 @@ V / 256 + 256 numbers instead of V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain.rollout.engine import FinishReason, SamplingConfig
 
@@ -63,23 +64,17 @@ def draw(
 
 
 def kept_by_truncation(scores_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """bool [B, V]: top-k, then top-p of what is left, then min-p of that. Equal scores at an edge
-    stay together."""
-    kept_BV = torch.ones_like(scores_BV, dtype=torch.bool)
-    if 0 < sampling.top_k < scores_BV.shape[-1]:
-        kept_BV = scores_BV >= scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+    """bool [B, V]: top-k, then top-p of what is left, then min-p of that."""
+    warpers: list[LogitsProcessor] = []
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        ordered, order = scores_BV.masked_fill(~kept_BV, float("-inf")).sort(
-            dim=-1, descending=True
-        )
-        probs = torch.softmax(ordered, -1)
-        before = probs.cumsum(-1) - probs
-        least = ordered.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
-        kept_BV = kept_BV & (scores_BV >= least)
+        warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0.0:
-        best = scores_BV.amax(-1, keepdim=True)
-        kept_BV = kept_BV & (scores_BV >= best + float(np.log(sampling.min_p)))
-    return kept_BV
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for warper in warpers:
+        scores_BV = warper(None, scores_BV)
+    return scores_BV.isfinite()
 
 
 def _race(
@@ -109,28 +104,24 @@ def _exponentials(seeds: Sequence[int], positions: Sequence[int], count: int) ->
 _TOKENS_PER_CHARACTER = 4  # a character can be spread over this many byte tokens
 
 
+@dataclass(frozen=True)
 class StopRule:
     """When a completion ends: stop token or string, repetition, length, the iteration's budget; in
-    this order. Ask ``reason(prefix, drawn)`` after every token."""
+    this order. Ask ``reason(prefix, drawn)`` after every token. Raises ValueError for stop strings
+    without ``decode``, which turns ids into text."""
 
-    def __init__(
-        self,
-        sampling: SamplingConfig,
-        stop_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None,
-    ) -> None:
-        """``decode`` turns ids into text. Raises ValueError for stop strings without it."""
-        if sampling.stop_strings and decode is None:
+    sampling: SamplingConfig
+    stop_ids: Collection[int]
+    decode: Callable[[Sequence[int]], str] | None
+
+    def __post_init__(self) -> None:
+        if self.sampling.stop_strings and self.decode is None:
             raise ValueError("sampling.stop_strings need a tokenizer; give the engine one.")
-        self._sampling, self._stop_ids, self._decode = sampling, frozenset(stop_ids), decode
-        self._window = (
-            max((len(s) for s in sampling.stop_strings), default=0) * _TOKENS_PER_CHARACTER
-        )
 
     def reason(self, prefix: Sequence[int], drawn: Sequence[int]) -> FinishReason | None:
         """Why the completion ``prefix + drawn`` ends with its last token; None: it goes on."""
-        s = self._sampling
-        if drawn[-1] in self._stop_ids or self._ends_in_string(prefix, drawn):
+        s = self.sampling
+        if drawn[-1] in self.stop_ids or self._ends_in_string(prefix, drawn):
             return "stop"
         needed = s.repeat_ngram * s.repeat_times
         if needed and repeats(
@@ -144,12 +135,12 @@ class StopRule:
     def _ends_in_string(self, prefix: Sequence[int], drawn: Sequence[int]) -> bool:
         """A stop string ends in the text of the last token (it may begin in earlier ones, also of
         the prefix)."""
-        if not self._sampling.stop_strings:
+        if self.decode is None or not self.sampling.stop_strings:
             return False
-        assert self._decode is not None
-        tail = [*prefix[-self._window :], *drawn[-self._window :]][-self._window :]
-        text, before = self._decode(tail), self._decode(tail[:-1])
-        return any(text.count(stop) > before.count(stop) for stop in self._sampling.stop_strings)
+        window = max(map(len, self.sampling.stop_strings)) * _TOKENS_PER_CHARACTER
+        tail = [*prefix[-window:], *drawn[-window:]][-window:]
+        text, before = self.decode(tail), self.decode(tail[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in self.sampling.stop_strings)
 
 
 def repeats(token_ids: Sequence[int], *, ngram: int, times: int) -> bool:

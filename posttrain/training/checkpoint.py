@@ -113,11 +113,8 @@ def find_resumable(root: Path) -> tuple[Path, dict[str, Any]] | None:
     for _, folder in _checkpoints(root):
         if (reason := damage(folder)) is None:
             return folder, _read_json(folder / _STATE)
-        logger.warning(
-            "Checkpoint %s is damaged and was skipped: %s. Delete it to free its space.",
-            folder,
-            reason,
-        )
+        text = "Checkpoint %s is damaged and was skipped: %s. Delete it to free its space."
+        logger.warning(text, folder, reason)
     return None
 
 
@@ -156,9 +153,8 @@ def cut_metrics(path: Path, step: int) -> int:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}:{number} is not a JSON object with a step ({error}), so the file cannot "
-                f"be cut back to step {step}: only its last line may be torn. Move the file away "
-                "to start a new one."
+                f"{path}:{number} is not a JSON object with a step ({error}); only the last line "
+                "may be torn. Move the file away to start a new one."
             ) from error
         if line_step <= step:
             kept.append(line + b"\n")
@@ -279,9 +275,8 @@ def read_state(
     now = f"{accelerator.num_processes} processes, weights held as {sharding.kind(accelerator)}"
     if before != now:
         raise ValueError(
-            f"{folder} was written by {before}; this run has {now} and could not equal an "
-            "uninterrupted one. Resume with the launch configuration it was started with, or "
-            "start a new run from its final/ folder."
+            f"{folder} was written by {before}; this run has {now}. Resume with the launch "
+            "configuration it was started with, or start a new run from its final/ folder."
         )
     rank = accelerator.process_index
     if sharding.is_deepspeed(accelerator):
@@ -290,10 +285,7 @@ def read_state(
         all_trained = all(p.requires_grad for p in policy.module.parameters())
         path, _ = policy.load_checkpoint(str(folder), "zero", load_module_strict=all_trained)
         if path is None:
-            raise ValueError(
-                f"DeepSpeed found no state in {folder / 'zero'}. Delete the checkpoint, and the "
-                "one before it is resumed."
-            )
+            raise ValueError(f"DeepSpeed found no state in {folder / 'zero'}. Delete {folder}.")
     else:
         load_training_state(folder, policy, optimizer, part=_part(accelerator))
     if accelerator.scaler is not None:
@@ -447,16 +439,14 @@ def _check_same(file: Path, got: Mapping[str, str], wanted: Mapping[str, str]) -
     missing, extra = sorted(wanted.keys() - got.keys()), sorted(got.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(
-            f"{file} does not fit this run: {len(missing)} names are missing {missing[:3]}, "
-            f"{len(extra)} are unexpected {extra[:3]}. Resume with the model and the adapters it "
-            "was written with."
+            f"{file}: {len(missing)} names are missing {missing[:3]}, {len(extra)} are unexpected "
+            f"{extra[:3]}. Resume with the model and the adapters it was written with."
         )
     for name in wanted:
         if got[name] != wanted[name]:
             raise ValueError(
-                f"{file}: {name} has [{got[name]}], this run has [{wanted[name]}]. Only with the "
-                "same model, precision and optimizer does a resumed run equal an uninterrupted "
-                "one: set the old values, or start a new run."
+                f"{file}: {name} has [{got[name]}], this run has [{wanted[name]}]. Set the old "
+                "values, or start a new run: only with the same does a run go on bit for bit."
             )
 
 
@@ -475,9 +465,7 @@ def capture_rng() -> dict[str, Any]:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Puts back what ``capture_rng`` took, also after a trip through JSON."""
     if state["cuda"] and not torch.cuda.is_available():
-        raise ValueError(
-            "The checkpoint holds the random state of a CUDA device; here is none. Resume on one."
-        )
+        raise ValueError("The checkpoint has the random state of a CUDA device. Resume on one.")
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import re
@@ -73,16 +74,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"train.batch_size is a number of groups >= 1; got {self.batch_size}.")
-        for name in (
-            "max_steps",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "save_total_limit",
-            "num_epochs",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} must be >= 0; got {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if not isinstance(value, str | list) and name != "seed" and value < 0:
+                raise ValueError(f"train.{name} must be >= 0; got {value}.")
         if not re.fullmatch(r"\w[\w.=,+-]*", self.name):
             raise ValueError(
                 f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}."
@@ -101,15 +95,16 @@ class TrainConfig:
         if self.batch_size > num_groups:
             raise ValueError(
                 f"train.batch_size={self.batch_size} is more than the {num_groups} groups of the "
-                "training data, so every step would repeat rows. Lower --train.batch_size, or set "
-                "--train.max_steps if that is what you want."
+                "data: every step would repeat rows. Lower it, or set --train.max_steps."
             )
         return math.ceil(num_groups * self.num_epochs / self.batch_size)
 
 
-def make_parser(config_class: type[C], *, description: str) -> Any:
-    """A command-line parser with one option per field, ``--config FILE.yaml`` and
-    ``--print_config``."""
+def parse_config(
+    config_class: type[C], arguments: Sequence[str] | None = None, *, description: str
+) -> C:
+    """The resolved, validated settings from one option per field, ``--config FILE.yaml`` and
+    ``--print_config``; on a mistake one clear line to stderr and exit code 2."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -120,18 +115,8 @@ def make_parser(config_class: type[C], *, description: str) -> Any:
         help="YAML file with any of the options below; options given after it win",
     )
     parser.add_class_arguments(config_class, as_group=False)
-    return parser
-
-
-def parse_config(
-    config_class: type[C], arguments: Sequence[str] | None = None, *, description: str
-) -> C:
-    """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
-    parser = make_parser(config_class, description=description)
     try:
-        values = parser.instantiate(
-            parser.parse_args(None if arguments is None else list(arguments))
-        )
+        values = parser.instantiate(parser.parse_args(arguments and list(arguments)))
         return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         message = str(error)
@@ -169,27 +154,19 @@ def _suggestion(parser: Any, message: str) -> str:
     return f" Did you mean --{near[0]}?" if near else " See --help for all options."
 
 
-def plain_settings(value: Any) -> Any:
-    """Only what YAML and JSON have: tuples as lists."""
-    if isinstance(value, dict):
-        return {k: plain_settings(v) for k, v in value.items()}
-    return [plain_settings(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.lora.rank": 16, ...}: nested settings on one level."""
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): plain_settings(value)}
-    return {
-        k: v
-        for name, inner in value.items()
-        for k, v in flat_settings(inner, f"{prefix}{name}.").items()
-    }
-
-
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, in declaration order."""
-    return dataclasses.asdict(config)
+    """Nested settings in declaration order; only what YAML and JSON have, so tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.lora.rank": 16, ...}: nested settings on one level."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        flat |= flat_settings(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 DECLARATIONS = ("couples_completions", "needs_reference", "batch_statistic")
@@ -204,10 +181,7 @@ def choose_loss(
     if given is None:
         return resolve_loss(config.loss, dict(config.loss_options), home=home)
     if config.loss_options or config.loss != default:
-        raise ValueError(
-            "The trainer got loss=... and config.loss or config.loss_options, which "
-            "would be ignored. Give one."
-        )
+        raise ValueError("loss=... beside config.loss or loss_options would be ignored. Give one.")
     return given
 
 
@@ -270,8 +244,7 @@ def _import_function(name: str, home: str) -> Callable[..., Any]:
         return load_function(name if "." in name else f"{home}.{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
-            f"importable from the folder you start in; got {name!r} ({error})."
+            f"--loss is a function of {home}, or the dotted path of one; got {name!r} ({error})."
         ) from error
 
 

@@ -31,29 +31,15 @@ def check_launch(environment: Mapping[str, str], num_processes: int) -> None:
     """
     wanted = int(environment.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        problem = (
-            "accelerate was asked for several processes and started one (its MULTI_CPU launcher "
-            "needs mpirun): the run would train on one process without saying so."
-        )
+        problem = "accelerate was asked for several processes and started one (no mpirun)."
     elif num_processes != wanted:
-        problem = (
-            f"The launcher started {wanted} processes, but they found only {num_processes}: each "
-            "would train on its own."
-        )
+        problem = f"The launcher started {wanted} processes, but they found only {num_processes}."
     else:
         return
     raise UserFacingError(
         f"{problem} Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with "
         "use_cpu: true), or torchrun --nproc_per_node."
     )
-
-
-def asked_sharding(environment: Mapping[str, str]) -> str:
-    """``"FSDP"``, ``"DEEPSPEED"`` or ``"NO"``: what the launch configuration asks for."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            return name
-    return "NO"
 
 
 def make_accelerator(
@@ -65,10 +51,11 @@ def make_accelerator(
     Raises UserFacingError where the processes do not become what the launch configuration asks for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
     keep_freed_memory()
-    sharding = asked_sharding(os.environ)
+    asked = (n for n in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{n}"))
+    sharding = next(asked, "NO")
     state = _join_processes(sharding)
     check_launch(os.environ, state.num_processes)
     plan = resolve_precision(
@@ -96,8 +83,8 @@ def make_accelerator(
     if sharding != "NO" and accelerator.distributed_type != sharding:
         raise UserFacingError(
             f"The launch configuration asks for {sharding}, but the run became "
-            f"{accelerator.distributed_type.value}: the model would not be sharded. Start it with "
-            "`accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
+            f"{accelerator.distributed_type.value}, unsharded. Start several processes, as "
+            "`accelerate launch --config_file launch/fsdp.yaml` does."
         )
     if sharding == "DEEPSPEED":
         _settle_deepspeed(accelerator)
@@ -155,10 +142,7 @@ def _fsdp_plugin(plan: PrecisionPlan) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if os.environ.get("FSDP_VERSION") != "2":
-        raise UserFacingError(
-            "Only FSDP2 is supported: set fsdp_version: 2 in the launch configuration, as "
-            "launch/fsdp.yaml does."
-        )
+        raise UserFacingError("Only FSDP2 is supported: set fsdp_version: 2, as launch/fsdp.yaml.")
     lowers = plan.compute != plan.weight
     return FullyShardedDataParallelPlugin(
         mixed_precision_policy=MixedPrecisionPolicy(
@@ -176,9 +160,8 @@ def _settle_deepspeed(accelerator: Any) -> None:
     ``training/step.py``'s."""
     from transformers.integrations import unset_hf_deepspeed_config
 
-    warnings.filterwarnings(
-        "ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning
-    )  # its calls
+    its_calls = r".*torch\.distributed\.\w+_tensor. is deprecated"
+    warnings.filterwarnings("ignore", its_calls, FutureWarning)
     # else from_pretrained would partition: models are loaded whole and partitioned by prepare
     unset_hf_deepspeed_config()
     config = accelerator.deepspeed_plugin.deepspeed_config

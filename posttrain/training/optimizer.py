@@ -98,8 +98,7 @@ class OptimizerConfig:
     def _check_ignored(self) -> None:
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both "
-                "set and one would be ignored. Set one of them to 0."
+                "warmup_steps and warmup_ratio are both set and one would be ignored. Set one to 0."
             )
         by_name = f"optimizer.name={self.name!r}"
         by_schedule = f"schedule={self.schedule!r}"
@@ -124,9 +123,8 @@ class OptimizerConfig:
             return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
         if self.warmup_steps >= num_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or "
-                f"the run never reaches lr; got {num_steps} steps. Set a warmup_ratio (0.1) "
-                "instead, or train longer."
+                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps; "
+                f"got {num_steps} steps. Set a warmup_ratio (0.1) instead, or train longer."
             )
         return self.warmup_steps
 
@@ -156,12 +154,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, decouples the decay; which parameters take part is
     the habit of GPT-2 and its successors. Every trainable parameter is in exactly one group, a tied
-    one once; a frozen one in none; a group without parameters is left out. Raises ValueError if
+    one once; a frozen one in none. Raises ValueError if
     nothing is trainable.
     """
     undecayed = _undecayed_ids(model)
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    groups: dict[float, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         # ZeRO-3 leaves an empty vector and notes the real shape beside it
         is_vector = len(getattr(p, "ds_shape", p.shape)) < 2
@@ -169,18 +166,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         # set by state-space models on their 2-D A_log
         keeps = keeps or getattr(p, "_no_weight_decay", False)
         if p.requires_grad:
-            (no_decay if keeps else decay).append(p)
-    if not decay and not no_decay:
-        frozen = len(list(model.parameters()))
+            groups.setdefault(0.0 if keeps else weight_decay, []).append(p)
+    if not groups:
         raise ValueError(
-            f"Nothing to train in {type(model).__name__}: all of its {frozen} parameters have "
-            "requires_grad=False. Unfreeze some, or add an adapter (--model.lora.rank 16)."
+            f"Nothing to train in {type(model).__name__}: no parameter has requires_grad=True. "
+            "Unfreeze some, or add an adapter (--model.lora.rank 16)."
         )
-    groups = (
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    )
-    return [group for group in groups if group["params"]]
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
 
 
 def build_optimizer(
@@ -206,9 +198,8 @@ def build_optimizer(
         return optimizer
     if groups[0]["params"][0].device.type == "cpu":
         raise ValueError(
-            "optimizer.offload moves the optimizer's state from an accelerator to host "
-            "memory; here the model is in host memory already. Leave it off; --optimizer.name "
-            "adamw_8bit or adafactor needs less memory everywhere."
+            "optimizer.offload moves state from an accelerator to host memory; this model is "
+            "in host memory already. Leave it off; adamw_8bit and adafactor need less memory."
         )
     return OffloadedOptimizer(optimizer)
 
@@ -231,10 +222,8 @@ def _optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: 
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError(
-            f"optimizer.name=adamw_8bit needs bitsandbytes ({error}). pip install "
-            "'posttrain[adamw-8bit]', or take adafactor."
-        ) from error
+        advice = "pip install 'posttrain[adamw-8bit]', or take adafactor."
+        raise ValueError(f"adamw_8bit needs bitsandbytes ({error}). {advice}") from error
     optimizer: Optimizer = AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
     return optimizer
 
@@ -246,8 +235,7 @@ def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
         option = "offload" if config.offload else f"name={config.name}"
         raise ValueError(
             f"optimizer.{option} is for one process and DDP; this launch shards the optimizer "
-            f"state ({kind}). Take adamw, and for offload DeepSpeed's own "
-            "(offload_optimizer_device: cpu in the launch file)."
+            f"state ({kind}). Take adamw, and DeepSpeed's offload_optimizer_device: cpu to offload."
         )
 
 
@@ -321,8 +309,5 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int
     Do not hand it to ``accelerator.prepare``: the wrapper steps it once per process.
     """
     if num_steps < 1:
-        raise ValueError(
-            f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset "
-            "empty or --train.max_steps 0?"
-        )
+        raise ValueError(f"A schedule needs num_steps >= 1; got {num_steps}. Is the dataset empty?")
     return LambdaLR(optimizer, partial(lr_multiplier, config=config, num_steps=num_steps))

@@ -20,19 +20,14 @@ from safetensors import SafetensorError
 
 from posttrain.files import whole_file, whole_folder
 from posttrain.training import checkpoint
-from posttrain.training.config import TrainConfig, flat_settings, plain_settings
+from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.metrics import read_metrics
 from posttrain.training.sharding import broadcast_object
 
 log = logging.getLogger(__name__)
 
-_CHANGE_NO_NUMBER = (
-    "train.run_dir",
-    "train.name",
-    "train.log_every",
-    "train.save",
-    "train.resume",
-    "train.trackers",
+_CHANGE_NO_NUMBER = tuple(
+    f"train.{name}" for name in ("run_dir", "name", "log_every", "save", "resume", "trackers")
 )
 
 
@@ -59,7 +54,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._lock = FileLock(self.path / ".lock")  # the system releases it with the process
         self._train, self._accelerator = train, accelerator
-        self._settings = plain_settings(settings)
+        self._settings = settings
         self._fingerprint: dict[str, Any] = {
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
@@ -80,9 +75,8 @@ class RunFolder:
     def _open(self) -> None:
         if self._train.resume == "never" and any(self.checkpoints.glob("step_*")):
             raise ValueError(
-                f"{self.checkpoints} already has checkpoints and train.resume is never. Set "
-                "another --train.name, delete the folder, or set --train.resume auto to continue "
-                "it."
+                f"{self.checkpoints} has checkpoints and train.resume is never. Set another "
+                "--train.name, delete the folder, or set --train.resume auto to continue it."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,14 +84,11 @@ class RunFolder:
         except Timeout as error:
             raise ValueError(
                 f"Another process is training in {self.path} (a worker of a killed launch, "
-                "perhaps): two would overwrite each other. Wait for it, end it, or set "
-                "another --train.name."
+                "perhaps). Wait for it, end it, or set another --train.name."
             ) from error
         except OSError as error:
-            raise ValueError(
-                f"The run folder {self.path} cannot be written: {error}. Set --train.run_dir to a "
-                "folder that can."
-            ) from error
+            advice = "Set another --train.run_dir."
+            raise ValueError(f"{self.path} cannot be written: {error}. {advice}") from error
         for partial in self.path.glob(".*-*"):  # left by a kill (posttrain/files.py)
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -151,10 +142,9 @@ class RunFolder:
         before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
         if (was := before.get("data")) != now.get("data") and "data" in self._fingerprint:
             raise ValueError(
-                f"{self.path} was trained on other data to step {state['step']}: the rows, their "
-                "order, the tokenizer or the options of data are not what they were (digest "
-                f"{was}, now {now['data']}). To start anew, set another --train.name or delete the "
-                "folder; to go on, give the same data."
+                f"{self.path} was trained on other data to step {state['step']}: rows, order, "
+                f"tokenizer or options differ (digest {was}, now {now['data']}). Give the same "
+                "data; or, to start anew, set another --train.name or delete the folder."
             )
         changed = [
             f"{k}: {before.get(k)} -> {now.get(k)}"
@@ -162,11 +152,8 @@ class RunFolder:
             if now.get(k) != before.get(k) and not k.startswith(_CHANGE_NO_NUMBER)
         ]
         if changed and self._accelerator.is_main_process:
-            log.warning(
-                "the resumed run differs from the one that was saved, so it will not be "
-                "bit-identical: %s",
-                ", ".join(changed),
-            )
+            differences = ", ".join(changed)
+            log.warning("the resumed run is another, so not bit-identical: %s", differences)
 
     def save(
         self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()
@@ -199,9 +186,9 @@ class RunFolder:
             except (OSError, SafetensorError) as raised:
                 error = raised
         if not checkpoint.all_ok(self._accelerator, error is None):
+            reason = error or "the main process says why"
             raise checkpoint.CheckpointError(
-                f"The final model was not written to {final}: "
-                f"{error or 'the main process says why'}. The last checkpoint is intact: make room "
-                "and start the same command again."
+                f"The final model was not written to {final}: {reason}. The last checkpoint is "
+                "intact: make room and start the same command again."
             ) from error
         return final
