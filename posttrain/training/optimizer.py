@@ -154,11 +154,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, decouples the decay; which parameters take part is
     the habit of GPT-2 and its successors. Every trainable parameter is in exactly one group, a tied
-    one once; a frozen one in none. Raises ValueError if
+    one once; a frozen one in none; a group without parameters is left out. Raises ValueError if
     nothing is trainable.
     """
     undecayed = _undecayed_ids(model)
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # by whether they decay
     for name, p in model.named_parameters():
         # ZeRO-3 leaves an empty vector and notes the real shape beside it
         is_vector = len(getattr(p, "ds_shape", p.shape)) < 2
@@ -166,13 +166,17 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         # set by state-space models on their 2-D A_log
         keeps = keeps or getattr(p, "_no_weight_decay", False)
         if p.requires_grad:
-            groups.setdefault(0.0 if keeps else weight_decay, []).append(p)
-    if not groups:
+            groups[not keeps].append(p)
+    if not any(groups.values()):
         raise ValueError(
             f"Nothing to train in {type(model).__name__}: no parameter has requires_grad=True. "
             "Unfreeze some, or add an adapter (--model.lora.rank 16)."
         )
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0}
+        for decays, params in groups.items()
+        if params
+    ]
 
 
 def build_optimizer(
