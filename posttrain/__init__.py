@@ -60,7 +60,8 @@ _NAMES = {
     "training.experience": "RolloutConfig",
     "training.optimizer": "OptimizerConfig",
     "training.reference": "ReferenceConfig",
-    "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup loss",
+    "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup "
+    "loss",
 }
 _HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOME)

@@ -20,8 +20,8 @@ from typing import Any
 
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
-from posttrain.data.folders import whole_folder
 from posttrain.data.readers import HubSource, load_hub
+from posttrain.files import whole_folder, write_json
 
 ENCODING_VERSION = 4
 """Raise when the same rows would become different tokens or another file layout."""
@@ -110,13 +110,12 @@ def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, 
         with whole_folder(folder) as temporary:
             manifest = write(temporary / TOKENS)
             manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            if read_manifest(folder) is None:  # nothing, or damaged
+            write_json(temporary / MANIFEST, manifest)
+            if folder.exists() and read_manifest(folder) is None:  # damaged
                 shutil.rmtree(folder, ignore_errors=True)
         return manifest
     except OSError as error:
-        there = read_manifest(folder)
-        if there is not None:
+        if (there := read_manifest(folder)) is not None:
             return there
         raise OSError(
             error.errno,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.folders import refuse_filled, whole_folder
+from posttrain.files import refuse_filled, whole_folder
 from posttrain.models.heads import load_reward_model
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
 

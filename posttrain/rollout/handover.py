@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from posttrain.files import put_in_place
+
 Call = Callable[..., dict[str, Any]]
 """(method, path, body) -> the server's answer; raises ServerError."""
 
@@ -39,8 +41,7 @@ class FolderHandover:
         target, partial = self._folder / "current", self._folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         self._save_weights(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        put_in_place(partial, target)
 
     def send(self, call: Call) -> None:
         """The server reads the folder."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache
 
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
@@ -27,9 +29,7 @@ from posttrain.rollout.engine import (
     SamplingConfig,
     check_positions,
 )
-from posttrain.rollout.kv import RecordingCache, SlotCache
-from posttrain.rollout.sampling import draw
-from posttrain.rollout.stopping import StopRule
+from posttrain.rollout.sampling import StopRule, draw
 from posttrain.rollout.weights import SamplingWeights
 
 
@@ -46,9 +46,92 @@ class LocalConfig:
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.kv_cache_gb <= 0:
             raise ValueError(
-                "sampling in this process needs max_rows >= 1 and kv_cache_gb > 0; got "
-                f"{self.max_rows} and {self.kv_cache_gb}."
+                f"max_rows and kv_cache_gb must be at least 1 and above 0; got {self}."
             )
+
+
+class RecordingCache(Cache):
+    """Keeps what each layer computes for a packed row and changes nothing: keys and values [1, kv
+    heads, L, D] by layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer."""
+        self.recorded[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+ROOM_STEP = 64
+"""Tokens by which slots grow. A decode step reads slots whole, masked: a part of them would be
+copied by every product (15 % of a step's time on a CPU)."""
+
+
+class SlotCache(Cache):
+    """Keys and values of sequences that grow, one slot for each, dense at the front: [2, slots, kv
+    heads, room, D] by layer. The room grows with the longest row, up to ``capacity``."""
+
+    def __init__(self, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
+        super().__init__(layers=[])
+        self.slots, self._capacity, self._dtype, self._room = slots, capacity, dtype, 0
+        self._stores: dict[int, Tensor] = {}
+        self._lengths_B = torch.zeros(0, dtype=torch.long)
+
+    def _store(self, layer: int, like: Tensor) -> Tensor:
+        if layer not in self._stores:
+            shape = (2, self.slots, like.shape[1], self._room, like.shape[-1])
+            self._stores[layer] = like.new_zeros(shape, dtype=self._dtype)
+        return self._stores[layer]
+
+    def _grow(self, longest: int) -> None:
+        """Room for sequences of ``longest`` tokens."""
+        if longest > self._room:
+            before = self._room
+            self._room = min(-(-longest // ROOM_STEP) * ROOM_STEP, self._capacity)
+            for layer, store in self._stores.items():
+                self._stores[layer] = F.pad(store, (0, 0, 0, self._room - before))
+
+    def fill(
+        self,
+        slot: int,
+        recorded: dict[int, tuple[Tensor, Tensor]],
+        spans: Sequence[tuple[int, int]],
+    ) -> None:
+        """Copies the given spans of a recorded row, one after the other, to the start of a slot."""
+        self._grow(sum(end - start for start, end in spans) + 1)
+        for layer, both in recorded.items():
+            for store, states in zip(self._store(layer, both[0]), both, strict=True):
+                at = 0
+                for start, end in spans:
+                    store[slot, :, at : at + end - start] = states[0, :, start:end]
+                    at += end - start
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Slot ``source`` takes the place of ``target``."""
+        for store in self._stores.values():
+            store[:, target, :, :length] = store[:, source, :, :length]
+
+    def begin_step(self, lengths_B: Tensor, longest: int) -> int:
+        """The next forward appends one token to each of the first B slots, which are
+        ``lengths_B`` long; ``longest`` counts it. Returns the keys it sees."""
+        self._grow(longest)
+        self._lengths_B = lengths_B
+        return self._room
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer with [B, kv heads, 1, D]; returns views of the rows'
+        slots."""
+        store = self._store(layer_idx, key_states)
+        rows_B = torch.arange(len(self._lengths_B), device=store.device)
+        store[0, rows_B, :, self._lengths_B] = key_states[:, :, 0].to(store.dtype)
+        store[1, rows_B, :, self._lengths_B] = value_states[:, :, 0].to(store.dtype)
+        return store[0, : len(rows_B)], store[1, : len(rows_B)]
 
 
 @dataclass(kw_only=True)
@@ -103,10 +186,8 @@ class LocalEngine:
     ) -> None:
         """``decode``: ids to text, for stop strings."""
         if policy.forward_mode.backend is None:
-            raise ValueError(
-                "Sampling in the training process is not possible for this model: "
-                f"{policy.forward_mode.reason}. Use a vLLM server (--engine vllm)."
-            )
+            why = policy.forward_mode.reason
+            raise ValueError(f"This model cannot be sampled here: {why}. Use a vLLM server.")
         self._policy = policy
         self._config = config or LocalConfig()
         self.stop_ids, self._decode = tuple(stop_ids), decode
@@ -138,9 +219,7 @@ class LocalEngine:
         stop = StopRule(sampling, self.stop_ids, self._decode)
         self._check_lengths(requests, sampling)
         with self._weights.sampling():
-            run = _Run(self, requests, sampling, stop, on_finished)
-            run.to_the_end()
-        return run.results
+            return _Run(self, requests, sampling, stop, on_finished).to_the_end()
 
     def _check_lengths(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
@@ -148,28 +227,24 @@ class LocalEngine:
         limit = self._policy.forward_mode.length_limit
         if limit is not None and shortest <= limit < longest:
             raise ValueError(
-                f"This model scales its positions by whether a sequence is longer than {limit} "
-                f"tokens; sequences of {shortest} to {longest} tokens cannot be sampled together "
-                "here. Lower sampling.max_tokens, or use a vLLM server."
+                f"This model has other positions above {limit} tokens: {shortest} and {longest} "
+                "cannot be sampled together. Lower sampling.max_tokens, or use a vLLM server."
             )
         check_positions(self._policy.config, longest)
 
-    def slots(self, requests: Sequence[Request], sampling: SamplingConfig, capacity: int) -> int:
-        """Completions that run at the same time."""
+    def slots(self, completions: int, capacity: int) -> int:
+        """How many of ``completions``, of at most ``capacity`` tokens, run at the same time."""
         config = self._policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        width = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
         each = 2 * config.num_hidden_layers * heads * width * capacity * self.kv_dtype.itemsize
         fit = int(self._config.kv_cache_gb * 1e9 // each)
         if fit < 1:
             raise ValueError(
-                f"One completion's keys and values take {each / 1e9:.2f} GB ({capacity} tokens), "
-                f"the budget is {self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower "
-                "sampling.max_tokens."
+                f"Keys and values of {capacity} tokens take {each / 1e9:.2f} GB, the budget is "
+                f"{self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
             )
-        return min(fit, self._config.max_rows, sum(len(r.seeds) for r in requests))
+        return min(fit, self._config.max_rows, completions)
 
     def hidden(
         self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout
@@ -187,8 +262,8 @@ class LocalEngine:
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """[B, V] in at least float32, after the family's transform, at temperature 1."""
+        logits = self._weights.logits(hidden_BH)
         with torch.autocast(hidden_BH.device.type, enabled=False):
-            logits = self._weights.logits(hidden_BH)
             return self._transform.apply(
                 logits.to(torch.promote_types(logits.dtype, torch.float32))
             )
@@ -207,69 +282,58 @@ class _Run:
     ) -> None:
         self._engine, self._requests, self._sampling, self._stop = engine, requests, sampling, stop
         self._on_finished = on_finished
-        self.results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
+        self._results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         self._waiting = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))][::-1]
         self._prefilled: dict[int, _Prefilled] = {}
         self._rows: list[_Row] = []
         capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
-        self._cache = SlotCache(
-            slots=engine.slots(requests, sampling, capacity),
-            capacity=capacity,
-            dtype=engine.kv_dtype,
-        )
+        slots = engine.slots(len(self._waiting), capacity)
+        self._cache = SlotCache(slots=slots, capacity=capacity, dtype=engine.kv_dtype)
 
-    def to_the_end(self) -> None:
-        """Until every completion is drawn."""
+    def to_the_end(self) -> list[list[Sampled]]:
+        """[request][completion], once all are drawn."""
         while self._waiting or self._rows:
             self._admit()
             self._step()
+        return self._results
 
     def _admit(self) -> None:
         """Waiting completions, first come first served, into the free slots behind the running
         ones."""
         free = self._cache.slots - len(self._rows)
         entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
-        by_request: dict[int, list[int]] = {}
+        self._prefill([i for i in dict(entering) if i not in self._prefilled])
         for i, k in entering:
-            by_request.setdefault(i, []).append(k)
-        self._prefill([i for i in by_request if i not in self._prefilled])
-        for i, ks in by_request.items():
             request, done = self._requests[i], self._prefilled[i]
-            groups: dict[
-                tuple[tuple[int, int], ...], list[int]
-            ] = {}  # those that start alike are copied together
-            for k in ks:
-                slot = len(self._rows)
-                groups.setdefault(tuple(done.spans[k]), []).append(slot)
-                prefix = request.prefixes[k] if request.prefixes else ()
-                self._rows.append(
-                    _Row(
-                        request=i,
-                        completion=k,
-                        seed=request.seeds[k],
-                        prefix=prefix,
-                        length=sum(end - start for start, end in done.spans[k]),
-                        next_input=prefix[-1] if prefix else request.prompt_ids[-1],
-                    )
+            prefix = request.prefixes[k] if request.prefixes else ()
+            self._cache.fill(len(self._rows), done.recorded, done.spans[k])
+            self._rows.append(
+                _Row(
+                    request=i,
+                    completion=k,
+                    seed=request.seeds[k],
+                    prefix=prefix,
+                    length=sum(end - start for start, end in done.spans[k]),
+                    next_input=prefix[-1] if prefix else request.prompt_ids[-1],
                 )
-            for spans, slots in groups.items():
-                self._cache.fill(slots, done.recorded, spans)
-            if not self._waiting or self._waiting[-1][0] != i:
-                del self._prefilled[i]
+            )
+        next_one = {i for i, _ in self._waiting[-1:]}  # of the others all completions run
+        self._prefilled = {i: done for i, done in self._prefilled.items() if i in next_one}
 
     def _prefill(self, wanted: Sequence[int]) -> None:
         """Prompts and prefixes without their last token, which is the first input of the decoding;
         several to a row."""
-        row: list[int] = []
+        rows: list[list[int]] = [[]]
         tokens = 0
         for i in wanted:
-            own = len(self._requests[i].prompt_ids) + sum(map(len, self._requests[i].prefixes))
-            if row and tokens + own > self._engine.prefill_tokens:
-                self._prefill_row(row)
-                row, tokens = [], 0
-            row.append(i)
+            request = self._requests[i]
+            own = len(request.prompt_ids) + sum(map(len, request.prefixes))
+            if rows[-1] and tokens + own > self._engine.prefill_tokens:
+                rows.append([])
+                tokens = 0
+            rows[-1].append(i)
             tokens += own
-        if row:
+        for row in rows:
             self._prefill_row(row)
 
     def _prefill_row(self, wanted: Sequence[int]) -> None:
@@ -280,19 +344,14 @@ class _Run:
             n = len(request.prompt_ids)
             prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
             start = row.add_segment(prompt, first_position=0, prefix=-1)
-            prompt_segment = len(row.lengths) - 1
+            of_prompt = len(row.lengths) - 1
             spans[i] = []
-            for k in range(len(request.seeds)):
-                prefix = request.prefixes[k] if request.prefixes else ()
+            for prefix in request.prefixes or [()] * len(request.seeds):
                 own = [(start, start + (n if prefix else n - 1))]
                 if len(prefix) > 1:
-                    own.append(
-                        (
-                            row.add_segment(prefix[:-1], first_position=n, prefix=prompt_segment),
-                            len(row),
-                        )
-                    )
-                spans[i].append([(a, b) for a, b in own if b > a])
+                    at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)
+                    own.append((at, len(row)))
+                spans[i].append(own)
         cache = RecordingCache()
         if len(row):
             ids, positions = row.ids[None], row.positions[None]
@@ -316,7 +375,7 @@ class _Run:
             positions=[r.position for r in rows],
         )
         tokens, logps = drawn.token_ids_B.tolist(), drawn.logps_B.tolist()
-        finished: dict[int, FinishReason] = {}
+        finished: set[int] = set()
         for b, row in enumerate(rows):
             row.length += 1
             row.next_input = tokens[b]
@@ -326,10 +385,9 @@ class _Run:
                 row.kept_ids.append(tuple(drawn.kept_BV[b].nonzero()[:, 0].tolist()))
             reason = self._stop.reason(row.prefix, row.token_ids)
             if reason is not None:
-                finished[b] = reason
-        for b, reason in finished.items():
-            self._finish(rows[b], reason)
-        self._close_gaps(set(finished))
+                finished.add(b)
+                self._finish(row, reason)
+        self._close_gaps(finished)
 
     def _finish(self, row: _Row, reason: FinishReason) -> None:
         sampled = Sampled(
@@ -339,7 +397,7 @@ class _Run:
             policy_version=self._engine.version,
             kept_ids=tuple(row.kept_ids) if row.kept_ids else None,
         )
-        self.results[row.request][row.completion] = sampled
+        self._results[row.request][row.completion] = sampled
         if self._on_finished is not None:
             self._on_finished(row.request, row.completion, sampled)
 

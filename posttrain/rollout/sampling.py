@@ -1,26 +1,26 @@
-"""From logits to tokens. A draw depends on the logits and on (seed, position) alone, never on what
-else is in the batch.
+"""From logits to tokens, and when a completion ends. A draw depends on the logits and on (seed,
+position) alone, never on what else is in the batch.
 
 The race of exponentials: with E_v independent standard exponentials, argmax_v p_v / E_v is a draw
 from p (the Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030, on the scale of probabilities).
-Numbers come from a counter-based generator keyed by seed, position and id. A small change of the
-logits seldom changes the winner, which the inverse CDF does not have. It is run twice, over blocks
-of ids and over the ids of the block that won: the same distribution from V / 256 + 256 numbers
-instead of V.
+Numbers come from a counter-based generator keyed by seed and position (Philox: Salmon et al. 2011).
+A small change of the logits seldom changes the winner, which the inverse CDF does not have. It is
+run twice, over blocks of ids and over the ids of the block that won: the same distribution from
+V / 256 + 256 numbers instead of V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from posttrain.data.mixture import mixed64
-from posttrain.rollout.engine import SamplingConfig
+from posttrain.rollout.engine import FinishReason, SamplingConfig
 
 BLOCK = 256
 
@@ -64,23 +64,17 @@ def draw(
 
 
 def kept_by_truncation(scores_BV: Tensor, sampling: SamplingConfig) -> Tensor:
-    """bool [B, V]: top-k, then top-p of what is left, then min-p of that. Equal scores at an edge
-    stay together."""
-    kept_BV = torch.ones_like(scores_BV, dtype=torch.bool)
-    if 0 < sampling.top_k < scores_BV.shape[-1]:
-        kept_BV = scores_BV >= scores_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+    """bool [B, V]: top-k, then top-p of what is left, then min-p of that."""
+    warpers: list[LogitsProcessor] = []
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        ordered, order = scores_BV.masked_fill(~kept_BV, float("-inf")).sort(
-            dim=-1, descending=True
-        )
-        probs = torch.softmax(ordered, -1)
-        before = probs.cumsum(-1) - probs
-        least = ordered.masked_fill(before >= sampling.top_p, float("inf")).amin(-1, keepdim=True)
-        kept_BV = kept_BV & (scores_BV >= least)
+        warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0.0:
-        best = scores_BV.amax(-1, keepdim=True)
-        kept_BV = kept_BV & (scores_BV >= best + float(np.log(sampling.min_p)))
-    return kept_BV
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for warper in warpers:
+        scores_BV = warper(None, scores_BV)
+    return scores_BV.isfinite()
 
 
 def _race(
@@ -89,34 +83,74 @@ def _race(
     """(winners [B], sums of the weights [B]); a winner has a positive weight."""
     num_rows, vocabulary = weights_BV.shape
     num_blocks = -(-vocabulary // BLOCK)
-    padded = F.pad(weights_BV, (0, num_blocks * BLOCK - vocabulary)).view(
-        num_rows, num_blocks, BLOCK
-    )
-    by_block = padded.sum(-1)
-    keys = _keys(seeds, positions)
-    blocks = torch.arange(num_blocks, device=weights_BV.device).expand(num_rows, -1)
-    block_B = (by_block / _exponentials(keys, blocks, like=by_block)).argmax(-1)
-    inside = padded[torch.arange(num_rows, device=block_B.device), block_B]
-    ids = block_B[:, None] * BLOCK + torch.arange(BLOCK, device=block_B.device)
-    winner_B = (inside / _exponentials(keys, ids + 2**32, like=inside)).argmax(-1)
+    padded = F.pad(weights_BV, (0, num_blocks * BLOCK - vocabulary))
+    in_blocks = padded.view(num_rows, num_blocks, BLOCK)
+    by_block = in_blocks.sum(-1)
+    rivals = _exponentials(seeds, positions, num_blocks + BLOCK).to(by_block)
+    block_B = (by_block / rivals[:, :num_blocks]).argmax(-1)
+    inside = in_blocks[torch.arange(num_rows, device=block_B.device), block_B]
+    winner_B = (inside / rivals[:, num_blocks:]).argmax(-1)
     return block_B * BLOCK + winner_B, by_block.sum(-1)
 
 
-def _keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """[B] uint64 from (seed, position)."""
-    seed = np.array([s % 2**64 for s in seeds], dtype=np.uint64)
-    return _mix(_mix(seed) ^ np.array(positions, dtype=np.uint64))
+def _exponentials(seeds: Sequence[int], positions: Sequence[int], count: int) -> Tensor:
+    """[B, count] standard exponentials of (seed, position): -log of a uniform number with 53 bits,
+    never 0 or 1."""
+    keys = np.array([[s % 2**64, t] for s, t in zip(seeds, positions, strict=True)], np.uint64)
+    bits = np.stack([np.random.Philox(key=key).random_raw(count) for key in keys])
+    return torch.from_numpy(-np.log(((bits >> np.uint64(11)) + 0.5) * 2.0**-53))
 
 
-def _exponentials(keys: np.ndarray, counters: Tensor, *, like: Tensor) -> Tensor:
-    """Standard exponentials [B, n] of (key, counter): -log of a uniform number with 53 bits, never
-    0 or 1."""
-    bits = _mix(keys[:, None] ^ _mix(counters.cpu().numpy().astype(np.uint64)))
-    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return torch.from_numpy(-np.log(uniform)).to(device=like.device, dtype=like.dtype)
+_TOKENS_PER_CHARACTER = 4  # a character can be spread over this many byte tokens
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64: adds the golden ratio, then mixes all 64 bits."""
-    with np.errstate(over="ignore"):
-        return mixed64(x + np.uint64(0x9E3779B97F4A7C15))
+@dataclass(frozen=True)
+class StopRule:
+    """When a completion ends: stop token or string, repetition, length, the iteration's budget; in
+    this order. Ask ``reason(prefix, drawn)`` after every token. Raises ValueError for stop strings
+    without ``decode``, which turns ids into text."""
+
+    sampling: SamplingConfig
+    stop_ids: Collection[int]
+    decode: Callable[[Sequence[int]], str] | None
+
+    def __post_init__(self) -> None:
+        if self.sampling.stop_strings and self.decode is None:
+            raise ValueError("sampling.stop_strings need a tokenizer; give the engine one.")
+
+    def reason(self, prefix: Sequence[int], drawn: Sequence[int]) -> FinishReason | None:
+        """Why the completion ``prefix + drawn`` ends with its last token; None: it goes on."""
+        s = self.sampling
+        if drawn[-1] in self.stop_ids or self._ends_in_string(prefix, drawn):
+            return "stop"
+        needed = s.repeat_ngram * s.repeat_times
+        if needed and repeats(
+            [*prefix[-needed:], *drawn[-needed:]], ngram=s.repeat_ngram, times=s.repeat_times
+        ):
+            return "repeat"
+        if len(prefix) + len(drawn) >= s.max_tokens:
+            return "length"
+        return "budget" if s.budget_tokens and len(drawn) >= s.budget_tokens else None
+
+    def _ends_in_string(self, prefix: Sequence[int], drawn: Sequence[int]) -> bool:
+        """A stop string ends in the text of the last token (it may begin in earlier ones, also of
+        the prefix)."""
+        if self.decode is None or not self.sampling.stop_strings:
+            return False
+        window = max(map(len, self.sampling.stop_strings)) * _TOKENS_PER_CHARACTER
+        tail = [*prefix[-window:], *drawn[-window:]][-window:]
+        text, before = self.decode(tail), self.decode(tail[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in self.sampling.stop_strings)
+
+
+def repeats(token_ids: Sequence[int], *, ngram: int, times: int) -> bool:
+    """Whether the last ``ngram`` tokens, or any shorter stretch of them, stand ``times`` times in a
+    row at the end.
+
+    A stretch shorter than ``ngram`` must fill as many tokens as ``times`` n-grams would.
+    """
+    needed = ngram * times
+    if len(token_ids) < needed:
+        return False
+    end = list(token_ids[-needed:])
+    return any(end[:-period] == end[period:] for period in range(1, ngram + 1))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import Handover
-from posttrain.rollout.stopping import StopRule
+from posttrain.rollout.sampling import StopRule
 
 log = logging.getLogger(__name__)
 

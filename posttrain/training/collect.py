@@ -21,7 +21,7 @@ from posttrain.rewards.compose import RewardError, Rewards, Scored
 from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.rollout.journal import Journal, digest, fingerprint, journalled
-from posttrain.training.ranks import of_all_ranks
+from posttrain.training.sharding import gather_object
 
 _OPENING_TOKENS = 8  # enough for <think> and what follows it
 
@@ -182,7 +182,7 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait
             log.exception("rank %d", self.accelerator.process_index)
             mine = ([], f"rank {self.accelerator.process_index}: {error}")
-        gathered = of_all_ranks(self.accelerator, mine)
+        gathered = gather_object(self.accelerator, mine)
         failed = next((problem for _, problem in gathered if problem), None)
         if failed is not None:
             raise RewardError(failed)

@@ -8,6 +8,7 @@ and the parser. An unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -70,16 +71,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"train.batch_size is a number of groups >= 1; got {self.batch_size}.")
-        for name in (
-            "max_steps",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "save_total_limit",
-            "num_epochs",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} must be >= 0; got {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if not isinstance(value, str | list) and name != "seed" and value < 0:
+                raise ValueError(f"train.{name} must be >= 0; got {value}.")
         if not re.fullmatch(r"\w[\w.=,+-]*", self.name):
             raise ValueError(
                 f"train.name is a folder name (letters, digits, . _ - = , +); got {self.name!r}."
@@ -98,15 +92,16 @@ class TrainConfig:
         if self.batch_size > num_groups:
             raise ValueError(
                 f"train.batch_size={self.batch_size} is more than the {num_groups} groups of the "
-                "training data, so every step would repeat rows. Lower --train.batch_size, or set "
-                "--train.max_steps if that is what you want."
+                "data: every step would repeat rows. Lower it, or set --train.max_steps."
             )
         return math.ceil(num_groups * self.num_epochs / self.batch_size)
 
 
-def make_parser(config_class: type[C], *, description: str) -> Any:
-    """A command-line parser with one option per field, ``--config FILE.yaml`` and
-    ``--print_config``."""
+def parse_config(
+    config_class: type[C], arguments: Sequence[str] | None = None, *, description: str
+) -> C:
+    """The resolved, validated settings from one option per field, ``--config FILE.yaml`` and
+    ``--print_config``; on a mistake one clear line to stderr and exit code 2."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -117,18 +112,8 @@ def make_parser(config_class: type[C], *, description: str) -> Any:
         help="YAML file with any of the options below; options given after it win",
     )
     parser.add_class_arguments(config_class, as_group=False)
-    return parser
-
-
-def parse_config(
-    config_class: type[C], arguments: Sequence[str] | None = None, *, description: str
-) -> C:
-    """The resolved, validated settings; on a mistake one clear line to stderr and exit code 2."""
-    parser = make_parser(config_class, description=description)
     try:
-        values = parser.instantiate(
-            parser.parse_args(None if arguments is None else list(arguments))
-        )
+        values = parser.instantiate(parser.parse_args(arguments and list(arguments)))
         return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         message = str(error)
@@ -154,48 +139,31 @@ def one_line_errors() -> Iterator[None]:
 
 def _suggestion(parser: Any, message: str) -> str:
     """' Did you mean --x.y?' for an unknown option or YAML key."""
-    known = sorted(
-        {
-            action.dest
-            for action in parser._actions
-            if action.dest not in ("help", "config", "print_config")
-        }
+    found = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+        r"(?:Group '([\w.]+)' )?(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'",
+        message,
     )
-    patterns = (
-        r"unrecognized arguments: --([\w.]+)",
-        r"Group '([\w.]+)' does not accept (?:option|key) '([\w.]+)'",
-        r"(?:does not accept|No such|not expected|Unknown).*?'([\w.]+)'",
-    )
-    found = next((m for pattern in patterns if (m := re.search(pattern, message))), None)
     if found is None:
         return ""
-    near = did_you_mean(
-        "--" + ".".join(found.groups()), [f"--{name}" for name in known], cutoff=0.5
-    )
-    return near or " See --help for all options."
-
-
-def plain_settings(value: Any) -> Any:
-    """Only what YAML and JSON have: tuples as lists."""
-    if isinstance(value, dict):
-        return {k: plain_settings(v) for k, v in value.items()}
-    return [plain_settings(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.lora.rank": 16, ...}: nested settings on one level."""
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): plain_settings(value)}
-    return {
-        k: v
-        for name, inner in value.items()
-        for k, v in flat_settings(inner, f"{prefix}{name}.").items()
-    }
+    skipped = ("help", "config", "print_config")
+    known = sorted(f"--{a.dest}" for a in parser._actions if a.dest not in skipped)
+    name = ".".join(filter(None, found.groups()))
+    return did_you_mean(f"--{name}", known, cutoff=0.5) or " See --help for all options."
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, in declaration order."""
-    return dataclasses.asdict(config)
+    """Nested settings in declaration order; only what YAML and JSON have, so tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.lora.rank": 16, ...}: nested settings on one level."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = isinstance(value, dict)
+        flat |= flat_settings(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, default: str) -> Loss:
@@ -204,10 +172,7 @@ def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, def
     if given is None:
         return resolve_loss(config.loss, dict(config.loss_options), home=home)
     if config.loss_options or config.loss != default:
-        raise ValueError(
-            "The trainer got loss=... and config.loss or config.loss_options, which "
-            "would be ignored. Give one."
-        )
+        raise ValueError("loss=... beside config.loss or loss_options would be ignored. Give one.")
     return as_loss(given)
 
 
@@ -218,16 +183,23 @@ def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.l
     every term that has it; an option that none has is an error, never ignored. The losses'
     declarations are kept.
     """
-    terms = [_weight_and_name(term, path) for term in path.split("+")]
-    losses = [(weight, as_loss(_import_function(name, home))) for weight, name in terms]
-    every = sorted(set().union(*(loss.accepts for _, loss in losses)))
-    unknown = sorted(set(options) - set(every))
-    if unknown:
-        hint = did_you_mean(unknown[0], every)
-        raise ValueError(f"{path} has no option {unknown[0]!r}; it has {every or 'none'}.{hint}")
+    terms = []
+    for term in path.split("+"):
+        weight, star, name = term.rpartition("*")
+        try:
+            factor = float(weight) if star else 1.0
+        except ValueError as error:
+            raise ValueError(
+                f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}."
+            ) from error
+        terms.append((factor, as_loss(_import_function(name.strip(), home))))
+    known = sorted(set().union(*(loss.accepts for _, loss in terms)))
+    for option in sorted(options.keys() - known):
+        hint = did_you_mean(option, known)
+        raise ValueError(f"{path} has no option {option!r}; it has {known or 'none'}.{hint}")
     bound = [
-        (weight, loss.with_options(**{k: v for k, v in options.items() if k in loss.accepts}))
-        for weight, loss in losses
+        (factor, loss.with_options(**{k: v for k, v in options.items() if k in loss.accepts}))
+        for factor, loss in terms
     ]
     if len(bound) == 1 and bound[0][0] == 1.0:
         return bound[0][1]
@@ -236,19 +208,6 @@ def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.l
     return weighted_sum(bound)
 
 
-def _weight_and_name(term: str, path: str) -> tuple[float, str]:
-    weight, star, name = term.strip().rpartition("*")
-    try:
-        return (float(weight) if star else 1.0), name.strip()
-    except ValueError as error:
-        raise ValueError(
-            f"--loss is a name, or a sum such as 'dpo + 0.2*nll_chosen'; got {path!r}."
-        ) from error
-
-
 def _import_function(name: str, home: str) -> Callable[..., Any]:
-    wanted = (
-        f"--loss is a function of {home}, or a dotted path to one such as my_losses.my_loss, "
-        "importable from the folder you start in"
-    )
+    wanted = f"--loss is a function of {home}, or the dotted path of one"
     return import_name(name if "." in name else f"{home}.{name}", wanted=wanted)

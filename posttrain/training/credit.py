@@ -14,7 +14,7 @@ from posttrain.algorithms import Algorithm, Rollout
 from posttrain.models.policy import in_eval_mode
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
-from posttrain.training.ranks import of_all_ranks
+from posttrain.training.sharding import gather_object
 from posttrain.training.step import Reference
 from posttrain.types import Completion, Forward, PromptGroup, Ragged
 
@@ -146,7 +146,7 @@ def _values_of_all(
             {ref: forward.logps_T.double().cpu().numpy() for ref, forward in values.items()}
             for values in forward_values(plan, groups, list(computes.values()))
         ]
-    ranks = of_all_ranks(plan.accelerator, mine)
+    ranks = gather_object(plan.accelerator, mine)
     return {
         name: {ref: v for rank in ranks for ref, v in rank[i].items()}
         for i, name in enumerate(computes)

@@ -26,8 +26,8 @@ from posttrain.training.config import UserFacingError
 from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
 from posttrain.training.pass_at_k import Evaluation
-from posttrain.training.ranks import of_all_ranks
 from posttrain.training.rollout_log import RolloutLog, rollout_metrics
+from posttrain.training.sharding import gather_object
 from posttrain.types import Completion, Counts, Logps, Loss, LossOutput, PromptGroup, Ragged
 
 
@@ -255,7 +255,7 @@ class RolloutSource:
         """Sampler against trainer, over all ranks. Raises MismatchError."""
         mine = torch.cat(self._differences).numpy() if self._differences else np.zeros(0)
         self._differences = []
-        every = np.abs(np.concatenate(of_all_ranks(self._loop.accelerator, mine)))
+        every = np.abs(np.concatenate(gather_object(self._loop.accelerator, mine)))
         if not len(every):
             return {}
         mean, ratios = float(every.mean()), np.exp(every)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import StepPlan, plan_step
-from posttrain.training.ranks import of_all_ranks
+from posttrain.training.sharding import gather_object
 from posttrain.training.step import Reference, Totals, loss_share
 from posttrain.types import Counts, Forward, Logps, Loss, PromptGroup
 
@@ -182,6 +182,6 @@ def evaluate(
         for name, mean in means.items()
     }
     every = {
-        ref: score for rank in of_all_ranks(plan.accelerator, sums) for ref, score in rank.items()
+        ref: score for rank in gather_object(plan.accelerator, sums) for ref, score in rank.items()
     }
     return {"eval_loss": value, **named, **(report(every) if report is not None else {})}

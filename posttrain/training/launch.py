@@ -21,7 +21,7 @@ KEEP_THE_GROUP = ("torch.distributed.fsdp", "torch.distributed.optim", "deepspee
 a default argument."""
 
 
-def check_launch(environment: Mapping[str, str], num_processes: int | None = None) -> None:
+def check_launch(environment: Mapping[str, str], num_processes: int) -> None:
     """Raises UserFacingError for a launch that asked for several processes and became one.
 
     accelerate's simple launcher (``--cpu --num_processes 2``, or ``distributed_type: MULTI_CPU``
@@ -29,31 +29,17 @@ def check_launch(environment: Mapping[str, str], num_processes: int | None = Non
     without WORLD_SIZE. Without a GPU and without ``ACCELERATE_USE_CPU`` the multi-process launcher
     starts independent one-process runs: ``num_processes`` shows it.
     """
-    advice = (
-        "Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with use_cpu: true), "
-        "or torchrun --nproc_per_node."
-    )
-    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise UserFacingError(
-            "accelerate was asked for several processes and started one (its MULTI_CPU launcher "
-            f"needs mpirun): the run would train on one process without saying so. {advice}"
-        )
     wanted = int(environment.get("WORLD_SIZE", "1"))
-    if num_processes is not None and num_processes != wanted:
-        raise UserFacingError(
-            f"The launcher started {wanted} processes, but they found only {num_processes}: each "
-            f"would train on its own. {advice}"
-        )
-
-
-def asked_sharding(environment: Mapping[str, str]) -> str:
-    """``"FSDP"``, ``"DEEPSPEED"`` or ``"NO"``: what the launch configuration asks for."""
-    asked = [
-        name
-        for name in ("FSDP", "DEEPSPEED")
-        if environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
-    ]
-    return asked[0] if asked else "NO"
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        problem = "accelerate was asked for several processes and started one (no mpirun)."
+    elif num_processes != wanted:
+        problem = f"The launcher started {wanted} processes, but they found only {num_processes}."
+    else:
+        return
+    raise UserFacingError(
+        f"{problem} Use `--config_file launch/cpu2.yaml` (distributed_type: MULTI_GPU with "
+        "use_cpu: true), or torchrun --nproc_per_node."
+    )
 
 
 def make_accelerator(
@@ -65,21 +51,26 @@ def make_accelerator(
     Raises UserFacingError where the processes do not become what the launch configuration asks for.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
-    check_launch(os.environ)
     keep_freed_memory()
-    sharding = asked_sharding(os.environ)
-    state, several_on_cpu = _join_processes(sharding)
+    asked = (n for n in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{n}"))
+    sharding = next(asked, "NO")
+    state = _join_processes(sharding)
     check_launch(os.environ, state.num_processes)
     plan = resolve_precision(
         None if precision == "auto" else precision,
         state.device.type,
         deepspeed=sharding == "DEEPSPEED",
     )
+    mixed_precision = plan.accelerate_mixed_precision
+    if sharding == "FSDP":  # lowers by its own policy
+        mixed_precision = "no"
+    elif sharding == "DEEPSPEED":  # calls bfloat16 weights with a master copy bf16
+        mixed_precision = "bf16" if plan.compute == "bfloat16" else "no"
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(plan, sharding),
-        cpu=several_on_cpu and sharding != "DEEPSPEED",
+        mixed_precision=mixed_precision,
+        cpu=state.num_processes > 1 and state.device.type == "cpu" and sharding != "DEEPSPEED",
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
         project_dir=str(project_dir),
@@ -92,8 +83,8 @@ def make_accelerator(
     if sharding != "NO" and accelerator.distributed_type != sharding:
         raise UserFacingError(
             f"The launch configuration asks for {sharding}, but the run became "
-            f"{accelerator.distributed_type.value}: the model would not be sharded. Start it with "
-            "`accelerate launch --config_file launch/fsdp.yaml` (or zero2.yaml, zero3.yaml)."
+            f"{accelerator.distributed_type.value}, unsharded. Start several processes, as "
+            "`accelerate launch --config_file launch/fsdp.yaml` does."
         )
     if sharding == "DEEPSPEED":
         _settle_deepspeed(accelerator)
@@ -114,41 +105,30 @@ def leave_processes() -> None:
         gc.collect()
 
 
-def _join_processes(sharding: str) -> tuple[Any, bool]:
-    """(accelerate's state, whether there are several processes without a GPU). Must be called
-    before any Accelerator is built."""
+def _join_processes(sharding: str) -> Any:
+    """accelerate's state; must be made before any Accelerator is built."""
     import torch
     from accelerate import DistributedType, PartialState
 
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    for name in filter(find_spec, KEEP_THE_GROUP if several else ()):
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState()
+    for name in filter(find_spec, KEEP_THE_GROUP):
         import_module(name)
-    if not several or torch.cuda.is_available():
-        return PartialState(), False
+    if torch.cuda.is_available():
+        return PartialState()
     if sharding == "DEEPSPEED":  # it looks at LOCAL_RANK only when it is not told to use the CPU
         os.environ["ACCELERATE_USE_CPU"] = "false"
         # Gloo does what its kernels for shared memory do. These are compiled at the first start: a
         # minute, a compiler, and where that start is killed a lock that the next one waits for.
-        getattr(import_module("deepspeed.ops"), "__compatible_ops__", {})["deepspeed_shm_comm"] = (
-            False
-        )
-        return PartialState(backend="gloo"), True
+        ops = import_module("deepspeed.ops")
+        getattr(ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        return PartialState(backend="gloo")
     os.environ["ACCELERATE_USE_CPU"] = "true"  # without it every process believes to be alone
     state = PartialState(cpu=True)
     if sharding == "FSDP":  # accelerate promotes MULTI_GPU to FSDP, but not MULTI_CPU
         state.distributed_type = DistributedType.MULTI_GPU
         state.device = torch.device("cpu")
-    return state, True
-
-
-def _mixed_precision(plan: PrecisionPlan, sharding: str) -> str:
-    """What accelerate is told: FSDP2 lowers by its own policy, DeepSpeed calls bfloat16 weights
-    with a master copy bf16."""
-    if sharding == "FSDP":
-        return "no"
-    if sharding == "DEEPSPEED":
-        return "bf16" if plan.compute == "bfloat16" else "no"
-    return plan.accelerate_mixed_precision
+    return state
 
 
 def _fsdp_plugin(plan: PrecisionPlan) -> Any:
@@ -162,10 +142,7 @@ def _fsdp_plugin(plan: PrecisionPlan) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if os.environ.get("FSDP_VERSION") != "2":
-        raise UserFacingError(
-            "Only FSDP2 is supported: set fsdp_version: 2 in the launch configuration, as "
-            "launch/fsdp.yaml does."
-        )
+        raise UserFacingError("Only FSDP2 is supported: set fsdp_version: 2, as launch/fsdp.yaml.")
     lowers = plan.compute != plan.weight
     return FullyShardedDataParallelPlugin(
         mixed_precision_policy=MixedPrecisionPolicy(
@@ -183,34 +160,27 @@ def _settle_deepspeed(accelerator: Any) -> None:
     ``training/step.py``'s."""
     from transformers.integrations import unset_hf_deepspeed_config
 
-    warnings.filterwarnings(
-        "ignore", r".*torch\.distributed\.\w+_tensor. is deprecated", FutureWarning
-    )  # its calls
+    its_calls = r".*torch\.distributed\.\w+_tensor. is deprecated"
+    warnings.filterwarnings("ignore", its_calls, FutureWarning)
     # else from_pretrained would partition: models are loaded whole and partitioned by prepare
     unset_hf_deepspeed_config()
     config = accelerator.deepspeed_plugin.deepspeed_config
-    given = {
-        name: config.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")
-    }
-    if given["gradient_accumulation_steps"] not in (None, 1, "auto") or given[
-        "gradient_clipping"
-    ] not in (None, 0.0, "auto"):
+    ours = {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    given = {name: config.get(name) for name in ours}
+    if any(value not in (None, "auto", ours[name]) for name, value in given.items()):
         raise UserFacingError(
             f"The launch configuration sets {given}, which would be ignored: micro-batches follow "
             "from --packing.max_tokens, and --optimizer.max_grad_norm clips. Leave both out of it."
         )
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-    }
-    config |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-    config["bf16"]["immediate_grad_update"] = (
-        True  # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
-    )
-    zero = config["zero_optimization"]
-    if zero["stage"] not in (1, 2, 3):
+    stage = config["zero_optimization"]["stage"]
+    if stage not in (1, 2, 3):
         raise UserFacingError(
-            f"zero_stage must be 1, 2 or 3; got {zero['stage']}. For whole "
-            "copies use launch/ddp.yaml."
+            f"zero_stage must be 1, 2 or 3; got {stage}. For whole copies use launch/ddp.yaml."
         )
+    config |= ours | {
+        "train_micro_batch_size_per_gpu": 1,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    # ZeRO-1 with bfloat16 weights: no gradient is held in both dtypes
+    config["bf16"]["immediate_grad_update"] = True

@@ -29,7 +29,6 @@ from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
 from posttrain.training.config import TrainConfig, flat_settings
-from posttrain.training.evaluate import self_check
 from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import (
@@ -40,6 +39,7 @@ from posttrain.training.optimizer import (
 )
 from posttrain.training.reference import RunReference
 from posttrain.training.run_folder import Extra, RunFolder
+from posttrain.training.selfcheck import self_check
 from posttrain.training.step import (
     NonFiniteError,
     StepResult,

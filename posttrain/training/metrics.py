@@ -74,46 +74,35 @@ def model_flops(model: nn.Module) -> ModelFlops:
     config = base.config.get_text_config()
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings() or base.score
     head_weight = getattr(head, "base_layer", head).weight
-    experts = (
-        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    )
-    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
-    layers = trainable = 0.0
-    for name, parameter in base.named_parameters():
-        if parameter.ndim < 2 or parameter is embedding or parameter is head_weight:
-            continue
-        weights = parameter.numel() * (active if ".experts." in name else 1.0)
-        layers += weights
-        trainable += weights if parameter.requires_grad else 0.0
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    active = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+    layers = {True: 0.0, False: 0.0}  # by whether they are trained
+    for name, p in base.named_parameters():
+        if p.ndim >= 2 and p is not embedding and p is not head_weight:
+            layers[p.requires_grad] += p.numel() * (active if ".experts." in name else 1.0)
     heads = getattr(config, "num_attention_heads", 0)  # none in a state-space model
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return ModelFlops(
-        layer_weights=int(layers),
-        trainable_layer_weights=int(trainable),
+        layer_weights=int(sum(layers.values())),
+        trainable_layer_weights=int(layers[True]),
         head_weights=head_weight.numel(),
-        trainable_head_weights=head_weight.numel() if head_weight.requires_grad else 0,
+        trainable_head_weights=head_weight.numel() * head_weight.requires_grad,
         attention_width=config.num_hidden_layers * heads * head_dim,
     )
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matmul on this device with the threads of this process: the roof that
-    `peak_fraction` refers to.
-
-    A small one where a larger one would take seconds (bfloat16 on a CPU without instructions for
-    it).
-    """
-    for size in (8192,) if device.type == "cuda" else (256, 1024):
-        a = torch.randn(size, size, device=device).to(dtype)
-        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-        if timer.timeit(1).median > 0.005:
-            break
+    `peak_fraction` refers to."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device).to(dtype)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal and plain lines
-    elsewhere. Main process only."""
+    """Appends to metrics.jsonl and to the trackers; shows a bar on a terminal, and a line every few
+    seconds where nobody watches. Main process only."""
 
     def __init__(
         self,
@@ -125,26 +114,44 @@ class MetricsLog:
         log_every: int,
         shown: Sequence[str],
     ) -> None:
-        self._accelerator = accelerator
+        from rich import progress
+        from rich.console import Console
+
+        self._accelerator, self._num_steps, self._shown = accelerator, num_steps, shown
         self._every = max(log_every, 1)
-        self._num_steps = num_steps
-        self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
-        self._bar = _ProgressBar(num_steps, start, shown) if accelerator.is_main_process else None
+        self._is_main: bool = accelerator.is_main_process
+        self._console, self._last_line = Console(quiet=not self._is_main), 0.0
+        self._bar = progress.Progress(
+            "training",
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            "{task.fields[now]}",
+            progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not (self._is_main and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=start, now="")
+        self._bar.start()
+        self._file = path.open("a", encoding="utf-8") if self._is_main else None
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """One optimizer step done; ``values`` is what metrics.jsonl gets, in this order."""
         if step % self._every == 0 or step == self._num_steps:
             self._write({"step": step, **values})
-        if self._bar is not None:
-            self._bar.show(step, values)
+        now = _words({name: values[name] for name in self._shown if name in values})
+        self._bar.update(self._task, completed=step, now=now)
+        is_due = time.monotonic() - self._last_line > 10 or step == self._num_steps
+        if is_due and not self._console.is_terminal:
+            self._last_line = time.monotonic()
+            self._say(f"step {step}/{self._num_steps}  {now}")
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Held-out metrics after ``step`` steps."""
         self._write({"step": step, **values})
-        if self._bar is not None:
-            self._bar.say(
-                f"step {step}: " + "  ".join(f"{k} {_short(v)}" for k, v in values.items())
-            )
+        self._say(f"step {step}: {_words(values)}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
@@ -159,60 +166,15 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends the bar and closes the file."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
         if self._file is not None:
             self._file.close()
 
 
-class _ProgressBar:
-    """rich's bar on a terminal; a line every few seconds where nobody watches."""
-
-    def __init__(self, total: int, start: int, shown: Sequence[str]) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console = Console()
-        self._last_line = 0.0
-        self._total = total
-        self._shown = shown
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(
-            *columns, console=self._console, disable=not self._console.is_terminal
-        )
-        self._task = self._progress.add_task("training", total=total, completed=start, now="")
-        self._progress.start()
-
-    def show(self, step: int, values: dict[str, Any]) -> None:
-        now = "  ".join(f"{name} {_short(values[name])}" for name in self._shown if name in values)
-        self._progress.update(self._task, completed=step, now=now)
-        if not self._console.is_terminal and (
-            time.monotonic() - self._last_line > 10 or step == self._total
-        ):
-            self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._total}  {now}")
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False)
-
-    def stop(self) -> None:
-        self._progress.stop()
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _words(values: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in values.items()
+    )
 
 
 def read_metrics(path: Path, *, drop: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ from posttrain.precision import PrecisionPlan
 Name = Literal["adamw", "adamw_8bit", "sgd", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
-_DEFAULT_WSD_DECAY_RATIO = 0.1
-_DEFAULT_BETAS, _DEFAULT_EPS, _DEFAULT_MOMENTUM = (0.9, 0.999), 1e-8, 0.9
+_DEFAULT_WSD_DECAY_RATIO, _DEFAULT_MOMENTUM = 0.1, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,10 @@ class OptimizerConfig:
     """Decoupled decay of matrices, as torch counts it: a weight shrinks by lr * weight_decay per
     step. Norms, biases and embeddings never decay. ``sgd`` adds weight_decay * weight to the
     gradient instead, so it enters the momentum."""
-    betas: tuple[float, float] = _DEFAULT_BETAS
+    betas: tuple[float, float] = (0.9, 0.999)
     """Only for ``adamw`` and ``adamw_8bit``: decay rates of the first and second moment, per
     step."""
-    eps: float = _DEFAULT_EPS
+    eps: float = 1e-8
     """Only for ``adamw`` and ``adamw_8bit``: added to the root of the second moment, in units of
     the gradient."""
     momentum: float | None = None
@@ -69,84 +68,53 @@ class OptimizerConfig:
     off."""
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(Name):
-            raise ValueError(
-                f"optimizer.name must be one of {', '.join(get_args(Name))}; got {self.name!r}."
-            )
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(
-                f"schedule must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}."
-            )
+        for name, value, known in (
+            ("optimizer.name", self.name, get_args(Name)),
+            ("schedule", self.schedule, get_args(Schedule)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
         if len(self.betas) != 2:
             raise ValueError(f"betas needs two numbers, e.g. [0.9, 0.95]; got {list(self.betas)}.")
         self._check_ranges()
         self._check_ignored()
 
     def _check_ranges(self) -> None:
-        beta1, beta2 = self.betas
-        for name, value, ok, wanted in (
-            ("lr", self.lr, self.lr > 0, "> 0"),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0"),
-            ("betas[0]", beta1, 0 <= beta1 < 1, "in [0, 1)"),
-            ("betas[1]", beta2, 0 <= beta2 < 1, "in [0, 1)"),
-            ("eps", self.eps, self.eps > 0, "> 0"),
-            ("momentum", self.velocity, 0 <= self.velocity < 1, "in [0, 1)"),
-            ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0"),
-            ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)"),
-            ("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
-            ("wsd_decay_ratio", self.decay_ratio, 0 < self.decay_ratio <= 1, "in (0, 1]"),
-            (
-                "max_grad_norm",
-                self.max_grad_norm,
-                self.max_grad_norm >= 0,
-                ">= 0 (0 turns clipping off)",
-            ),
+        values = {**vars(self), "betas[0]": self.betas[0], "betas[1]": self.betas[1]}
+        for names, wanted, is_in in (
+            ("lr eps", "> 0", lambda x: x > 0),
+            ("weight_decay warmup_steps max_grad_norm", ">= 0", lambda x: x >= 0),
+            ("betas[0] betas[1] momentum warmup_ratio", "in [0, 1)", lambda x: 0 <= x < 1),
+            ("min_lr_ratio", "in [0, 1]", lambda x: 0 <= x <= 1),
+            ("wsd_decay_ratio", "in (0, 1]", lambda x: 0 < x <= 1),
         ):
-            if not (ok and math.isfinite(value)):
-                raise ValueError(
-                    f"OptimizerConfig.{name} must be finite and {wanted}; got {value}."
-                )
+            for name in names.split():
+                x = values[name]
+                if x is not None and not (math.isfinite(x) and is_in(x)):
+                    raise ValueError(
+                        f"OptimizerConfig.{name} must be finite and {wanted}; got {x}."
+                    )
 
     def _check_ignored(self) -> None:
-        if self.momentum is not None and self.name != "sgd":
-            raise ValueError(
-                f"momentum={self.momentum} would be ignored by optimizer.name={self.name!r}. Set "
-                "betas, or name 'sgd'."
-            )
-        for name, value, default in (
-            ("betas", tuple(self.betas), _DEFAULT_BETAS),
-            ("eps", self.eps, _DEFAULT_EPS),
-        ):
-            if value != default and not self.name.startswith("adamw"):
-                raise ValueError(
-                    f"{name}={value} would be ignored by optimizer.name={self.name!r}. Leave it "
-                    "out, or take 'adamw'."
-                )
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio} are both "
-                "set and one would be ignored. Set one of them to 0."
+                "warmup_steps and warmup_ratio are both set and one would be ignored. Set one to 0."
             )
-        if self.schedule == "constant" and self.min_lr_ratio:
-            raise ValueError(
-                f"min_lr_ratio={self.min_lr_ratio} would be ignored: schedule='constant' never "
-                "decays. Set it to 0, or take schedule 'linear', 'cosine' or 'wsd'."
-            )
-        if self.schedule != "wsd" and self.wsd_decay_ratio is not None:
-            raise ValueError(
-                f"wsd_decay_ratio={self.wsd_decay_ratio} would be ignored by "
-                f"schedule={self.schedule!r}. Leave it out, or take schedule 'wsd'."
-            )
-
-    @property
-    def decay_ratio(self) -> float:
-        """Share of the run in which ``wsd`` decays."""
-        return _DEFAULT_WSD_DECAY_RATIO if self.wsd_decay_ratio is None else self.wsd_decay_ratio
-
-    @property
-    def velocity(self) -> float:
-        """Share of SGD's velocity that stays per step."""
-        return _DEFAULT_MOMENTUM if self.momentum is None else self.momentum
+        by_name = f"optimizer.name={self.name!r}"
+        by_schedule = f"schedule={self.schedule!r}"
+        is_adamw = self.name.startswith("adamw")
+        for field, is_used, by, takes in (
+            ("momentum", self.name == "sgd", by_name, "sgd"),
+            ("betas", is_adamw, by_name, "adamw"),
+            ("eps", is_adamw, by_name, "adamw"),
+            ("min_lr_ratio", self.schedule != "constant", by_schedule, "linear, cosine or wsd"),
+            ("wsd_decay_ratio", self.schedule == "wsd", by_schedule, "wsd"),
+        ):
+            value, default = getattr(self, field), getattr(OptimizerConfig, field)
+            if not is_used and (tuple(value) if field == "betas" else value) != default:
+                raise ValueError(
+                    f"{field}={value} would be ignored by {by}. Leave it out, or take {takes}."
+                )
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Warmup steps of a run of ``num_steps``; a ratio always leaves one step at the full
@@ -155,9 +123,8 @@ class OptimizerConfig:
             return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
         if self.warmup_steps >= num_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps, or "
-                f"the run never reaches lr; got {num_steps} steps. Set a warmup_ratio (0.1) "
-                "instead, or train longer."
+                f"warmup_steps={self.warmup_steps} must be below the number of optimizer steps; "
+                f"got {num_steps} steps. Set a warmup_ratio (0.1) instead, or train longer."
             )
         return self.warmup_steps
 
@@ -191,32 +158,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     nothing is trainable.
     """
     undecayed = _undecayed_ids(model)
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # by whether they decay
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        ndim = len(
-            getattr(p, "ds_shape", p.shape)
-        )  # ZeRO-3 leaves an empty vector and notes the real shape beside it
-        keep = (
-            ndim < 2
-            or id(p) in undecayed
-            or name.rsplit(".", 1)[-1].endswith("bias")
-            or getattr(p, "_no_weight_decay", False)  # set by state-space models on their 2-D A_log
-        )
-        (no_decay if keep else decay).append(p)
-    if not decay and not no_decay:
-        frozen = sum(1 for _ in model.parameters())
+        # ZeRO-3 leaves an empty vector and notes the real shape beside it
+        is_vector = len(getattr(p, "ds_shape", p.shape)) < 2
+        keeps = is_vector or id(p) in undecayed or name.rsplit(".", 1)[-1].endswith("bias")
+        # set by state-space models on their 2-D A_log
+        keeps = keeps or getattr(p, "_no_weight_decay", False)
+        if p.requires_grad:
+            groups[not keeps].append(p)
+    if not any(groups.values()):
         raise ValueError(
-            f"Nothing to train in {type(model).__name__}: all of its {frozen} parameters have "
-            "requires_grad=False. Unfreeze some, or add an adapter (--model.lora.rank 16)."
+            f"Nothing to train in {type(model).__name__}: no parameter has requires_grad=True. "
+            "Unfreeze some, or add an adapter (--model.lora.rank 16)."
         )
-    groups = (
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    )
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0}
+        for decays, params in groups.items()
+        if params
+    ]
 
 
 def build_optimizer(
@@ -227,9 +187,9 @@ def build_optimizer(
     adamw: theta <- theta (1 - lr lambda) - lr m_hat / (sqrt(v_hat) + eps). Loshchilov & Hutter
     2019, arXiv:1711.05101, algorithm 2; torch multiplies the decay by lr (lambda_paper = lr *
     lambda). adamw_8bit: the same with m and v quantised by blocks between steps, Dettmers et al.
-    2022, arXiv:2110.02861. sgd: u <- momentum u + g + lambda theta; theta <- theta
-    - lr u. adafactor: v from row and column sums, the update's RMS clipped to 1, Shazeer & Stern
-      2018, arXiv:1804.04235, algorithm 4, with lr for the relative step size and no first moment.
+    2022, arXiv:2110.02861. sgd: u <- momentum u + g + lambda theta; theta <- theta - lr u.
+    adafactor: v from row and column sums, the update's RMS clipped to 1, Shazeer & Stern 2018,
+    arXiv:1804.04235, algorithm 4, with lr for the relative step size and no first moment.
 
     Fused kernels are used: on one core AdamW's updates the 135M parameters of SmolLM2 in 84 ms
     where ``foreach`` takes 528 ms, and repeats bit for bit. Not under loss scaling: torch then
@@ -237,37 +197,38 @@ def build_optimizer(
     skip and would advance the schedule.
     """
     groups = decay_groups(model, config.weight_decay)
-    fused = plan is None or not plan.uses_loss_scaling
-    optimizer: Optimizer
-    if config.name == "adamw":
-        optimizer = AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            fused=fused,
+    optimizer = _optimizer(groups, config, fused=plan is None or not plan.uses_loss_scaling)
+    if not config.offload:
+        return optimizer
+    if groups[0]["params"][0].device.type == "cpu":
+        raise ValueError(
+            "optimizer.offload moves state from an accelerator to host memory; this model is "
+            "in host memory already. Leave it off; adamw_8bit and adafactor need less memory."
         )
-    elif config.name == "adamw_8bit":
-        optimizer = _adamw_8bit(groups, config)
-    elif config.name == "sgd":
-        optimizer = SGD(
-            groups, lr=config.lr, momentum=config.velocity
-        )  # torch 2.13, fused on a CPU: junk in bf16 momenta
-    else:
+    return OffloadedOptimizer(optimizer)
+
+
+def _optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> Optimizer:
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "adamw":
+        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+    if config.name == "sgd":  # not fused: on a CPU torch 2.13 then leaves junk in bf16 momenta
+        momentum = _DEFAULT_MOMENTUM if config.momentum is None else config.momentum
+        return SGD(groups, lr=config.lr, momentum=momentum)
+    if config.name == "adafactor":
         # Not torch's: it keeps the sums in the gradient's dtype, where bf16 stops moving after 1024
         # steps (1 - beta2 < 2^-8), and its lr is relative to the size of the weights.
         from transformers.optimization import Adafactor
 
-        optimizer = Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
-    if config.offload:
-        device = groups[0]["params"][0].device
-        if device.type == "cpu":
-            raise ValueError(
-                "optimizer.offload moves the optimizer's state from an accelerator to host "
-                "memory; here the model is in host memory already. Leave it off; --optimizer.name "
-                "adamw_8bit or adafactor needs less memory everywhere."
-            )
-        return OffloadedOptimizer(optimizer)
+        return Adafactor(groups, lr=config.lr, scale_parameter=False, relative_step=False)
+    # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler
+    # must be there).
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        advice = "pip install 'posttrain[adamw-8bit]', or take adafactor."
+        raise ValueError(f"adamw_8bit needs bitsandbytes ({error}). {advice}") from error
+    optimizer: Optimizer = AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
     return optimizer
 
 
@@ -278,25 +239,8 @@ def refuse_sharded(config: OptimizerConfig, kind: str) -> None:
         option = "offload" if config.offload else f"name={config.name}"
         raise ValueError(
             f"optimizer.{option} is for one process and DDP; this launch shards the optimizer "
-            f"state ({kind}). Take adamw, and for offload DeepSpeed's own "
-            "(offload_optimizer_device: cpu in the launch file)."
+            f"state ({kind}). Take adamw, and DeepSpeed's offload_optimizer_device: cpu to offload."
         )
-
-
-def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    # Not torchao's: it compiles its step (36 s for a net of two layers on a CPU, and a C++ compiler
-    # must be there).
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer.name=adamw_8bit needs bitsandbytes ({error}). pip install "
-            "'posttrain[adamw-8bit]', or take adafactor."
-        ) from error
-    optimizer: Optimizer = AdamW8bit(
-        groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps
-    )
-    return optimizer
 
 
 class OffloadedOptimizer(Optimizer):
@@ -336,15 +280,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
-def lr_multiplier(
-    step: int,
-    *,
-    schedule: Schedule,
-    num_steps: int,
-    warmup_steps: int = 0,
-    min_lr_ratio: float = 0.0,
-    wsd_decay_ratio: float = _DEFAULT_WSD_DECAY_RATIO,
-) -> float:
+def lr_multiplier(step: int, config: OptimizerConfig, num_steps: int) -> float:
     """lr(step) / lr for the optimizer step with this 0-based number.
 
     Warmup: (step + 1) / (warmup_steps + 1). After it, with p = (step - warmup) / (num_steps -
@@ -357,16 +293,17 @@ def lr_multiplier(
     From step ``warmup_steps`` on both agree. r is reached at ``num_steps``, one past the last step,
     so no step is wasted at rate 0 there either.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    start = warmup_steps
-    if schedule == "constant":
+    warmup = start = config.num_warmup_steps(num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
         return 1.0
-    if schedule == "wsd":
-        start = max(warmup_steps, num_steps - math.ceil(wsd_decay_ratio * num_steps))
-    progress = min(max(step - start, 0) / max(num_steps - start, 1), 1.0)
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
-    return min_lr_ratio + (1.0 - min_lr_ratio) * falling
+    if config.schedule == "wsd":
+        ratio = config.wsd_decay_ratio or _DEFAULT_WSD_DECAY_RATIO
+        start = max(warmup, num_steps - math.ceil(ratio * num_steps))
+    p = min(max(step - start, 0) / max(num_steps - start, 1), 1.0)
+    falling = 0.5 * (1.0 + math.cos(math.pi * p)) if config.schedule == "cosine" else 1.0 - p
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * falling
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int) -> LambdaLR:
@@ -376,18 +313,5 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, num_steps: int
     Do not hand it to ``accelerator.prepare``: the wrapper steps it once per process.
     """
     if num_steps < 1:
-        raise ValueError(
-            f"build_schedule needs num_steps >= 1; got {num_steps}. Is the dataset "
-            "empty or --train.max_steps 0?"
-        )
-    return LambdaLR(
-        optimizer,
-        partial(
-            lr_multiplier,
-            schedule=config.schedule,
-            num_steps=num_steps,
-            warmup_steps=config.num_warmup_steps(num_steps),
-            min_lr_ratio=config.min_lr_ratio,
-            wsd_decay_ratio=config.decay_ratio,
-        ),
-    )
+        raise ValueError(f"A schedule needs num_steps >= 1; got {num_steps}. Is the dataset empty?")
+    return LambdaLR(optimizer, partial(lr_multiplier, config=config, num_steps=num_steps))

@@ -8,8 +8,6 @@ rows.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.data.cache import cache_root
+from posttrain.files import whole_file
 from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.models.reference import (
     adapters_off,
@@ -33,8 +32,13 @@ from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
-from posttrain.training.ranks import of_all_ranks, of_main_rank
-from posttrain.training.sharding import is_deepspeed, shards_weights, unwrapped
+from posttrain.training.sharding import (
+    broadcast_object,
+    gather_object,
+    is_deepspeed,
+    shards_weights,
+    unwrapped,
+)
 from posttrain.training.step import Reference
 from posttrain.types import Completion, Forward, PromptGroup
 
@@ -277,7 +281,7 @@ class ReferenceCache:
                     digest.update(sequence_key(group, completion))
         path = cache_root(config.cache_dir) / "reference" / f"{digest.hexdigest()}.safetensors"
         accelerator = plan.accelerator
-        if not of_main_rank(accelerator, path.exists()):
+        if not broadcast_object(accelerator, path.exists()):
             values = _compute(plan, live, datasets, show_progress=show_progress)
             if accelerator.is_main_process:
                 _write(path, values)
@@ -328,20 +332,13 @@ def _compute(
             sequence_key(part[g], part[g].completions[k]): v.logps_T.cpu()
             for (g, k), v in found.items()
         }
-    return {
-        key: value for rank in of_all_ranks(plan.accelerator, values) for key, value in rank.items()
-    }
+    every_rank = gather_object(plan.accelerator, values)
+    return {key: value for rank in every_rank for key, value in rank.items()}
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lengths = torch.tensor([v.shape[0] for v in values.values()])
     keys = torch.from_numpy(np.frombuffer(b"".join(values), np.uint8).reshape(-1, 16).copy())
     tensors = {"logps": torch.cat(list(values.values())), "ends": lengths.cumsum(0), "keys": keys}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.files import whole_file
 from posttrain.training.collect import ScoredGroup
 from posttrain.training.pass_at_k import Evaluation
 from posttrain.types import Completion, PromptGroup
@@ -84,20 +85,18 @@ class RolloutLog:
             )
         ]
         path = self._folder / f"iteration_{iteration:06d}.parquet"
-        partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
 
     def keep_answers(self, evaluation: Evaluation, *, step: int) -> None:
         """held_out_STEP.jsonl: every answer to a held-out problem after ``step`` steps."""
         if not self._is_main:
             return
         path = self._folder / f"held_out_{step:06d}.jsonl"
-        partial = path.with_suffix(".partial")
-        partial.write_text(
-            "".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8"
-        )
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(
+                "".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8"
+            )
 
     def show(self, scored: Sequence[ScoredGroup], *, iteration: int, count: int = 4) -> None:
         """A table: a best and a worst completion of the first groups."""

@@ -6,9 +6,7 @@ runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,15 +15,20 @@ from typing import Any, Protocol
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from posttrain.files import whole_file, whole_folder
 from posttrain.training import checkpoint
-from posttrain.training import state as training_state
-from posttrain.training.config import TrainConfig, flat_settings, plain_settings
+from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.metrics import read_metrics
-from posttrain.training.ranks import of_main_rank
+from posttrain.training.sharding import broadcast_object
 
 log = logging.getLogger(__name__)
+
+_CHANGE_NO_NUMBER = tuple(
+    f"train.{name}" for name in ("run_dir", "name", "log_every", "save", "resume", "trackers")
+)
 
 
 class Extra(Protocol):
@@ -40,8 +43,8 @@ class Extra(Protocol):
 
 
 class RunFolder:
-    """Opens or continues ``<run_dir>/<name>``. Raises ValueError if it cannot be written or must
-    not be continued."""
+    """Opens or continues ``<run_dir>/<name>``; inside of ``with`` no other process does. Raises
+    ValueError if it cannot be written or must not be continued."""
 
     def __init__(
         self, train: TrainConfig, accelerator: Any, settings: dict[str, Any], *, num_steps: int
@@ -49,59 +52,45 @@ class RunFolder:
         self.path = train.folder
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self._train = train
-        self._accelerator = accelerator
+        self._lock = FileLock(self.path / ".lock")  # the system releases it with the process
+        self._train, self._accelerator = train, accelerator
         self._settings = settings
         self._fingerprint: dict[str, Any] = {
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "num_threads": torch.get_num_threads(),
-            **{
-                f"version of {name}": version(name)
-                for name in ("torch", "transformers", "accelerate")
-            },
         }
-        if accelerator.is_main_process:
-            self._open()
-        accelerator.wait_for_everyone()
+        for name in ("torch", "transformers", "accelerate"):
+            self._fingerprint[f"version of {name}"] = version(name)
 
     def __enter__(self) -> RunFolder:
-        """Takes the folder's lock, which the system releases with the process however it ends."""
         if self._accelerator.is_main_process:
-            self._lock = (self.path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock.close()
-                raise ValueError(
-                    f"Another process is training in {self.path} (a worker of a killed launch, "
-                    "perhaps): two would overwrite each other. Wait for it, end it, or set "
-                    "another --train.name."
-                ) from error
+            self._open()
         self._accelerator.wait_for_everyone()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._accelerator.is_main_process:
-            self._lock.close()
+        self._lock.release()
 
     def _open(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"The run folder {self.path} cannot be written: {error}. Set --train.run_dir to a "
-                "folder that can."
-            ) from error
         if self._train.resume == "never" and any(self.checkpoints.glob("step_*")):
             raise ValueError(
-                f"{self.checkpoints} already has checkpoints and train.resume is never. Set "
-                "another --train.name, delete the folder, or set --train.resume auto to continue "
-                "it."
+                f"{self.checkpoints} has checkpoints and train.resume is never. Set another "
+                "--train.name, delete the folder, or set --train.resume auto to continue it."
             )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ValueError(
+                f"Another process is training in {self.path} (a worker of a killed launch, "
+                "perhaps). Wait for it, end it, or set another --train.name."
+            ) from error
+        except OSError as error:
+            advice = "Set another --train.run_dir."
+            raise ValueError(f"{self.path} cannot be written: {error}. {advice}") from error
+        for partial in self.path.glob(".*-*"):  # left by a kill (posttrain/files.py)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def resume(
         self,
@@ -119,28 +108,25 @@ class RunFolder:
         warning names what else differs from the saved run.
         """
         self._fingerprint.update(run)
-        found = (
-            checkpoint.find_resumable(self.checkpoints)
-            if self._accelerator.is_main_process
-            else None
-        )
-        step = 0
-        if (found := of_main_rank(self._accelerator, found)) is not None:
+        accelerator, found, step = self._accelerator, None, 0
+        if accelerator.is_main_process:
+            found = checkpoint.find_resumable(self.checkpoints)
+        if (found := broadcast_object(accelerator, found)) is not None:
             folder, state = found
             step = int(state["step"])
             self._compare_with(state)
-            training_state.read_state(self._accelerator, policy, optimizer, schedule, folder)
+            checkpoint.read_state(accelerator, policy, optimizer, schedule, folder)
             for extra in extras:
                 extra.read(folder)
             log.warning("resumed from %s", folder)
-        if self._accelerator.is_main_process:
+        if accelerator.is_main_process:
             if step:
                 checkpoint.cut_metrics(self.metrics_path, step)
             else:
                 self.metrics_path.unlink(missing_ok=True)
-            settings = yaml.safe_dump(plain_settings(self._settings), sort_keys=False)
-            (self.path / "config.yaml").write_text(settings, encoding="utf-8")
-        self._accelerator.wait_for_everyone()
+            with whole_file(self.path / "config.yaml") as file:
+                file.write_text(yaml.safe_dump(self._settings, sort_keys=False), encoding="utf-8")
+        accelerator.wait_for_everyone()
         return step
 
     def last_metrics(self) -> dict[str, Any]:
@@ -156,71 +142,53 @@ class RunFolder:
         before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
         if (was := before.get("data")) != now.get("data") and "data" in self._fingerprint:
             raise ValueError(
-                f"{self.path} was trained on other data to step {state['step']}: the rows, their "
-                "order, the tokenizer or the options of data are not what they were (digest "
-                f"{was}, now {now['data']}). To start anew, set another --train.name or delete the "
-                "folder; to go on, give the same data."
+                f"{self.path} was trained on other data to step {state['step']}: rows, order, "
+                f"tokenizer or options differ (digest {was}, now {now['data']}). Give the same "
+                "data; or, to start anew, set another --train.name or delete the folder."
             )
-        harmless = (
-            "train.run_dir",
-            "train.name",
-            "train.log_every",
-            "train.save",
-            "train.resume",
-            "train.trackers",
-        )
         changed = [
-            k
+            f"{k}: {before.get(k)} -> {now.get(k)}"
             for k in sorted(now.keys() | before.keys())
-            if now.get(k) != before.get(k) and not k.startswith(harmless)
+            if now.get(k) != before.get(k) and not k.startswith(_CHANGE_NO_NUMBER)
         ]
         if changed and self._accelerator.is_main_process:
-            details = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed)
-            log.warning(
-                "the resumed run differs from the one that was saved, so it will not be "
-                "bit-identical: %s",
-                details,
-            )
+            differences = ", ".join(changed)
+            log.warning("the resumed run is another, so not bit-identical: %s", differences)
 
     def save(
         self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()
     ) -> Path:
         """Checkpoint of ``step``, whole or not at all; older ones beyond the limit go."""
+        accelerator = self._accelerator
 
         def write(folder: Path) -> None:
-            training_state.write_state(self._accelerator, policy, optimizer, schedule, folder)
+            checkpoint.write_state(accelerator, policy, optimizer, schedule, folder)
             for extra in extras:
-                extra.write(folder, is_main=self._accelerator.is_main_process)
+                extra.write(folder, is_main=accelerator.is_main_process)
 
         return checkpoint.save_checkpoint(
+            accelerator,
             self.checkpoints,
             step,
             write,
-            state={"settings": plain_settings(self._settings), "fingerprint": self._fingerprint},
-            keep=self._train.save_total_limit or None,
-            is_main=self._accelerator.is_main_process,
-            barrier=self._accelerator.wait_for_everyone,
-            all_ok=checkpoint.agree(self._accelerator),
+            state={"settings": self._settings, "fingerprint": self._fingerprint},
+            keep=self._train.save_total_limit,
         )
 
     def save_final(self, write: Callable[[Path], None]) -> Path:
-        """``final/``: written aside, then put in place by a rename."""
-        final, aside = self.path / "final", self.path / ".tmp_final"
+        """``final/``, whole or not at all."""
+        final = self.path / "final"
         error: Exception | None = None
         if self._accelerator.is_main_process:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                write(aside)
-                shutil.rmtree(final, ignore_errors=True)
-                os.rename(aside, final)
+                with whole_folder(final, replace=True) as folder:
+                    write(folder)
             except (OSError, SafetensorError) as raised:
-                shutil.rmtree(aside, ignore_errors=True)
                 error = raised
-        if not checkpoint.agree(self._accelerator)(error is None):
+        if not checkpoint.all_ok(self._accelerator, error is None):
+            reason = error or "the main process says why"
             raise checkpoint.CheckpointError(
-                f"The final model was not written to {final}: "
-                f"{error or 'the main process says why'}. The last checkpoint is intact: make room "
-                "and start the same command again."
+                f"The final model was not written to {final}: {reason}. The last checkpoint is "
+                "intact: make room and start the same command again."
             ) from error
         return final

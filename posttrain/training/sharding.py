@@ -1,4 +1,5 @@
-"""One interface over whole copies (one process, DDP), FSDP2 and DeepSpeed ZeRO-1, 2 and 3.
+"""How the processes of a run hold a model, and what they tell each other: one interface over whole
+copies (one process, DDP), FSDP2 and DeepSpeed ZeRO-1, 2 and 3.
 
 | kind | weights | gradients | optimizer state | gradients after backward are in |
 |---|---|---|---|---|
@@ -10,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,27 @@ from posttrain.models.sharding import local
 from posttrain.training.config import UserFacingError
 
 Kind = Literal["whole", "fsdp2", "zero1", "zero2", "zero3"]
+T = TypeVar("T")
+
+
+def gather_object(accelerator: Any, value: T) -> list[T]:
+    """[rank] the value that each process gives, on every process: a collective where there are
+    several."""
+    if accelerator.num_processes == 1:
+        return [value]
+    from accelerate import utils
+
+    return list(utils.gather_object([value]))
+
+
+def broadcast_object(accelerator: Any, value: T) -> T:
+    """The main process's value, on every process: a collective where there are several."""
+    values = [value]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(values, from_process=0)
+    return values[0]
 
 
 def kind(accelerator: Any) -> Kind:
@@ -29,21 +51,24 @@ def kind(accelerator: Any) -> Kind:
     if accelerator.distributed_type == "FSDP":
         return "fsdp2"
     if accelerator.distributed_type == "DEEPSPEED":
-        stage = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"]
-        return ("zero1", "zero2", "zero3")[stage - 1]  # type: ignore[return-value]
+        kinds: tuple[Kind, ...] = ("zero1", "zero2", "zero3")
+        return kinds[_zero_settings(accelerator)["stage"] - 1]
     return "whole"
 
 
 def offloads(accelerator: Any) -> frozenset[Offload]:
     """What the launch file lets DeepSpeed keep in main memory (offload_optimizer_device,
     offload_param_device)."""
-    if not is_deepspeed(accelerator):
-        return frozenset()
-    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero = _zero_settings(accelerator) if is_deepspeed(accelerator) else {}
     places: dict[Offload, str] = {"optimizer": "offload_optimizer", "weights": "offload_param"}
     return frozenset(
         what for what, key in places.items() if (zero.get(key) or {}).get("device") == "cpu"
     )
+
+
+def _zero_settings(accelerator: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return settings
 
 
 def shards_weights(accelerator: Any) -> bool:
@@ -62,32 +87,38 @@ def unwrapped(policy: Any) -> Any:
     return getattr(policy, "module", policy)
 
 
-def prepare(accelerator: Any, policy: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+def prepare(accelerator: Any, policy: Any, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """What accelerate makes of both, sharded as the launch asks; raises UserFacingError if it
     became something else."""
-    if shards_weights(accelerator):
-        _refuse_4bit(policy)
-    if is_deepspeed(accelerator):
-        _size_buckets(accelerator, policy)
+    if shards_weights(accelerator) and any(
+        type(p).__name__ == "Params4bit" for p in policy.parameters()
+    ):
+        raise UserFacingError(
+            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with "
+            "lora.quantize_4bit, or train adapters on unquantised weights."
+        )
+    if not is_deepspeed(accelerator):
+        wrapped, prepared = accelerator.prepare(policy, optimizer)
+        return wrapped, prepared
+    _size_buckets(accelerator, policy)
     if kind(accelerator) == "zero3":
         _partition(accelerator, policy)
     wrapped, prepared = accelerator.prepare(policy, optimizer)
-    if is_deepspeed(accelerator):
-        _check_engine(accelerator, wrapped)
-        if kind(accelerator) == "zero3":
-            import deepspeed
+    _check_engine(accelerator, wrapped)
+    if kind(accelerator) == "zero3":
+        import deepspeed
 
-            # the chunk loop reads the head outside of its module: the policy gathers it, in forward
-            # and backward, and releases it
-            head = policy.base.get_output_embeddings()
-            for parameter in head.parameters() if head is not None else ():
-                deepspeed.zero.register_external_parameter(policy, parameter)
+        # the chunk loop reads the head outside of its module: the policy gathers it, in forward
+        # and backward, and releases it
+        head = policy.base.get_output_embeddings()
+        for parameter in head.parameters() if head is not None else ():
+            deepspeed.zero.register_external_parameter(policy, parameter)
     return wrapped, prepared
 
 
-def _size_buckets(accelerator: Any, policy: nn.Module) -> None:
+def _size_buckets(accelerator: Any, policy: Any) -> None:
     """What DeepSpeed's configuration says of the model, where the launch does not."""
-    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero = _zero_settings(accelerator)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     for name in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
         zero.setdefault(name, min(DEEPSPEED_BUCKET, trained))
@@ -120,25 +151,13 @@ def _partition(accelerator: Any, policy: nn.Module) -> None:
 
 
 def _check_engine(accelerator: Any, engine: Any) -> None:
-    wanted = int(kind(accelerator)[-1])
-    stage, size, steps = (
-        engine.zero_optimization_stage(),
-        engine.dp_world_size,
-        engine.gradient_accumulation_steps(),
-    )
-    if (stage, size, steps) != (wanted, accelerator.num_processes, 1):
+    steps = engine.gradient_accumulation_steps()
+    got = (engine.zero_optimization_stage(), engine.dp_world_size, steps)
+    wanted = (int(kind(accelerator)[-1]), accelerator.num_processes, 1)
+    if got != wanted:
         raise UserFacingError(
-            f"DeepSpeed runs ZeRO-{stage} on {size} processes with {steps} accumulation steps; "
-            f"ZeRO-{wanted} on {accelerator.num_processes} with 1 was asked for. Check the launch "
-            "configuration."
-        )
-
-
-def _refuse_4bit(policy: nn.Module) -> None:
-    if any(type(p).__name__ == "Params4bit" for p in policy.parameters()):
-        raise UserFacingError(
-            "Weights in 4 bit cannot be sharded. Use launch/ddp.yaml or launch/zero2.yaml with "
-            "lora.quantize_4bit, or train adapters on unquantised weights."
+            f"DeepSpeed's (ZeRO stage, processes, accumulation steps) are {got}; wanted {wanted}. "
+            "Check the launch configuration."
         )
 
 
@@ -150,7 +169,7 @@ def base_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
+def local_gradients(accelerator: Any, policy: Any) -> list[Tensor]:
     """After the last backward of a step, this process's part of the reduced gradient; changing it
     changes the update."""
     if not is_deepspeed(accelerator):
@@ -159,9 +178,7 @@ def local_gradients(accelerator: Any, policy: nn.Module) -> list[Tensor]:
     if hasattr(zero, "fp32_groups_gradient_flat_partition"):
         return list(zero.fp32_groups_gradient_flat_partition)
     offloaded = [m.grad for m in masters(zero) if m.grad is not None]
-    return offloaded or [
-        g for group in zero.averaged_gradients.values() if group is not None for g in group
-    ]
+    return offloaded or [g for group in zero.averaged_gradients.values() for g in group or ()]
 
 
 def masters(zero: Any) -> list[Tensor]:
@@ -175,7 +192,7 @@ def masters(zero: Any) -> list[Tensor]:
     return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
 
 
-def take_step(accelerator: Any, policy: nn.Module, optimizer: Any) -> None:
+def take_step(accelerator: Any, policy: Any, optimizer: Any) -> None:
     """One update, and the gradients are gone."""
     if is_deepspeed(accelerator):
         policy.step()

@@ -26,8 +26,13 @@ from posttrain.models.sharding import local
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import MicroBatch, StepPlan
 from posttrain.training.config import UserFacingError
-from posttrain.training.ranks import of_all_ranks
-from posttrain.training.sharding import is_deepspeed, kind, local_gradients, shards_weights
+from posttrain.training.sharding import (
+    gather_object,
+    is_deepspeed,
+    kind,
+    local_gradients,
+    shards_weights,
+)
 from posttrain.types import Counts, Forward, Logps, Loss, PromptGroup, as_loss
 
 Reference = Callable[[Sequence[PromptGroup], PackedBatch], Tensor]
@@ -82,7 +87,7 @@ class Totals:
         names = sorted(
             {
                 name
-                for rank_names in of_all_ranks(accelerator, list(self.sums))
+                for rank_names in gather_object(accelerator, list(self.sums))
                 for name in rank_names
             }
         )

@@ -9,8 +9,6 @@ import torch
 
 from posttrain.training.checkpoint import find_resumable, save_checkpoint
 
-ALONE: dict[str, Any] = {"is_main": True, "barrier": lambda: None, "all_ok": lambda ok: ok}
-
 
 def write_files(folder: Path, *, size: int = 5000) -> None:
     (folder / "sub").mkdir()
@@ -19,10 +17,15 @@ def write_files(folder: Path, *, size: int = 5000) -> None:
 
 
 def save(
-    root: Path, step: int, write: Callable[[Path], None] = write_files, **settings: Any
+    root: Path,
+    step: int,
+    write: Callable[[Path], None] = write_files,
+    *,
+    accelerator: Any = None,
+    keep: int = 0,
 ) -> Path:
     return save_checkpoint(
-        root, step, write, state={"seen": step * 10}, **{"keep": None, **ALONE, **settings}
+        accelerator or OneProcess, root, step, write, state={"seen": step * 10}, keep=keep
     )
 
 
@@ -43,6 +46,15 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 class OneProcess:
-    """What ``write_state`` asks of an accelerator."""
+    """What checkpoints ask of an accelerator."""
 
     distributed_type, is_main_process, process_index, num_processes, scaler = "NO", True, 0, 1, None
+    device = torch.device("cpu")
+
+    @staticmethod
+    def wait_for_everyone() -> None:
+        pass
+
+    @staticmethod
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor

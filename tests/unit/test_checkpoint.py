@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from posttrain.training.checkpoint import CheckpointError, cut_metrics, find_resumable
-from tests.unit.checkpoint_helpers import names, resumable_step, save
+from tests.unit.checkpoint_helpers import OneProcess, names, resumable_step, save
 
 
 # --- the folder
@@ -137,14 +138,14 @@ def test_leftovers_of_a_crash_are_ignored_and_then_removed(
     assert names(tmp_path) == ["notes", "step_3", "step_4"]
 
 
-def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def test_save_total_limit_keeps_the_newest(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11):
-        save(tmp_path, step, keep=2, best=8)
-    assert names(tmp_path) == ["step_10", "step_11", "step_8"]
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_10", "step_11"]
     save(tmp_path, 12, keep=1)
     assert names(tmp_path) == ["step_12"]
-    with pytest.raises(ValueError, match="at least 1"):
-        save(tmp_path, 13, keep=0)
+    save(tmp_path, 13, keep=0)
+    assert names(tmp_path) == ["step_12", "step_13"], "0 keeps all"
 
 
 def test_a_rewound_run_never_deletes_what_it_just_wrote(tmp_path: Path) -> None:
@@ -166,25 +167,28 @@ def test_a_step_can_be_written_again(tmp_path: Path) -> None:
 
 # --- several ranks
 # --------------------------------------------------------------------------------------------------------
-def on_ranks(count: int, action: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-    """Runs ``action(rank, collectives)`` on threads; a rank that misses a collective breaks the
+def on_ranks(count: int, action: Callable[[int, Any], Any]) -> list[Any]:
+    """Runs ``action(rank, accelerator)`` on threads; a rank that misses a collective breaks the
     test after 10 s."""
     gate = threading.Barrier(count, timeout=10)
-    flags = [True] * count
+    flags = [torch.ones(1)] * count
     results: list[Any] = [None] * count
 
-    def rank_main(rank: int) -> None:
-        def all_ok(ok: bool) -> bool:
-            flags[rank] = ok
+    class Rank(OneProcess):
+        def __init__(self, rank: int) -> None:
+            self.process_index, self.is_main_process = rank, rank == 0
+            self.wait_for_everyone = gate.wait
+
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            flags[self.process_index] = tensor
             gate.wait()
-            answer = all(flags)
+            answer = torch.cat(flags)
             gate.wait()
             return answer
 
+    def rank_main(rank: int) -> None:
         try:
-            results[rank] = action(
-                rank, {"is_main": rank == 0, "barrier": gate.wait, "all_ok": all_ok}
-            )
+            results[rank] = action(rank, Rank(rank))
         except Exception as error:
             results[rank] = error
 
@@ -197,12 +201,12 @@ def on_ranks(count: int, action: Callable[[int, dict[str, Any]], Any]) -> list[A
 
 
 def test_every_rank_writes_into_one_folder(tmp_path: Path) -> None:
-    def action(rank: int, collectives: dict[str, Any]) -> Path:
+    def action(rank: int, accelerator: Any) -> Path:
         def write(folder: Path) -> None:
             time.sleep(0.05 * rank)  # the main rank must wait for the slowest
             (folder / f"rank_{rank}").write_text("x")
 
-        return save(tmp_path, 4, write, **collectives)
+        return save(tmp_path, 4, write, accelerator=accelerator)
 
     assert on_ranks(3, action) == [tmp_path / "step_4"] * 3
     assert names(tmp_path / "step_4") == [
@@ -224,13 +228,13 @@ def test_a_rank_that_fails_stops_all_of_them_without_a_deadlock(
 ) -> None:
     save(tmp_path, 1)
 
-    def action(rank: int, collectives: dict[str, Any]) -> Path:
+    def action(rank: int, accelerator: Any) -> Path:
         def write(folder: Path) -> None:
             (folder / f"rank_{rank}").write_text("x")
             if rank == bad_rank:
                 raise error
 
-        return save(tmp_path, 2, write, keep=1, **collectives)
+        return save(tmp_path, 2, write, keep=1, accelerator=accelerator)
 
     results = on_ranks(3, action)
     assert all(isinstance(r, CheckpointError) for r in results)
@@ -247,13 +251,13 @@ def test_the_partial_folder_stays_until_every_rank_has_looked_at_it(
     disk_usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (time.sleep(0.2), disk_usage(path))[1])
 
-    def action(rank: int, collectives: dict[str, Any]) -> Path:
+    def action(rank: int, accelerator: Any) -> Path:
         def write(folder: Path) -> None:
             if rank == 1:
                 (folder / "rank_1").write_bytes(bytes(12_345))
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        return save(tmp_path, 2, write, **collectives)
+        return save(tmp_path, 2, write, accelerator=accelerator)
 
     assert "at least 12,345 bytes" in str(on_ranks(2, action)[1])
 
@@ -266,7 +270,7 @@ def test_a_failure_while_publishing_reaches_the_other_ranks(
 
     monkeypatch.setattr(os, "rename", full)
     results = on_ranks(
-        2, lambda rank, collectives: save(tmp_path, 2, lambda folder: None, **collectives)
+        2, lambda rank, accelerator: save(tmp_path, 2, lambda folder: None, accelerator=accelerator)
     )
     assert "the disk is full" in str(results[0])
     assert "another process failed" in str(results[1])

@@ -21,16 +21,18 @@ import torch
 import transformers
 from torch import nn
 
-from posttrain.training.checkpoint import CheckpointError, agree, damage, find_resumable
-from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
-from posttrain.training.state import (
+from posttrain.training.checkpoint import (
+    CheckpointError,
     capture_rng,
+    damage,
+    find_resumable,
     load_training_state,
     read_state,
     restore_rng,
     save_training_state,
     write_state,
 )
+from posttrain.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from tests.unit.checkpoint_helpers import OneProcess, assert_same, names, save
 
 
@@ -280,7 +282,7 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     run = build(llama)
     write_state(OneProcess, *run, tmp_path)
     two = type("TwoProcesses", (OneProcess,), {"num_processes": 2})
-    with pytest.raises(ValueError, match="written by 1 processes, this run has 2"):
+    with pytest.raises(ValueError, match="written by 1 processes.*this run has 2 processes"):
         read_state(two, *run, tmp_path)
 
 
@@ -352,12 +354,7 @@ def distributed_rank(kind: str, root: Path) -> None:
         if accelerator.process_index == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    together: dict[str, Any] = {
-        "is_main": accelerator.is_main_process,
-        "barrier": accelerator.wait_for_everyone,
-        "all_ok": agree(accelerator),
-        "keep": 1,
-    }
+    together: dict[str, Any] = {"accelerator": accelerator, "keep": 1}
     run = prepared()
     steps(*run, range(2))
     save(root, 2, lambda folder: write_state(accelerator, *run, folder), **together)

@@ -202,7 +202,7 @@ def test_long_rope_rows_never_mix_lengths_on_both_sides_of_the_threshold(mode):
 
 
 def test_the_self_check_keeps_long_rope_lengths_apart():
-    from posttrain.training.evaluate import self_check
+    from posttrain.training.selfcheck import self_check
 
     groups = random_groups(8, sizes=(3,), seed=2, max_prompt=15, max_completion=14)
     policy = Policy(phi3_longrope(), PackingConfig())
@@ -213,7 +213,7 @@ def test_the_self_check_keeps_long_rope_lengths_apart():
 def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, monkeypatch):
     from posttrain.models.logprobs import LogitTransform
     from posttrain.packing import attention
-    from posttrain.training.evaluate import SelfCheckError, self_check
+    from posttrain.training.selfcheck import SelfCheckError, self_check
 
     policy = Policy(build(family), PackingConfig())
     assert self_check(policy, GROUPS, max_tokens=500) < 1e-5
@@ -228,11 +228,11 @@ def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, 
 def test_the_self_check_is_bounded(monkeypatch):
     """Of a long prompt and long completions only the ends that meet are computed; an untrained head
     counts as prompt."""
-    from posttrain.training import evaluate
+    from posttrain.training import selfcheck
     from posttrain.types import Completion, Pair, PromptGroup
 
-    monkeypatch.setattr(evaluate, "SELF_CHECK_TOKENS", 6)
-    monkeypatch.setattr(evaluate, "SELF_CHECK_PROMPT_TOKENS", 20)
+    monkeypatch.setattr(selfcheck, "SELF_CHECK_TOKENS", 6)
+    monkeypatch.setattr(selfcheck, "SELF_CHECK_PROMPT_TOKENS", 20)
     policy, seen = Policy(build("llama"), PackingConfig()), []
     policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     completions = [
@@ -244,7 +244,7 @@ def test_the_self_check_is_bounded(monkeypatch):
         PromptGroup(prompt_ids=list(range(5, 65)), completions=completions, pairs=pairs),
         PromptGroup(prompt_ids=list(range(5, 65)), completions=completions[:1]),
     ]
-    assert evaluate.self_check(policy, groups, max_tokens=500) < 1e-5
+    assert selfcheck.self_check(policy, groups, max_tokens=500) < 1e-5
     plain = [s.group for s in seen if hasattr(s, "group")]
     assert [len(g.prompt_ids) for g in plain] == [20, 20]
     assert [[len(c.token_ids) for c in g.completions] for g in plain] == [[6], [5]]
@@ -258,7 +258,7 @@ def test_the_self_check_of_4_bit_layers_is_in_float32(tmp_path, monkeypatch):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig, load_model
-    from posttrain.training.evaluate import self_check
+    from posttrain.training.selfcheck import self_check
 
     build("llama").save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), lora=LoraConfig(rank=2, quantize_4bit=True))

@@ -318,7 +318,8 @@ def test_nothing_to_train_is_an_error() -> None:
 # --- schedules
 # ------------------------------------------------------------------------------------------------------------
 def curve(num_steps: int, **settings: Any) -> list[float]:
-    return [lr_multiplier(step, num_steps=num_steps, **settings) for step in range(num_steps + 2)]
+    config = OptimizerConfig(**settings)
+    return [lr_multiplier(step, config, num_steps) for step in range(num_steps + 2)]
 
 
 def test_closed_form_values() -> None:
@@ -427,7 +428,7 @@ def test_warmup_as_a_ratio() -> None:
         ({"warmup_ratio": 1.0}, "warmup_ratio must be"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "both set and one would be ignored"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio must be"),
-        ({"schedule": "constant", "min_lr_ratio": 0.1}, "would be ignored: schedule='constant'"),
+        ({"schedule": "constant", "min_lr_ratio": 0.1}, "would be ignored by schedule='constant'"),
         ({"schedule": "linear", "wsd_decay_ratio": 0.2}, "would be ignored by schedule='linear'"),
         ({"schedule": "wsd", "wsd_decay_ratio": 0.0}, "wsd_decay_ratio must be"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be"),

@@ -16,6 +16,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from posttrain.precision import PRECISIONS
+from posttrain.training.checkpoint import (
+    load_training_state,
+    read_state,
+    save_training_state,
+    write_state,
+)
 from posttrain.training.optimizer import (
     OffloadedOptimizer,
     OptimizerConfig,
@@ -24,12 +30,6 @@ from posttrain.training.optimizer import (
     refuse_sharded,
 )
 from posttrain.training.sharding import forget_moments
-from posttrain.training.state import (
-    load_training_state,
-    read_state,
-    save_training_state,
-    write_state,
-)
 from tests.helpers import tiny_llama
 from tests.unit.checkpoint_helpers import OneProcess, assert_same
 

@@ -55,6 +55,11 @@ def digit(completion, sample):
     return float(completion[:1].isdigit())
 
 
+def odd(completion, sample):
+    """About half of all completions: every group has a signal."""
+    return float(sum(map(ord, completion)) % 2)
+
+
 def run(
     folder,
     tmp_path,
@@ -210,7 +215,8 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
 def test_r1_replaces_its_reference_by_the_policy_every_so_many_steps(folder, tmp_path):
     """Every third: the KL is 0 in steps 1, 4 and 7, which begin at the reference, and not in the
     others."""
-    _, steps = run(folder, tmp_path, algorithm="r1", options={"reference_every": 3}, steps=7)
+    options = {"reference_every": 3}
+    _, steps = run(folder, tmp_path, algorithm="r1", options=options, reward=odd, steps=7)
     zero = [s["step"] for s in steps if s["kl_reference_nats"] < 1e-9]
     assert (
         zero == [1, 4, 7]

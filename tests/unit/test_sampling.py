@@ -9,8 +9,7 @@ import torch
 from scipy import stats
 
 from posttrain.rollout.engine import SamplingConfig
-from posttrain.rollout.sampling import draw, kept_by_truncation
-from posttrain.rollout.stopping import StopRule, repeats
+from posttrain.rollout.sampling import StopRule, draw, kept_by_truncation, repeats
 
 
 def many(logits: torch.Tensor, sampling: SamplingConfig, count: int, *, start: int = 0):

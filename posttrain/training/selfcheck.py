@@ -65,18 +65,15 @@ def self_check(
         mode=forward_mode.mode,
         length_limit=forward_mode.length_limit,
     )
+    device = policy.base.get_input_embeddings().weight.device
     squares, worst = [], (0.0, "")
     with in_eval_mode(policy), products_in_float32(policy), segment_attention(policy.model):
         for micro_batch in plan.ranks[0]:
-            batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(
-                policy.base.get_input_embeddings().weight.device
-            )
+            batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(device)
             packed_T = policy(batch).logps_T
             for s, (g, k) in enumerate(batch.refs):
-                difference = (
-                    packed_T[batch.sequence_T == s]
-                    - policy(PlainSequence(group=groups[g], completion=k))
-                ).double()
+                plain_T = policy(PlainSequence(group=groups[g], completion=k))
+                difference = (packed_T[batch.sequence_T == s] - plain_T).double()
                 squares.append(difference.square())
                 worst = max(worst, (float(difference.abs().max()), groups[g].where))
     rms = float(torch.cat(squares).mean().sqrt())
@@ -100,21 +97,19 @@ def _shortened(group: PromptGroup) -> PromptGroup:
     Where none is left, one completion is checked from its first trained token on, and what stands
     before belongs to the prompt.
     """
+
+    def cut(completion: Completion, start: int) -> Completion:
+        part = slice(start, start + SELF_CHECK_TOKENS)
+        return Completion(
+            token_ids=completion.token_ids[part], loss_mask=completion.loss_mask[part]
+        )
+
     prompt = group.prompt_ids
-    cut = [_cut(c, 0) for c in group.completions]
-    trained = [c for c in cut if c.num_trained]
+    trained = [c for c in (cut(c, 0) for c in group.completions) if c.num_trained]
     if not trained:
         whole = next(c for c in group.completions if c.num_trained)
         start = int(whole.trained[0])
         prompt = np.concatenate([prompt, whole.token_ids[:start]])
-        trained = [_cut(whole, start)]
-    return replace(
-        group, prompt_ids=prompt[-SELF_CHECK_PROMPT_TOKENS:], completions=trained, pairs=()
-    )
-
-
-def _cut(completion: Completion, start: int) -> Completion:
-    end = start + SELF_CHECK_TOKENS
-    return Completion(
-        token_ids=completion.token_ids[start:end], loss_mask=completion.loss_mask[start:end]
-    )
+        trained = [cut(whole, start)]
+    prompt = prompt[-SELF_CHECK_PROMPT_TOKENS:]
+    return replace(group, prompt_ids=prompt, completions=trained, pairs=())

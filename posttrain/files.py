@@ -1,0 +1,86 @@
+"""Files and folders that exist whole or not at all: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented."""
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to; what lies there when the block ends takes the place of ``target``. After
+    an error it is gone and ``target`` as it was."""
+    with _folder_beside(target) as folder:
+        path = folder / target.name
+        yield path
+        sync(path)
+        put_in_place(path, target)
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """The same for a new folder. OSError where ``target`` has files by then, unless they shall be
+    replaced."""
+    with _folder_beside(target) as folder:
+        yield folder
+        folder.chmod(0o755)  # a temporary one is private
+        sync(folder)
+        if replace:
+            put_in_place(folder, target)
+        else:
+            os.rename(folder, target)
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
+
+
+def refuse_filled(out: Path) -> None:
+    """ValueError unless ``out`` does not exist, or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"Output folder {out} exists and is not empty; nothing is overwritten. "
+            "Give another --out."
+        )
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Renames a file or a folder to ``target``. A folder that is there is put aside first, as
+    ``.old_<name>`` (no rename replaces it), and deleted afterwards."""
+    aside = target.with_name(f".old_{target.name}")
+    if target.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(source, target)
+    _fsync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """A file, or a folder with all that is in it, outlives a power cut."""
+    for part in (*sorted(path.rglob("*")), path):
+        _fsync(part)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
