@@ -130,7 +130,7 @@ class RowEncoder:
             self._group(sample, a.messages, meta, trains_prompt=False) for a in sample.answers
         ]
         prompt = encoded[0].prompt_ids
-        if any(group.prompt_ids != prompt for group in encoded):
+        if any(not np.array_equal(group.prompt_ids, prompt) for group in encoded):
             raise ValueError(
                 f"{encoded[0].where}: the chat template writes the prompt differently before "
                 "different completions, so it is not one prompt. Put {% generation %} markers "
@@ -205,7 +205,8 @@ def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Enco
         ]
         cut = whole - sum(len(c.token_ids) for c in completions)
     if group.pairs is not None and any(
-        completions[p.chosen].token_ids == completions[p.rejected].token_ids for p in group.pairs
+        np.array_equal(completions[p.chosen].token_ids, completions[p.rejected].token_ids)
+        for p in group.pairs
     ):
         return Encoded(group=None, reason=SAME_SIDES)
     if (

@@ -22,6 +22,7 @@ from posttrain.training.collect import Collector
 from posttrain.training.config import UserFacingError
 from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.forward import ForwardPlan
+from posttrain.types import Forward
 from tests.tiny import byte_tokenizer
 
 
@@ -57,7 +58,7 @@ class CertainPolicy(nn.Module):
 
     def forward(self, batch):
         self.forwards += 1
-        return torch.zeros(batch.targets_T.shape[0], dtype=torch.float64)
+        return Forward(torch.zeros(batch.targets_T.shape[0], dtype=torch.float64))
 
 
 class BoundedCollector(Collector):

@@ -215,14 +215,19 @@ def test_the_self_check_sees_a_wrong_mask_and_a_missing_logit_transform(family, 
     from posttrain.packing import attention
     from posttrain.training.selfcheck import SelfCheckError, self_check
 
-    policy = Policy(build(family), PackingConfig())
-    assert self_check(policy, GROUPS, max_tokens=500) < 1e-5
+    policies = [Policy(build(family), PackingConfig(mode=mode)) for mode in ("shared", "auto")]
+    assert self_check(policies[0], GROUPS, max_tokens=500) < 1e-5
     if family == "gemma2":
-        policy.transform = LogitTransform()
+        for policy in policies:
+            policy.transform = LogitTransform()
     else:
         monkeypatch.setattr(attention, "_segment_mask", lambda layout, i, window, q: None)
     with pytest.raises(SelfCheckError, match="differ from the model's own"):
-        self_check(policy, GROUPS, max_tokens=500)
+        self_check(policies[0], GROUPS, max_tokens=500)
+    assert policies[1].forward_mode.mode == "shared"
+    assert self_check(policies[1], GROUPS, max_tokens=500) < 1e-5, "the next mode down is exact"
+    found = policies[1].forward_mode
+    assert found.mode == "single" and found.own_logits == (family == "gemma2")
 
 
 def test_the_self_check_is_bounded(monkeypatch):
@@ -248,7 +253,7 @@ def test_the_self_check_is_bounded(monkeypatch):
     plain = [s.group for s in seen if hasattr(s, "group")]
     assert [len(g.prompt_ids) for g in plain] == [20, 20]
     assert [[len(c.token_ids) for c in g.completions] for g in plain] == [[6], [5]]
-    assert plain[0].prompt_ids[-1] == 64 and plain[1].prompt_ids == [3] * 20
+    assert plain[0].prompt_ids[-1] == 64 and list(plain[1].prompt_ids) == [3] * 20
     assert max(s.input_ids_L.shape[0] for s in seen if hasattr(s, "layout")) <= 2 * (20 + 6)
 
 
@@ -338,7 +343,7 @@ def test_a_packed_row_is_blind_to_other_groups_and_siblings():
         for i, g in enumerate(GROUPS)
     ]
     before_batch = pack(GROUPS, parts, mode="shared")
-    before = policy(before_batch)
+    before = policy(before_batch).logps_T
     g = GROUPS[1]
     changed = type(g.completions[0])(
         token_ids=[(t + 1) % VOCAB for t in g.completions[0].token_ids],
@@ -349,7 +354,7 @@ def test_a_packed_row_is_blind_to_other_groups_and_siblings():
         type(g)(prompt_ids=g.prompt_ids, completions=[changed, *g.completions[1:]]),
         *GROUPS[2:],
     ]
-    after = policy(pack(other, parts, mode="shared"))
+    after = policy(pack(other, parts, mode="shared")).logps_T
     index = before_batch.refs.index((1, 0))
     same = before_batch.sequence_T != index
     assert torch.equal(before[same], after[same])

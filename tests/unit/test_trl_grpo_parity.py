@@ -86,8 +86,10 @@ def groups(advantages=None, old=None):
                 Completion(
                     token_ids=ids,
                     loss_mask=[1] * len(ids),
-                    advantage=0.0 if advantages is None else advantages[g][k],
-                    proximal_logps=None if old is None else old[s],
+                    columns={
+                        "advantage": 0.0 if advantages is None else advantages[g][k],
+                        **({} if old is None else {"proximal_logps": old[s]}),
+                    },
                 )
             )
             s += 1
@@ -127,6 +129,8 @@ CASES = [
         "gspo",
         {},
     ),
+    ("sapo", {}, "sapo", {}),
+    ("vespo", {}, "vespo", {}),
 ]
 
 
