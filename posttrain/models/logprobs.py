@@ -256,6 +256,8 @@ class HeadInput:
     backbone: Any = None
     """What the backbone returned (``router_logits``, ...)."""
     batch: PackedBatch | None = None
+    policy: Any = None
+    """The policy whose forward this is."""
 
     def logits(self, part: slice) -> Tensor:
         """[C, V] of some tokens, at least float32, -inf where a sampler left an id out."""

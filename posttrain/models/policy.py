@@ -315,6 +315,7 @@ class Policy(nn.Module):
             "chunk": self.packing.logits_chunk,
             "kept": batch.kept_ids,
             "batch": batch,
+            "policy": self,
         }
         if own:
             logits_TV = self._own_logits(batch)

@@ -1,0 +1,106 @@
+"""On-policy distillation: the student samples, and at each of its tokens its whole distribution is
+compared with a teacher's, exactly over the vocabulary.
+
+The comparison is an output of the student's forward (``Loss.outputs``): hidden states of both cross
+into it, logits exist for one chunk of tokens at a time, and the gradient cache, packing and
+micro-batches treat it like a log-prob.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from posttrain.types import Logps, Loss, LossOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DivergenceKind = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+
+
+def divergence(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    *,
+    kind: DivergenceKind = "reverse_kl",
+    mix: float = 0.5,
+) -> Tensor:
+    """[C] divergences of two categorical distributions given by their logits; S student, T teacher.
+
+    reverse_kl: KL(S || T) = sum_v s_v (log s_v - log t_v), which avoids what the teacher avoids;
+    forward_kl: KL(T || S), which covers what the teacher does; jensen_shannon: with M = mix T +
+    (1 - mix) S, mix KL(T || M) + (1 - mix) KL(S || M), at most ln 2 for mix 0.5. Agarwal et al. 2023
+    (GKD), arXiv:2306.13649 eq. 1 and 2. Equal distributions: exactly 0. Where the vocabularies were
+    padded to different sizes both are cut to the smaller one and renormalised.
+    """
+    if kind not in get_args(DivergenceKind) or not 0 < mix < 1:
+        raise ValueError(
+            f"A divergence is one of {', '.join(get_args(DivergenceKind))}, with 0 < mix < 1; got "
+            f"{kind!r} and {mix}."
+        )
+    size = min(student_CV.shape[-1], teacher_CV.shape[-1])
+    log_s = torch.log_softmax(student_CV[..., :size], -1)
+    log_t = torch.log_softmax(teacher_CV[..., :size].to(log_s), -1)
+    if kind == "reverse_kl":
+        return _kl(log_s, log_t)
+    if kind == "forward_kl":
+        return _kl(log_t, log_s)
+    log_m = torch.logaddexp(log_t + math.log(mix), log_s + math.log1p(-mix))
+    return mix * _kl(log_t, log_m) + (1 - mix) * _kl(log_s, log_m)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class TeacherDivergence:
+    """An output of the forward: [T] ``divergence`` of the student from one teacher.
+
+    ``teacher(student, batch)`` gives what the teacher's head is applied to (``Policy.head_input`` of
+    a frozen policy); it is called without gradient. A sampler's truncation is not part of the comparison.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        teacher: Callable[[Any, Any], Any],
+        *,
+        kind: DivergenceKind = "reverse_kl",
+        mix: float = 0.5,
+    ) -> None:
+        self.name = f"divergence/{name}"
+        self._teacher, self._kind, self._mix = teacher, kind, mix
+
+    def __call__(self, student: Any) -> Tensor:
+        """[T] with gradient to the student."""
+        with torch.no_grad():
+            teacher = replace(self._teacher(student.policy, student.batch), kept=None)
+
+        def of_logits(logits_CV: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                theirs = teacher.logits(part)
+            return divergence(logits_CV, theirs, kind=self._kind, mix=self._mix)
+
+        return replace(student, kept=None).by_chunks(of_logits)
+
+
+def distillation(teachers: Sequence[tuple[float, TeacherDivergence]]) -> Loss:
+    """sum of weight * divergence to each teacher, mean over the trained tokens of the global batch;
+    with rewards in a ``weighted_sum``. ValueError without a teacher or for two of one name."""
+    names = [output.name for _, output in teachers]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"distillation needs teachers of different names; got {names or 'none'}.")
+
+    def distilled(logps: Logps) -> LossOutput:
+        parts = {output.name: logps[output.name] for _, output in teachers}
+        items_T = torch.stack([weight * parts[output.name] for weight, output in teachers]).sum(0)
+        metrics = {f"{name}_nats": values.detach() for name, values in parts.items()}
+        return LossOutput(items=items_T, aggregation="token_mean", metrics=metrics)
+
+    outputs = tuple(output for _, output in teachers)
+    return Loss(function=distilled, reference=False, couples_completions=False, outputs=outputs)
