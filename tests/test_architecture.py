@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"types", "precision"},
-    {"losses", "memory", "data", "packing"},
+    {"losses", "data", "packing"},
     {"models"},
     {"rollout", "rewards"},
     {"algorithms"},
     {"training"},
-    {"tracing", "trainers"},
+    {"plan"},
+    {"trainers"},
     {"pipeline", "report"},
     {"cli"},
 ]

@@ -32,8 +32,8 @@ from posttrain.models.load import (
 )
 from posttrain.packing.batch import num_input_tokens
 from posttrain.packing.plan import PackingConfig
+from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
-from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
@@ -175,7 +175,6 @@ class Trainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
-            holes_bytes=memory.plan.holes_bytes,
             identity={
                 "loss": getattr(self.loss, "__qualname__", repr(self.loss)),
                 "data": digest_of(train),
