@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain.plan.job import Job
+    from posttrain.plan.trace import Device, Method
     from posttrain.training.sharding import Kind
 
 METHODS = ("sft", "reward", "dpo", "rl")
@@ -68,7 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     from posttrain.plan.price import memory_plan
     from posttrain.plan.report import gigabytes, listed, parse_bytes, show, to_json
 
-    limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
+    limit: float | None = None
+    if arguments.device_memory:
+        limit = parse_bytes(arguments.device_memory)
     with redirect_stdout(sys.stderr):  # libraries that announce themselves
         from posttrain.plan.check import device_bytes
 
@@ -90,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     show(plans, limit, shortest=shortest)
     if traced:
-        replayed, total = sum(job.trace().items.values()), sum(traced.values())
+        replayed, total = job.trace().total, sum(traced.values())
         print(
             f"traced with every layer on one device, beside weights and gradients: "
             f"{gigabytes(total)} ({listed(traced)}); the plan says {gigabytes(replayed)} "
@@ -161,10 +164,10 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     from posttrain.plan.job import job_of
     from posttrain.precision import PRECISIONS, resolve_precision
 
-    method = arguments.method or find_method(arguments.config, arguments.settings)
+    method: Method = arguments.method or find_method(arguments.config, arguments.settings)
     config, trainer = _parse(method, arguments.config, arguments.settings)
     has_cuda = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
+    device: Device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
     name = config.train.precision
     if device == "cpu" or has_cuda:
         precision = resolve_precision(None if name == "auto" else name, device)
@@ -223,51 +226,43 @@ def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
     return config, getattr(module, f"{name}Trainer")(config=config)
 
 
-def find_method(path: str, settings: list[str]) -> str:
+def find_method(path: str, settings: list[str]) -> Method:
     """The kind of run that settings are for: by keys that only one kind has, then by the loss, then
     by its options.
 
     Raises ValueError for a loss of one's own without another sign of its kind (then give
     ``--method``).
     """
+    from dataclasses import fields
+
     import yaml
 
-    file = Path(path)
-    if not file.is_file():
+    from posttrain.trainers.dpo import DPOConfig
+    from posttrain.trainers.rl import RLConfig
+
+    if not Path(path).is_file():
         raise ValueError(
             f"There is no settings file {path!r}. Give one such as "
             "recipes/configs/sft_smollm2.yaml."
         )
-    keys: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    given = {
-        *keys,
-        *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--")),
-    }
-    if given & {
-        "algorithm",
-        "algorithm_options",
-        "sampling",
-        "rollout",
-        "rewards",
-        "engine",
-        "local",
-        "curriculum",
-    }:
+    keys: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    said = dict(keys)
+    for option, after in zip(settings, [*settings[1:], ""], strict=False):
+        if option.startswith("--"):
+            name, equals, value = option[2:].partition("=")
+            said[name.split(".")[0]] = value if equals else after
+    if set(said) & ({f.name for f in fields(RLConfig)} - {f.name for f in fields(DPOConfig)}):
         return "rl"
-    said = [settings[i + 1] for i, s in enumerate(settings[:-1]) if s == "--loss"]
-    said += [s.partition("=")[2] for s in settings if s.startswith("--loss=")]
-    written = str((said or [keys.get("loss", "")])[-1])
-    if "reference" in given:
+    if "reference" in said:
         return "dpo"
+    written = str(said.get("loss", ""))
     if re.search(r"[A-Za-z_]\w*\.[A-Za-z_]", written):
         raise ValueError(
             f"The loss {written!r} does not say which kind of run this is. Add "
             "--method sft, reward or dpo."
         )
     loss = written.split("*")[-1].split("+")[0].strip()
-    options = set(keys.get("loss_options") or {})
-    if loss == "bradley_terry" or options & {"centering", "margin_scale"}:
+    options = keys.get("loss_options") or {}
+    if loss == "bradley_terry" or {"centering", "margin_scale"} & set(options):
         return "reward"
-    if loss and loss != "sft":
-        return "dpo"
-    return "sft"
+    return "dpo" if loss not in ("", "sft") else "sft"

@@ -13,7 +13,7 @@ from posttrain.models.dropout import base_model
 from posttrain.models.load import ModelConfig, read_config, set_dropout, untrained_model
 from posttrain.packing.plan import PackingConfig
 from posttrain.plan.states import NF4, ZERO_STAGE, OptimizerName, Parameter, parameters_of
-from posttrain.plan.trace import Device, Method, Traced, trace, twin_of
+from posttrain.plan.trace import Device, Method, Setting, Traced, trace, twin_of
 from posttrain.precision import (
     DEEPSPEED_BF16,
     PRECISIONS,
@@ -126,8 +126,7 @@ class Job:
     def trace(self, *, every_layer: bool = False) -> Traced:
         """The worst moment of its update."""
         sampled = self.completion_tokens
-        return trace(
-            self.model,
+        setting = Setting(
             method=self.method,
             packing=self.packing,
             precision=self.precision,
@@ -138,6 +137,7 @@ class Job:
             temperature=self.temperature,
             every_layer=every_layer,
         )
+        return trace(self.model, setting)
 
     @property
     def refused(self) -> str | None:

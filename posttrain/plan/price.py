@@ -7,12 +7,14 @@ processes, data on disk, a vLLM server.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
+from posttrain.models.dropout import base_model
 from posttrain.packing.plan import PackingConfig
-from posttrain.plan.job import Job
+from posttrain.plan.job import Job, Scoring
 from posttrain.plan.states import (
     Parameter,
     communication_bytes,
@@ -22,8 +24,9 @@ from posttrain.plan.states import (
     run_states,
     sent_bytes,
 )
-from posttrain.plan.trace import Device, cached_elements, trace
-from posttrain.precision import bytes_per_element
+from posttrain.plan.trace import Device, Setting, cached_elements, trace, twin_of
+from posttrain.precision import bytes_per_element, torch_dtype
+from posttrain.rollout.weights import SamplingLinear, SamplingWeights
 from posttrain.training.sharding import ZERO3_WHOLE_BELOW, Kind
 
 Phase = Literal["load", "rollout", "score", "update", "optimizer step", "save", "resume"]
@@ -115,7 +118,7 @@ def memory_plan(job: Job) -> MemoryPlan:
     elif job.merges_adapters:
         phases["rollout"] = held | {"rollout copy": stored}
     if job.scoring is not None:
-        phases["score"] = held | {"activations": _scoring_bytes(job)}
+        phases["score"] = held | {"activations": _scoring_bytes(job.scoring, job.device)}
     buckets = communication_bytes(
         job.parameters,
         precision=job.precision,
@@ -169,62 +172,41 @@ def _sampler_bytes(job: Job) -> dict[str, int]:
     completions and of a row of prompts, and the forward of that row or a step's logits."""
     if job.rollout is None:
         return {}
-    size, copied = bytes_per_element(job.precision.compute), _copied_to_sample(job)
+    size = bytes_per_element(job.precision.compute)
+    stand_in: Any = SimpleNamespace(base=base_model(twin_of(job.model, device="meta")))
+    sampled = SamplingWeights(stand_in, compute=torch_dtype(job.precision.compute)).model
+    layers: Iterator[Any] = (m for m in sampled.modules() if isinstance(m, SamplingLinear))
+    copies = [layer.weight.numel() for layer in layers]
     token = size * cached_elements(job.model)
     each = job.rollout.capacity * token
     rows = max(1, min(job.rollout.max_rows, int(job.rollout.kv_cache_bytes // each)))
-    prompts = trace(
-        job.model,
+    setting = Setting(
         method="sft",
         packing=job.packing,
         precision=job.precision,
         device=job.device,
         trains=False,
-    ).items
-    prefill = sum(n for name, n in prompts.items() if name != "casts" or not copied)
+    )
+    prompts = trace(job.model, setting)
+    prefill = prompts.total - (prompts.items.get("casts", 0) if copies else 0)
     return {
-        "rollout copy": size * sum(p.numel for p in copied),
+        "rollout copy": size * sum(copies),
         "KV cache": rows * each + token * job.max_tokens,
         "activations": max(prefill, 3 * 4 * rows * _embedding_shape(job)[0]),
     }
 
 
-def _copied_to_sample(job: Job) -> list[Parameter]:
-    """Weights of which ``rollout.weights`` makes a 16-bit copy, where anything in float32 is
-    multiplied: of plain linear layers in float32, and of those with an adapter, which is merged
-    into the copy."""
-    if job.precision.compute not in ("bfloat16", "float16") or not any(
-        p.in_linear and p.dtype == "float32" for p in job.parameters
-    ):
-        return []
-    merged = {
-        p.name.split(".base_layer.")[0]
-        for p in job.parameters
-        if p.in_linear and ".base_layer." in p.name
-    }
-    return [
-        p
-        for p in job.parameters
-        if p.in_linear
-        and p.name.split(".lora_")[0] not in merged
-        and (p.dtype == "float32" or ".base_layer." in p.name)
-    ]
-
-
-def _scoring_bytes(job: Job) -> int:
+def _scoring_bytes(scoring: Scoring, device: Device) -> int:
     """The forward of a learned reward over a full row."""
-    assert job.scoring is not None
-    return sum(
-        trace(
-            job.scoring.model,
-            method="reward",
-            packing=PackingConfig(max_tokens=job.scoring.max_tokens),
-            precision=job.scoring.precision,
-            completions=job.scoring.completions,
-            device=job.device,
-            trains=False,
-        ).items.values()
+    setting = Setting(
+        method="reward",
+        packing=PackingConfig(max_tokens=scoring.max_tokens),
+        precision=scoring.precision,
+        completions=scoring.completions,
+        device=device,
+        trains=False,
     )
+    return trace(scoring.model, setting).total
 
 
 def _optimizer_temporaries(job: Job) -> int:

@@ -165,9 +165,30 @@ def in_backward() -> bool:
 def storages_4bit(weight: Any) -> list[Tensor]:
     """The tensors beside a weight in 4 bit; none of another weight."""
     state = getattr(weight, "quant_state", None)
-    if state is None:
-        return []
-    return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    parts = () if state is None else (state, state.state2)
+    return [t for part in parts for t in vars(part).values() if isinstance(t, Tensor)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides the bytes of a forward and backward of a model."""
+
+    method: Method
+    packing: PackingConfig
+    """The row fills ``max_tokens``."""
+    precision: PrecisionPlan
+    completions: int = 1
+    """To a prompt in a full row."""
+    checkpointing: bool = False
+    gathered: bool = False
+    """Sharded weights, which arrive in the compute dtype."""
+    device: Device = "cpu"
+    """Whose dtype rules and fused attention are applied."""
+    temperature: float = 1.0
+    trains: bool = True
+    """False: the forward alone, without gradients."""
+    every_layer: bool = False
+    """Nothing is replayed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,28 +201,31 @@ class Traced:
     is_estimate: bool
     """Extrapolated in tokens."""
 
+    @property
+    def total(self) -> int:
+        """Bytes of all items."""
+        return sum(self.items.values())
 
-def trace(
-    model: nn.Module, *, packing: PackingConfig, every_layer: bool = False, **setting: Any
-) -> Traced:
-    """The worst moment of a row that fills ``packing.max_tokens``; ``setting`` as in ``_moments``.
+
+def trace(model: nn.Module, setting: Setting) -> Traced:
+    """The worst moment of a model on the meta device, which stays as it is.
 
     A scan (state-space layers, linear attention) runs token by token or chunk by chunk, so its
     trace at two small counts of tokens is extended in a straight line.
     """
-    step = _scan_step(model)
-    tokens, is_estimate = packing.max_tokens, bool(step) and packing.max_tokens > 2 * step
+    step, tokens = _scan_step(model), setting.packing.max_tokens
+    is_estimate = 0 < 2 * step < tokens
     counts = (step, 2 * step) if is_estimate else (tokens, tokens)
     few, many = (
-        _moments(model, packing=replace(packing, max_tokens=n), every_layer=every_layer, **setting)
+        _peaks(model, replace(setting, packing=replace(setting.packing, max_tokens=n)))
         for n in counts
     )
     factor = (tokens - counts[1]) / step if is_estimate else 0
-    highs = [
-        (name, Counter({n: int(b[n] + factor * (b[n] - a[n])) for n in b}))
+    peaks = [
+        (name, {n: int(b[n] + factor * (b[n] - a[n])) for n in CATEGORIES})
         for (_, a), (name, b) in zip(few, many, strict=True)
     ]
-    moment, worst = max(highs, key=lambda high: high[1].total())
+    moment, worst = max(peaks, key=lambda peak: sum(peak[1].values()))
     items = {n: worst[n] for n in CATEGORIES[2:] if worst[n]}
     return Traced(moment=moment, items=items, is_estimate=is_estimate)
 
@@ -216,93 +240,55 @@ def _scan_step(model: Any) -> int:
 
 
 @lru_cache(maxsize=256)
-def _moments(
-    model: nn.Module,
-    *,
-    packing: PackingConfig,
-    method: Method,
-    precision: PrecisionPlan,
-    completions: int = 1,
-    checkpointing: bool = False,
-    gathered: bool = False,
-    device: Device = "cpu",
-    temperature: float = 1.0,
-    trains: bool = True,
-    every_layer: bool = False,
-) -> list[tuple[str, Counter[str]]]:
-    """(name, bytes by category) of the peak in every stretch of a forward and backward.
-
-    ``model`` is on the meta device and stays as it is. ``completions``: to a prompt in a full row.
-    ``gathered``: sharded weights, which arrive in the compute dtype. ``device``: whose dtype rules
-    and fused attention are applied. ``trains=False``: the forward alone, without gradients.
-    ``every_layer``: nothing is replayed.
-    """
+def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]:
+    """(name, bytes by category) of the peak in every stretch of a forward and backward."""
+    precision, compute = setting.precision, torch_dtype(setting.precision.compute)
     stack = decoder_layers(model)
     kinds = [] if stack is None else kinds_of(model, stack[1])
-    count = len(kinds) if every_layer else _enough(kinds)
-    live = _FakeStorages(vocabulary=model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    count = len(kinds) if setting.every_layer else _enough(kinds)
+    live = LiveStorages(vocabulary=model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     with ExitStack() as rules:
         rules.enter_context(mock.patch.object(logprobs, "_chunks", _few_chunks))
-        for place, name, value in _CUDA_RULES if device == "cuda" else ():
+        for place, name, value in _CUDA_RULES if setting.device == "cuda" else ():
             rules.enter_context(mock.patch.object(place, name, value))
         rules.enter_context(FakeTensorMode())
-        rules.enter_context(_Float32Experts())
-        compute = torch_dtype(precision.compute)
+        rules.enter_context(_Gaps())
         with _cut(model, stack, count):
-            twin = twin_of(model, dtype=compute if gathered else None)
-        _set_checkpointing(twin, checkpointing)
-        policy = (Scorer if method == "reward" else Policy)(
-            twin, packing, device_type=device, temperature=temperature
+            twin = twin_of(model, dtype=compute if setting.gathered else None)
+        _set_checkpointing(twin, setting.checkpointing)
+        policy = (Scorer if setting.method == "reward" else Policy)(
+            twin, setting.packing, device_type=setting.device, temperature=setting.temperature
         )
-        policy.train(trains)
+        policy.train(setting.trains)
         live.watch(policy)
-        for p in policy.parameters() if trains else ():
+        for p in policy.parameters() if setting.trains else ():
             if p.requires_grad:
                 p.grad = torch.empty_like(p)
                 live.own(p.grad, "gradients")
         if stack is not None:
             _mark_layers(live, decoder_layers(twin)[1])  # type: ignore[index]
+        casts = precision.compute != precision.weight and not setting.gathered
         with live:
-            casts = precision.compute != precision.weight and not gathered
-            accelerator = _OneDevice(compute if casts else None)
-            _run(policy, method, packing.max_tokens, completions, accelerator, trains=trains)
+            _run(policy, setting, _OneDevice(compute if casts else None))
     live.mark("done")
     return _replay(live.segments[:-1], kinds, count)
 
 
-def _run(
-    policy: Any,
-    method: Method,
-    max_tokens: int,
-    completions: int,
-    accelerator: _OneDevice,
-    *,
-    trains: bool,
-) -> None:
+def _run(policy: Any, setting: Setting, accelerator: _OneDevice) -> None:
     """The only call of the step. The reference is a frozen model whose forward holds less."""
-    mode = policy.forward_mode.mode
-    groups = worst_case(
-        method,
-        max_tokens,
-        completions=1 if mode == "single" else completions,
-        shares=mode == "shared",
-    )
-    plan = plan_step(groups, world_size=1, max_tokens=max_tokens, mode=mode, coupled=True)
-    if not trains:
+    mode, budget = policy.forward_mode.mode, setting.packing.max_tokens
+    completions = 1 if mode == "single" else setting.completions
+    groups = worst_case(setting.method, budget, completions=completions, shares=mode == "shared")
+    plan = plan_step(groups, world_size=1, max_tokens=budget, mode=mode, coupled=True)
+    if not setting.trains:
         with torch.no_grad(), accelerator.autocast():
             policy(pack(groups, plan.ranks[0][0].parts, mode=mode))
         return
-    step_gradient(
-        accelerator,
-        policy,
-        groups,
-        plan,
-        LOSSES[method],
-        mode=mode,
-        reference=(lambda _, batch: torch.zeros(batch.predictor_T.shape[0]))
-        if method == "dpo"
-        else None,
-    )
+    reference = None
+    if setting.method == "dpo":
+        reference = lambda _, batch: torch.zeros(batch.predictor_T.shape[0])  # noqa: E731
+    loss = LOSSES[setting.method]
+    step_gradient(accelerator, policy, groups, plan, loss, mode=mode, reference=reference)
 
 
 def worst_case(
@@ -312,17 +298,14 @@ def worst_case(
     token; fewer ``completions`` where a row cannot hold so many."""
     room = max_tokens - (1 if shares else completions)
     count = max(1, min(completions, room))
-    lengths = [room * (k + 1) // count - room * k // count + 1 for k in range(count)]
-    sampled: dict[str, Any] = {"advantage": 1.0} if method == "rl" else {}
-    answers = [
-        Completion(
-            token_ids=[SCORE_SLOT] * n,
-            loss_mask=[0] * (n - 1) + [1] if method == "reward" else [1] * n,
-            **sampled,
-            **({"sampler_logps": [-1.0] * n} if sampled else {}),
+    answers = []
+    for k in range(count):
+        n = room * (k + 1) // count - room * k // count + 1
+        mask = [0] * (n - 1) + [1] if method == "reward" else [1] * n
+        rl: dict[str, Any] = {"advantage": 1.0, "sampler_logps": [-1.0] * n}
+        answers.append(
+            Completion(token_ids=[SCORE_SLOT] * n, loss_mask=mask, **(rl if method == "rl" else {}))
         )
-        for n in lengths
-    ]
     return [
         PromptGroup(prompt_ids=[1], completions=answers, meta={"file": "worst case", "row": row})
         for row in range(rows)
@@ -443,7 +426,7 @@ def _moved(level: Counter[str], start: Counter[str], end: Counter[str]) -> Count
 def cached_elements(model: nn.Module) -> int:
     """Elements that the cache of the engine in this process keeps of one token, in all layers."""
     cache = RecordingCache()
-    with torch.no_grad(), FakeTensorMode(), _Float32Experts():
+    with torch.no_grad(), FakeTensorMode(), _Gaps():
         twin, ids = twin_of(model), torch.zeros(1, 2, dtype=torch.long)
         with plain_attention(twin):
             base_model(twin).get_decoder()(
@@ -476,28 +459,12 @@ def twin_of(
 
 
 def _packed_4bit(layer: Any) -> Any:
-    """The weight of such a layer as it is once quantised, of shape and dtype alone."""
-    from bitsandbytes.functional import QuantState
+    """The weight of such a layer as it is once quantised."""
+    from bitsandbytes import functional
 
-    numel = layer.out_features * layer.in_features
-    num_scales = -(-numel // 64)
-    scales = QuantState(
-        absmax=torch.empty(-(-num_scales // 256)),
-        code=torch.empty(256),
-        blocksize=256,
-        dtype=torch.float32,
-    )
-    state = QuantState(
-        absmax=torch.empty(num_scales, dtype=torch.uint8),
-        shape=torch.Size((layer.out_features, layer.in_features)),
-        code=torch.empty(16),
-        blocksize=64,
-        quant_type="nf4",
-        dtype=layer.weight.dtype,
-        offset=torch.empty(()),
-        state2=scales,
-    )
-    packed: Any = torch.empty((-(-numel // 2), 1), dtype=torch.uint8)
+    with mock.patch.dict(functional.name2qmap, clear=True):  # it would keep the fake tables
+        values = torch.empty(layer.out_features, layer.in_features, dtype=layer.weight.dtype)
+        packed, state = functional.quantize_4bit(values, compress_statistics=True, quant_type="nf4")
     weight: Any = nn.Parameter(packed, requires_grad=False)
     weight.quant_state = state
     return weight
@@ -547,27 +514,18 @@ _CUDA_RULES: tuple[tuple[Any, str, Any], ...] = (
 )
 
 
-class _FakeStorages(LiveStorages):
-    """Numbers that Python asks for (a loss) are 1: fake tensors have none."""
+class _Gaps(TorchDispatchMode):
+    """What fake tensors lack: numbers that Python asks for (a loss), here 1, and a CPU's grouped
+    products in float32, [T, H] x [E, H, F] -> [T, F] or [H, T] x [T, F] -> [E, H, F]."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class _Float32Experts(TorchDispatchMode):
-    """Grouped products in float32, which a CPU computes, have no fake kernel: [T, H] x [E, H, F] ->
-    [T, F]; [H, T] x [T, F] -> [E, H, F]."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._grouped_mm.default or args[0].dtype != torch.float32:
             return func(*args, **(kwargs or {}))
         left, right = args[:2]
-        shape = (left.shape[0], right.shape[-1])
-        if left.dim() == right.dim() == 2:
-            shape = (len(args[2] if len(args) > 2 else kwargs["offs"]), *shape)
-        return left.new_empty(shape)
+        experts = [len(args[2] if len(args) > 2 else kwargs["offs"])] * (right.dim() == 2)
+        return left.new_empty((*experts, left.shape[0], right.shape[-1]))
 
 
 class _OneDevice:

@@ -18,7 +18,7 @@ from posttrain.plan import job as jobs
 from posttrain.plan.job import Job, Scoring
 from posttrain.plan.price import memory_plan
 from posttrain.plan.states import parameters_of
-from posttrain.plan.trace import twin_of
+from posttrain.plan.trace import LiveStorages, twin_of
 from posttrain.precision import PRECISIONS
 from posttrain.trainers.sft import SFTConfig
 from posttrain.training import sharding
@@ -59,7 +59,7 @@ def test_a_learned_reward_has_its_own_forward(job):
         model=twin_of(model, device="meta"),
         precision=PRECISIONS["fp32"],
         max_tokens=512,
-        completions=2,
+        completions=1,
     )
     live = LiveStorages()
     with torch.no_grad(), live:
