@@ -14,29 +14,18 @@ from rich.text import Text
 
 from posttrain.plan.price import MemoryPlan, advice, memory_plan
 
+ITEMS = (
+    "weights, LoRA, gradients, master, moments, counters, reference, reward model, rollout copy, "
+    "KV cache, activations, recomputed, casts, logits, temporaries, communication, "
+    "gathered weights, libraries, allocator"
+).split(", ")
+"""In the order that they are shown in."""
+_HUES = ("blue", "magenta", "cyan", "green", "yellow", "red", "white")
 COLOURS = {
-    "weights": "blue",
-    "LoRA": "bright_white",
-    "gradients": "magenta",
-    "master": "bright_blue",
-    "moments": "cyan",
-    "counters": "cyan",
-    "reference": "green",
-    "reward model": "bright_green",
-    "rollout copy": "bright_cyan",
-    "KV cache": "bright_magenta",
-    "activations": "yellow",
-    "recomputed": "bright_yellow",
-    "casts": "bright_black",
-    "logits": "red",
-    "temporaries": "bright_red",
-    "communication": "white",
-    "gathered weights": "white",
-    "libraries": "dim",
-    "allocator": "dim",
+    name: "dim" if name in ITEMS[-2:] else ("bright_" if i % 2 else "") + _HUES[i % 7]
+    for i, name in enumerate(ITEMS)
 }
-"""Of every item, in the order that they are shown in."""
-_UNITS = {"": 1} | {
+_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}B": base**power
     for unit, base in (("", 1000), ("I", 1024))
     for power, prefix in enumerate("KMGT", start=1)
