@@ -25,7 +25,8 @@ from posttrain.training.sharding import kind, offloads
 class MemoryCheck:
     """``start`` before the weights are loaded, ``finish`` when the run is done."""
 
-    plan: MemoryPlan
+    plan: MemoryPlan | None
+    """None where the step of this model cannot be traced."""
     is_main: bool
 
     @classmethod
@@ -37,7 +38,14 @@ class MemoryCheck:
         device = "cuda" if accelerator.device.type == "cuda" else "cpu"
         job = job_of(config, method, precision=precision, device=device, **known)  # type: ignore[arg-type]
         job = replace(job, offload=job.offload | offloads(accelerator))
-        plan = memory_plan(job.sharded(kind(accelerator), accelerator.num_processes))
+        job = job.sharded(kind(accelerator), accelerator.num_processes)
+        try:
+            plan = memory_plan(job)
+        except Exception as error:  # whatever a model's code raises on fake tensors: it may train
+            if accelerator.is_main_process:
+                why = str(error).partition("\n")[0]
+                print(f"memory: not planned ({type(error).__name__}: {why})")
+            return cls(plan=None, is_main=accelerator.is_main_process)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         limit = device_bytes(accelerator.device, processes=processes)
         if accelerator.is_main_process:
@@ -55,7 +63,7 @@ class MemoryCheck:
     def finish(self, accelerator: Any, *, longest_row: int) -> None:
         """Predicted against measured, in one line; where no row filled its budget, for the longest
         one too."""
-        if not self.is_main:
+        if not self.is_main or self.plan is None:
             return
         on_cuda, budget = accelerator.device.type == "cuda", self.plan.job.max_tokens
         measured, name = (
@@ -72,8 +80,8 @@ class MemoryCheck:
         line = f"memory: predicted {predicted}, measured {gigabytes(measured)} {name} ({error})"
         if 0 < longest_row < budget:
             update = memory_plan(self.plan.job.with_tokens(longest_row)).phases["update"]
-            phases = {**self.plan.phases, "update": update}
-            predicted, error = against(replace(self.plan, phases=phases))
+            shorter = replace(self.plan, phases={**self.plan.phases, "update": update})
+            predicted, error = against(shorter)
             line += (
                 f"; the longest row had {longest_row} of {budget} tokens, predicted {predicted} "
                 f"({error})"

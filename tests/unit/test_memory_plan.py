@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from posttrain import LoraConfig, ModelConfig, PackingConfig
+from posttrain import LoraConfig, ModelConfig, PackingConfig, SFTTrainer, TrainConfig
 from posttrain.cli.main import main
 from posttrain.cli.plan import find_method
 from posttrain.plan import check, price
@@ -358,7 +358,6 @@ def test_a_cgroup_limit_counts(tmp_path):
 
 
 def test_a_run_says_its_memory_and_is_refused_where_it_cannot_fit(tmp_path, capsys, monkeypatch):
-    from posttrain import PackingConfig, SFTConfig, SFTTrainer, TrainConfig
     from posttrain.training.config import UserFacingError
 
     model = str(model_folder(tmp_path / "model"))
@@ -375,6 +374,19 @@ def test_a_run_says_its_memory_and_is_refused_where_it_cannot_fit(tmp_path, caps
     assert "peak resident" in said[-1] and "0.10 GB" in said[1]
     found = re.search(r"longest row had (\d+) of 256 tokens", said[-1])
     assert found and 20 < int(found[1]) < 256
+
+
+def test_a_model_that_cannot_be_traced_trains_all_the_same(tmp_path, capsys, monkeypatch):
+    def fails(job):
+        raise NotImplementedError("no fake kernel\nof this operator")
+
+    monkeypatch.setattr(check, "memory_plan", fails)
+    rows = [{"prompt": f"{a}+{a}", "completion": str(2 * a)} for a in range(8)]
+    train = TrainConfig(run_dir=str(tmp_path), max_steps=1, batch_size=4, precision="fp32")
+    model = str(model_folder(tmp_path / "model"))
+    SFTTrainer(model=model, train_dataset=rows, config=SFTConfig(train=train)).train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: ")]
+    assert said == ["memory: not planned (NotImplementedError: no fake kernel)"]
 
 
 def test_the_end_of_a_run_compares_the_longest_row_too(job, capsys, monkeypatch):
