@@ -1,22 +1,16 @@
-"""Memory known before the run: traced and closed form against live storages and resident memory of
-a real run.
+"""Memory known before the run: the plan against live storages and resident memory of a real run.
 
     python benchmarks/memory_accuracy.py   # the grid, about 15 minutes on one core; resumes where
-                                           it stopped
+                                           # it stopped
     python benchmarks/memory_accuracy.py --only gemma2 --table
 
 A case is one process: a model with random weights is loaded as a run loads it and trained for three
 steps of two full rows through the real loop, checkpoint and final model included. `live` is the
 most bytes of tensor storages alive at once in its steps (every operator is watched), `resident` the
-peak resident set of the whole process (VmHWM). Predicted: `traced`, the same step on fake tensors;
-`closed form`, the formulas of posttrain/memory; `planned`, the closed form with libraries and
-allocator.
+peak resident set of the whole process (VmHWM). Predicted: `traced`, states and the trace of the
+step on fake tensors; `planned`, the same with libraries and the allocator's factor.
 
-    python benchmarks/memory_accuracy.py --further --results runs/further.jsonl   # adapters,
-                                                                                  experts and others
-    python benchmarks/memory_accuracy.py --unseen --results runs/unseen.jsonl   # cases that no
-                                                                                constant was fitted
-                                                                                to
+    python benchmarks/memory_accuracy.py --further   # adapters, experts and others
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from common import spawn, status_bytes
 
 if TYPE_CHECKING:
-    from posttrain.memory.job import Job
+    from posttrain.plan.job import Job
 
 FAMILIES = ("smollm2", "qwen3", "gemma2", "gpt2")
 METHODS = ("sft", "dpo", "reward", "rl")
@@ -56,8 +50,6 @@ class Case:
     """Rank of adapters; below 0 around weights in 4 bit."""
     watched: bool = True
     """Every operator, for ``live``; steps are not timed then."""
-    guarded: bool = True
-    """Freed memory goes back where it outgrows the plan."""
     completion: int = 0
     """Tokens of an RL completion; 0: eight fill a row."""
 
@@ -92,35 +84,18 @@ def grid() -> list[Case]:
 
 
 def further() -> list[Case]:
-    """Adapters, 4 bit, experts, bfloat16 weights, dropout, a larger model."""
+    """Adapters, 4 bit, experts, bfloat16 weights, dropout, a longer row, larger models."""
     return _cases(
         ("smollm2", "sft", 1024, False, "bf16", 16),
-        ("qwen3", "dpo", 2048, True, "bf16", 16),
+        ("gemma2", "sft", 2048, True, "fp32", 16),
         ("smollm2", "sft", 1024, False, "bf16", -16),
-        ("qwen3", "rl", 1024, True, "bf16", -16),
         ("qwen3_moe", "sft", 1024, False, "bf16", 0),
         ("qwen3_moe", "dpo", 512, True, "fp32", 0),
         ("gemma2", "sft", 1024, False, "bf16-pure", 0),
-        ("smollm2", "rl", 2048, True, "bf16-pure", 0),
         ("gpt2-dropout", "sft", 1024, False, "bf16", 0),
-        ("smollm2-360m", "sft", 512, False, "bf16", 0),
-    )
-
-
-def unseen() -> list[Case]:
-    """What the constants were not fitted to: the same models under other methods, lengths and
-    precisions."""
-    return _cases(
-        ("gemma2", "sft", 2048, True, "fp32", 16),
-        ("gpt2", "dpo", 1024, False, "bf16", 16),
-        ("smollm2", "dpo", 2048, True, "bf16", -16),
-        ("gemma2", "reward", 1024, False, "bf16-pure", 16),
-        ("qwen3", "rl", 2048, False, "bf16", 0),
         ("smollm2", "sft", 4096, True, "bf16", 0),
-        ("qwen3_moe", "rl", 1024, True, "bf16", 0),
-        ("gpt2-dropout", "dpo", 512, True, "fp32", 0),
         ("smollm2-135m", "rl", 1024, False, "fp32", 0),
-        ("smollm2-360m", "reward", 512, True, "bf16", 0),
+        ("smollm2-360m", "sft", 512, False, "bf16", 0),
     )
 
 
@@ -225,11 +200,9 @@ def run_case(case: Case) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from posttrain.losses import policy, preference, reward, sft
-    from posttrain.memory.plan import memory_plan
     from posttrain.models.heads import Scorer
     from posttrain.packing.plan import PackingConfig
-    from posttrain.tracing.live import LiveStorages
-    from posttrain.tracing.trace import worst_case
+    from posttrain.plan.trace import LiveStorages, worst_case
     from posttrain.training.config import TrainConfig
     from posttrain.training.launch import make_accelerator
     from posttrain.training.loop import Loop
@@ -241,11 +214,11 @@ def run_case(case: Case) -> dict[str, Any]:
 
     class WatchedLoop(Loop):
         def _step(self, step: int) -> dict[str, Any]:
-            live.phases.clear()
+            live.mark("step", step)
             began = time.perf_counter()
             values = super()._step(step)
             seconds.append(time.perf_counter() - began)
-            peaks.append((live.peak.total_bytes, status_bytes("VmHWM")))
+            peaks.append((live.peak_bytes, status_bytes("VmHWM")))
             return values
 
     losses = {
@@ -264,10 +237,13 @@ def run_case(case: Case) -> dict[str, Any]:
         )  # what every run imports
         libraries, began = status_bytes("VmRSS"), time.perf_counter()
         with live if case.watched else nullcontext():
-            model, held = load(case, model_folder, plan.load_dtype), memory_plan(job_of(case))
-            groups, is_reward = (
-                worst_case(case.method, case.tokens, group_size=held.job.row_completions),
-                case.method == "reward",
+            model, is_reward = load(case, model_folder, plan.load_dtype), case.method == "reward"
+            completions = {"sft": 1, "dpo": 2, "reward": 2}.get(case.method)
+            groups = worst_case(
+                case.method,
+                case.tokens,
+                completions=completions or -(-case.tokens // case.completion_tokens),
+                rows=2,
             )
             loop = WatchedLoop(
                 accelerator=accelerator,
@@ -280,7 +256,6 @@ def run_case(case: Case) -> dict[str, Any]:
                 packing=PackingConfig(max_tokens=case.tokens),
                 train=TrainConfig(run_dir=folder, max_steps=3, self_check=not is_reward),
                 optimizer_config=OptimizerConfig(name=case.optimizer),
-                holes_bytes=held.holes_bytes if case.guarded else float("inf"),
             )
             if is_reward:
                 loop.policy_class = Scorer
@@ -364,8 +339,8 @@ def settings_of(case: Case, folder: str) -> Any:
 
 def job_of(case: Case) -> Job:
     """The planner's view of a case, from its settings and the model's config.json."""
+    from posttrain.plan.job import job_of
     from posttrain.precision import PRECISIONS
-    from posttrain.trainers.memory import job_of
 
     with tempfile.TemporaryDirectory() as folder:
         config_of(case.family).save_pretrained(folder)
@@ -380,35 +355,23 @@ def job_of(case: Case) -> Job:
 
 
 def planned(case: Case) -> dict[str, int]:
-    """The closed form, alone and with libraries and allocator."""
-    from posttrain.memory.plan import memory_plan
+    """The trace with the states, alone and with libraries and allocator."""
+    from posttrain.plan.price import memory_plan
 
     plan = memory_plan(job_of(case))
-    return {"closed": plan.live_bytes, "planned": plan.peak_bytes}
-
-
-def predict(case: Case) -> dict[str, Any]:
-    """Before any run."""
-    from posttrain.packing.plan import PackingConfig
-    from posttrain.precision import PRECISIONS
-    from posttrain.tracing.trace import trace_step
-
-    lora = settings_of(case, ".").model.lora
-    began = time.perf_counter()
-    traced = trace_step(
-        config_of(case.family),
-        method=case.method,
-        packing=PackingConfig(max_tokens=case.tokens),
-        precision=PRECISIONS[case.precision],
-        gradient_checkpointing=case.checkpointing,
-        lora=lora,
-    )
-    return planned(case) | {"traced": traced.peak_bytes, "trace_s": time.perf_counter() - began}
+    return {"traced": plan.live_bytes, "planned": plan.peak_bytes}
 
 
 def error(predicted: int | None, measured: int) -> str:
     """Signed, in percent of what was measured."""
     return "" if predicted is None else f"{100 * (predicted / measured - 1):+.1f}"
+
+
+def factor(row: dict[str, Any]) -> float:
+    """What ``ALLOCATOR_FACTOR`` would have to be for this row."""
+    from posttrain.plan.price import LIBRARIES_BYTES
+
+    return (row["resident"] - LIBRARIES_BYTES["cpu"]) / row["live"]
 
 
 def adapters(row: dict[str, Any]) -> str:
@@ -420,16 +383,16 @@ def adapters(row: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; MB are 1e6 bytes, errors in percent."""
     lines = [
-        "| family | method | tokens | checkpointing | precision | live MB | traced % | closed "
-        "form % | resident MB | planned % |",
+        "| family | method | tokens | checkpointing | precision | live MB | traced % | resident MB "
+        "| planned % | (resident - libraries) / live |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r['family']}{adapters(r)} | {r['method']} | {r['tokens']} | "
             f"{'yes' if r['checkpointing'] else 'no'} | {r['precision']} | {r['live'] / 1e6:.0f} | "
-            f"{error(r['traced'], r['live'])} | {error(r['closed'], r['live'])} | "
-            f"{r['resident'] / 1e6:.0f} | {error(r['planned'], r['resident'])} |"
+            f"{error(r['traced'], r['live'])} | {r['resident'] / 1e6:.0f} | "
+            f"{error(r['planned'], r['resident'])} | {factor(r):.2f} |"
         )
     return "\n".join(lines)
 
@@ -457,9 +420,6 @@ def main() -> None:
         action="store_true",
         help="ten cases with adapters, experts, dropout and others",
     )
-    parser.add_argument(
-        "--unseen", action="store_true", help="ten cases that the constants were not fitted to"
-    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -471,13 +431,11 @@ def main() -> None:
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
     done = {json.dumps(asdict(case_of(r))) for r in rows}
-    for case in (
-        [] if args.table else further() if args.further else unseen() if args.unseen else grid()
-    ):
+    for case in [] if args.table else further() if args.further else grid():
         key = json.dumps(asdict(case))
         if key in done or args.only not in key:
             continue
-        row = {**asdict(case), **predict(case), **spawn(__file__, ["--case", key])}
+        row = {**asdict(case), **planned(case), **spawn(__file__, ["--case", key])}
         rows.append(row)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")

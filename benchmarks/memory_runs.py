@@ -1,10 +1,7 @@
-"""Runs that the planner decides, for real: its token budgets, the optimizers, and freed memory that
-goes back.
+"""Runs that the planner decides, for real: its token budgets, and the optimizers.
 
     python benchmarks/memory_runs.py --solve   # the token budget for a limit, and 1.25 times it
     python benchmarks/memory_runs.py --optimizers   # SmolLM2-135M with each optimizer
-    python benchmarks/memory_runs.py --guard   # what giving freed memory back saves, and costs in
-                                               time
 
 Each run is a fresh process of memory_accuracy.py.
 """
@@ -19,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import memory_accuracy
-from common import spawn, spread
+from common import spawn
 from memory_accuracy import Case, error, job_of
 
 
@@ -31,7 +28,7 @@ def run(case: Case) -> dict[str, Any]:
 def solve() -> None:
     """The planner's answer for a limit against a fresh process with that budget, and with 1.25
     times it."""
-    from posttrain.memory.solve import SOLVER_MARGIN, max_tokens
+    from posttrain.plan.price import SOLVER_MARGIN, max_tokens
 
     print(
         "| method | precision | checkpointing | limit MB | token budget | peak resident MB | "
@@ -69,10 +66,10 @@ def solve() -> None:
 
 def optimizers() -> None:
     """What each keeps and what the whole run holds, predicted and measured."""
-    from posttrain.memory.plan import memory_plan
+    from posttrain.plan.price import memory_plan
 
     print(
-        "| optimizer | moments MB, predicted | measured | live MB | closed form % | resident MB "
+        "| optimizer | moments MB, predicted | measured | live MB | traced % | resident MB "
         "| planned % |"
     )
     print("|---|---|---|---|---|---|---|")
@@ -100,46 +97,11 @@ def optimizers() -> None:
         print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 
-def guard(rounds: int = 3) -> None:
-    """With and without, in turn: seconds per step and peak of fresh processes in which no operator
-    is watched."""
-    print(
-        "| tokens | precision | | seconds per step | peak resident GB | time, with / without | "
-        "memory |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for tokens, precision in ((1056, "fp32"), (2560, "bf16")):
-        case = Case(
-            family="smollm2-135m",
-            method="sft",
-            tokens=tokens,
-            checkpointing=False,
-            precision=precision,
-            watched=False,
-        )
-        rows: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for _ in range(rounds):
-            for guarded, found in rows.items():
-                found.append(run(replace(case, guarded=guarded)))
-        for guarded, found in rows.items():
-            pairs = list(zip(found, rows[False], strict=True))
-            cells = [
-                spread([r["step_s"] for r in found]),
-                spread([r["resident"] / 1e9 for r in found]),
-            ]
-            cells += [spread([a[key] / b[key] for a, b in pairs]) for key in ("step_s", "resident")]
-            print(
-                f"| {tokens} | {precision} | {'with' if guarded else 'without'} | "
-                f"{' | '.join(cells)} |",
-                flush=True,
-            )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables: tuple[Callable[[], None], ...] = (solve, optimizers, guard)
+    tables: tuple[Callable[[], None], ...] = (solve, optimizers)
     for table in tables:
         parser.add_argument(f"--{table.__name__}", action="store_true", help=table.__doc__)
     args = parser.parse_args()

@@ -12,13 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from transformers import LlamaConfig
 
-from posttrain.memory.plan import memory_plan
-from posttrain.memory.report import show
 from posttrain.models.load import ModelConfig
 from posttrain.packing.plan import PackingConfig
+from posttrain.plan.job import job_of
+from posttrain.plan.price import memory_plan
+from posttrain.plan.report import show
 from posttrain.precision import PRECISIONS
 from posttrain.trainers.dpo import DPOConfig
-from posttrain.trainers.memory import job_of
 from posttrain.training.reference import ReferenceConfig
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +43,10 @@ if __name__ == "__main__":
             config, "dpo", precision=PRECISIONS["bf16"], device="cuda", wants_reference=True
         )
     console = Console(record=True, width=100)
-    show([memory_plan(job.sharded(stage, 64)) for stage in range(4)], 80e9, console=console)
+    show(
+        [memory_plan(job.sharded(kind, 64)) for kind in ("whole", "zero1", "zero2", "fsdp2")],
+        80e9,
+        console=console,
+    )
     title = "posttrain plan dpo.yaml --devices 64 --device-memory 80GB"
     (ROOT / "docs" / "plan.svg").write_text(console.export_svg(title=title))

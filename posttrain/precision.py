@@ -59,7 +59,7 @@ class PrecisionPlan:
     the weights themselves (then float32 weights are their own master: see ``update``). Additive:
     counting ``weight`` and ``master`` counts no byte twice."""
     moment: DType = "float32"
-    """Dtype of AdamW's two moments (other optimizers: ``memory/states.py``)."""
+    """Dtype of AdamW's two moments (other optimizers: ``plan/states.py``)."""
     compute: DType = "float32"
     """Dtype of the matmuls in forward and backward (autocast when it differs from ``weight``)."""
     reduce: DType = "float32"

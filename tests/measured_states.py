@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from posttrain.models.sharding import local, reshard
-from posttrain.tracing.quantised import storages_4bit
+from posttrain.plan.trace import storages_4bit
 from posttrain.training import sharding
 
 _COUNTERS = ("step", "RMS", "qmap1", "qmap2")

@@ -18,12 +18,13 @@ PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"resolve"},
     {"types", "precision", "files"},
-    {"losses", "memory", "data", "packing"},
+    {"losses", "data", "packing"},
     {"models"},
     {"rollout", "rewards"},
     {"algorithms"},
     {"training"},
-    {"tracing", "trainers"},
+    {"plan"},
+    {"trainers"},
     {"pipeline", "report"},
     {"cli"},
 ]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.memory.job import Job
+    from posttrain.plan.job import Job
+    from posttrain.plan.trace import Device, Method
+    from posttrain.training.sharding import Kind
 
 METHODS = ("sft", "reward", "dpo", "rl")
 
@@ -57,155 +59,129 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traced",
         action="store_true",
-        help="also run the real update step on fake tensors (one device)",
+        help="also trace every layer on one device, where the plan replays the first ones",
     )
     parser.add_argument("--json", action="store_true", help="print bytes of everything")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the plan, or answers ``--solve``."""
-    from posttrain.memory.limits import parse_bytes
-    from posttrain.memory.plan import memory_plan
-    from posttrain.memory.report import compared, show, to_json
+    from posttrain.plan.price import memory_plan
+    from posttrain.plan.report import gigabytes, listed, parse_bytes, show, to_json
 
-    limit = parse_bytes(arguments.device_memory) if arguments.device_memory else None
+    limit: float | None = None
+    if arguments.device_memory:
+        limit = parse_bytes(arguments.device_memory)
     with redirect_stdout(sys.stderr):  # libraries that announce themselves
-        from posttrain.trainers.memory import device_bytes
+        from posttrain.plan.check import device_bytes
 
-        job, shortest, config = _job(arguments, is_elsewhere=limit is not None)
-        devices, stages = _devices_and_stages(arguments)
+        job, shortest = _job(arguments, is_elsewhere=limit is not None)
+        devices, kinds = _devices_and_kinds(arguments)
         limit = device_bytes(job.device, processes=devices) if limit is None else limit
-        traced = _trace(job, config) if arguments.traced else None
+        if arguments.solve:
+            answer = _solve(arguments, job, limit, devices, kinds)
+        else:
+            plans = [memory_plan(job.sharded(kind, devices)) for kind in kinds]
     if arguments.solve:
-        print(_solve(arguments, job, limit, devices, stages))
+        print(answer)
         return
-    engine: Any = "deepspeed" if arguments.deepspeed else None
-    plans = [
-        memory_plan(job.sharded(stage, devices, engine=engine if stage == 3 else None))
-        for stage in stages
-    ]
+    traced = job.trace(every_layer=True).items if arguments.traced else {}
     if arguments.json:
-        beside = (
-            {}
-            if traced is None
-            else {"traced_bytes": traced.peak_bytes, "traced_bytes_by_category": traced.by_category}
-        )
-        print(json.dumps([to_json(plan, limit) | beside for plan in plans], indent=1))
+        total = sum(traced.values())
+        more = {"traced_bytes": total, "traced_bytes_by_category": traced} if traced else {}
+        print(json.dumps([to_json(plan, limit) | more for plan in plans], indent=1))
         return
     show(plans, limit, shortest=shortest)
-    if traced is not None:
-        print(compared(traced, memory_plan(job.traced).live_bytes))
+    if traced:
+        replayed, total = job.trace().total, sum(traced.values())
+        print(
+            f"traced with every layer on one device, beside weights and gradients: "
+            f"{gigabytes(total)} ({listed(traced)}); the plan says {gigabytes(replayed)} "
+            f"({100 * (replayed / total - 1):+.1f} %)"
+        )
 
 
-def _trace(job: Job, config: Any) -> Any:
-    """The update step of the run on fake tensors."""
-    from posttrain.models.load import read_config
-    from posttrain.tracing.trace import trace_step
-
-    with_reference: Any = bool(job.reference)
-    if job.method == "dpo" and not job.reference:
-        with_reference = "cached" if config.reference.cache else job.is_lora
-    return trace_step(
-        read_config(config.model),
-        method=job.method,
-        packing=config.packing,
-        precision=job.precision,
-        lora=config.model.lora,
-        dropout=config.model.dropout,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        with_reference=with_reference,
-        optimizer=config.optimizer,
-        completions=job.row_completions,
-    )
-
-
-def _devices_and_stages(arguments: argparse.Namespace) -> tuple[int, list[int]]:
+def _devices_and_kinds(arguments: argparse.Namespace) -> tuple[int, list[Kind]]:
     devices = arguments.devices or 1
-    try:
-        stages = (
-            [int(s) for s in arguments.zero.split(",")]
-            if arguments.zero
-            else ([0, 1, 2, 3] if devices > 1 else [0])
-        )
-    except ValueError as error:
+    third: Kind = "zero3" if arguments.deepspeed else "fsdp2"
+    kinds: dict[str, Kind] = {"0": "whole", "1": "zero1", "2": "zero2", "3": third}
+    stages = arguments.zero.split(",") if arguments.zero else list(kinds if devices > 1 else "0")
+    if devices < 1 or not set(stages) <= set(kinds):
         raise ValueError(
-            f"--zero is a list of ZeRO stages such as 0,1,2,3; got {arguments.zero!r}."
-        ) from error
-    if devices < 1 or not set(stages) <= {0, 1, 2, 3}:
-        raise ValueError(
-            f"--devices must be >= 1 and --zero among 0,1,2,3; got {devices} and {stages}."
+            "--devices must be >= 1 and --zero a list of ZeRO stages such as 0,1,2,3; got "
+            f"{devices} and {arguments.zero!r}."
         )
-    return devices, stages
+    return devices, [kinds[stage] for stage in stages]
 
 
 def _solve(
-    arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, stages: list[int]
+    arguments: argparse.Namespace, job: Job, limit: float | None, devices: int, kinds: list[Kind]
 ) -> str:
-    from posttrain.memory import solve as planner
-    from posttrain.memory.limits import gigabytes
+    from posttrain.plan import price
+    from posttrain.plan.report import gigabytes
+    from posttrain.plan.states import ZERO_STAGE
 
     if limit is None:
         raise ValueError("--solve needs the memory of a device: --device-memory 80GB.")
-    answers: dict[str, Any]
-    if arguments.solve == "max-tokens":
-        answers = {
-            str(s): planner.max_tokens(job.sharded(s, devices), limit * (1 - planner.SOLVER_MARGIN))
-            for s in stages
-        }
+    answers: dict[str, Any] = {}
+    if arguments.solve == "cheapest-zero":
+        found = price.cheapest_zero(job, limit, num_devices=devices)
+        answers["stage"] = None if found is None else ZERO_STAGE[found]
+        lines = [f"nothing fits: {price.advice(job, limit)}"]
+        if found is not None:
+            lines = [f"ZeRO-{answers['stage']} is enough"]
+    elif arguments.solve == "max-tokens":
+        room = limit * (1 - price.SOLVER_MARGIN)
+        for kind in kinds:
+            tokens = price.max_tokens(job.sharded(kind, devices), room)
+            answers[str(ZERO_STAGE[kind])] = tokens
         lines = [
             f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits"
             for s, n in answers.items()
         ]
-    elif arguments.solve == "min-devices":
-        wanted = stages if arguments.zero else [0, 1, 2, 3]
-        answers = {str(s): planner.min_devices(job, limit, zero_stage=s) for s in wanted}
-        lines = [
-            f"ZeRO-{s}: {n} devices" if n else (f"ZeRO-{s}: no number of devices is enough")
-            for s, n in answers.items()
-        ]
     else:
-        stage = planner.cheapest_zero(job, limit, num_devices=devices)
-        answers = {"stage": stage}
+        third: Kind = "zero3" if arguments.deepspeed else "fsdp2"
+        for kind in kinds if arguments.zero else ("whole", "zero1", "zero2", third):
+            answers[str(ZERO_STAGE[kind])] = price.min_devices(job, limit, sharding=kind)
         lines = [
-            f"ZeRO-{stage} is enough"
-            if stage is not None
-            else (f"nothing fits: {planner.advice(job, limit)}")
+            f"ZeRO-{s}: {n} devices" if n else f"ZeRO-{s}: no number of devices is enough"
+            for s, n in answers.items()
         ]
     if arguments.json:
         return json.dumps(
             {"solve": arguments.solve, "limit_bytes": limit, "devices": devices, "answers": answers}
         )
-    return "\n".join(
-        [
-            f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:",
-            *lines,
-        ]
-    )
+    where = f"within {gigabytes(limit)} per device (GB = 1e9 bytes), {devices} x {job.device}:"
+    return "\n".join([where, *lines])
 
 
-def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int, Any]:
-    """(the run on one device, tokens that its longest sequence may have, its settings)."""
+def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int]:
+    """(the run on one device, tokens that its longest sequence may have)."""
     from dataclasses import replace
 
     import torch
 
-    from posttrain.trainers.memory import job_of, plan_precision
+    from posttrain.plan.job import job_of
+    from posttrain.precision import PRECISIONS, resolve_precision
 
-    method = arguments.method or find_method(arguments.config, arguments.settings)
+    method: Method = arguments.method or find_method(arguments.config, arguments.settings)
     config, trainer = _parse(method, arguments.config, arguments.settings)
     has_cuda = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
-    precision = plan_precision(config.train.precision, device, is_here=device == "cpu" or has_cuda)
-    wants = trainer.algorithm.needs_reference if method == "rl" else trainer.wants_reference
-    prompt = _longest_prompt(config) if method == "rl" else None
+    device: Device = arguments.device or ("cuda" if has_cuda or is_elsewhere else "cpu")
+    name = config.train.precision
+    if device == "cpu" or has_cuda:
+        precision = resolve_precision(None if name == "auto" else name, device)
+    else:
+        precision = PRECISIONS["bf16" if name == "auto" else name]
+    is_rl = method == "rl"
     job = job_of(
         config,
         method,
         precision=precision,
         device=device,
-        wants_reference=wants,
-        longest_prompt=prompt,
-        reference_every=trainer.algorithm.reference_every if method == "rl" else 0,
+        wants_reference=trainer.algorithm.needs_reference if is_rl else trainer.wants_reference,
+        longest_prompt=_longest_prompt(config) if is_rl else None,
+        reference_every=trainer.algorithm.reference_every if is_rl else 0,
     )
     if arguments.offload and device == "cpu":
         raise ValueError(
@@ -214,8 +190,8 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
         )
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
-    longest = config.sampling.max_tokens if method == "rl" else (config.data.max_length or 0)
-    return job, max(64, longest), config
+    longest = config.sampling.max_tokens if is_rl else (config.data.max_length or 0)
+    return job, max(64, longest)
 
 
 def _longest_prompt(config: Any) -> int | None:
@@ -250,51 +226,43 @@ def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
     return config, getattr(module, f"{name}Trainer")(config=config)
 
 
-def find_method(path: str, settings: list[str]) -> str:
+def find_method(path: str, settings: list[str]) -> Method:
     """The kind of run that settings are for: by keys that only one kind has, then by the loss, then
     by its options.
 
     Raises ValueError for a loss of one's own without another sign of its kind (then give
     ``--method``).
     """
+    from dataclasses import fields
+
     import yaml
 
-    file = Path(path)
-    if not file.is_file():
+    from posttrain.trainers.dpo import DPOConfig
+    from posttrain.trainers.rl import RLConfig
+
+    if not Path(path).is_file():
         raise ValueError(
             f"There is no settings file {path!r}. Give one such as "
             "recipes/configs/sft_smollm2.yaml."
         )
-    keys: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    given = {
-        *keys,
-        *(s.removeprefix("--").split("=")[0].split(".")[0] for s in settings if s.startswith("--")),
-    }
-    if given & {
-        "algorithm",
-        "algorithm_options",
-        "sampling",
-        "rollout",
-        "rewards",
-        "engine",
-        "local",
-        "curriculum",
-    }:
+    keys: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    said = dict(keys)
+    for option, after in zip(settings, [*settings[1:], ""], strict=False):
+        if option.startswith("--"):
+            name, equals, value = option[2:].partition("=")
+            said[name.split(".")[0]] = value if equals else after
+    if set(said) & ({f.name for f in fields(RLConfig)} - {f.name for f in fields(DPOConfig)}):
         return "rl"
-    said = [settings[i + 1] for i, s in enumerate(settings[:-1]) if s == "--loss"]
-    said += [s.partition("=")[2] for s in settings if s.startswith("--loss=")]
-    written = str((said or [keys.get("loss", "")])[-1])
-    if "reference" in given:
+    if "reference" in said:
         return "dpo"
+    written = str(said.get("loss", ""))
     if re.search(r"[A-Za-z_]\w*\.[A-Za-z_]", written):
         raise ValueError(
             f"The loss {written!r} does not say which kind of run this is. Add "
             "--method sft, reward or dpo."
         )
     loss = written.split("*")[-1].split("+")[0].strip()
-    options = set(keys.get("loss_options") or {})
-    if loss == "bradley_terry" or options & {"centering", "margin_scale"}:
+    options = keys.get("loss_options") or {}
+    if loss == "bradley_terry" or {"centering", "margin_scale"} & set(options):
         return "reward"
-    if loss and loss != "sft":
-        return "dpo"
-    return "sft"
+    return "dpo" if loss not in ("", "sft") else "sft"

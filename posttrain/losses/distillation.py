@@ -34,9 +34,9 @@ def divergence(
 
     reverse_kl: KL(S || T) = sum_v s_v (log s_v - log t_v), which avoids what the teacher avoids;
     forward_kl: KL(T || S), which covers what the teacher does; jensen_shannon: with M = mix T +
-    (1 - mix) S, mix KL(T || M) + (1 - mix) KL(S || M), at most ln 2 for mix 0.5. Agarwal et al. 2023
-    (GKD), arXiv:2306.13649 eq. 1 and 2. Equal distributions: exactly 0. Where the vocabularies were
-    padded to different sizes both are cut to the smaller one and renormalised.
+    (1 - mix) S, mix KL(T || M) + (1 - mix) KL(S || M), at most ln 2 for mix 0.5. Agarwal et al.
+    2023 (GKD), arXiv:2306.13649 eq. 1 and 2. Equal distributions: exactly 0. Where the vocabularies
+    were padded to different sizes both are cut to the smaller one and renormalised.
     """
     if kind not in get_args(DivergenceKind) or not 0 < mix < 1:
         raise ValueError(
@@ -61,8 +61,9 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 class TeacherDivergence:
     """An output of the forward: [T] ``divergence`` of the student from one teacher.
 
-    ``teacher(student, batch)`` gives what the teacher's head is applied to (``Policy.head_input`` of
-    a frozen policy); it is called without gradient. A sampler's truncation is not part of the comparison.
+    ``teacher(student, batch)`` gives what the teacher's head is applied to (``Policy.head_input``
+    of a frozen policy); it is called without gradient. A sampler's truncation is not part of the
+    comparison.
     """
 
     def __init__(

@@ -133,16 +133,16 @@ def _segment_mask(
     """Additive mask [queries, keys] of a segment, or None where plain causal attention says the
     same."""
     num_q, num_k = layout.lengths[segment], layout.length_with_prefix(segment)
-    windowed = sliding_window is not None and num_k > sliding_window
-    if num_q == num_k and not windowed:
+    window = sliding_window if sliding_window is not None and num_k > sliding_window else None
+    if num_q == num_k and window is None:
         return None
-    name = ("sdpa", num_q, num_k, sliding_window if windowed else None, like.dtype, like.device)
+    name = ("sdpa", num_q, num_k, window, like.dtype, like.device)
     if name not in layout.cache:
         q_position = torch.arange(num_k - num_q, num_k, device=like.device)[:, None]
         k_position = torch.arange(num_k, device=like.device)[None, :]
         seen = k_position <= q_position
-        if windowed:
-            seen &= k_position > q_position - sliding_window
+        if window is not None:
+            seen &= k_position > q_position - window
         layout.cache[name] = torch.zeros(
             num_q, num_k, dtype=like.dtype, device=like.device
         ).masked_fill_(~seen, float("-inf"))
@@ -224,7 +224,9 @@ def flex_segment_attention(
         )
     compute = _compute_dtype(query, layout)
     output = flex.attend(
-        *(x.to(compute) for x in (query, key, value)),
+        query.to(compute),
+        key.to(compute),
+        value.to(compute),
         layout,
         scaling=scaling,
         sliding_window=sliding_window,
@@ -275,14 +277,15 @@ def _try_flex(
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         layout = Layout(lengths=TRIAL.lengths, prefixes=TRIAL.prefixes)
-        inputs = [x.to(torch.bfloat16).to(device, dtype).requires_grad_() for x in exact]
+        q, k, v = (x.to(torch.bfloat16).to(device, dtype).requires_grad_() for x in exact)
         if dtype == torch.float32:
-            output, _ = segment_attention(None, *inputs, None, packing=layout, softcap=softcap)
+            output, _ = segment_attention(None, q, k, v, None, packing=layout, softcap=softcap)
         else:
             output = flex.attend(
-                *inputs, layout, scaling=None, sliding_window=None, softcap=softcap
+                q, k, v, layout, scaling=None, sliding_window=None, softcap=softcap
             ).transpose(1, 2)
-        results.append([output, *torch.autograd.grad((output * weight.to(dtype)).sum(), inputs)])
+        total_output = (output * weight.to(dtype)).sum()
+        results.append([output, *torch.autograd.grad(total_output, (q, k, v))])
     for wanted, got in zip(*results, strict=True):
         got, wanted = got.detach().float(), wanted.detach()
         error = float((got - wanted).abs().max() / wanted.abs().max())

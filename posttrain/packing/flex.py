@@ -83,14 +83,18 @@ def block_mask(layout: Layout, *, sliding_window: int | None, device: Any) -> An
         from torch.nn.attention.flex_attention import BlockMask
 
         partial, full = block_table(layout, sliding_window=sliding_window)
-        lists = [
+        lists: list[Any] = [
             torch.from_numpy(x)[None, None].to(device)
             for table in (partial, full)
             for x in _listed(table)
         ]
         length = padded_length(sum(layout.lengths))
+        counts, blocks, full_counts, full_blocks = lists
         layout.cache[name] = BlockMask.from_kv_blocks(
-            *lists,
+            counts,
+            blocks,
+            full_counts,
+            full_blocks,
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod(layout, sliding_window=sliding_window, device=device),
             seq_lengths=(length, length),
@@ -181,6 +185,7 @@ def attend(
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     with torch.autocast(query.device.type, enabled=False):

@@ -31,8 +31,8 @@ from posttrain.models.load import (
     set_dropout,
 )
 from posttrain.packing.plan import PackingConfig
+from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
-from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
@@ -173,7 +173,6 @@ class Trainer:
             eval_groups=evaluation,
             settings=to_dict(config),
             data_counts=counts,
-            holes_bytes=memory.plan.holes_bytes,
             identity={
                 "loss": self.loss.name,
                 "data": digest_of(train),

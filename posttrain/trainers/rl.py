@@ -25,6 +25,7 @@ from posttrain.models.load import (
 )
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
+from posttrain.plan.check import MemoryCheck
 from posttrain.precision import torch_dtype
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
 from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
@@ -33,7 +34,6 @@ from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
-from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict
 from posttrain.training.experience import RolloutConfig, RolloutSource
@@ -204,7 +204,6 @@ class RLTrainer:
             shown=SHOWN,
             settings=to_dict(config),
             data_counts=counts,
-            holes_bytes=memory.plan.holes_bytes,
             identity={"algorithm": self.algorithm.name, "data": _digest(train)},
         )
         if self.algorithm.needs_reference:

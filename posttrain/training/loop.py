@@ -8,7 +8,6 @@ of the step), the loss, and what is evaluated.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from posttrain.memory.allocator import HeapGuard
-from posttrain.memory.mapped import leave_mapped_checkpoint
 from posttrain.models.load import save_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
@@ -133,8 +130,6 @@ class Loop:
     """Log-probs are those of the logits divided by it."""
     shown: Sequence[str] = ("loss", "lr", "tokens_per_s")
     """Metrics of the live line."""
-    holes_bytes: float = math.inf
-    """Freed memory that a CPU's process may keep (``MemoryPlan.holes_bytes``)."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
@@ -208,7 +203,6 @@ class Loop:
                     if evaluation:
                         metrics.evaluation(step, evaluation)
                 if is_end or (self.train.save_every and step % self.train.save_every == 0):
-                    self.heap.give_back()
                     folder.save(
                         step, self.policy, self.optimizer, self.schedule, extras=self._extras
                     )
@@ -233,8 +227,6 @@ class Loop:
         gathers = sharding.shards_weights(self.accelerator)
         if not gathers:  # else each process moves only its part
             self.model.to(device)
-        if device.type == "cpu":
-            leave_mapped_checkpoint(self.model)
         policy = self.policy_class(
             self.model, self.packing, device_type=device.type, temperature=self.temperature
         )
@@ -263,8 +255,6 @@ class Loop:
             )
         if self.train.self_check and gathers:
             self._self_check(policy)
-        self.heap = HeapGuard(self.holes_bytes if device.type == "cpu" else math.inf)
-        self.heap.watch(self.policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
         if self.reference is not None:
@@ -301,7 +291,6 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
-        self.heap.check()
         began = time.perf_counter()
         batch = (
             StepBatch(groups=self.batches(step - 1))
@@ -341,11 +330,6 @@ class Loop:
         lr = float(self.schedule.get_last_lr()[0])
         if batch.fresh_optimizer:
             sharding.forget_moments(self.accelerator, self.optimizer)
-        if self.optimizer_config.name in (
-            "adamw_8bit",
-            "adafactor",
-        ):  # which unpack, beside what the backward has freed
-            self.heap.give_back()
         sharding.take_step(self.accelerator, self.policy, self.optimizer)
         if self.reference is not None:
             self.reference.after_step(step, self.policy)

@@ -17,12 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from posttrain.memory.communication import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, ZERO3_WHOLE_BELOW
-from posttrain.memory.states import Offload
 from posttrain.models.sharding import local
 from posttrain.training.config import UserFacingError
 
 Kind = Literal["whole", "fsdp2", "zero1", "zero2", "zero3"]
+Offload = Literal["optimizer", "weights"]
+DEEPSPEED_BUCKET = 50_000_000
+"""Largest communication bucket of DeepSpeed (elements; its own 5e8 would take 2 GB)."""
+DEEPSPEED_LIVE = 1_000_000_000
+"""Elements of gathered weights that ZeRO-3 keeps, and the distance to their next use below which it
+does (DeepSpeed's own)."""
+ZERO3_WHOLE_BELOW = 10
+"""Times the hidden size: parameters of at most so many elements (norms, biases, small adapters) are
+whole on each ZeRO-3 rank."""
+
+
 T = TypeVar("T")
 
 

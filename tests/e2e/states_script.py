@@ -12,11 +12,11 @@ import torch
 from accelerate.utils import gather_object
 
 from posttrain.losses.sft import sft
-from posttrain.memory.states import parameters_of, run_states
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.models.load import LoraConfig, ModelConfig, load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step
+from posttrain.plan.states import parameters_of, run_states
 from posttrain.training import sharding
 from posttrain.training.launch import make_accelerator
 from posttrain.training.optimizer import OptimizerConfig, build_optimizer
@@ -47,7 +47,6 @@ def main(folder: str, out: Path, precision: str) -> None:
     accelerator, plan = make_accelerator(precision=precision, project_dir=out.parent)
     groups = random_groups(6, sizes=(2,), seed=3)
     kind = sharding.kind(accelerator)
-    stage, engine = (3, "fsdp2") if kind == "fsdp2" else (int(kind[-1]), "deepspeed")
     results = []
     for role, rank in CASES:
         config = ModelConfig(name=folder, lora=LoraConfig(rank=rank))
@@ -65,9 +64,8 @@ def main(folder: str, out: Path, precision: str) -> None:
         elements = sum(p.numel for p in parameters)
         predicted = run_states(
             parameters,
-            plan=plan,
-            engine=engine,
-            zero_stage=stage,
+            precision=plan,
+            sharding=kind,
             num_devices=2,
             whole_below=10 * 32,
         )
@@ -93,7 +91,7 @@ def main(folder: str, out: Path, precision: str) -> None:
                 "kind": kind,
                 "trained": trained,
                 "measured": states,
-                "predicted": dict(predicted.device),
+                "predicted": predicted,
                 "gathered": max(gathered, default=0),
                 "parameters": elements,
             }

@@ -94,7 +94,7 @@ def test_the_largest_rank_holds_what_the_planner_says(inputs, tmp_path, kind):
         kind != "zero3"
         or results[0]["measured"][0]["buckets"] == 2 * results[0]["predicted"]["master"]
     ), "two of bf16"
-    for result in results:  # ZeRO-3 keeps what it gathered, up to 1e9 elements (memory/communication.py); frozen ones not all
+    for result in results:  # ZeRO-3 keeps what it gathered, up to 1e9 elements (training/sharding.py); frozen ones not all
         whole, every = result["gathered"], result["parameters"] if kind == "zero3" else 0
         assert 2 * every / 3 <= whole <= every and (whole == every or result["case"][1])
 

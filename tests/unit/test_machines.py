@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain.memory import allocator, limits, mapped
+from posttrain.plan import check
 from posttrain.rewards import sandbox
 from posttrain.rollout import weights
 from posttrain.rollout.weights import SamplingLinear
+from posttrain.training import launch
 
 BF16 = torch.bfloat16
 
@@ -74,51 +75,27 @@ def test_another_result_of_the_operator_is_not_trusted(monkeypatch):
         weights.blocked_products_work.cache_clear()
 
 
-@pytest.mark.parametrize("lacks", ["another C library", "an older one"])
-def test_without_glibcs_heap_functions_nothing_is_told_to_it(lacks, monkeypatch):
+@pytest.mark.parametrize("lacks", ["another C library", "one without mallopt"])
+def test_without_glibc_nothing_is_told_to_its_heap(lacks, monkeypatch):
+    asked = []
+
     def load(name):
+        asked.append(name)
         if lacks == "another C library":
             raise OSError("libc.so.6: cannot open shared object file")
-        return object()  # without mallinfo2
+        return object()
 
-    monkeypatch.setattr(allocator, "ctypes", SimpleNamespace(CDLL=load))
-    allocator._glibc.cache_clear()
-    try:
-        allocator.keep_freed_memory()
-        guard = allocator.HeapGuard(1e6)
-        guard.watch(nn.Linear(2, 2))
-        guard.check()
-        guard.give_back()
-    finally:
-        monkeypatch.undo()
-        allocator._glibc.cache_clear()
-
-
-def test_without_proc_memory_is_unknown_and_nothing_is_copied(tmp_path, monkeypatch):
-    for module in (limits, mapped):
-        real = module.Path
-        monkeypatch.setattr(
-            module,
-            "Path",
-            lambda text, real=real: tmp_path / "none" if "proc" in str(text) else real(text),
-        )
-    assert (
-        limits.rss_bytes() is None
-        and limits.peak_rss_bytes() is None
-        and limits.available_bytes() is None
-    )
-    layer = nn.Linear(2, 2)
-    place = layer.weight.data_ptr()
-    mapped.leave_mapped_checkpoint(layer)
-    assert layer.weight.data_ptr() == place
+    monkeypatch.setattr(launch, "ctypes", SimpleNamespace(CDLL=load))
+    launch.keep_freed_memory()
+    assert asked == ["libc.so.6"]
 
 
 def test_the_limit_of_a_cgroup_of_version_1_counts(tmp_path):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("123456789\n")
-    assert limits.available_bytes(cgroup=tmp_path) == 123456789
+    assert check.available_bytes(cgroup=tmp_path) == 123456789
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert limits.available_bytes(cgroup=tmp_path) > 123456789
+    assert check.available_bytes(cgroup=tmp_path) > 123456789
 
 
 def test_a_lower_limit_of_the_container_is_kept():

@@ -1,5 +1,5 @@
 """Model states of real runs, measured between a backward and an update, are what
-``memory/states.py`` predicts: to the byte."""
+``plan/states.py`` predicts: to the byte."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from posttrain import (
     SFTTrainer,
     TrainConfig,
 )
-from posttrain.memory.states import frozen_bytes, parameters_of, run_states
 from posttrain.models.adapters import LoraConfig
+from posttrain.plan.states import frozen_bytes, parameters_of, run_states
 from posttrain.precision import PRECISIONS
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.trainers.dpo import DPOConfig, DPOTrainer
@@ -230,7 +230,7 @@ def test_predicted_is_measured(
         monkeypatch=monkeypatch,
     )
     parameters = parameters_of(watch.loop.model)
-    states = run_states(parameters, plan=PRECISIONS[precision], optimizer=optimizer)
+    states = run_states(parameters, precision=PRECISIONS[precision], optimizer=optimizer)
     has_reference = method in ("dpo", "rl-kl") and lora == 0
     assert watch.held == {
         "weights": states["weights"],

@@ -3,9 +3,7 @@ message."""
 
 from __future__ import annotations
 
-import gc
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
-from posttrain.memory.mapped import leave_mapped_checkpoint
 from posttrain.models.load import (
     LoraConfig,
     ModelConfig,
@@ -368,61 +363,6 @@ def test_adapter_folder_records_its_base_and_holds_safetensors_only(
         tmp_path / "adapter" / "adapter_model.safetensors"
     ).stat().st_size < 60_000  # no base weights in it
     assert not list((tmp_path / "adapter").glob("*.bin"))
-
-
-def mapped(folder: Path) -> bool:
-    """A file of the folder is mapped into this process."""
-    return str(folder) in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux")
-def test_a_checkpoint_stays_mapped_only_while_most_of_it_is_used(
-    folder: Path, tmp_path: Path
-) -> None:
-    """Joined experts and 4-bit weights are memory of their own: the rest leaves the file too, and
-    its pages with it."""
-    experts = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_experts=8,
-            num_key_value_heads=2,
-            head_dim=8,
-            moe_intermediate_size=64,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-    )
-    experts.save_pretrained(tmp_path / "experts")
-    cached = tmp_path / "cached"  # a hub's cache: links to files named by their hash
-    shutil.copytree(tmp_path / "experts", cached)
-    (cached / "model.safetensors").rename(tmp_path / "0123abcd")
-    (cached / "model.safetensors").symlink_to(tmp_path / "0123abcd")
-    loaded = load_model(ModelConfig(name=str(cached)), dtype=torch.float32)
-    assert mapped(tmp_path / "0123abcd")
-    leave_mapped_checkpoint(loaded)
-    assert not mapped(tmp_path / "0123abcd")
-    torch.testing.assert_close(
-        dict(loaded.state_dict()), dict(experts.state_dict()), rtol=0, atol=0
-    )
-
-    dense = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
-    leave_mapped_checkpoint(dense)
-    assert mapped(folder)
-    del dense
-    gc.collect()
-    assert not mapped(folder)
-    pytest.importorskip("bitsandbytes")
-    packed = load_model(
-        ModelConfig(name=str(folder), lora=LoraConfig(rank=2, quantize_4bit=True)),
-        dtype=torch.float32,
-    )
-    leave_mapped_checkpoint(packed)
-    assert not mapped(folder) and any(p.dtype == torch.uint8 for p in packed.parameters())
 
 
 def test_four_bit_weights_are_close_and_gradients_are_those_of_the_dequantised_model(

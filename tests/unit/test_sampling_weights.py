@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from posttrain.memory.plan import memory_plan
 from posttrain.models.adapters import LoraConfig
 from posttrain.models.load import ModelConfig, load_model
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
+from posttrain.plan.job import job_of
+from posttrain.plan.price import memory_plan
 from posttrain.precision import PRECISIONS
 from posttrain.rewards.compose import RewardsConfig
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalEngine
 from posttrain.rollout.weights import SamplingLinear, SamplingWeights
-from posttrain.trainers.memory import job_of
 from posttrain.trainers.rl import RLConfig
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama

@@ -1,1 +1,0 @@
-"""What a run's memory is, before it runs: closed forms in plain Python."""
