@@ -241,7 +241,7 @@ def pack(
         layout=row.layout,
         predictor_T=long(row.predictor),
         targets_T=long(row.targets),
-        sequence_T=torch.repeat_interleave(num_tokens_S),
+        sequence_T=long([np.repeat(np.arange(len(row.num_tokens)), row.num_tokens)]),
         group_S=torch.tensor(group_S, dtype=torch.long),
         num_tokens_S=num_tokens_S,
         group_size_S=torch.tensor(group_size_S, dtype=torch.long),

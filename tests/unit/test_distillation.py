@@ -141,14 +141,17 @@ def test_teachers_are_named_apart():
 
 @pytest.fixture
 def folders(tmp_path):
-    """A student and a teacher that says "a" whatever it is asked."""
+    """A student, and a teacher whose head is another."""
     tokenizer = byte_tokenizer()
     made = []
-    for name, seed in (("student", 0), ("teacher", 1)):
-        model = tiny_llama(seed=seed, vocab_size=len(tokenizer))
+    for name in ("student", "teacher"):
+        model = tiny_llama(vocab_size=len(tokenizer))
         if name == "teacher":
+            torch.manual_seed(0)
             with torch.no_grad():
-                model.lm_head.weight[tokenizer.encode("a")[0]] += 8 * model.lm_head.weight.std()
+                model.lm_head.weight += (
+                    6 * torch.randn_like(model.lm_head.weight) * model.lm_head.weight.std()
+                )
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         made.append(tmp_path / name)
@@ -168,7 +171,7 @@ def settings(folders, tmp_path, **changes):
         teachers=[TeacherConfig(model=str(folders[1]))],
         sampling=SamplingConfig(max_tokens=6),
         rollout=RolloutConfig(group_size=4, show_every=0),
-        optimizer=OptimizerConfig(lr=3e-2, schedule="constant"),
+        optimizer=OptimizerConfig(lr=1e-2, schedule="constant"),
         train=TrainConfig(
             run_dir=str(tmp_path), name="run", batch_size=4, max_steps=25, precision="fp32"
         ),
@@ -183,7 +186,7 @@ def test_the_student_becomes_its_teacher_without_a_reward(folders, tmp_path):
     DistillTrainer(train_dataset=rows, config=settings(folders, tmp_path)).train()
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     nats = [x["divergence/teacher_nats"] for x in lines if "divergence/teacher_nats" in x]
-    assert len(nats) == 25 and sum(nats[-5:]) < 0.2 * sum(nats[:5])
+    assert len(nats) == 25 and sum(nats[-5:]) < 0.5 * sum(nats[:5]), nats
 
 
 def test_mistakes_are_said_before_the_first_step(folders, tmp_path):
