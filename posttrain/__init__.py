@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         LossTerm,
         Pair,
         PromptGroup,
+        as_loss,
         loss,
     )
 
@@ -61,7 +62,7 @@ _NAMES = {
     "training.optimizer": "OptimizerConfig",
     "training.reference": "ReferenceConfig",
     "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup "
-    "loss",
+    "as_loss loss",
 }
 _HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOME)
