@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from posttrain.models.dropout import base_model
 from posttrain.precision import PrecisionPlan, bytes_per_element
 from posttrain.training.sharding import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, Kind, Offload
 
@@ -81,13 +82,15 @@ def tensor_bytes(numel: int, dtype: str) -> int:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """(name, the longest list of decoder layers); None where transformers knows none."""
+    """(name, the longest list of the decoder's layers); None where transformers knows none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    inside = {id(m) for m in (base_model(model).get_decoder() or model).modules()}
     lists = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.ModuleList)
+        and id(m) in inside
         and len(m)
         and all(isinstance(x, GradientCheckpointingLayer) for x in m)
     ]

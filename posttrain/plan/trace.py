@@ -271,7 +271,10 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
         with live:
             _run(policy, setting, _OneDevice(compute if casts else None))
     live.mark("done")
-    return _replay(live.segments[:-1], kinds, count)
+    segments = live.segments[:-1]
+    if count < len(kinds) and len({s.name for s in segments}) < len(segments):
+        return _peaks(model, replace(setting, every_layer=True))  # a layer ran more than once
+    return _replay(segments, kinds, count)
 
 
 def _run(policy: Any, setting: Setting, accelerator: _OneDevice) -> None:
@@ -404,7 +407,6 @@ def _replay(
     if count == len(kinds):
         return [(s.name[0], s.peak) for s in segments]
     found = {segment.name: segment for segment in segments}
-    assert len(found) == len(segments), "a layer ran more than once"
     latest = {kind: i for i, kind in enumerate(kinds[: count - 1])}
     source = [i if i < count - 1 else latest[kind] for i, kind in enumerate(kinds)]
     if kinds[-1] == kinds[count - 1]:
