@@ -3,7 +3,7 @@
 Notation: A the advantage, rho_t = pi(o_t) / pi_prox(o_t) with pi_prox the policy before the first
 update on this batch (``logps.proximal_T``), T the trained tokens, S the completions. Every function
 returns items and an aggregation; the step divides. No function couples completions: groups were
-compared when the advantages were made (``posttrain.algorithms``).
+compared when the advantages were made (``posttrain.rl.algorithms``).
 
 ``objective`` puts around any of them what all have in common: the weight of the mismatch between
 sampler and trainer, the KL to the reference, and an entropy bonus.

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from posttrain.algorithms import Algorithm, resolve_algorithm
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
 from posttrain.models.load import (
     ModelConfig,
@@ -27,20 +26,21 @@ from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import torch_dtype
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.algorithms import Algorithm, resolve_algorithm
+from posttrain.rl.batches import RolloutConfig, RolloutSource
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.evaluate import Evaluation, EvaluationConfig, evaluate_prompts
+from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
 from posttrain.trainers.memory import MemoryCheck
-from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict
-from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
-from posttrain.training.pass_at_k import Evaluation, EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from posttrain.algorithms import GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.data.prompts import Prompt
 from posttrain.losses import policy as losses
 from posttrain.models.policy import Policy
@@ -19,9 +18,10 @@ from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
 from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Scored
-from posttrain.rollout.buffer import Trajectory, TrajectoryGroup
-from posttrain.training.collect import ScoredGroup
-from posttrain.training.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.algorithms import GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
+from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.rollouts import ScoredGroup
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
 from posttrain.training.forward import ForwardPlan
 from tests.helpers import plain_logps, tiny_llama
 

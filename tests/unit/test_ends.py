@@ -10,11 +10,11 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from posttrain.algorithms import resolve_algorithm
 from posttrain.data.prompts import PromptConfig, prompts_from_rows
 from posttrain.models.load import ModelConfig, end_token_ids, load_model, save_model
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig
+from posttrain.rl.algorithms import resolve_algorithm
 from posttrain.rollout.local import LocalConfig
 from posttrain.trainers.rl import local_engine
 from tests.tiny import byte_tokenizer, model_folder

@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from posttrain.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.data.prompts import Prompt
 from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
+from posttrain.rl.batches import RolloutConfig, RolloutSource
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Sampled, SamplingConfig
-from posttrain.training.collect import Collector
 from posttrain.training.config import UserFacingError
-from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.forward import ForwardPlan
 from posttrain.types import Forward
 from tests.tiny import byte_tokenizer

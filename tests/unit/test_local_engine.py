@@ -16,10 +16,10 @@ from posttrain.data.prompts import Prompt
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
-from posttrain.rollout.buffer import RolloutBuffer
+from posttrain.rl.rollouts import Collector
+from posttrain.rl.trajectory import RolloutBuffer
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
-from posttrain.training.collect import Collector
 from posttrain.types import Completion, PromptGroup, Ragged
 from tests.helpers import tiny_llama
 

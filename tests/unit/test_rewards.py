@@ -444,8 +444,8 @@ def test_special_tokens_are_part_of_what_a_verifier_reads():
     """<think> is a special token of many tokenizers; only what ends a completion, and padding, is
     taken off."""
     from posttrain.data.prompts import Prompt
-    from posttrain.rollout.buffer import Trajectory
-    from posttrain.training.collect import Collector
+    from posttrain.rl.rollouts import Collector
+    from posttrain.rl.trajectory import Trajectory
     from tests.tiny import byte_tokenizer
 
     tokenizer = byte_tokenizer()
@@ -534,7 +534,7 @@ def test_right_is_a_named_reward_and_not_the_first_one(rewards_of):
 
 def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):
     """Two ways to write a wrong answer are one answer, and win over the right one."""
-    from posttrain.training.pass_at_k import majority_is_right
+    from posttrain.rl.evaluate import majority_is_right
 
     rewards = rewards_of(RewardsConfig(functions={"math_answer": 1.0}))
     said = texts(

@@ -23,13 +23,13 @@ from posttrain import (
     SamplingConfig,
     TrainConfig,
 )
-from posttrain.algorithms import R1
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.precision import PRECISIONS
 from posttrain.rewards.text import think_answer_format
+from posttrain.rl.algorithms import R1
+from posttrain.rl.batches import MismatchError
 from posttrain.trainers import rl
-from posttrain.training.experience import MismatchError
 from posttrain.training.metrics import read_metrics
 from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer, model_folder

@@ -13,12 +13,12 @@ import pytest
 from posttrain.data.prompts import R1_ZERO_TEMPLATE, PromptConfig, prompts_from_rows
 from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Rewards, RewardsConfig, Scored
-from posttrain.rollout.buffer import RolloutBuffer, Trajectory, TrajectoryGroup
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler, priorities
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler, priorities
+from posttrain.rl.evaluate import Evaluation, half_width, pass_at_k
+from posttrain.rl.journal import Journal, journalled
+from posttrain.rl.rollouts import Collector, ScoredGroup
+from posttrain.rl.trajectory import RolloutBuffer, Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
-from posttrain.rollout.journal import Journal, journalled
-from posttrain.training.collect import Collector, ScoredGroup
-from posttrain.training.pass_at_k import Evaluation, half_width, pass_at_k
 from tests.tiny import byte_tokenizer
 
 
@@ -246,8 +246,8 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
 def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
     """A kill while a checkpoint is written goes back to the one before it, and needs what was drawn
     since."""
-    from posttrain.algorithms import resolve_algorithm
-    from posttrain.training.experience import RolloutConfig, RolloutSource
+    from posttrain.rl.algorithms import resolve_algorithm
+    from posttrain.rl.batches import RolloutConfig, RolloutSource
 
     source = RolloutSource(
         config=RolloutConfig(),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.files import whole_file
-from posttrain.training.collect import ScoredGroup
-from posttrain.training.pass_at_k import Evaluation
+from posttrain.rl.evaluate import Evaluation
+from posttrain.rl.rollouts import ScoredGroup
 from posttrain.types import Completion, PromptGroup
 
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.algorithms import Algorithm
 from posttrain.packing.plan import count_units
-from posttrain.rollout.buffer import RolloutBuffer
-from posttrain.rollout.curriculum import PromptSampler
-from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
+from posttrain.rl.algorithms import Algorithm
+from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.curriculum import PromptSampler
+from posttrain.rl.evaluate import Evaluation
+from posttrain.rl.log import RolloutLog, rollout_metrics
+from posttrain.rl.rollouts import Collector, ScoredGroup, Timing, forget_journals, open_journal
+from posttrain.rl.trajectory import RolloutBuffer
 from posttrain.training.config import UserFacingError
-from posttrain.training.credit import CreditConfig, has_signal, trained_groups
 from posttrain.training.loop import Loop, StepBatch
-from posttrain.training.pass_at_k import Evaluation
-from posttrain.training.rollout_log import RolloutLog, rollout_metrics
 from posttrain.training.sharding import gather_object
 from posttrain.types import Completion, Counts, Logps, Loss, LossOutput, PromptGroup, Ragged
 

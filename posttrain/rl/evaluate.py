@@ -13,9 +13,9 @@ from typing import Any
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
-from posttrain.rollout.buffer import RolloutBuffer
+from posttrain.rl.rollouts import Collector, ScoredGroup
+from posttrain.rl.trajectory import RolloutBuffer
 from posttrain.rollout.engine import SamplingConfig
-from posttrain.training.collect import Collector, ScoredGroup
 
 
 @dataclass(frozen=True, kw_only=True)

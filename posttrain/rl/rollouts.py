@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from posttrain.algorithms import all_equal
 from posttrain.data.chat import stop_token_ids
 from posttrain.data.prompts import Prompt
 from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import RewardError, Rewards, Scored
-from posttrain.rollout.buffer import RolloutBuffer, TrajectoryGroup
+from posttrain.rl.credit import all_equal
+from posttrain.rl.journal import Journal, digest, fingerprint, journalled
+from posttrain.rl.trajectory import RolloutBuffer, TrajectoryGroup
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
-from posttrain.rollout.journal import Journal, digest, fingerprint, journalled
 from posttrain.training.sharding import gather_object
 
 _OPENING_TOKENS = 8  # enough for <think> and what follows it
