@@ -129,6 +129,7 @@ def evaluate(
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import default_precision, torch_dtype
     from posttrain.rewards.compose import Rewards, RewardsConfig
+    from posttrain.rl.environment import SingleTurn
     from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
     from posttrain.rl.rollouts import Collector
     from posttrain.rollout.engine import SamplingConfig
@@ -178,7 +179,7 @@ def evaluate(
         engine=engine,
         rewards=rewards,
         prompts=prompts,
-        tokenizer=tokenizer,
+        environment=SingleTurn(tokenizer, engine.stop_ids),
         sampling=SamplingConfig(max_tokens=arguments.max_tokens),
         by_completion=False,
     )

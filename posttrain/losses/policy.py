@@ -68,6 +68,10 @@ def objective(
             )
             metrics.update(bonus.metrics)
         metrics["surprise_nats"] = -logps.logps_T.detach()
+        if "sampler_logps" in logps:
+            gap_T = (logps.proximal_T.detach() - logps.by_token("sampler_logps")).abs()
+            metrics["sampler_mismatch_nats"] = gap_T
+            metrics["sampler_ratio_above_2"] = (gap_T > math.log(2.0)).to(gap_T.dtype)
         if logps.reference_T is not None:
             metrics["kl_reference_nats"] = kl_penalty(logps, estimator="k3").detach()
         return LossOutput(terms=terms, metrics=metrics)

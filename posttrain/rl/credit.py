@@ -19,11 +19,11 @@ from posttrain.models.policy import in_eval_mode
 from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
 from posttrain.training.sharding import gather_object
 from posttrain.training.step import Reference
-from posttrain.types import Completion, Forward, PromptGroup, Ragged, wrap
+from posttrain.types import Completion, Forward, PromptGroup, wrap
 
 if TYPE_CHECKING:
     from posttrain.rl.algorithms import Algorithm
-    from posttrain.rl.rollouts import ScoredGroup
+    from posttrain.rl.trajectory import ScoredGroup
 
 Scores = Sequence[Sequence[float | None]]
 """[group][completion] rewards; None: could not be scored. Such a completion is in no statistic and
@@ -417,7 +417,7 @@ def trained_groups(
     rollouts = [
         [
             _rollout(s, k, measured[g], groups[g], {n: v.get((g, k)) for n, v in logps.items()})
-            for k in range(len(s.scores))
+            for k in range(len(s.trajectories))
         ]
         for g, s in enumerate(scored)
     ]
@@ -445,17 +445,17 @@ def _group(
 ) -> PromptGroup:
     """``measured``: completions that are scored but not trained have a loss mask too."""
     completions = []
-    for trajectory, score in zip(scored.group.trajectories, scored.scores, strict=True):
+    for trajectory in scored.trajectories:
         is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
         old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
-        mask = np.arange(len(trajectory.token_ids)) >= old
+        mask = trajectory.trained & (np.arange(len(trajectory.token_ids)) >= old)
         columns: dict[str, Any] = {"sampler_logps": trajectory.logps}
         if trajectory.kept_ids is not None:
-            columns["kept_ids"] = Ragged.of(trajectory.kept_ids)
+            columns["kept_ids"] = trajectory.kept_ids
         completions.append(
             Completion(
                 token_ids=trajectory.token_ids,
-                loss_mask=mask & (score.total is not None and not is_masked),
+                loss_mask=mask & (trajectory.reward is not None and not is_masked),
                 columns=columns,
             )
         )
@@ -471,16 +471,16 @@ def _group(
 def _rollout(
     scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, logps: dict[str, Any]
 ) -> Rollout:
-    score, completion = scored.scores[k], measured.completions[k]
+    trajectory, completion = scored.trajectories[k], measured.completions[k]
     known = {name: value for name, value in logps.items() if value is not None}
     none = np.zeros(0) if not completion.num_trained else None
     return Rollout(
-        reward=score.total,
-        parts=score.parts,
+        reward=trajectory.reward,
+        parts=trajectory.parts,
         weights=scored.weights,
         token_ids=completion.token_ids[completion.trained],
-        text=str(scored.texts[k]),
-        finish_reason=str(scored.group.trajectories[k].finish_reason),
+        text=str(trajectory.text),
+        finish_reason=str(trajectory.finish_reason),
         is_trained=group.completions[k].num_trained > 0,
         **{"logps": none, "reference_logps": none, **known},
     )

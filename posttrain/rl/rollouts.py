@@ -1,54 +1,93 @@
-"""Prompts -> completions -> rewards, over all ranks: each samples and scores its share, then all
+"""Prompts -> trajectories -> rewards, over all ranks: each samples and scores its share, then all
 have everything."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from posttrain.data.chat import stop_token_ids
 from posttrain.data.prompts import Prompt
-from posttrain.rewards import CompletionText
-from posttrain.rewards.compose import RewardError, Rewards, Scored
-from posttrain.rl.credit import all_equal
+from posttrain.rewards.compose import RewardError, Rewards
+from posttrain.rl.environment import Environment
 from posttrain.rl.journal import Journal, digest, fingerprint, journalled
-from posttrain.rl.trajectory import RolloutBuffer, TrajectoryGroup
+from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup, from_row, to_row
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.training.sharding import gather_object
-
-_OPENING_TOKENS = 8  # enough for <think> and what follows it
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredGroup:
-    """The finished completions of a prompt with their rewards."""
+def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
+    """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in
+    the batch."""
+    text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
-    group: TrajectoryGroup
-    prompt: Prompt
-    texts: tuple[CompletionText, ...]
-    scores: tuple[Scored, ...]
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Weight of each reward function."""
 
-    @property
-    def totals(self) -> list[float | None]:
-        """[completion] rewards."""
-        return [s.total for s in self.scores]
+class RolloutBuffer:
+    """Groups that are not finished, oldest first: they wait here until all of their completions
+    are, over iterations if need be."""
 
-    def has_signal(self, name: str = "") -> bool:
-        """Whether two completions have different rewards: in all, or of the function ``name``."""
-        values = [s.parts.get(name, s.total) for s in self.scores]
-        return not all_equal([v for v in values if v is not None])
+    def __init__(self) -> None:
+        self.groups: list[TrajectoryGroup] = []
+
+    def begin(
+        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
+    ) -> None:
+        """Add a group without tokens for each prompt. ``round``: how many prompts the iteration
+        has begun before (a prompt that comes twice is drawn anew)."""
+        for number, prompt in enumerate(prompts):
+            at = {"iteration": iteration, "round": round + number, "prompt": prompt}
+            trajectories = [
+                Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
+            ]
+            self.groups.append(
+                TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
+            )
+
+    def requests(
+        self, prompt_ids: Sequence[Sequence[int]], *, only: Collection[int] | None = None
+    ) -> list[tuple[Request, list[Trajectory]]]:
+        """What to draw next, group by group, and where it goes. ``only``: seeds of the trajectories
+        that are wanted; None: all that are open."""
+        found = []
+        for group in self.groups:
+            open_ones = [
+                t
+                for t in group.trajectories
+                if t.finish_reason is None and (only is None or t.seed in only)
+            ]
+            if open_ones:
+                prefixes = tuple(tuple(t.token_ids.tolist()) for t in open_ones)
+                request = Request(
+                    prompt_ids=tuple(prompt_ids[group.prompt]),
+                    seeds=tuple(t.seed for t in open_ones),
+                    prefixes=prefixes if any(prefixes) else (),
+                )
+                found.append((request, open_ones))
+        return found
+
+    def take_finished(self) -> list[TrajectoryGroup]:
+        """The groups that are finished; they leave the buffer."""
+        finished = [g for g in self.groups if g.is_finished]
+        self.groups = [g for g in self.groups if not g.is_finished]
+        return finished
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Plain values."""
+        return to_row(self.groups)
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take over what ``state_dict`` gave, also after a trip through JSON."""
+        self.groups = [from_row(TrajectoryGroup, values) for values in state]
 
 
 @dataclass(kw_only=True)
@@ -66,9 +105,9 @@ class Collector:
 
     accelerator: Any
     engine: Engine
+    environment: Environment
     rewards: Rewards
     prompts: Sequence[Prompt]
-    tokenizer: Any
     sampling: SamplingConfig
     by_completion: bool
     """Whether the engine draws a completion differently the second time: its completions are then
@@ -78,87 +117,101 @@ class Collector:
     timing: Timing = field(default_factory=Timing)
 
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
-        """Draws for every open completion of the buffer: to its end, or up to the iteration's
-        budget."""
+        """Draw for every open completion of the buffer: to its end, or up to the iteration's
+        budget. Those that the environment answers are drawn on."""
         began = time.perf_counter()
-        wanted = buffer.requests([p.ids for p in self.prompts])
-        mine = self._share(range(len(wanted)))
+        prompt_of = {t.seed: g.prompt for g in buffer.groups for t in g.trajectories}
+        only: set[int] | None = None
+        while only is None or only:
+            wanted = buffer.requests([p.ids for p in self.prompts], only=only)
+            only = set()
+            for i, row in self._draw([request for request, _ in wanted], journal):
+                for trajectory, sampled in zip(wanted[i][1], row, strict=True):
+                    trajectory.extend(sampled)
+                    self.timing.tokens += len(sampled.token_ids)
+                    if self._goes_on(trajectory, self.prompts[prompt_of[trajectory.seed]]):
+                        only.add(trajectory.seed)
+        self.timing.rollout_s += time.perf_counter() - began
+
+    def _draw(
+        self, requests: Sequence[Request], journal: Journal | None
+    ) -> list[tuple[int, list[Sampled]]]:
+        """(index of the request, what was drawn) of all ranks."""
+        mine = self._share(range(len(requests)))
 
         def draw() -> list[tuple[int, list[Sampled]]]:
-            requests: list[Request] = [wanted[i][0] for i in mine]
-            if journal is None:
-                return list(zip(mine, self.engine.generate(requests, self.sampling), strict=True))
-            drawn = journalled(
-                self.engine, journal, requests, self.sampling, by_completion=self.by_completion
+            asked = [requests[i] for i in mine]
+            drawn = (
+                self.engine.generate(asked, self.sampling)
+                if journal is None
+                else journalled(
+                    self.engine, journal, asked, self.sampling, by_completion=self.by_completion
+                )
             )
             return list(zip(mine, drawn, strict=True))
 
-        for i, drawn in self._from_all(draw):
-            for trajectory, sampled in zip(wanted[i][1], drawn, strict=True):
-                trajectory.extend(sampled)
-                self.timing.tokens += len(sampled.token_ids)
-        self.timing.rollout_s += time.perf_counter() - began
+        return self._from_all(draw)
+
+    def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
+        """Whether the environment answers; a finished trajectory gets its text and its mask."""
+        if trajectory.finish_reason is None:
+            return False
+        if trajectory.finish_reason == "stop":
+            answer = self.environment.step(trajectory, prompt)
+            if answer is not None:
+                if len(trajectory.token_ids) + len(answer) < self.sampling.max_tokens:
+                    trajectory.observe(answer)
+                    return True
+                trajectory.finish_reason = "length"
+        trajectory.trained = self.environment.trained(trajectory) & trajectory.sampled
+        return False
 
     def score(
         self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int
     ) -> list[ScoredGroup]:
         """Rewards of finished groups, in their order."""
         began = time.perf_counter()
-        texts = [tuple(self._text(t, group.prompt) for t in group.trajectories) for group in groups]
+        for group in groups:
+            for t in group.trajectories:
+                t.text = self.environment.text(t, self.prompts[group.prompt])
         mine = self._share(range(len(groups)))
 
         def score() -> list[tuple[int, list[dict[str, Any]]]]:
-            pairs = [(self.prompts[groups[i].prompt].sample, texts[i]) for i in mine]
+            pairs = [
+                (
+                    self.prompts[groups[i].prompt].sample,
+                    tuple(t.text for t in groups[i].trajectories),
+                )
+                for i in mine
+            ]
 
-            def compute() -> list[list[dict[str, Any]]]:
-                return [
-                    [vars(s) for s in row] for row in self.rewards.score(pairs, iteration=iteration)
-                ]
+            def compute() -> Any:
+                return to_row(self.rewards.score(pairs, iteration=iteration))
 
             rows = (
                 compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
             )
             return list(zip(mine, rows, strict=True))
 
-        scored = dict(self._from_all(score))
+        for i, rows in self._from_all(score):
+            for trajectory, row in zip(groups[i].trajectories, rows, strict=True):
+                trajectory.reward = row["total"]
+                trajectory.parts, trajectory.verdict = row["parts"], row["verdict"]
+                trajectory.problems = row["problems"]
         self.timing.reward_s += time.perf_counter() - began
         return [
             ScoredGroup(
-                group=group,
+                index=group.prompt,
                 prompt=self.prompts[group.prompt],
-                texts=texts[i],
+                trajectories=group.trajectories,
                 weights=self.rewards.weights_of(self.prompts[group.prompt].sample),
-                scores=tuple(
-                    Scored(**{**row, "problems": tuple(row["problems"])}) for row in scored[i]
-                ),
             )
-            for i, group in enumerate(groups)
+            for group in groups
         ]
 
-    @cached_property
-    def _ends(self) -> set[int | None]:
-        return {
-            *stop_token_ids(self.tokenizer),
-            *getattr(self.engine, "stop_ids", ()),
-            self.tokenizer.pad_token_id,
-        }
-
-    def _text(self, trajectory: Any, prompt: int | None = None) -> CompletionText:
-        """Without the tokens that end it and padding; other special tokens (<think>, say) are part
-        of the text."""
-        kept = [i for i in trajectory.token_ids if i not in self._ends]
-        text = self.tokenizer.decode(kept, skip_special_tokens=False)
-        reason = trajectory.finish_reason or "budget"
-        asked = () if prompt is None else self.prompts[prompt].ids[-_OPENING_TOKENS:]
-        opening = self.tokenizer.decode(asked, skip_special_tokens=False)
-        in_thought = opening.rstrip().endswith("<think>")
-        return CompletionText(
-            text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought
-        )
-
     def identity(self) -> str:
-        """Of everything outside of the requests that decides completions and rewards: settings,
-        ranks, the engine's weights."""
+        """A digest of everything outside of the requests that decides completions and rewards:
+        settings, ranks, the engine's weights."""
         settings = (
             self.sampling,
             self.rewards.config,
@@ -172,7 +225,7 @@ class Collector:
         return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
-        """Joins what every rank computes. What one rank raises, all raise: none waits for another
+        """Join what every rank computes. What one rank raises, all raise: none waits for another
         that is gone."""
         if self.accelerator.num_processes == 1:
             return compute()
@@ -195,7 +248,7 @@ def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journa
 
 
 def forget_journals(folder: Path, *, before: int) -> None:
-    """Iterations before a checkpoint are not done again."""
+    """Delete the journals of iterations that a checkpoint has behind it."""
     for path in folder.glob("iteration_*.jsonl"):
         if int(path.name.split("_")[1]) < before:
             path.unlink(missing_ok=True)

@@ -1,58 +1,107 @@
-"""Completions in the making: groups wait here until all of their completions are finished, over
-iterations if need be.
+"""One record of a completion, from its first token to the Parquet file and the loss.
 
-Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most
-``sampling.budget_tokens`` on a completion; an unfinished one keeps its tokens, with the policy
-version that drew each segment, and is continued in the next.
+Arrays by token grow as the engine draws and the environment answers. ``to_row`` and ``from_row``
+turn any of the records of this room into plain values and back: the journal, checkpoints and
+Parquet files all have them in this form.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
 
-from posttrain.rollout.engine import FinishReason, Request, Sampled
+import numpy as np
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards import CompletionText
+from posttrain.rl.credit import all_equal
+from posttrain.rollout.engine import FinishReason, Sampled
+from posttrain.types import Completion, Counts, PromptGroup, Ragged
+
+R = TypeVar("R")
+_DTYPES = {"token_ids": np.int64, "logps": np.float64, "sampled": bool, "trained": bool}
 
 
-def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
-    """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in
-    the batch."""
-    text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Trajectory:
-    """One completion and how it came about."""
+    """One completion: its tokens, how they came about, and what they are worth.
+
+    Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most
+    ``sampling.budget_tokens`` on a completion; an unfinished one keeps its tokens and is continued
+    in the next.
+    """
 
     seed: int
-    token_ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    kept_ids: list[list[int]] | None = None
+    token_ids: Any = ()
+    """[tokens] those that the model drew and those that the environment appended."""
+    logps: Any = ()
+    """[tokens] log-prob under the distribution that drew the token; 0 for the environment's."""
+    sampled: Any = None
+    """[tokens] whether the model drew it. None: all."""
+    trained: Any = None
+    """[tokens] whether the loss may predict it, as the environment says. None: all that the model
+    drew."""
+    kept_ids: Ragged | None = None
+    """The ids that truncation left to draw each token from; None without truncation."""
     segments: list[tuple[int, int]] = field(default_factory=list)
     """(end, policy version) of each stretch of tokens, in order."""
     finish_reason: FinishReason | None = None
     """None: to be continued."""
+    text: CompletionText = CompletionText("")
+    """What the rewards read; set when it is scored."""
+    reward: float | None = None
+    """Weighted sum of the rewards; None: could not be scored."""
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    """What each reward function gave."""
+    verdict: float | None = None
+    """What tells right (> 0) from wrong; None: not judged."""
+    problems: Sequence[str] = ()
+    """What went wrong in reward functions."""
+
+    def __post_init__(self) -> None:
+        if self.sampled is None:
+            self.sampled = np.ones(len(self.token_ids), bool)
+        if self.trained is None:
+            self.trained = self.sampled
+        for name, dtype in _DTYPES.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype))
+        self.segments = [(int(end), int(version)) for end, version in self.segments]
 
     def extend(self, drawn: Sampled) -> None:
-        """Appends what an engine drew."""
-        self.token_ids += drawn.token_ids
-        self.logps += drawn.logps
-        if drawn.kept_ids is not None:
-            self.kept_ids = [*(self.kept_ids or []), *(list(ids) for ids in drawn.kept_ids)]
+        """Append what an engine drew."""
+        self._append(drawn.token_ids, drawn.logps, True, drawn.kept_ids)
         self.segments.append((len(self.token_ids), drawn.policy_version))
         self.finish_reason = None if drawn.finish_reason == "budget" else drawn.finish_reason
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that are not the model's; it goes on after them."""
+        kept = None if self.kept_ids is None else [()] * len(token_ids)
+        self._append(token_ids, np.zeros(len(token_ids)), False, kept)
+        self.finish_reason = None
+
+    def _append(self, token_ids: Any, logps: Any, sampled: bool, kept: Any) -> None:
+        new = [sampled] * len(token_ids)
+        for name, values in (("token_ids", token_ids), ("logps", logps), ("sampled", new)):
+            both = [getattr(self, name), np.asarray(values, _DTYPES[name])]
+            setattr(self, name, np.concatenate(both))
+        self.trained = self.sampled
+        if kept is not None:
+            before = self.kept_ids or Ragged.of([])
+            after = Ragged.of(kept)
+            self.kept_ids = Ragged(
+                values=np.concatenate([before.values, after.values]),
+                ends=np.concatenate([before.ends, after.ends + len(before.values)]),
+            )
 
     def tokens_before(self, version: int) -> int:
         """Tokens drawn by policies older than ``version``: they come first."""
         return max((end for end, drawn_by in self.segments if drawn_by < version), default=0)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class TrajectoryGroup:
-    """The completions of one prompt."""
+    """The completions of one prompt in the making."""
 
     prompt: int
     """Index of the prompt in the data."""
@@ -66,65 +115,67 @@ class TrajectoryGroup:
         return all(t.finish_reason is not None for t in self.trajectories)
 
 
-class RolloutBuffer:
-    """Groups that are not finished, oldest first."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredGroup:
+    """A finished group with its prompt; its trajectories have their text and rewards."""
 
-    def __init__(self) -> None:
-        self.groups: list[TrajectoryGroup] = []
+    index: int
+    """Index of the prompt in the data."""
+    prompt: Prompt
+    trajectories: Sequence[Trajectory]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each reward function."""
 
-    def begin(
-        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
-    ) -> None:
-        """Adds a group without tokens for each prompt. ``round``: how many prompts the iteration
-        has begun before (a prompt that comes twice is drawn anew)."""
-        for number, prompt in enumerate(prompts):
-            seeds = [
-                stream_seed(
-                    seed, iteration=iteration, round=round + number, prompt=prompt, sample=k
-                )
-                for k in range(group_size)
-            ]
-            group = TrajectoryGroup(
-                prompt=prompt, iteration=iteration, trajectories=[Trajectory(seed=s) for s in seeds]
-            )
-            self.groups.append(group)
+    @property
+    def rewards(self) -> list[float | None]:
+        """[completion] rewards."""
+        return [t.reward for t in self.trajectories]
 
-    def requests(
-        self, prompt_ids: Sequence[Sequence[int]]
-    ) -> list[tuple[Request, list[Trajectory]]]:
-        """What to draw next, group by group, and where it goes."""
-        found = []
-        for group in self.groups:
-            open_ones = [t for t in group.trajectories if t.finish_reason is None]
-            request = Request(
-                prompt_ids=tuple(prompt_ids[group.prompt]),
-                seeds=tuple(t.seed for t in open_ones),
-                prefixes=tuple(tuple(t.token_ids) for t in open_ones)
-                if any(t.token_ids for t in open_ones)
-                else (),
-            )
-            found.append((request, open_ones))
-        return found
+    @property
+    def texts(self) -> list[CompletionText]:
+        """[completion] what the rewards read."""
+        return [t.text for t in self.trajectories]
 
-    def take_finished(self) -> list[TrajectoryGroup]:
-        """The groups that are finished; they leave the buffer."""
-        finished = [g for g in self.groups if g.is_finished]
-        self.groups = [g for g in self.groups if not g.is_finished]
-        return finished
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """As JSON has it."""
-        return [asdict(group) for group in self.groups]
-
-    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """What ``state_dict`` gave, also after a trip through JSON."""
-        self.groups = [group_from_dict(values) for values in state]
+    def has_signal(self, name: str = "") -> bool:
+        """Whether two completions have different rewards: in all, or of the function ``name``."""
+        values = [t.parts.get(name, t.reward) for t in self.trajectories]
+        return not all_equal([v for v in values if v is not None])
 
 
-def group_from_dict(values: dict[str, Any]) -> TrajectoryGroup:
-    """The inverse of ``dataclasses.asdict``."""
-    trajectories = []
-    for entry in values["trajectories"]:
-        segments = [(int(end), int(version)) for end, version in entry["segments"]]
-        trajectories.append(Trajectory(**{**entry, "segments": segments}))
-    return TrajectoryGroup(**{**values, "trajectories": trajectories})
+_RECORDS = {
+    "trajectories": Trajectory,
+    "groups": PromptGroup,
+    "completions": Completion,
+    "counts": Counts,
+}
+"""What the fields of a record hold that are records themselves."""
+
+
+def to_row(value: Any) -> Any:
+    """Plain values of a record, for JSON and Parquet: arrays as lists, records as dictionaries."""
+    if is_dataclass(value):
+        return {f.name: to_row(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_row(v) for name, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [to_row(v) for v in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def from_row(record: type[R], row: Mapping[str, Any]) -> R:
+    """The record that ``to_row`` gave, also after a trip through JSON."""
+
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, list) and name in _RECORDS:
+            return [from_row(_RECORDS[name], v) for v in value]
+        if not isinstance(value, Mapping):
+            return value
+        if value.keys() == {"values", "ends"}:
+            return Ragged(**{n: np.asarray(v, np.int64) for n, v in value.items()})
+        if name in _RECORDS:
+            return from_row(_RECORDS[name], value)
+        return {n: read("", v) for n, v in value.items()}
+
+    return record(**{name: read(name, value) for name, value in row.items()})

@@ -180,7 +180,7 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
             )
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "local_engine", lambda *arguments: Warmer(own_engine(*arguments)))
+        patch.setattr(rl, "local_engine", lambda *a, **k: Warmer(own_engine(*a, **k)))
         with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
             run(
                 folder,
