@@ -44,9 +44,9 @@ def run_ours(
 ) -> list[tuple[float, float]]:
     from posttrain import ModelConfig, OptimizerConfig, PackingConfig, TrainConfig
     from posttrain.data.prompts import PromptConfig
+    from posttrain.rl.batches import RolloutConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.rl import RLConfig, RLTrainer
-    from posttrain.training.experience import RolloutConfig
     from posttrain.training.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:

@@ -63,10 +63,10 @@ REWARDS = {"answer": last_number_is, "dense": share_of_e}
 def run_ours(rows: list[dict[str, Any]], source: str, args: argparse.Namespace) -> dict[str, Any]:
     from posttrain import ModelConfig, OptimizerConfig, PackingConfig, TrainConfig
     from posttrain.models.load import load_model
+    from posttrain.rl.batches import RolloutConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig
     from posttrain.trainers.rl import RLConfig, RLTrainer
-    from posttrain.training.experience import RolloutConfig
     from posttrain.training.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:

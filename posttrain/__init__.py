@@ -14,20 +14,21 @@ if (
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
-    from posttrain.algorithms import Algorithm, Credit, Rollout, credit
     from posttrain.data import DataConfig
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
     from posttrain.rewards import reward
     from posttrain.rewards.compose import RewardsConfig
+    from posttrain.rl.algorithms import Algorithm
+    from posttrain.rl.batches import RolloutConfig
+    from posttrain.rl.credit import Credit, Rollout, credit
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig, DPOTrainer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
     from posttrain.trainers.rl import RLConfig, RLTrainer
     from posttrain.trainers.sft import SFTConfig, SFTTrainer
     from posttrain.training.config import TrainConfig
-    from posttrain.training.experience import RolloutConfig
     from posttrain.training.optimizer import OptimizerConfig
     from posttrain.training.reference import ReferenceConfig
     from posttrain.types import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     )
 
 _NAMES = {
-    "algorithms": "Algorithm Credit Rollout credit",
+    "rl.algorithms": "Algorithm",
     "data": "DataConfig",
     "models.adapters": "LoraConfig",
     "models.load": "ModelConfig",
@@ -58,7 +59,8 @@ _NAMES = {
     "trainers.rl": "RLConfig RLTrainer",
     "trainers.sft": "SFTConfig SFTTrainer",
     "training.config": "TrainConfig",
-    "training.experience": "RolloutConfig",
+    "rl.batches": "RolloutConfig",
+    "rl.credit": "Credit Rollout credit",
     "training.optimizer": "OptimizerConfig",
     "training.reference": "ReferenceConfig",
     "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup "

@@ -117,7 +117,7 @@ def read_answers(path: Path) -> Answers:
 
 def show(console: Console, rows: list[dict[str, Any]], answers: dict[str, Answers]) -> None:
     """What each stage changed, and three problems before and after."""
-    from posttrain.training.pass_at_k import half_width
+    from posttrain.rl.evaluate import half_width
 
     table = Table(title=f"{len(answers['before'])} held-out problems", title_justify="left")
     table.add_column("")

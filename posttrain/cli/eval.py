@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from posttrain.training.pass_at_k import Evaluation
+    from posttrain.rl.evaluate import Evaluation
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -129,11 +129,12 @@ def evaluate(
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import default_precision, torch_dtype
     from posttrain.rewards.compose import Rewards, RewardsConfig
+    from posttrain.rl.environment import SingleTurn
+    from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
+    from posttrain.rl.rollouts import Collector
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig, LocalEngine
     from posttrain.trainers.rl import report_prompts
-    from posttrain.training.collect import Collector
-    from posttrain.training.pass_at_k import EvaluationConfig, evaluate_prompts
 
     state = PartialState()
     is_gym = arguments.task[0].startswith("gym:")
@@ -178,7 +179,7 @@ def evaluate(
         engine=engine,
         rewards=rewards,
         prompts=prompts,
-        tokenizer=tokenizer,
+        environment=SingleTurn(tokenizer, engine.stop_ids),
         sampling=SamplingConfig(max_tokens=arguments.max_tokens),
         by_completion=False,
     )

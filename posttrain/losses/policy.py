@@ -3,7 +3,7 @@
 Notation: A the advantage, rho_t = pi(o_t) / pi_prox(o_t) with pi_prox the policy before the first
 update on this batch (``logps.proximal_T``), T the trained tokens, S the completions. Every function
 returns items and an aggregation; the step divides. No function couples completions: groups were
-compared when the advantages were made (``posttrain.algorithms``).
+compared when the advantages were made (``posttrain.rl.algorithms``).
 
 ``objective`` puts around any of them what all have in common: the weight of the mismatch between
 sampler and trainer, the KL to the reference, and an entropy bonus.
@@ -68,6 +68,10 @@ def objective(
             )
             metrics.update(bonus.metrics)
         metrics["surprise_nats"] = -logps.logps_T.detach()
+        if "sampler_logps" in logps:
+            gap_T = (logps.proximal_T.detach() - logps.by_token("sampler_logps")).abs()
+            metrics["sampler_mismatch_nats"] = gap_T
+            metrics["sampler_ratio_above_2"] = (gap_T > math.log(2.0)).to(gap_T.dtype)
         if logps.reference_T is not None:
             metrics["kl_reference_nats"] = kl_penalty(logps, estimator="k3").detach()
         return LossOutput(terms=terms, metrics=metrics)

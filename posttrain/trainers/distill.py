@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from posttrain.algorithms import Algorithm, group_normalised, resolve_algorithm
 from posttrain.losses.combine import weighted_sum
 from posttrain.losses.distillation import DivergenceKind, TeacherDivergence, distillation
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.reference import freeze
 from posttrain.rewards import reward
+from posttrain.rl.algorithms import Algorithm, resolve_algorithm
+from posttrain.rl.credit import group_normalised
 from posttrain.trainers.rl import RLConfig, RLTrainer
 from posttrain.types import as_loss
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from posttrain.algorithms import Algorithm, resolve_algorithm
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
 from posttrain.models.load import (
     ModelConfig,
@@ -23,24 +22,27 @@ from posttrain.models.load import (
     save_model,
     set_dropout,
 )
+from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.packing.plan import PackingConfig
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import torch_dtype
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.algorithms import Algorithm, resolve_algorithm
+from posttrain.rl.batches import RolloutBatches, RolloutConfig
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.environment import Environment, SingleTurn
+from posttrain.rl.evaluate import EvaluationConfig
+from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
-from posttrain.training.collect import Collector
 from posttrain.training.config import TrainConfig, to_dict
-from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
-from posttrain.training.pass_at_k import Evaluation, EvaluationConfig, evaluate_prompts
 from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
@@ -111,7 +113,8 @@ class RLTrainer:
 
     ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read.
     ``rewards``: functions ``(completion, sample) -> float | None`` with their weight, beside those
-    of ``config.rewards``. ``algorithm`` goes before ``config.algorithm``.
+    of ``config.rewards``. ``algorithm`` goes before ``config.algorithm``. ``environment``: what
+    answers the model; without it one turn.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class RLTrainer:
         eval_dataset: Rows | None = None,
         rewards: Mapping[RewardFunction, float] | None = None,
         algorithm: Algorithm | None = None,
+        environment: Environment | None = None,
         config: RLConfig | None = None,
     ) -> None:
         config = config or RLConfig()
@@ -139,7 +143,7 @@ class RLTrainer:
                 "new in every step. Leave it off."
             )
         self.config = config
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._environment = model, tokenizer, environment
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._rewards = Rewards(
             config.rewards, given=by_name(rewards or {}), correct=config.evaluation.correct
@@ -186,20 +190,18 @@ class RLTrainer:
         self._check_prompts(model, train, every)
         if accelerator.is_main_process:
             report_prompts(counts, every, self._rewards)
-        source = self._source(train, evaluation, tokenizer)
         loop = Loop(
             accelerator=accelerator,
             precision=precision,
             model=model,
             tokenizer=tokenizer,
-            loss=source.watched(self.algorithm.objective),
+            loss=self.algorithm.objective,
             batches=lambda _: [_probe_group(p) for p in train[:2]],
             num_steps=config.train.max_steps
             or config.train.num_steps(len(train)) * config.rollout.epochs,
             train=config.train,
             optimizer_config=config.optimizer,
             packing=config.packing,
-            source=source,
             temperature=config.sampling.temperature,
             shown=SHOWN,
             settings=to_dict(config),
@@ -209,7 +211,8 @@ class RLTrainer:
         if self.algorithm.needs_reference:
             loop.reference = _reference(config, self.algorithm, loop)
         try:
-            result = loop.run()
+            loop.prepare()
+            result = loop.run(self._batches(loop, train, evaluation))
         finally:
             self._rewards.close()
         report_end(result, memory, accelerator)
@@ -251,32 +254,32 @@ class RLTrainer:
             )
         return load_prompts(self.config.data, sources, tokenizer)
 
-    def _source(
-        self, train: Sequence[Prompt], evaluation: Sequence[Prompt] | None, tokenizer: Any
-    ) -> RolloutSource:
-        config = self.config
-
-        def collector(loop: Loop) -> Collector:
-            return Collector(
-                accelerator=loop.accelerator,
-                engine=local_engine(loop, tokenizer, config.local)
-                if config.engine == "local"
-                else vllm_engine(loop, tokenizer, config),
-                rewards=self._rewards,
-                prompts=train,
-                tokenizer=tokenizer,
-                sampling=config.sampling,
-                by_completion=config.engine == "vllm",
-                weights=lambda: unwrapped(loop.policy).parameters(),
+    def _batches(
+        self, loop: Loop, train: Sequence[Prompt], held_out: Sequence[Prompt] | None
+    ) -> RolloutBatches:
+        config, policy = self.config, unwrapped(loop.policy)
+        engine = (
+            local_engine(
+                policy,
+                loop.tokenizer,
+                config.local,
+                compute=torch_dtype(loop.precision.compute),
             )
-
-        def evaluator(collector: Collector) -> Evaluation:
-            assert evaluation is not None
-            return evaluate_prompts(
-                collector, evaluation, config.evaluation, seed=config.train.seed
-            )
-
-        return RolloutSource(
+            if config.engine == "local"
+            else vllm_engine(policy, loop.tokenizer, config, loop.accelerator)
+        )
+        collector = Collector(
+            accelerator=loop.accelerator,
+            engine=engine,
+            environment=self._environment
+            or SingleTurn(loop.tokenizer, tuple(getattr(engine, "stop_ids", ()))),
+            rewards=self._rewards,
+            prompts=train,
+            sampling=config.sampling,
+            by_completion=config.engine == "vllm",
+            weights=policy.parameters,
+        )
+        return RolloutBatches(
             config=config.rollout,
             algorithm=self.algorithm,
             batch_size=config.train.batch_size,
@@ -284,34 +287,35 @@ class RLTrainer:
             sampler=PromptSampler(
                 config.curriculum, [p.sample for p in train], seed=config.train.seed
             ),
-            make_collector=collector,
-            evaluator=evaluator if evaluation is not None else None,
-            pass_at_powers=config.evaluation.pass_at_powers,
+            collector=collector,
+            policy=loop.policy,
+            reference=loop.reference,
+            plan=loop.forward_plan,
+            held_out=held_out,
+            evaluation=config.evaluation,
             folder=config.train.folder / "rollouts",
         )
 
 
-def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
-    """The engine in this process, under the loop's policy and precision."""
+def local_engine(
+    policy: Policy, tokenizer: Any, config: LocalConfig, *, compute: torch.dtype
+) -> Engine:
+    """The engine in this process; ``compute``: the dtype of training's matrix products."""
     return LocalEngine(
-        unwrapped(loop.policy),
-        compute=getattr(torch, loop.precision.compute),
-        stop_ids=end_token_ids(unwrapped(loop.policy).base, tokenizer),
+        policy,
+        compute=compute,
+        stop_ids=end_token_ids(policy.base, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         config=config,
     )
 
 
-def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
-    """The engine of a running server, fed with the loop's weights."""
-    policy = unwrapped(loop.policy)
+def vllm_engine(policy: Policy, tokenizer: Any, config: RLConfig, accelerator: Any) -> Engine:
+    """The engine of a running server, fed with the policy's weights."""
 
     def merged() -> Any:
-        return (
-            copy.deepcopy(policy.model).merge_and_unload()
-            if has_adapters(policy.model)
-            else policy.model
-        )
+        model: Any = policy.model
+        return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
 
     handover: Handover
     if config.vllm.handover == "nccl":
@@ -335,8 +339,8 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
         handover=handover,
         stop_ids=end_token_ids(policy.base, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        is_main=loop.accelerator.is_main_process,
-        barrier=loop.accelerator.wait_for_everyone,
+        is_main=accelerator.is_main_process,
+        barrier=accelerator.wait_for_everyone,
     )
 
 

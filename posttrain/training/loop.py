@@ -7,9 +7,10 @@ of the step), the loss, and what is evaluated.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,23 +64,43 @@ class StepBatch:
     """Further entries of the step's line in metrics.jsonl, put before the step's own."""
 
 
-class Source(Extra, Protocol):
-    """Where batches come from if they depend on the policy. Its state is part of every
-    checkpoint."""
+class Batches(Protocol):
+    """An iterator of batches that depend on the policy; its state is part of every checkpoint."""
 
-    def start(self, loop: Loop) -> None:
-        """Once, when policy, optimizer and reference are ready and before a checkpoint is read."""
+    def __next__(self) -> StepBatch:
+        """The global batch of the next step, the same on every rank."""
 
-    def batch(self, step: int) -> StepBatch:
-        """The global batch of step 0, 1, ...: called once for each, in order, the same on every
-        rank."""
-
-    def check(self) -> dict[str, Any]:
-        """After a step's gradient and before its update: further metrics. Raises to stop the
-        run."""
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """After a step's gradient and before its update: raise to stop the run."""
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures, named eval_*."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same on every rank."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+
+    def saved(self) -> None:
+        """A checkpoint with the present state is in place."""
+
+
+@dataclass(frozen=True)
+class _BatchState:
+    """``Batches`` as a part of the checkpoint."""
+
+    batches: Batches
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """One file, from the main process."""
+        if is_main:
+            text = json.dumps(self.batches.state_dict())
+            (folder / "rollouts.json").write_text(text, encoding="utf-8")
+
+    def read(self, folder: Path) -> None:
+        """Load the state saved by ``write``."""
+        self.batches.load_state_dict(json.loads((folder / "rollouts.json").read_bytes()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +122,8 @@ class TrainResult:
 @dataclass(kw_only=True)
 class Loop:
     """One training run. ``batches(step)`` is the global batch of a step, the same on every rank, a
-    pure function of the step; with a ``source`` its batches are trained, and ``batches(0)`` is only
-    what the self-check compares."""
+    pure function of the step; where ``run`` is given others, ``batches(0)`` is only what the
+    self-check compares."""
 
     accelerator: Any
     precision: PrecisionPlan
@@ -124,8 +145,6 @@ class Loop:
     """The packed forward: log-probs, or scores of a reward model."""
     reference: RunReference | None = None
     """The reference model of preference losses and KL terms."""
-    source: Source | None = None
-    """Batches that are sampled from the policy."""
     temperature: float = 1.0
     """Log-probs are those of the logits divided by it."""
     shown: Sequence[str] = ("loss", "lr", "tokens_per_s")
@@ -143,12 +162,15 @@ class Loop:
     differs."""
 
     def __post_init__(self) -> None:
+        self._is_prepared = False
+        self._sampled: Batches | None = None
         self.loss = as_loss(self.loss)
         self.eval_loss = self.eval_loss and as_loss(self.eval_loss)
 
-    def run(self) -> TrainResult:
+    def run(self, batches: Batches | None = None) -> TrainResult:
         """Trains to ``num_steps``, from the newest valid checkpoint if there is one; writes the run
-        folder."""
+        folder. ``batches``: what is trained, where it is sampled from the policy (``prepare``)."""
+        self._sampled = batches
         with RunFolder(
             self.train, self.accelerator, self.settings, num_steps=self.num_steps
         ) as folder:
@@ -161,7 +183,7 @@ class Loop:
                 k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()
             }
             self.accelerator.init_trackers("posttrain", config=plain)
-        self._prepare()
+        self.prepare()
         start = folder.resume(
             self.policy,
             self.optimizer,
@@ -206,6 +228,8 @@ class Loop:
                     folder.save(
                         step, self.policy, self.optimizer, self.schedule, extras=self._extras
                     )
+                    if self._sampled is not None:
+                        self._sampled.saved()
         finally:
             metrics.close()
         final = self._save_final(folder)
@@ -219,8 +243,12 @@ class Loop:
             longest_row=self.longest_row,
         )
 
-    def _prepare(self) -> None:
-        """Policy, self-check, optimizer, and what accelerate makes of them."""
+    def prepare(self) -> None:
+        """Policy, self-check, optimizer, and what accelerate makes of them. ``run`` calls it unless
+        it was called before."""
+        if self._is_prepared:
+            return
+        self._is_prepared = True
         device = self.accelerator.device
         # Weights that are gathered in forward only can be compared only then; others before
         # accelerate puts autocast around the forward, in their own precision.
@@ -259,8 +287,6 @@ class Loop:
         self.policy.train()
         if self.reference is not None:
             self.reference.start(self.policy, self.forward_plan)
-        if self.source is not None:
-            self.source.start(self)
 
     def _self_check(self, policy: Policy) -> None:
         """Every process compares the same two groups."""
@@ -287,15 +313,16 @@ class Loop:
 
     @property
     def _extras(self) -> list[Extra]:
-        return [extra for extra in (self.reference, self.source) if extra is not None]
+        state = None if self._sampled is None else _BatchState(self._sampled)
+        return [extra for extra in (self.reference, state) if extra is not None]
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
         batch = (
             StepBatch(groups=self.batches(step - 1))
-            if self.source is None
-            else self.source.batch(step - 1)
+            if self._sampled is None
+            else next(self._sampled)
         )
         groups = batch.groups
         sampled = time.perf_counter()
@@ -318,7 +345,8 @@ class Loop:
                 self.forward_plan, self.policy, self.reference, self.loss, groups
             ),
         )
-        checked = {} if self.source is None else self.source.check()
+        if self._sampled is not None:
+            self._sampled.check(result.metrics)
         grad_norm = clip_and_check(
             self.accelerator,
             self.policy,
@@ -348,10 +376,10 @@ class Loop:
         update_s = ended - sampled
         phase = (
             {}
-            if self.source is None
+            if self._sampled is None
             else {"update_s": update_s, "update_tokens_per_s": plan.counts.tokens / update_s}
         )
-        return {**batch.metrics, **checked, **own, **phase}
+        return {**batch.metrics, **own, **phase}
 
     def _metrics(
         self,
@@ -392,8 +420,8 @@ class Loop:
         return count_units(self.eval_groups or ())
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        if self.source is not None:
-            return self.source.evaluate(step)
+        if self._sampled is not None:
+            return self._sampled.evaluate(step)
         if not self.eval_groups:
             return {}
         return evaluate(

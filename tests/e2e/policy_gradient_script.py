@@ -9,10 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from posttrain.algorithms import resolve_algorithm
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step
-from posttrain.training.credit import has_signal
+from posttrain.rl.algorithms import resolve_algorithm
+from posttrain.rl.credit import has_signal
 from posttrain.training.launch import make_accelerator
 from posttrain.training.reference import frozen_copy
 from posttrain.training.step import step_gradient

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from posttrain.algorithms import ALGORITHMS
+from posttrain.rl.algorithms import ALGORITHMS
 from posttrain.training.launch import check_launch
 from tests.e2e.launching import REPO, check, run, run_warm
 from tests.tiny import model_folder, write_rows

@@ -211,7 +211,7 @@ def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
         for p in (tmp_path / "run" / "rollouts").glob("*.parquet")
         for r in pq.read_table(p).to_pylist()
     ]
-    assert any(len(set(r["versions"])) > 1 for r in rows) and all(
+    assert any(len({version for _, version in r["segments"]}) > 1 for r in rows) and all(
         r["finish_reason"] in ("stop", "length") for r in rows
     )
     assert max(len(r["token_ids"]) for r in rows) == 9

@@ -13,17 +13,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.algorithms import (
-    ALGORITHMS,
-    group_normalised,
-    resolve_algorithm,
-    sampled_reverse_kl,
-    token_returns,
-)
 from posttrain.models.policy import Policy
 from posttrain.models.reference import frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
-from posttrain.training.credit import has_signal
+from posttrain.rl.algorithms import ALGORITHMS, resolve_algorithm
+from posttrain.rl.credit import group_normalised, has_signal, sampled_reverse_kl, token_returns
 from posttrain.training.step import step_gradient
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import VOCAB, gradients_of, max_difference, plain_logps, plain_states, tiny_gpt2

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from posttrain import Algorithm, Rollout, as_loss, credit
-from posttrain.algorithms import ALGORITHMS, covariant_tokens, decoupled, mean_normalised
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
+from posttrain.rl.algorithms import ALGORITHMS
+from posttrain.rl.credit import covariant_tokens, decoupled, mean_normalised
 from posttrain.training.reference import sequence_key
 from posttrain.types import Completion, Loss, PromptGroup, Ragged
 from tests.helpers import plain_states, random_groups, tiny_gpt2

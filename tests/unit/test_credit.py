@@ -11,17 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from posttrain.algorithms import GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.data.prompts import Prompt
 from posttrain.losses import policy as losses
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
 from posttrain.rewards import CompletionText
-from posttrain.rewards.compose import Scored
-from posttrain.rollout.buffer import Trajectory, TrajectoryGroup
-from posttrain.training.collect import ScoredGroup
-from posttrain.training.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.algorithms import GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
+from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.trajectory import ScoredGroup, Trajectory
 from posttrain.training.forward import ForwardPlan
 from tests.helpers import plain_logps, tiny_llama
 
@@ -72,15 +70,20 @@ def scored_groups() -> list[ScoredGroup]:
             logps = (-torch.rand(n, generator=generator, dtype=torch.float64) * 4).tolist()
             trajectories.append(
                 Trajectory(
-                    seed=k, token_ids=draw(n), logps=logps, segments=segments, finish_reason=reason
+                    seed=k,
+                    token_ids=draw(n),
+                    logps=logps,
+                    segments=segments,
+                    finish_reason=reason,
+                    text=CompletionText("x"),
+                    reward=row[k],
                 )
             )
         made.append(
             ScoredGroup(
-                group=TrajectoryGroup(prompt=g, iteration=0, trajectories=trajectories),
+                index=g,
                 prompt=Prompt(ids=tuple(draw(4 + g)), sample={"_where": f"rows.jsonl:{g}"}),
-                texts=tuple(CompletionText("x") for _ in row),
-                scores=tuple(Scored(total=r, parts={}) for r in row),
+                trajectories=trajectories,
             )
         )
     return made
@@ -282,7 +285,7 @@ def test_nothing_to_train_needs_no_forward(policy, reference, algorithm):
     data."""
     scored = scored_groups()
     for s in scored:
-        for trajectory in s.group.trajectories:
+        for trajectory in s.trajectories:
             trajectory.finish_reason = "length"
     groups = trained_groups(
         scored,
@@ -300,7 +303,7 @@ def test_nothing_to_train_needs_no_forward(policy, reference, algorithm):
 @pytest.mark.parametrize("keep", [False, True])
 def test_old_segments_are_out_of_the_loss_or_rescored_by_the_iterations_first_policy(policy, keep):
     groups, _ = credit(KIMI_K15, policy, None, proximal=True, keep_old_segments=keep)
-    trajectory = scored_groups()[0].group.trajectories[1]
+    trajectory = scored_groups()[0].trajectories[1]
     c = groups[0].completions[1]
     n, old = len(trajectory.token_ids), 2
     assert list(c.loss_mask) == [int(keep or t >= old) for t in range(n)]
@@ -314,7 +317,7 @@ def test_old_segments_are_out_of_the_loss_or_rescored_by_the_iterations_first_po
     assert min(abs(a - b) for a, b in zip(rescored, trajectory.logps, strict=True)) > 1e-3, (
         "what the sampler said is another"
     )
-    assert list(c.columns["sampler_logps"]) == trajectory.logps
+    assert list(c.columns["sampler_logps"]) == list(trajectory.logps)
     # after an update the log-ratio of k1.5's loss sums over exactly the trained tokens
     with torch.no_grad():
         for p in policy.parameters():

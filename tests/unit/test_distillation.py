@@ -160,10 +160,10 @@ def folders(tmp_path):
 
 def settings(folders, tmp_path, **changes):
     from posttrain.models.load import ModelConfig
+    from posttrain.rl.batches import RolloutConfig
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.distill import DistillConfig, TeacherConfig
     from posttrain.training.config import TrainConfig
-    from posttrain.training.experience import RolloutConfig
     from posttrain.training.optimizer import OptimizerConfig
 
     config = DistillConfig(

@@ -230,7 +230,7 @@ def test_the_ratios_of_a_first_update_are_1_and_the_sampler_is_the_policy_at_eve
         seen.append(float((logps.logps_T - logps.proximal_T).detach().abs().max()))
         return clipped(logps, **options)
 
-    from posttrain.algorithms import GRPO
+    from posttrain.rl.algorithms import GRPO
 
     algorithm = replace(GRPO, loss=watched, beta=0.04)
     model = peft_model(folder) if adapters else None

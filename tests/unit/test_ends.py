@@ -3,18 +3,16 @@ not end before they begin."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from posttrain.algorithms import resolve_algorithm
 from posttrain.data.prompts import PromptConfig, prompts_from_rows
 from posttrain.models.load import ModelConfig, end_token_ids, load_model, save_model
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig
+from posttrain.rl.algorithms import resolve_algorithm
 from posttrain.rollout.local import LocalConfig
 from posttrain.trainers.rl import local_engine
 from tests.tiny import byte_tokenizer, model_folder
@@ -40,10 +38,8 @@ def test_the_saved_model_stops_where_it_was_trained_to(base_model, tmp_path):
 
 def test_sampling_stops_at_every_end_that_the_model_knows(base_model):
     model, tokenizer, turn = base_model
-    loop = SimpleNamespace(
-        policy=Policy(model, PackingConfig()), precision=SimpleNamespace(compute="float32")
-    )
-    engine = local_engine(loop, tokenizer, LocalConfig())
+    policy = Policy(model, PackingConfig())
+    engine = local_engine(policy, tokenizer, LocalConfig(), compute=torch.float32)
     assert set(engine.stop_ids) == {turn, tokenizer.eos_token_id, 5}
 
 

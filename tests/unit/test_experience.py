@@ -5,22 +5,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from posttrain.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.data.prompts import Prompt
 from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
+from posttrain.rl.batches import RolloutBatches, RolloutConfig
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.environment import SingleTurn
+from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Sampled, SamplingConfig
-from posttrain.training.collect import Collector
 from posttrain.training.config import UserFacingError
-from posttrain.training.experience import RolloutConfig, RolloutSource
 from posttrain.training.forward import ForwardPlan
 from posttrain.types import Forward
 from tests.tiny import byte_tokenizer
@@ -97,29 +97,25 @@ def source_of(tmp_path):
         engine = engine or ScriptedEngine()
         policy = CertainPolicy()
         accelerator = Accelerator(cpu=True)
-        source = RolloutSource(
+        source = RolloutBatches(
             config=RolloutConfig(**{"group_size": 4, "show_every": 0} | config),
             algorithm=algorithm,
             batch_size=batch_size,
             seed=0,
             sampler=PromptSampler(CurriculumConfig(), [p.sample for p in prompts], seed=0),
-            make_collector=lambda loop: BoundedCollector(
+            collector=BoundedCollector(
                 accelerator=accelerator,
                 engine=engine,
                 rewards=rewards,
                 prompts=prompts,
-                tokenizer=byte_tokenizer(),
+                environment=SingleTurn(byte_tokenizer()),
                 sampling=SamplingConfig(max_tokens=4),
                 by_completion=False,
             ),
-            evaluator=None,
+            policy=policy,
+            reference=None,
+            plan=ForwardPlan(accelerator=accelerator, mode="shared", max_tokens=10**6),
             folder=tmp_path / f"rollouts{len(opened)}",
-        )
-        plan = ForwardPlan(accelerator=accelerator, mode="shared", max_tokens=10**6)
-        source.start(
-            SimpleNamespace(
-                accelerator=accelerator, policy=policy, reference=None, forward_plan=plan
-            )
         )
         return source, engine, policy
 
@@ -137,7 +133,7 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
     the cost."""
     lively = [i % 3 == 0 for i in range(12)]
     source, engine, _ = source_of(DAPO, lively=lively)
-    batch = source.batch(0)
+    batch = next(source)
     order = order_of(12)
     place = [n for n, i in enumerate(order, start=1) if lively[i]][3]
     assert place > 4 and engine.asked == order[:place]
@@ -150,10 +146,10 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
 def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):
     lively = [i % 3 == 0 for i in range(12)]
     by_all, engine, _ = source_of(DAPO, lively=lively, noise=0.01)
-    by_all.batch(0)
+    next(by_all)
     assert engine.asked == order_of(12)[:4], "the second reward differs in every group"
     named, _, _ = source_of(DAPO, lively=lively, noise=0.01, signal="reward")
-    assert sorted(g.prompt_ids[0] for g in named.batch(0).groups) == [0, 3, 6, 9]
+    assert sorted(g.prompt_ids[0] for g in next(named).groups) == [0, 3, 6, 9]
     with pytest.raises(UserFacingError, match="one of the rewards reward, second; got 'accuracy'"):
         source_of(DAPO, lively=lively, signal="accuracy")
 
@@ -164,7 +160,7 @@ def test_dynamic_sampling_stops_at_its_limit(source_of, lively, oversample):
     """With few groups that have a signal those are trained; with none the last ones drawn, with a
     gradient of exactly 0."""
     source, engine, _ = source_of(DAPO, lively=lively, oversample=oversample)
-    batch = source.batch(0)
+    batch = next(source)
     limit = int(oversample * 4)
     assert engine.asked == order_of(len(lively))[:limit]
     found = [i for i in engine.asked if lively[i]]
@@ -176,7 +172,7 @@ def test_dynamic_sampling_stops_at_its_limit(source_of, lively, oversample):
 
 def test_a_limit_that_is_no_whole_number_of_prompts_ends_as_well(source_of):
     source, engine, _ = source_of(DAPO, lively=[False] * 30, oversample=1.4)
-    source.batch(0)
+    next(source)
     assert len(engine.asked) == 5
 
 
@@ -185,7 +181,7 @@ def test_without_dynamic_sampling_prompts_are_drawn_once_and_groups_without_a_si
 ):
     lively = [i % 2 == 0 for i in range(8)]
     source, engine, _ = source_of(replace(GRPO, beta=0.0), lively=lively)
-    batch = source.batch(0)
+    batch = next(source)
     assert engine.asked == order_of(8)[:4] and batch.metrics["drawn_per_used"] == 1.0
     kept = [i for i in engine.asked if lively[i]]
     assert sorted(g.prompt_ids[0] for g in batch.groups) == sorted(kept) and 0 < len(kept) < 4
@@ -198,7 +194,7 @@ def test_r1s_rollout_8192_completions_in_16_updates_of_512(source_of):
     source, engine, _ = source_of(
         replace(R1, beta=0.0), lively=[True] * 600, batch_size=32, group_size=16, updates=16
     )
-    batches = [source.batch(step) for step in range(16)]
+    batches = [next(source) for step in range(16)]
     assert len(engine.asked) == len(set(engine.asked)) == 8192 // 16
     assert [sum(len(g.completions) for g in b.groups) for b in batches] == [512] * 16
     assert [b.counts.completions for b in batches] == [512] * 16
@@ -213,7 +209,7 @@ def test_r1s_rollout_8192_completions_in_16_updates_of_512(source_of):
         batches[0].groups[0].prompt_ids[0] != engine.asked[0]
         or batches[0].groups[1].prompt_ids[0] != engine.asked[1]
     )
-    source.batch(16)
+    next(source)
     assert len(engine.asked) == 2 * 512 and engine.version == 16, (
         "the next rollout is drawn by the policy after 16 updates"
     )
@@ -223,7 +219,7 @@ def test_epochs_train_the_same_groups_again_and_old_log_probs_are_computed_once(
     source, engine, policy = source_of(
         KIMI_K15, lively=[True] * 8, updates=2, epochs=2, batch_size=2
     )
-    batches = [source.batch(step) for step in range(4)]
+    batches = [next(source) for step in range(4)]
     assert policy.forwards == 1 and len(engine.asked) == 4
     assert set(Counter(g.prompt_ids[0] for b in batches for g in b.groups).values()) == {2}
     assert [b.fresh_optimizer for b in batches] == [True, False, False, False], (
@@ -235,13 +231,13 @@ def test_epochs_train_the_same_groups_again_and_old_log_probs_are_computed_once(
         for g in b.groups
         for c in g.completions
     )
-    source.batch(4)
+    next(source)
     assert policy.forwards == 2
 
 
 def test_a_single_update_computes_no_old_log_probs(source_of):
     source, _, policy = source_of(replace(GRPO, beta=0.0), lively=[True] * 8)
-    batch = source.batch(0)
+    batch = next(source)
     assert policy.forwards == 0 and not batch.fresh_optimizer
     assert all("proximal_logps" not in c.columns for g in batch.groups for c in g.completions)
 
@@ -258,10 +254,10 @@ def test_an_iteration_of_truncated_completions_says_so(source_of, algorithm):
     with pytest.raises(
         UserFacingError, match="no completion can be trained .*turn rollout.mask_truncated off"
     ):
-        source.batch(0)
+        next(source)
 
 
-def test_the_step_asks_for_a_reference_only_where_the_loss_reads_it(source_of):
+def test_the_step_asks_for_a_reference_only_where_the_loss_reads_it():
     wanted = [
         (GRPO, True),
         (replace(GRPO, beta=0.0), False),
@@ -271,5 +267,4 @@ def test_the_step_asks_for_a_reference_only_where_the_loss_reads_it(source_of):
         (DAPO, False),
     ]
     for algorithm, reads in wanted:
-        source, _, _ = source_of(algorithm, lively=[True])
-        assert source.watched(algorithm.objective).reference == reads, algorithm.name
+        assert algorithm.objective.reference == reads, algorithm.name

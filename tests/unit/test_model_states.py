@@ -23,12 +23,12 @@ from posttrain import (
 from posttrain.models.adapters import LoraConfig
 from posttrain.plan.states import frozen_bytes, parameters_of, run_states
 from posttrain.precision import PRECISIONS
+from posttrain.rl.batches import RolloutConfig
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.trainers.dpo import DPOConfig, DPOTrainer
 from posttrain.trainers.reward import RewardConfig, RewardTrainer
 from posttrain.trainers.rl import RLConfig, RLTrainer
 from posttrain.training import sharding
-from posttrain.training.experience import RolloutConfig
 from posttrain.training.loop import Loop
 from posttrain.training.reference import ReferenceConfig
 from tests.measured_states import measured_states

@@ -9,24 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from posttrain.algorithms import (
-    ALGORITHMS,
-    DAPO,
-    GRPO,
-    KIMI_K15,
-    R1,
+from posttrain.losses import policy
+from posttrain.losses.reduce import reduce_term
+from posttrain.packing.batch import GroupPart, pack
+from posttrain.packing.plan import count_units
+from posttrain.rl.algorithms import ALGORITHMS, DAPO, GRPO, KIMI_K15, R1, resolve_algorithm
+from posttrain.rl.credit import (
     batch_normalised,
     group_normalised,
     leave_one_out,
     log_mean_exp,
     mean_normalised,
     mirror_baseline,
-    resolve_algorithm,
 )
-from posttrain.losses import policy
-from posttrain.losses.reduce import reduce_term
-from posttrain.packing.batch import GroupPart, pack
-from posttrain.packing.plan import count_units
 from posttrain.types import Completion, PromptGroup
 
 F64 = torch.float64

@@ -444,32 +444,25 @@ def test_special_tokens_are_part_of_what_a_verifier_reads():
     """<think> is a special token of many tokenizers; only what ends a completion, and padding, is
     taken off."""
     from posttrain.data.prompts import Prompt
-    from posttrain.rollout.buffer import Trajectory
-    from posttrain.training.collect import Collector
+    from posttrain.rl.environment import SingleTurn
+    from posttrain.rl.trajectory import Trajectory
     from tests.tiny import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]}
     )
-    collector = Collector(
-        accelerator=None,
-        engine=None,
-        rewards=None,
-        tokenizer=tokenizer,
-        sampling=None,
-        by_completion=False,
-        prompts=[
-            Prompt(ids=tuple(tokenizer(ids)["input_ids"]), sample={})
-            for ids in ("2+2?", "2+2?<think>\n", "<think> is a tag")
-        ],
-    )
+    environment = SingleTurn(tokenizer)
+    prompts = [
+        Prompt(ids=tuple(tokenizer(ids)["input_ids"]), sample={})
+        for ids in ("2+2?", "2+2?<think>\n", "<think> is a tag")
+    ]
     said = "<think>two and two</think><answer>4</answer>"
     ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     trajectory = Trajectory(seed=0, token_ids=ids, logps=[0.0] * len(ids), finish_reason="stop")
-    text = collector._text(trajectory, 0)
+    text = environment.text(trajectory, prompts[0])
     assert text == said and text.num_tokens == len(ids) and think_answer_format(text, {}) == 1.0
-    assert [collector._text(trajectory, k).in_thought for k in range(3)] == [False, True, False]
+    assert [environment.text(trajectory, p).in_thought for p in prompts] == [False, True, False]
 
 
 def test_a_thought_that_the_prompt_began_and_that_is_cut_off_is_no_answer():
@@ -534,7 +527,7 @@ def test_right_is_a_named_reward_and_not_the_first_one(rewards_of):
 
 def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):
     """Two ways to write a wrong answer are one answer, and win over the right one."""
-    from posttrain.training.pass_at_k import majority_is_right
+    from posttrain.rl.evaluate import majority_is_right
 
     rewards = rewards_of(RewardsConfig(functions={"math_answer": 1.0}))
     said = texts(

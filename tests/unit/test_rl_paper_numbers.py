@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from posttrain.algorithms import ALGORITHMS
 from posttrain.cli import eval as cli
 from posttrain.cli.prep_tests import agreed_cases
 from posttrain.data.prompts import PromptConfig, prompts_from_rows
@@ -23,6 +22,7 @@ from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import count_units
 from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Rewards, RewardsConfig
+from posttrain.rl.algorithms import ALGORITHMS
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer

@@ -23,13 +23,13 @@ from posttrain import (
     SamplingConfig,
     TrainConfig,
 )
-from posttrain.algorithms import R1
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.precision import PRECISIONS
 from posttrain.rewards.text import think_answer_format
+from posttrain.rl.algorithms import R1
+from posttrain.rl.batches import MismatchError
 from posttrain.trainers import rl
-from posttrain.training.experience import MismatchError
 from posttrain.training.metrics import read_metrics
 from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer, model_folder
@@ -180,7 +180,7 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
             )
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "local_engine", lambda *arguments: Warmer(own_engine(*arguments)))
+        patch.setattr(rl, "local_engine", lambda *a, **k: Warmer(own_engine(*a, **k)))
         with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
             run(
                 folder,

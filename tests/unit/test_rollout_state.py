@@ -9,16 +9,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 
-from posttrain.data.prompts import R1_ZERO_TEMPLATE, PromptConfig, prompts_from_rows
-from posttrain.rewards import CompletionText
-from posttrain.rewards.compose import Rewards, RewardsConfig, Scored
-from posttrain.rollout.buffer import RolloutBuffer, Trajectory, TrajectoryGroup
-from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler, priorities
+from posttrain.data.prompts import R1_ZERO_TEMPLATE, Prompt, PromptConfig, prompts_from_rows
+from posttrain.rewards import CompletionText, reward
+from posttrain.rewards.compose import Rewards, RewardsConfig
+from posttrain.rl.algorithms import resolve_algorithm
+from posttrain.rl.batches import RolloutBatches, RolloutConfig
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler, priorities
+from posttrain.rl.environment import SingleTurn
+from posttrain.rl.evaluate import Evaluation, half_width, pass_at_k
+from posttrain.rl.journal import Journal, journalled
+from posttrain.rl.rollouts import Collector, RolloutBuffer
+from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
-from posttrain.rollout.journal import Journal, journalled
-from posttrain.training.collect import Collector, ScoredGroup
-from posttrain.training.pass_at_k import Evaluation, half_width, pass_at_k
+from posttrain.training.forward import ForwardPlan
 from tests.tiny import byte_tokenizer
 
 
@@ -132,7 +138,7 @@ class FakeEngine:
         return results
 
     def refresh(self, version):
-        raise AssertionError("not here")
+        pass
 
 
 @pytest.mark.parametrize("by_completion", [True, False])
@@ -176,7 +182,6 @@ def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, by_comple
 def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
     """Another learning rate gives other weights: what the killed run drew must not be trained under
     them."""
-    import torch
 
     def identity(*, change=None, processes=1, sampling=None, weight=1.0):
         model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30)).requires_grad_(
@@ -192,7 +197,7 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
             accelerator=SimpleNamespace(num_processes=processes, process_index=0),
             engine=FakeEngine(),
             prompts=[],
-            tokenizer=None,
+            environment=SingleTurn(None),
             rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
             sampling=sampling or SamplingConfig(),
             by_completion=False,
@@ -215,19 +220,19 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl", run="a")
     calls = []
 
-    class Counting:
-        def score(self, groups, *, iteration):
-            calls.append(iteration)
-            return [[Scored(total=float(len(t)), parts={}) for t in texts] for _, texts in groups]
+    @reward(batched=True)
+    def length(completions, samples):
+        calls.append(len(completions))
+        return [float(len(text)) for text in completions]
 
     collector = Collector(
-        accelerator=SimpleNamespace(num_processes=1, process_index=0),
+        accelerator=Accelerator(cpu=True),
         engine=FakeEngine(),
-        rewards=Counting(),
+        environment=SingleTurn(byte_tokenizer()),
+        rewards=Rewards(RewardsConfig(), given={"length": (length, 1.0)}),
         prompts=prompts_from_rows(
             [{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain")
         )[0],
-        tokenizer=byte_tokenizer(),
         sampling=SamplingConfig(),
         by_completion=False,
     )
@@ -237,7 +242,7 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
             seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop"
         )
         group = TrajectoryGroup(prompt=0, iteration=0, trajectories=[trajectory])
-        return collector.score([group], journal, iteration=0)[0].totals
+        return collector.score([group], journal, iteration=0)[0].rewards
 
     assert total("ab") == total("ab") == [2.0] and len(calls) == 1
     assert total("abc") == [3.0] and len(calls) == 2
@@ -246,27 +251,38 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
 def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
     """A kill while a checkpoint is written goes back to the one before it, and needs what was drawn
     since."""
-    from posttrain.algorithms import resolve_algorithm
-    from posttrain.training.experience import RolloutConfig, RolloutSource
-
-    source = RolloutSource(
-        config=RolloutConfig(),
-        algorithm=resolve_algorithm("grpo", {}),
+    batches = RolloutBatches(
+        config=RolloutConfig(group_size=2, show_every=0, max_mismatch_nats=0.0),
+        algorithm=resolve_algorithm("grpo", {"beta": 0.0}),
         batch_size=1,
         seed=0,
-        evaluator=None,
         sampler=PromptSampler(CurriculumConfig(), [{}], seed=0),
-        make_collector=lambda _: None,
+        collector=Collector(
+            accelerator=Accelerator(cpu=True),
+            engine=FakeEngine(),
+            environment=SingleTurn(byte_tokenizer()),
+            rewards=Rewards(RewardsConfig(), given={"length": (lambda c, s: len(c), 1.0)}),
+            prompts=[Prompt(ids=(1,), sample={})],
+            sampling=SamplingConfig(),
+            by_completion=False,
+        ),
+        policy=torch.nn.Identity(),
+        reference=None,
+        plan=ForwardPlan(accelerator=Accelerator(cpu=True), mode="shared", max_tokens=100),
         folder=tmp_path,
     )
-    left = []
-    for iteration in range(6):
-        (tmp_path / f"iteration_{iteration:06d}_rank0.jsonl").write_text("")
-        source._iteration = iteration + 1
-        if source._iteration % 2 == 0:
-            source.write(tmp_path, is_main=True)
-            left.append(sorted(int(p.name[10:16]) for p in tmp_path.glob("iteration_*.jsonl")))
-    assert left == [[0, 1], [2, 3], [4, 5]]
+
+    def journals():
+        return sorted(int(p.name[10:16]) for p in tmp_path.glob("iteration_*.jsonl"))
+
+    for iteration in range(0, 4, 2):
+        next(batches), next(batches)
+        saved = json.loads(json.dumps(batches.state_dict()))
+        assert journals() == [iteration, iteration + 1], "the checkpoint may still be torn"
+        batches.saved()
+        assert journals() == []
+    batches.load_state_dict(saved)
+    assert batches.state_dict() == saved and saved["step"] == saved["iteration"] == 4
 
 
 def test_a_buffer_keeps_segments_and_their_versions():
@@ -291,7 +307,7 @@ def test_a_buffer_keeps_segments_and_their_versions():
         group.trajectories[0].segments == [(2, 1), (3, 2)]
         and group.trajectories[0].tokens_before(2) == 2
     )
-    assert group.trajectories[0].token_ids == [5, 6, 8] and restored.groups == []
+    assert group.trajectories[0].token_ids.tolist() == [5, 6, 8] and restored.groups == []
 
 
 @pytest.mark.parametrize(
@@ -317,14 +333,12 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer_and_unbiased():
 
 
 def made_group(*texts):
-    trajectories = [Trajectory(seed=0, token_ids=[1], finish_reason="stop") for _ in texts]
+    trajectories = [
+        Trajectory(seed=0, token_ids=[1], logps=[0.0], finish_reason="stop", text=text, reward=1.0)
+        for text in map(CompletionText, texts)
+    ]
     prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
-    return ScoredGroup(
-        group=TrajectoryGroup(prompt=0, iteration=0, trajectories=trajectories),
-        prompt=prompt,
-        texts=tuple(CompletionText(t) for t in texts),
-        scores=tuple(Scored(total=1.0, parts={}) for _ in texts),
-    )
+    return ScoredGroup(index=0, prompt=prompt, trajectories=trajectories)
 
 
 @pytest.mark.parametrize(("n", "powers"), [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])

@@ -12,12 +12,12 @@ import copy
 import pytest
 import torch
 
-from posttrain.algorithms import resolve_algorithm
 from posttrain.losses import policy as losses
 from posttrain.losses.reduce import reduce_term
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig, count_units
+from posttrain.rl.algorithms import resolve_algorithm
 from posttrain.types import Completion, Loss, PromptGroup
 from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer

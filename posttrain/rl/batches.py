@@ -7,28 +7,29 @@ times.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
+from torch import nn
 
-from posttrain.algorithms import Algorithm
+from posttrain.data.prompts import Prompt
 from posttrain.packing.plan import count_units
-from posttrain.rollout.buffer import RolloutBuffer
-from posttrain.rollout.curriculum import PromptSampler
-from posttrain.training.collect import Collector, ScoredGroup, Timing, forget_journals, open_journal
+from posttrain.rl.algorithms import Algorithm
+from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
+from posttrain.rl.curriculum import PromptSampler
+from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
+from posttrain.rl.log import RolloutLog, rollout_metrics
+from posttrain.rl.rollouts import Collector, RolloutBuffer, Timing, forget_journals, open_journal
+from posttrain.rl.trajectory import ScoredGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
-from posttrain.training.credit import CreditConfig, has_signal, trained_groups
-from posttrain.training.loop import Loop, StepBatch
-from posttrain.training.pass_at_k import Evaluation
-from posttrain.training.rollout_log import RolloutLog, rollout_metrics
-from posttrain.training.sharding import gather_object
-from posttrain.types import Completion, Counts, Logps, Loss, LossOutput, PromptGroup, Ragged
+from posttrain.training.forward import ForwardPlan
+from posttrain.training.loop import StepBatch
+from posttrain.training.step import Reference
+from posttrain.types import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +69,9 @@ class MismatchError(UserFacingError):
 
 
 @dataclass(kw_only=True)
-class RolloutSource:
-    """The ``Source`` of ``training/loop.py``. ``make_collector`` is called when the policy is
-    ready."""
+class RolloutBatches:
+    """An iterator of ``StepBatch`` that the loop pulls from (``training.loop.Batches``): it samples
+    an iteration when its mini-batches are used up. Built when policy and reference are ready."""
 
     config: RolloutConfig
     algorithm: Algorithm
@@ -78,59 +79,48 @@ class RolloutSource:
     """Prompts per optimizer step."""
     seed: int
     sampler: PromptSampler
-    make_collector: Callable[[Loop], Collector]
-    evaluator: Callable[[Collector], Evaluation] | None
+    collector: Collector
+    policy: nn.Module
+    reference: Reference | None
+    plan: ForwardPlan
     folder: Path
     """For the kept rollouts, held-out answers and journals."""
-    pass_at_powers: bool = False
-    """Held-out pass@k for k = 2, 4, 8, ... below the samples too."""
+    held_out: Sequence[Prompt] | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        self._iteration = self._saved_iteration = 0
+        self._step = self._iteration = 0
         self._pending: list[StepBatch] = []
         self._buffer = RolloutBuffer()
-        self._differences: list[torch.Tensor] = []
-
-    def start(self, loop: Loop) -> None:
-        """Once, when policy and reference are ready."""
-        self._loop = loop
-        self._collector = self.make_collector(loop)
-        if self._collector.sampling.truncates and not self._collector.engine.returns_kept_ids:
+        collector, names = self.collector, self.collector.rewards.names
+        if collector.sampling.truncates and not collector.engine.returns_kept_ids:
             raise UserFacingError(
                 "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
                 "say which: the trainer could not renormalise its log-probs. Sample from the "
                 "whole distribution, or use --engine local."
             )
-        names = self._collector.rewards.names
         if self.config.signal and self.config.signal not in names:
             raise UserFacingError(
                 f"rollout.signal is one of the rewards {', '.join(names)}; got "
                 f"{self.config.signal!r}."
             )
-        self._log = RolloutLog(self.folder, is_main=loop.accelerator.is_main_process)
+        self._is_main = collector.accelerator.is_main_process
+        self._log = RolloutLog(self.folder, is_main=self._is_main)
 
-    def watched(self, loss: Loss) -> Loss:
-        """The loss; what it is given is compared with the sampler's log-probs (``check``)."""
+    def __iter__(self) -> Self:
+        return self
 
-        def watching(logps: Logps) -> LossOutput:
-            if "sampler_logps" in logps and logps.logps_T.numel():
-                difference = logps.proximal_T.detach() - logps["sampler_logps"]
-                self._differences.append(difference.double().cpu())
-            return loss(logps)
-
-        watching.__name__ = watching.__qualname__ = loss.name
-        return replace(loss, function=watching, options={})
-
-    def batch(self, step: int) -> StepBatch:
+    def __next__(self) -> StepBatch:
         """The next mini-batch; a new iteration when there is none."""
         if not self._pending:
-            self._pending = self._iterate(version=step)
+            self._pending = self._iterate(version=self._step)
             self._iteration += 1
+        self._step += 1
         return self._pending.pop(0)
 
     def _iterate(self, *, version: int) -> list[StepBatch]:
-        self._collector.engine.refresh(version)
-        self._collector.timing = Timing()
+        self.collector.engine.refresh(version)
+        self.collector.timing = Timing()
         scored, rejected = self._collect()
         began = time.perf_counter()
         groups = trained_groups(
@@ -139,9 +129,9 @@ class RolloutSource:
             config=self.config,
             version=version,
             proximal=self.config.updates * self.config.epochs > 1,
-            policy=self._loop.policy,
-            reference=self._loop.reference,
-            plan=self._loop.forward_plan,
+            policy=self.policy,
+            reference=self.reference,
+            plan=self.plan,
         )
         prepare_s = time.perf_counter() - began
         self._log.keep(scored, groups, rejected, iteration=self._iteration)
@@ -149,13 +139,13 @@ class RolloutSource:
             self._log.show(scored, iteration=self._iteration)
         drawn = [*scored, *rejected]
         metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored))
-        timing = self._collector.timing
+        timing = self.collector.timing
         timed = {
             "rollout_s": timing.rollout_s,
             "reward_s": timing.reward_s,
             "prepare_s": prepare_s,
             "rollout_tokens_per_s": timing.tokens / max(timing.rollout_s, 1e-9),
-            "scores_per_s": sum(len(s.scores) for s in drawn) / max(timing.reward_s, 1e-9),
+            "scores_per_s": sum(len(s.trajectories) for s in drawn) / max(timing.reward_s, 1e-9),
         }
         batches = self._mini_batches([g for g in groups if g.num_trained])
         if not batches:
@@ -179,12 +169,11 @@ class RolloutSource:
         rejected: list[ScoredGroup] = []
         begun = 0
         limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
-        accelerator = self._loop.accelerator
         journal = open_journal(
             self.folder,
             iteration=self._iteration,
-            rank=accelerator.process_index,
-            run=f"{self.seed} {self._iteration} {self._collector.identity()}",
+            rank=self.collector.accelerator.process_index,
+            run=f"{self.seed} {self._iteration} {self.collector.identity()}",
         )
         try:
             while True:
@@ -198,8 +187,8 @@ class RolloutSource:
                     seed=self.seed,
                 )
                 begun += fresh
-                self._collector.roll(self._buffer, journal)
-                scored = self._collector.score(
+                self.collector.roll(self._buffer, journal)
+                scored = self.collector.score(
                     self._buffer.take_finished(), journal, iteration=self._iteration
                 )
                 self._learn_rates(scored)
@@ -222,10 +211,8 @@ class RolloutSource:
 
     def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
         for s in scored:
-            known = [score.verdict for score in s.scores if score.verdict is not None]
-            self.sampler.update(
-                s.group.prompt, tries=len(known), successes=sum(v > 0 for v in known)
-            )
+            known = [t.verdict for t in s.trajectories if t.verdict is not None]
+            self.sampler.update(s.index, tries=len(known), successes=sum(v > 0 for v in known))
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left
@@ -251,15 +238,9 @@ class RolloutSource:
                 batches.append(StepBatch(groups=used, counts=count_units(whole)))
         return batches
 
-    def check(self) -> dict[str, Any]:
-        """Sampler against trainer, over all ranks. Raises MismatchError."""
-        mine = torch.cat(self._differences).numpy() if self._differences else np.zeros(0)
-        self._differences = []
-        every = np.abs(np.concatenate(gather_object(self._loop.accelerator, mine)))
-        if not len(every):
-            return {}
-        mean, ratios = float(every.mean()), np.exp(every)
-        limit = self.config.max_mismatch_nats
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raise MismatchError where sampler and trainer disagree about a step's tokens."""
+        mean, limit = metrics.get("sampler_mismatch_nats", 0.0), self.config.max_mismatch_nats
         if limit and not self.config.keep_old_segments and not mean <= limit:
             raise MismatchError(
                 f"Sampler and trainer differ by {mean:.3g} nats on the mean token (limit "
@@ -267,92 +248,35 @@ class RolloutSource:
                 "truncates without saying so. Compare --sampling with the engine's settings; "
                 "rollout.max_mismatch_nats 0 turns this check off."
             )
-        return {
-            "sampler_mismatch_nats": mean,
-            "sampler_ratio_p99": float(np.quantile(ratios, 0.99)),
-            "sampler_ratio_max": float(ratios.max()),
-        }
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures under the present weights; the answers are kept."""
-        if self.evaluator is None:
+        if self.held_out is None:
             return {}
-        self._collector.engine.refresh(step)
-        evaluation = self.evaluator(self._collector)
-        self._log.keep_answers(evaluation, step=step)
-        return evaluation.metrics(powers=self.pass_at_powers)
+        self.collector.engine.refresh(step)
+        found = evaluate_prompts(self.collector, self.held_out, self.evaluation, seed=self.seed)
+        self._log.keep_answers(found, step=step)
+        return found.metrics(powers=self.evaluation.pass_at_powers)
 
-    def write(self, folder: Path, *, is_main: bool) -> None:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next, and the mini-batches that are still to be
-        trained; the same on all ranks."""
-        if not is_main:
-            return
-        state = {
+        trained, in plain values; the same on all ranks."""
+        return {
+            "step": self._step,
             "iteration": self._iteration,
             "sampler": self.sampler.state_dict(),
             "buffer": self._buffer.state_dict(),
-            "pending": [_batch_to_json(b) for b in self._pending],
+            "pending": to_row(self._pending),
         }
-        (folder / "rollouts.json").write_text(json.dumps(state), encoding="utf-8")
-        forget_journals(
-            self.folder, before=self._saved_iteration
-        )  # this checkpoint is not in place yet: the last one is
-        self._saved_iteration = self._iteration
 
-    def read(self, folder: Path) -> None:
-        """What ``write`` wrote."""
-        state = json.loads((folder / "rollouts.json").read_text(encoding="utf-8"))
-        self._iteration = self._saved_iteration = int(state["iteration"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave, also after a trip through JSON."""
+        self._step, self._iteration = int(state["step"]), int(state["iteration"])
         self.sampler.load_state_dict(state["sampler"])
         self._buffer.load_state_dict(state["buffer"])
-        self._pending = [_batch_from_json(b) for b in state["pending"]]
+        self._pending = [from_row(StepBatch, batch) for batch in state["pending"]]
 
-
-def _batch_to_json(batch: StepBatch) -> dict[str, Any]:
-    def column(value: Any) -> Any:
-        if isinstance(value, Ragged):
-            return {"values": value.values.tolist(), "ends": value.ends.tolist()}
-        return value if isinstance(value, float) else value.tolist()
-
-    groups = [
-        {
-            "prompt_ids": g.prompt_ids.tolist(),
-            "completions": [
-                {
-                    "token_ids": c.token_ids.tolist(),
-                    "loss_mask": c.loss_mask.tolist(),
-                    "columns": {name: column(value) for name, value in c.columns.items()},
-                }
-                for c in g.completions
-            ],
-            "meta": dict(g.meta),
-        }
-        for g in batch.groups
-    ]
-    return {**vars(batch), "groups": groups, "counts": batch.counts and asdict(batch.counts)}
-
-
-def _batch_from_json(entry: dict[str, Any]) -> StepBatch:
-    def column(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return Ragged(values=np.asarray(value["values"]), ends=np.asarray(value["ends"]))
-
-    groups = [
-        PromptGroup(
-            prompt_ids=g["prompt_ids"],
-            completions=[
-                Completion(
-                    token_ids=c["token_ids"],
-                    loss_mask=c["loss_mask"],
-                    columns={name: column(value) for name, value in c["columns"].items()},
-                )
-                for c in g["completions"]
-            ],
-            pairs=(),
-            meta=g["meta"],
-        )
-        for g in entry["groups"]
-    ]
-    counts = Counts(**entry["counts"]) if entry["counts"] else None
-    return StepBatch(**{**entry, "groups": groups, "counts": counts})
+    def saved(self) -> None:
+        """A checkpoint with the present state is in place: what was drawn before is not needed."""
+        if self._is_main:
+            forget_journals(self.folder, before=self._iteration)

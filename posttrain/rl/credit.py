@@ -1,27 +1,29 @@
-"""Reinforcement-learning algorithms as values: how advantages are made of rewards, which loss, what
-becomes of the reference.
+"""Credit: from the rollouts of an iteration to the columns that losses read.
 
-    MINE = replace(GRPO, name="mine", loss_options={"epsilon_high": 0.4})
-
-and on the command line ``--algorithm my_module.MINE``, or ``--algorithm grpo
---algorithm_options.epsilon_high 0.4``. Advantages are computed over the whole rollout batch, before
-it is split into mini-batches.
+First the functions that give advantages, then ``trained_groups``, which gives them what they need
+and makes prompt groups of scored trajectories.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from torch import nn
 
-from posttrain.losses import policy
-from posttrain.resolve import did_you_mean, import_name
-from posttrain.types import Loss, LossOutput, as_loss, wrap
+from posttrain.models.policy import in_eval_mode
+from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
+from posttrain.training.sharding import gather_object
+from posttrain.training.step import Reference
+from posttrain.types import Completion, Forward, PromptGroup, wrap
+
+if TYPE_CHECKING:
+    from posttrain.rl.algorithms import Algorithm
+    from posttrain.rl.trajectory import ScoredGroup
 
 Scores = Sequence[Sequence[float | None]]
 """[group][completion] rewards; None: could not be scored. Such a completion is in no statistic and
@@ -371,233 +373,148 @@ def all_equal(values: Sequence[float]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """Everything that tells one algorithm from another."""
+class CreditConfig:
+    """Which tokens are trained, and what is computed before the first update."""
 
-    name: str
-    advantages: Callable[..., Any]
-    """A ``Credit``: rollouts -> columns. A plain function is given the rewards alone."""
-    advantage_options: Mapping[str, Any] = field(default_factory=dict)
-    loss: Callable[..., LossOutput]
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    beta: float = 0.0
-    """Weight of the KL to the reference in the loss; 0: none."""
-    kl_estimator: policy.Estimator = "k3"
-    """Its estimate (``losses.policy.kl_penalty``)."""
-    correction: policy.Correction = "none"
-    """Weight of the items by pi_prox / pi_sampler (``losses.policy.importance_weights``)."""
-    correction_cap: float = 2.0
-    """Its bound."""
-    entropy_weight: float = 0.0
-    """Weight of the entropy bonus in the loss."""
-    reference_every: int = 0
-    """Steps between replacing the reference by the policy; 0: never (the policy at the start of the
-    run)."""
-    fresh_optimizer: bool = False
-    """The optimizer's state is forgotten at the start of each iteration."""
-    skip_zero: Literal["always", "first_update", "never"] = "always"
-    """When a group of which every advantage is exactly 0 has exactly no gradient, apart from the KL
-    and the entropy bonus; such groups are not computed, and stay in the denominators."""
-    dynamic_sampling: bool = False
-    """Prompts are drawn until enough groups have rewards that differ."""
+    mask_truncated: bool = False
+    """Completions that reached sampling.max_tokens are scored but not trained (DAPO's overlong
+    filtering)."""
+    keep_old_segments: bool = False
+    """Partial rollouts: tokens drawn in earlier iterations are trained too; else they count as
+    prompt, outside of the loss and of every log-ratio (Kimi k1.5). A completion that was finished
+    earlier and waited for the others of its group is then only part of their baseline."""
 
-    def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(
-                f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got "
-                f"{self.beta}."
-            )
-        if self.correction.startswith("token") and not self._items_are_tokens:
-            raise ValueError(
-                f"Algorithm {self.name}: the items of its loss are completions; correction is "
-                f"sequence_truncate, sequence_mask or none; got {self.correction!r}."
-            )
-        if self.advantage_options.get("beta", 0.0) < 0:
-            raise ValueError(
-                f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got "
-                f"{self.advantage_options['beta']}."
-            )
 
-    @property
-    def _items_are_tokens(self) -> bool:
-        return getattr(self.loss, "function", self.loss) not in (
-            policy.mirror_descent.function,
-            policy.gmpo.function,
+def trained_groups(
+    scored: Sequence[ScoredGroup],
+    *,
+    algorithm: Algorithm,
+    config: CreditConfig,
+    version: int,
+    proximal: bool,
+    policy: nn.Module,
+    reference: Reference | None,
+    plan: ForwardPlan,
+) -> list[PromptGroup]:
+    """One group for each, with the columns that the algorithm gives. ``proximal``: log-probs under
+    the present policy are kept, because it will be updated more than once on them."""
+    groups = [_group(s, config, version) for s in scored]
+    if not any(group.num_trained for group in groups):
+        return groups  # all unscored or cut: the iteration says so
+    computes: dict[str, Compute] = {}
+    if proximal or algorithm.needs("policy") or algorithm.needs("reference"):
+        computes["logps"] = lambda _, batch: policy(batch)
+    if algorithm.needs("reference"):
+        assert reference is not None
+        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
+    # the reward of a completion that is scored but not trained may have its KL taken off, too
+    measured = groups
+    if algorithm.needs("reference"):
+        measured = [_group(s, config, version, measured=True) for s in scored]
+    logps: dict[str, dict[Ref, Any]] = {}
+    if computes:
+        logps = _values_of_all(plan, policy, measured, computes)
+    rollouts = [
+        [
+            _rollout(s, k, measured[g], groups[g], {n: v.get((g, k)) for n, v in logps.items()})
+            for k in range(len(s.trajectories))
+        ]
+        for g, s in enumerate(scored)
+    ]
+    columns = algorithm.columns(rollouts)
+
+    def credited(g: int, k: int, completion: Completion) -> Completion:
+        given = columns[g][k]
+        if given is None:
+            completion = replace(completion, loss_mask=np.zeros_like(completion.loss_mask))
+        elif proximal and completion.num_trained:
+            given = {**given, "proximal_logps": logps["logps"][g, k]}
+        counted = measured[g].completions[k].loss_mask
+        return completion.with_columns(
+            **{n: _spread(v, counted) for n, v in (given or {"advantage": 0.0}).items()}
         )
 
-    @property
-    def credit(self) -> Credit:
-        """``advantages`` with what it needs."""
-        given = self.advantages
-        return given if isinstance(given, Credit) else Credit(function=given, of_rewards=True)
+    return [
+        replace(group, completions=[credited(g, k, c) for k, c in enumerate(group.completions)])
+        for g, group in enumerate(groups)
+    ]
 
-    def needs(self, what: Literal["policy", "reference"]) -> bool:
-        """Whether credit reads the log-probs of ``what`` before the first update."""
-        return self.credit.reads(what, self.advantage_options)
 
-    def columns(self, rollouts: Rollouts) -> list[list[dict[str, Any] | None]]:
-        """[group][completion] what the loss reads; None: not trained."""
-        return self.credit.columns(rollouts, **self.advantage_options)
-
-    @property
-    def objective(self) -> Loss:
-        """The loss with its options, the KL, the correction and the entropy bonus around it."""
-        return policy.objective(
-            as_loss(self.loss).with_options(**self.loss_options),
-            beta=self.beta,
-            kl_estimator=self.kl_estimator,
-            correction=self.correction,
-            correction_cap=self.correction_cap,
-            entropy_weight=self.entropy_weight,
+def _group(
+    scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False
+) -> PromptGroup:
+    """``measured``: completions that are scored but not trained have a loss mask too."""
+    completions = []
+    for trajectory in scored.trajectories:
+        is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
+        old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
+        mask = trajectory.trained & (np.arange(len(trajectory.token_ids)) >= old)
+        columns: dict[str, Any] = {"sampler_logps": trajectory.logps}
+        if trajectory.kept_ids is not None:
+            columns["kept_ids"] = trajectory.kept_ids
+        completions.append(
+            Completion(
+                token_ids=trajectory.token_ids,
+                loss_mask=mask & (trajectory.reward is not None and not is_masked),
+                columns=columns,
+            )
         )
-
-    def skips(self, *, first_update: bool) -> bool:
-        """Whether groups without a signal may be left out of this update."""
-        if self.beta or self.entropy_weight:
-            return False
-        return self.skip_zero == "always" or (self.skip_zero == "first_update" and first_update)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether anything reads the reference."""
-        return self.beta > 0 or self.needs("reference")
-
-
-GRPO = Algorithm(name="grpo", advantages=group_normalised, loss=policy.clipped, beta=0.04)
-"""DeepSeekMath's settings, arXiv:2402.03300 section 4.2 (epsilon is not given there; 0.2 as
-PPO)."""
-R1 = replace(
-    GRPO,
-    name="r1",
-    beta=0.001,
-    reference_every=400,
-    loss_options={"epsilon_low": 10.0, "epsilon_high": 10.0},
-)
-"""DeepSeek-R1 (Nature version), arXiv:2501.12948v2 section 2.1."""
-DR_GRPO = replace(
-    GRPO,
-    name="dr_grpo",
-    beta=0.0,
-    advantage_options={"std": "none"},
-    loss_options={"aggregation": "constant"},
-)
-"""arXiv:2503.20783; ``constant`` is set to sampling.max_tokens where it is not given."""
-DAPO = replace(
-    GRPO,
-    name="dapo",
-    beta=0.0,
-    dynamic_sampling=True,
-    loss_options={"aggregation": "token_mean", "epsilon_low": 0.2, "epsilon_high": 0.28},
-)
-"""arXiv:2503.14476."""
-GSPO = Algorithm(name="gspo", advantages=group_normalised, loss=policy.gspo)
-"""arXiv:2507.18071."""
-CISPO = Algorithm(name="cispo", advantages=group_normalised, loss=policy.cispo)
-"""arXiv:2506.13585."""
-GMPO = Algorithm(name="gmpo", advantages=group_normalised, loss=policy.gmpo)
-"""arXiv:2507.20673."""
-SAPO = Algorithm(name="sapo", advantages=group_normalised, loss=policy.sapo)
-"""arXiv:2511.20347."""
-VESPO = Algorithm(name="vespo", advantages=group_normalised, loss=policy.vespo)
-"""arXiv:2602.10693."""
-MAXRL = Algorithm(name="maxrl", advantages=mean_normalised, loss=policy.reinforce)
-"""arXiv:2602.02710."""
-GDPO = Algorithm(name="gdpo", advantages=decoupled, loss=policy.clipped)
-"""arXiv:2601.05242."""
-CLIP_COV = Algorithm(name="clip_cov", advantages=covariant_tokens, loss=policy.clip_cov)
-"""arXiv:2505.22617."""
-KL_COV = Algorithm(
-    name="kl_cov",
-    advantages=covariant_tokens,
-    advantage_options={"pick": "largest"},
-    loss=policy.kl_cov,
-    skip_zero="first_update",
-)
-"""arXiv:2505.22617."""
-RLOO = Algorithm(
-    name="rloo",
-    advantages=leave_one_out_less_kl,
-    advantage_options={"beta": 0.03},
-    loss=policy.reinforce,
-)
-"""arXiv:2402.14740."""
-REINFORCE_PP = Algorithm(
-    name="reinforce_pp",
-    advantages=token_returns,
-    advantage_options={"beta": 0.001},
-    loss=policy.clipped,
-    loss_options={"aggregation": "token_mean"},
-)
-"""arXiv:2501.03262."""
-REINFORCE_PP_BASELINE = Algorithm(
-    name="reinforce_pp_baseline",
-    advantages=batch_normalised,
-    advantage_options={"baseline": "group"},
-    loss=policy.clipped,
-    loss_options={"aggregation": "token_mean"},
-    beta=0.001,
-    kl_estimator="k2",
-)
-"""arXiv:2501.03262: the group's mean as the baseline."""
-KIMI_K15 = Algorithm(
-    name="k15",
-    advantages=mirror_baseline,
-    loss=policy.mirror_descent,
-    loss_options={"tau": 1.0},
-    fresh_optimizer=True,
-    skip_zero="first_update",
-)
-"""arXiv:2501.12599 section 2.3 (tau is not given there)."""
-DISTILL = Algorithm(name="distill", advantages=sampled_reverse_kl, loss=policy.reinforce)
-"""On-policy distillation from the sampled tokens: the reference is the teacher."""
-
-ALGORITHMS = {value.name: value for value in list(vars().values()) if isinstance(value, Algorithm)}
-
-
-def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
-    """A known name or the dotted path of an ``Algorithm``, with options of its advantages, its loss
-    or itself replaced.
-
-    An option goes to the advantages and the loss if they have it (k1.5's tau), to the algorithm
-    itself if the advantages do not (beta: RLOO takes the KL off the reward, GRPO has it in the
-    loss); one that none has is an error, never ignored.
-    """
-    algorithm = ALGORITHMS.get(name) or _import_algorithm(name)
-    of_loss, of_advantages = as_loss(algorithm.loss).accepts, _keywords(algorithm.credit)
-    fixed = {"name", "advantages", "loss", "loss_options", "advantage_options"}
-    own = {f.name for f in fields(Algorithm)} - fixed - of_advantages
-    known = of_loss | of_advantages | own
-    unknown = sorted(set(options) - known)
-    if unknown:
-        hint = did_you_mean(unknown[0], sorted(known))
-        raise ValueError(
-            f"Algorithm {algorithm.name} has no option {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}.{hint}"
-        )
-    return replace(
-        algorithm,
-        loss_options={
-            **algorithm.loss_options,
-            **{k: v for k, v in options.items() if k in of_loss},
-        },
-        advantage_options={
-            **algorithm.advantage_options,
-            **{k: v for k, v in options.items() if k in of_advantages},
-        },
-        **{k: v for k, v in options.items() if k in own},
+    file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
+    return PromptGroup(
+        prompt_ids=scored.prompt.ids,
+        completions=completions,
+        pairs=(),
+        meta={"file": file or "prompts", "row": row},
     )
 
 
-def _import_algorithm(name: str) -> Algorithm:
-    known = ", ".join(ALGORITHMS)
-    found = import_name(
-        name, wanted=f"--algorithm is one of {known}, or the dotted path of an Algorithm"
+def _rollout(
+    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, logps: dict[str, Any]
+) -> Rollout:
+    trajectory, completion = scored.trajectories[k], measured.completions[k]
+    known = {name: value for name, value in logps.items() if value is not None}
+    none = np.zeros(0) if not completion.num_trained else None
+    return Rollout(
+        reward=trajectory.reward,
+        parts=trajectory.parts,
+        weights=scored.weights,
+        token_ids=completion.token_ids[completion.trained],
+        text=str(trajectory.text),
+        finish_reason=str(trajectory.finish_reason),
+        is_trained=group.completions[k].num_trained > 0,
+        **{"logps": none, "reference_logps": none, **known},
     )
-    if not isinstance(found, Algorithm):
-        raise ValueError(f"{name} is not an Algorithm but a {type(found).__name__}.")
-    return found
 
 
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters
-    return {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+def _values_of_all(
+    plan: ForwardPlan,
+    policy: nn.Module,
+    groups: Sequence[PromptGroup],
+    computes: dict[str, Compute],
+) -> dict[str, dict[Ref, Any]]:
+    """For each of ``computes``: {(group, completion): array of its trained tokens' log-probs}, of
+    all ranks, in eval mode."""
+    with in_eval_mode(policy):
+        mine = [
+            {ref: forward.logps_T.double().cpu().numpy() for ref, forward in values.items()}
+            for values in forward_values(plan, groups, list(computes.values()))
+        ]
+    ranks = gather_object(plan.accelerator, mine)
+    return {
+        name: {ref: v for rank in ranks for ref, v in rank[i].items()}
+        for i, name in enumerate(computes)
+    }
+
+
+def _spread(values: Any, counted: Any) -> Any:
+    """An array of the counted tokens at their places, 0 elsewhere; a number as it is."""
+    if not np.ndim(values):
+        return values
+    spread = np.zeros(len(counted))
+    spread[counted] = values
+    return spread
+
+
+def has_signal(group: PromptGroup) -> bool:
+    """Whether an advantage is not exactly 0."""
+    return any(np.any(c.columns.get("advantage", 0.0)) and c.num_trained for c in group.completions)

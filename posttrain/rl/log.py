@@ -9,35 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.files import whole_file
-from posttrain.training.collect import ScoredGroup
-from posttrain.training.pass_at_k import Evaluation
+from posttrain.rl.evaluate import Evaluation
+from posttrain.rl.trajectory import ScoredGroup, to_row
 from posttrain.types import Completion, PromptGroup
 
 
 def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, float]:
     """Means over completions unless the name says otherwise."""
-    scores = [s for group in scored for s in group.scores]
-    totals = [s.total for s in scores if s.total is not None]
-    texts = [t for group in scored for t in group.texts]
-    lengths = [t.num_tokens for t in texts]
-    ended = [t.num_tokens for t in texts if t.finish_reason == "stop"]
+    drawn = [t for group in scored for t in group.trajectories]
+    rewards = [t.reward for t in drawn if t.reward is not None]
+    lengths = [len(t.token_ids) for t in drawn]
+    ended = [len(t.token_ids) for t in drawn if t.finish_reason == "stop"]
     metrics = {
-        "reward": statistics.fmean(totals) if totals else math.nan,
-        "reward_std": statistics.pstdev(totals) if totals else math.nan,
+        "reward": statistics.fmean(rewards) if rewards else math.nan,
+        "reward_std": statistics.pstdev(rewards) if rewards else math.nan,
         "groups_without_signal": statistics.fmean(not g.has_signal() for g in scored),
-        "unscored": statistics.fmean(s.total is None for s in scores),
+        "unscored": statistics.fmean(t.reward is None for t in drawn),
         "length": statistics.fmean(lengths),
         "length_min": float(min(lengths)),
         "length_max": float(max(lengths)),
         "length_of_ended": statistics.fmean(ended) if ended else math.nan,
-        "truncated": statistics.fmean(t.finish_reason == "length" for t in texts),
-        "repeated": statistics.fmean(t.finish_reason == "repeat" for t in texts),
+        "truncated": statistics.fmean(t.finish_reason == "length" for t in drawn),
+        "repeated": statistics.fmean(t.finish_reason == "repeat" for t in drawn),
         "drawn_per_used": cost,
     }
-    for name in dict.fromkeys(name for s in scores for name in s.parts):
-        known = [v for s in scores if (v := s.parts.get(name)) is not None]
+    for name in dict.fromkeys(name for t in drawn for name in t.parts):
+        known = [v for t in drawn if (v := t.parts.get(name)) is not None]
         metrics[f"reward/{name}"] = statistics.fmean(known) if known else math.nan
-    judged = [s.verdict > 0 for s in scores if s.verdict is not None]
+    judged = [t.verdict > 0 for t in drawn if t.verdict is not None]
     metrics["accuracy"] = statistics.fmean(judged) if judged else math.nan
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
@@ -69,20 +68,13 @@ class RolloutLog:
                 "iteration": iteration,
                 "where": str(s.prompt.sample.get("_where", "")),
                 "completion": k,
-                "text": str(text),
-                "token_ids": list(trajectory.token_ids),
-                "logps": list(trajectory.logps),
-                "finish_reason": trajectory.finish_reason,
-                "versions": [version for _, version in trajectory.segments],
-                "reward": score.total,
-                "parts": [{"name": n, "value": v} for n, v in score.parts.items()],
                 "advantage": None if group is None else mean_advantage(group.completions[k]),
-                "problems": list(score.problems),
+                **to_row(t),
+                "seed": f"{t.seed:016x}",
+                "parts": [{"name": n, "value": v} for n, v in t.parts.items()],
             }
             for s, group in [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
-            for k, (trajectory, text, score) in enumerate(
-                zip(s.group.trajectories, s.texts, s.scores, strict=True)
-            )
+            for k, t in enumerate(s.trajectories)
         ]
         path = self._folder / f"iteration_{iteration:06d}.parquet"
         with whole_file(path) as partial:
@@ -110,25 +102,19 @@ class RolloutLog:
         for column in ("question", "completion", "tokens", "reward"):
             table.add_column(column, overflow="fold")
         for s in scored[: count // 2]:
-            order = sorted(
-                range(len(s.texts)),
-                key=lambda k: s.scores[k].total if s.scores[k].total is not None else math.inf,
+            best_last = sorted(
+                s.trajectories, key=lambda t: math.inf if t.reward is None else t.reward
             )
-            for k in dict.fromkeys((order[-1], order[0])):
-                parts = ", ".join(
-                    f"{n} {v:.3g}" if v is not None else f"{n} -"
-                    for n, v in s.scores[k].parts.items()
-                )
-                question = str(
-                    s.prompt.sample.get("question")
-                    or s.prompt.sample.get("prompt")
-                    or s.prompt.sample.get("_where")
-                )
+            question = next(
+                (q for n in ("question", "prompt", "_where") if (q := s.prompt.sample.get(n))), ""
+            )
+            for t in (best_last[-1], best_last[0])[: len(best_last)]:
+                parts = (f"{n} {v:.3g}" if v is not None else f"{n} -" for n, v in t.parts.items())
                 table.add_row(
-                    Text(question[-200:]),
-                    Text(str(s.texts[k])[-400:]),
-                    str(s.texts[k].num_tokens),
-                    parts,
+                    Text(str(question)[-200:]),
+                    Text(str(t.text)[-400:]),
+                    str(len(t.token_ids)),
+                    ", ".join(parts),
                 )
         Console().print(table)
 

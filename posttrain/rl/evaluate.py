@@ -13,9 +13,9 @@ from typing import Any
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
-from posttrain.rollout.buffer import RolloutBuffer
+from posttrain.rl.rollouts import Collector, RolloutBuffer
+from posttrain.rl.trajectory import ScoredGroup
 from posttrain.rollout.engine import SamplingConfig
-from posttrain.training.collect import Collector, ScoredGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class Evaluation:
         return [
             {
                 "where": g.prompt.sample.get("_where"),
-                "text": str(t),
-                "tokens": t.num_tokens,
+                "text": str(t.text),
+                "tokens": len(t.token_ids),
                 "finish_reason": t.finish_reason,
                 "correct": ok,
-                "rewards": dict(s.parts),
+                "rewards": dict(t.parts),
             }
             for g, row in zip(self.groups, self.correct, strict=True)
-            for t, s, ok in zip(g.texts, g.scores, row, strict=True)
+            for t, ok in zip(g.trajectories, row, strict=True)
         ]
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
@@ -100,8 +100,8 @@ class Evaluation:
                 "Look at its answers."
             )
         shares = [statistics.fmean(row) for row in judged]
-        texts = [t for g in self.groups for t in g.texts]
-        totals = [s.total for g in self.groups for s in g.scores if s.total is not None]
+        drawn = [t for g in self.groups for t in g.trajectories]
+        rewards = [t.reward for t in drawn if t.reward is not None]
         metrics = {
             "eval_pass@1": statistics.fmean(shares),
             "eval_pass@1_ci95": half_width(shares, samples=n),
@@ -119,14 +119,14 @@ class Evaluation:
             metrics[f"eval_cons@{n}"] = statistics.fmean(
                 majority_is_right(s, row) for s, row in votes
             )
-        if totals:
-            metrics["eval_reward"] = statistics.fmean(totals)
+        if rewards:
+            metrics["eval_reward"] = statistics.fmean(rewards)
         unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
         return {
             **metrics,
             **({"eval_unscored": unscored} if unscored else {}),
-            "eval_length": statistics.fmean(t.num_tokens for t in texts),
-            "eval_truncated": statistics.fmean(t.finish_reason == "length" for t in texts),
+            "eval_length": statistics.fmean(len(t.token_ids) for t in drawn),
+            "eval_truncated": statistics.fmean(t.finish_reason == "length" for t in drawn),
         }
 
 
@@ -144,7 +144,9 @@ def evaluate_prompts(
     buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
-    correct = [[None if s.verdict is None else s.verdict > 0 for s in g.scores] for g in groups]
+    correct = [
+        [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
+    ]
     said = [_said(g, row, collector.rewards) for g, row in zip(groups, correct, strict=True)]
     return Evaluation(groups=groups, correct=correct, said=said)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.rl.trajectory import to_row
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 
 
@@ -72,13 +72,13 @@ class Journal:
 
 
 def digest(value: Any) -> str:
-    """Of what a value prints as."""
+    """Return a digest of ``repr(value)``."""
     return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
-    """Of some elements of every tensor: an update of the weights changes it, and it costs no pass
-    over them."""
+    """A digest of some elements of every tensor: an update of the weights changes it, and it needs
+    no pass over them."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in weights:
         flat = tensor.detach().reshape(-1)
@@ -87,16 +87,10 @@ def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
     return found.hexdigest()
 
 
-def _from_json(entry: dict[str, Any]) -> Sampled:
-    kept = entry["kept_ids"]
-    return Sampled(
-        **{
-            **entry,
-            "token_ids": tuple(entry["token_ids"]),
-            "logps": tuple(entry["logps"]),
-            "kept_ids": None if kept is None else tuple(tuple(ids) for ids in kept),
-        }
-    )
+def _sampled(row: dict[str, Any]) -> Sampled:
+    kept = row["kept_ids"]
+    lists = {"token_ids": tuple(row["token_ids"]), "logps": tuple(row["logps"])}
+    return Sampled(**{**row, **lists, "kept_ids": kept and tuple(map(tuple, kept))})
 
 
 def journalled(
@@ -116,9 +110,9 @@ def journalled(
     if not by_completion:
         entries = journal.once(
             f"generate {digest(requests)}",
-            lambda: [[asdict(d) for d in row] for row in engine.generate(requests, sampling)],
+            lambda: to_row(engine.generate(requests, sampling)),
         )
-        return [[_from_json(entry) for entry in row] for row in entries]
+        return [[_sampled(entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
         return (
@@ -130,15 +124,13 @@ def journalled(
     for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            seeds, prefixes = (
-                tuple(every[k] for k in wanted if every)
-                for every in (request.seeds, request.prefixes)
-            )
+            prefixes = tuple(request.prefixes[k] for k in wanted if request.prefixes)
+            seeds = tuple(request.seeds[k] for k in wanted)
             left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
         engine.generate(
             left,
             sampling,
-            on_finished=lambda i, k, drawn: journal.put(key(left[i], k), asdict(drawn)),
+            on_finished=lambda i, k, drawn: journal.put(key(left[i], k), to_row(drawn)),
         )
-    return [[_from_json(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
+    return [[_sampled(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]

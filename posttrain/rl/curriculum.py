@@ -71,7 +71,7 @@ class PromptSampler:
         if config.order == "prioritized":
             weights = priorities(self.success_rates(), floor=config.floor)
             draws = np.random.default_rng([self._seed, 1, self._drawn])
-            chosen = []
+            chosen: list[int] = []
             while len(chosen) < count:
                 keys = -np.log(draws.random(self._size)) / np.maximum(
                     weights, 1e-300

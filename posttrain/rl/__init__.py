@@ -1,0 +1,1 @@
+"""Reinforcement learning: from prompts to the batches that the loop trains."""

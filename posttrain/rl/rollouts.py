@@ -1,0 +1,254 @@
+"""Prompts -> trajectories -> rewards, over all ranks: each samples and scores its share, then all
+have everything."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards.compose import RewardError, Rewards
+from posttrain.rl.environment import Environment
+from posttrain.rl.journal import Journal, digest, fingerprint, journalled
+from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup, from_row, to_row
+from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
+from posttrain.training.sharding import gather_object
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
+    """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in
+    the batch."""
+    text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class RolloutBuffer:
+    """Groups that are not finished, oldest first: they wait here until all of their completions
+    are, over iterations if need be."""
+
+    def __init__(self) -> None:
+        self.groups: list[TrajectoryGroup] = []
+
+    def begin(
+        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
+    ) -> None:
+        """Add a group without tokens for each prompt. ``round``: how many prompts the iteration
+        has begun before (a prompt that comes twice is drawn anew)."""
+        for number, prompt in enumerate(prompts):
+            at = {"iteration": iteration, "round": round + number, "prompt": prompt}
+            trajectories = [
+                Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
+            ]
+            self.groups.append(
+                TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
+            )
+
+    def requests(
+        self, prompt_ids: Sequence[Sequence[int]], *, only: Collection[int] | None = None
+    ) -> list[tuple[Request, list[Trajectory]]]:
+        """What to draw next, group by group, and where it goes. ``only``: seeds of the trajectories
+        that are wanted; None: all that are open."""
+        found = []
+        for group in self.groups:
+            open_ones = [
+                t
+                for t in group.trajectories
+                if t.finish_reason is None and (only is None or t.seed in only)
+            ]
+            if open_ones:
+                prefixes = tuple(tuple(t.token_ids.tolist()) for t in open_ones)
+                request = Request(
+                    prompt_ids=tuple(prompt_ids[group.prompt]),
+                    seeds=tuple(t.seed for t in open_ones),
+                    prefixes=prefixes if any(prefixes) else (),
+                )
+                found.append((request, open_ones))
+        return found
+
+    def take_finished(self) -> list[TrajectoryGroup]:
+        """The groups that are finished; they leave the buffer."""
+        finished = [g for g in self.groups if g.is_finished]
+        self.groups = [g for g in self.groups if not g.is_finished]
+        return finished
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Plain values."""
+        return to_row(self.groups)
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take over what ``state_dict`` gave, also after a trip through JSON."""
+        self.groups = [from_row(TrajectoryGroup, values) for values in state]
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds and tokens of one iteration, on this rank."""
+
+    rollout_s: float = 0.0
+    reward_s: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(kw_only=True)
+class Collector:
+    """Samples and scores what the buffer holds. The same calls in the same order on every rank."""
+
+    accelerator: Any
+    engine: Engine
+    environment: Environment
+    rewards: Rewards
+    prompts: Sequence[Prompt]
+    sampling: SamplingConfig
+    by_completion: bool
+    """Whether the engine draws a completion differently the second time: its completions are then
+    journalled one by one."""
+    weights: Callable[[], Iterable[Tensor]] | None = None
+    """The policy's parameters: a journal of other weights is not used again."""
+    timing: Timing = field(default_factory=Timing)
+
+    def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
+        """Draw for every open completion of the buffer: to its end, or up to the iteration's
+        budget. Those that the environment answers are drawn on."""
+        began = time.perf_counter()
+        prompt_of = {t.seed: g.prompt for g in buffer.groups for t in g.trajectories}
+        only: set[int] | None = None
+        while only is None or only:
+            wanted = buffer.requests([p.ids for p in self.prompts], only=only)
+            only = set()
+            for i, row in self._draw([request for request, _ in wanted], journal):
+                for trajectory, sampled in zip(wanted[i][1], row, strict=True):
+                    trajectory.extend(sampled)
+                    self.timing.tokens += len(sampled.token_ids)
+                    if self._goes_on(trajectory, self.prompts[prompt_of[trajectory.seed]]):
+                        only.add(trajectory.seed)
+        self.timing.rollout_s += time.perf_counter() - began
+
+    def _draw(
+        self, requests: Sequence[Request], journal: Journal | None
+    ) -> list[tuple[int, list[Sampled]]]:
+        """(index of the request, what was drawn) of all ranks."""
+        mine = self._share(range(len(requests)))
+
+        def draw() -> list[tuple[int, list[Sampled]]]:
+            asked = [requests[i] for i in mine]
+            drawn = (
+                self.engine.generate(asked, self.sampling)
+                if journal is None
+                else journalled(
+                    self.engine, journal, asked, self.sampling, by_completion=self.by_completion
+                )
+            )
+            return list(zip(mine, drawn, strict=True))
+
+        return self._from_all(draw)
+
+    def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
+        """Whether the environment answers; a finished trajectory gets its text and its mask."""
+        if trajectory.finish_reason is None:
+            return False
+        if trajectory.finish_reason == "stop":
+            answer = self.environment.step(trajectory, prompt)
+            if answer is not None:
+                if len(trajectory.token_ids) + len(answer) < self.sampling.max_tokens:
+                    trajectory.observe(answer)
+                    return True
+                trajectory.finish_reason = "length"
+        trajectory.trained = self.environment.trained(trajectory) & trajectory.sampled
+        return False
+
+    def score(
+        self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int
+    ) -> list[ScoredGroup]:
+        """Rewards of finished groups, in their order."""
+        began = time.perf_counter()
+        for group in groups:
+            for t in group.trajectories:
+                t.text = self.environment.text(t, self.prompts[group.prompt])
+        mine = self._share(range(len(groups)))
+
+        def score() -> list[tuple[int, list[dict[str, Any]]]]:
+            pairs = [
+                (
+                    self.prompts[groups[i].prompt].sample,
+                    tuple(t.text for t in groups[i].trajectories),
+                )
+                for i in mine
+            ]
+
+            def compute() -> Any:
+                return to_row(self.rewards.score(pairs, iteration=iteration))
+
+            rows = (
+                compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
+            )
+            return list(zip(mine, rows, strict=True))
+
+        for i, rows in self._from_all(score):
+            for trajectory, row in zip(groups[i].trajectories, rows, strict=True):
+                trajectory.reward = row["total"]
+                trajectory.parts, trajectory.verdict = row["parts"], row["verdict"]
+                trajectory.problems = row["problems"]
+        self.timing.reward_s += time.perf_counter() - began
+        return [
+            ScoredGroup(
+                index=group.prompt,
+                prompt=self.prompts[group.prompt],
+                trajectories=group.trajectories,
+                weights=self.rewards.weights_of(self.prompts[group.prompt].sample),
+            )
+            for group in groups
+        ]
+
+    def identity(self) -> str:
+        """A digest of everything outside of the requests that decides completions and rewards:
+        settings, ranks, the engine's weights."""
+        settings = (
+            self.sampling,
+            self.rewards.config,
+            self.rewards.names,
+            type(self.engine).__name__,
+        )
+        weights = fingerprint(self.weights()) if self.weights is not None else ""
+        return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
+
+    def _share(self, indices: Sequence[int]) -> list[int]:
+        return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
+        """Join what every rank computes. What one rank raises, all raise: none waits for another
+        that is gone."""
+        if self.accelerator.num_processes == 1:
+            return compute()
+        mine: tuple[list[T], str | None]
+        try:
+            mine = (compute(), None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait
+            log.exception("rank %d", self.accelerator.process_index)
+            mine = ([], f"rank {self.accelerator.process_index}: {error}")
+        gathered = gather_object(self.accelerator, mine)
+        failed = next((problem for _, problem in gathered if problem), None)
+        if failed is not None:
+            raise RewardError(failed)
+        return [item for items, _ in gathered for item in items]
+
+
+def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
+    """The journal of an iteration on this rank."""
+    return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
+
+
+def forget_journals(folder: Path, *, before: int) -> None:
+    """Delete the journals of iterations that a checkpoint has behind it."""
+    for path in folder.glob("iteration_*.jsonl"):
+        if int(path.name.split("_")[1]) < before:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+"""One record of a completion, from its first token to the Parquet file and the loss.
+
+Arrays by token grow as the engine draws and the environment answers. ``to_row`` and ``from_row``
+turn any of the records of this room into plain values and back: the journal, checkpoints and
+Parquet files all have them in this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from posttrain.data.prompts import Prompt
+from posttrain.rewards import CompletionText
+from posttrain.rl.credit import all_equal
+from posttrain.rollout.engine import FinishReason, Sampled
+from posttrain.types import Completion, Counts, PromptGroup, Ragged
+
+R = TypeVar("R")
+_DTYPES = {"token_ids": np.int64, "logps": np.float64, "sampled": bool, "trained": bool}
+
+
+@dataclass(kw_only=True, eq=False)
+class Trajectory:
+    """One completion: its tokens, how they came about, and what they are worth.
+
+    Kimi k1.5, arXiv:2501.12599 section 2.6 (partial rollouts): an iteration spends at most
+    ``sampling.budget_tokens`` on a completion; an unfinished one keeps its tokens and is continued
+    in the next.
+    """
+
+    seed: int
+    token_ids: Any = ()
+    """[tokens] those that the model drew and those that the environment appended."""
+    logps: Any = ()
+    """[tokens] log-prob under the distribution that drew the token; 0 for the environment's."""
+    sampled: Any = None
+    """[tokens] whether the model drew it. None: all."""
+    trained: Any = None
+    """[tokens] whether the loss may predict it, as the environment says. None: all that the model
+    drew."""
+    kept_ids: Ragged | None = None
+    """The ids that truncation left to draw each token from; None without truncation."""
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    """(end, policy version) of each stretch of tokens, in order."""
+    finish_reason: FinishReason | None = None
+    """None: to be continued."""
+    text: CompletionText = CompletionText("")
+    """What the rewards read; set when it is scored."""
+    reward: float | None = None
+    """Weighted sum of the rewards; None: could not be scored."""
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    """What each reward function gave."""
+    verdict: float | None = None
+    """What tells right (> 0) from wrong; None: not judged."""
+    problems: Sequence[str] = ()
+    """What went wrong in reward functions."""
+
+    def __post_init__(self) -> None:
+        if self.sampled is None:
+            self.sampled = np.ones(len(self.token_ids), bool)
+        if self.trained is None:
+            self.trained = self.sampled
+        for name, dtype in _DTYPES.items():
+            setattr(self, name, np.asarray(getattr(self, name), dtype))
+        self.segments = [(int(end), int(version)) for end, version in self.segments]
+
+    def extend(self, drawn: Sampled) -> None:
+        """Append what an engine drew."""
+        self._append(drawn.token_ids, drawn.logps, True, drawn.kept_ids)
+        self.segments.append((len(self.token_ids), drawn.policy_version))
+        self.finish_reason = None if drawn.finish_reason == "budget" else drawn.finish_reason
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that are not the model's; it goes on after them."""
+        kept = None if self.kept_ids is None else [()] * len(token_ids)
+        self._append(token_ids, np.zeros(len(token_ids)), False, kept)
+        self.finish_reason = None
+
+    def _append(self, token_ids: Any, logps: Any, sampled: bool, kept: Any) -> None:
+        new = [sampled] * len(token_ids)
+        for name, values in (("token_ids", token_ids), ("logps", logps), ("sampled", new)):
+            both = [getattr(self, name), np.asarray(values, _DTYPES[name])]
+            setattr(self, name, np.concatenate(both))
+        self.trained = self.sampled
+        if kept is not None:
+            before = self.kept_ids or Ragged.of([])
+            after = Ragged.of(kept)
+            self.kept_ids = Ragged(
+                values=np.concatenate([before.values, after.values]),
+                ends=np.concatenate([before.ends, after.ends + len(before.values)]),
+            )
+
+    def tokens_before(self, version: int) -> int:
+        """Tokens drawn by policies older than ``version``: they come first."""
+        return max((end for end, drawn_by in self.segments if drawn_by < version), default=0)
+
+
+@dataclass(kw_only=True, eq=False)
+class TrajectoryGroup:
+    """The completions of one prompt in the making."""
+
+    prompt: int
+    """Index of the prompt in the data."""
+    iteration: int
+    """In which it was begun."""
+    trajectories: list[Trajectory]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every completion is."""
+        return all(t.finish_reason is not None for t in self.trajectories)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredGroup:
+    """A finished group with its prompt; its trajectories have their text and rewards."""
+
+    index: int
+    """Index of the prompt in the data."""
+    prompt: Prompt
+    trajectories: Sequence[Trajectory]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each reward function."""
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """[completion] rewards."""
+        return [t.reward for t in self.trajectories]
+
+    @property
+    def texts(self) -> list[CompletionText]:
+        """[completion] what the rewards read."""
+        return [t.text for t in self.trajectories]
+
+    def has_signal(self, name: str = "") -> bool:
+        """Whether two completions have different rewards: in all, or of the function ``name``."""
+        values = [t.parts.get(name, t.reward) for t in self.trajectories]
+        return not all_equal([v for v in values if v is not None])
+
+
+_RECORDS = {
+    "trajectories": Trajectory,
+    "groups": PromptGroup,
+    "completions": Completion,
+    "counts": Counts,
+}
+"""What the fields of a record hold that are records themselves."""
+
+
+def to_row(value: Any) -> Any:
+    """Plain values of a record, for JSON and Parquet: arrays as lists, records as dictionaries."""
+    if is_dataclass(value):
+        return {f.name: to_row(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_row(v) for name, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [to_row(v) for v in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def from_row(record: type[R], row: Mapping[str, Any]) -> R:
+    """The record that ``to_row`` gave, also after a trip through JSON."""
+
+    def read(name: str, value: Any) -> Any:
+        if isinstance(value, list) and name in _RECORDS:
+            return [from_row(_RECORDS[name], v) for v in value]
+        if not isinstance(value, Mapping):
+            return value
+        if value.keys() == {"values", "ends"}:
+            return Ragged(**{n: np.asarray(v, np.int64) for n, v in value.items()})
+        if name in _RECORDS:
+            return from_row(_RECORDS[name], value)
+        return {n: read("", v) for n, v in value.items()}
+
+    return record(**{name: read(name, value) for name, value in row.items()})
