@@ -31,7 +31,8 @@ from posttrain.rollout.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
-from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
+from posttrain.rollout.receipt import probe_ids, probe_logps
+from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
 from posttrain.trainers.memory import MemoryCheck
 from posttrain.training.collect import Collector
@@ -306,6 +307,8 @@ def local_engine(loop: Loop, tokenizer: Any, config: LocalConfig) -> Engine:
 def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
     """The engine of a running server, fed with the loop's weights."""
     policy = unwrapped(loop.policy)
+    ids = probe_ids(policy.config.get_text_config().vocab_size)
+    compute = getattr(torch, loop.precision.compute)
 
     def merged() -> Any:
         return (
@@ -338,6 +341,11 @@ def vllm_engine(loop: Loop, tokenizer: Any, config: RLConfig) -> Engine:
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         is_main=loop.accelerator.is_main_process,
         barrier=loop.accelerator.wait_for_everyone,
+        probe=Probe(
+            ids=ids,
+            logps=lambda: probe_logps(policy.model, ids, compute=compute),
+            dtype=loop.precision.compute,
+        ),
     )
 
 
@@ -388,10 +396,10 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         algorithm = replace(
             algorithm, loss_options={**algorithm.loss_options, "constant": constant}
         )
-    if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
+    if config.engine == "vllm" and config.sampling.truncates and config.sampling.top_k == 0:
         raise ValueError(
-            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine "
-            "local, or sample from all (sampling and evaluation)."
+            "With a vLLM server sampling.top_p and min_p need sampling.top_k: the tokens that they "
+            "leave are read off the top_k likeliest. Set --sampling.top_k 50, or --engine local."
         )
     rewards = config.rewards
     formatted = any(

@@ -153,7 +153,11 @@ class Collector:
         opening = self.tokenizer.decode(asked, skip_special_tokens=False)
         in_thought = opening.rstrip().endswith("<think>")
         return CompletionText(
-            text, num_tokens=len(trajectory.token_ids), finish_reason=reason, in_thought=in_thought
+            text,
+            num_tokens=len(trajectory.token_ids),
+            finish_reason=reason,
+            in_thought=in_thought,
+            kept_ids=trajectory.kept_ids,
         )
 
     def identity(self) -> str:
