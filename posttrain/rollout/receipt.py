@@ -54,8 +54,8 @@ class Receipt:
 
 def note(name: str, tensor: Tensor) -> TensorNote:
     """The note of a tensor, as launch/vllm_reload.py makes it in the server."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    checksum = hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
     return TensorNote(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), checksum)
 
 
