@@ -17,5 +17,5 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # for vllm_reload
 on_cpu=()
 "$python" -c "import sys, torch; sys.exit(torch.cuda.is_available())" && on_cpu=(--no-enable-chunked-prefill)
 exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" --port "$port" --host 127.0.0.1 --dtype bfloat16 \
-  --max-model-len "${MAX_MODEL_LEN:-1024}" --enforce-eager --logprobs-mode processed_logprobs \
+  --max-model-len "${MAX_MODEL_LEN:-1024}" --enforce-eager --logprobs-mode processed_logprobs --max-logprobs -1 \
   --worker-extension-cls vllm_reload.ReloadPolicy ${on_cpu[@]+"${on_cpu[@]}"} "$@"

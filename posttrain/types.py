@@ -55,6 +55,10 @@ class Ragged:
             np.array_equal(a, b) for a, b in ((self.values, other.values), (self.ends, other.ends))
         )
 
+    def tolist(self) -> list[list[int]]:
+        """The list of each token."""
+        return [ids.tolist() for ids in self.take(np.ones(len(self), bool))]
+
     def take(self, mask: Any) -> list[Any]:
         """The lists of the tokens where ``mask`` is true."""
         return [x for x, m in zip(np.split(self.values, self.ends[:-1]), mask, strict=True) if m]

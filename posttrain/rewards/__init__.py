@@ -65,12 +65,14 @@ class CompletionText(str):
 
     ``num_tokens``: tokens drawn, the stop token included. ``finish_reason``: stop, length, repeat
     (see ``rollout.engine.FinishReason``). ``in_thought``: the prompt ends in ``<think>``, so the
-    completion begins inside the thought.
+    completion begins inside the thought. ``kept_ids``: for each token the ids that top-k, top-p or
+    min-p left to draw it from; None without truncation.
     """
 
     num_tokens: int
     finish_reason: str
     in_thought: bool
+    kept_ids: Sequence[Sequence[int]] | None
 
     def __new__(
         cls,
@@ -79,11 +81,13 @@ class CompletionText(str):
         num_tokens: int | None = None,
         finish_reason: str = "stop",
         in_thought: bool = False,
+        kept_ids: Sequence[Sequence[int]] | None = None,
     ) -> CompletionText:
         """``num_tokens`` None: the number of words, for texts that no model drew."""
         self = super().__new__(cls, text)
         self.num_tokens = len(text.split()) if num_tokens is None else num_tokens
         self.finish_reason, self.in_thought = finish_reason, in_thought
+        self.kept_ids = kept_ids
         return self
 
 

@@ -60,4 +60,5 @@ class SingleTurn:
             num_tokens=len(trajectory.token_ids),
             finish_reason=trajectory.finish_reason or "budget",
             in_thought=opening.rstrip().endswith("<think>"),
+            kept_ids=None if trajectory.kept_ids is None else trajectory.kept_ids.tolist(),
         )

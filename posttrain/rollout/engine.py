@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from posttrain.rollout.receipt import Receipt
+
 FinishReason = Literal["stop", "length", "repeat", "budget"]
 """stop: a stop token or string; length: ``max_tokens``; repeat: caught in a loop; budget: the
 iteration's token budget, to be continued."""
@@ -144,6 +146,6 @@ class Engine(Protocol):
         """[request][completion]. Every completion is there: an engine that cannot draw one
         raises."""
 
-    def refresh(self, version: int) -> None:
+    def refresh(self, version: int) -> Receipt:
         """From now on samples come from the policy's present weights, which are the result of
-        ``version`` updates."""
+        ``version`` updates. Raises ReceiptError where they would come from others."""

@@ -4,13 +4,14 @@ GPU to GPU over NCCL."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
 from posttrain.files import put_in_place
+from posttrain.rollout.receipt import TensorNote, notes_of, notes_of_folder
 
 Call = Callable[..., dict[str, Any]]
 """(method, path, body) -> the server's answer; raises ServerError."""
@@ -18,6 +19,9 @@ Call = Callable[..., dict[str, Any]]
 
 class Handover(Protocol):
     """Called on the main process only, while no rank samples."""
+
+    sent: Sequence[TensorNote]
+    """What was handed over last, for the comparison with the server's receipt."""
 
     def take(self) -> None:
         """The trainer's present weights are what the server shall have."""
@@ -35,6 +39,7 @@ class FolderHandover:
 
     def __init__(self, folder: Path, save_weights: Callable[[Path], None]) -> None:
         self._folder, self._save_weights = folder, save_weights
+        self.sent: Sequence[TensorNote] = ()
 
     def take(self) -> None:
         """Written aside, then put in place by a rename."""
@@ -46,6 +51,7 @@ class FolderHandover:
     def send(self, call: Call) -> None:
         """The server reads the folder."""
         path = str((self._folder / "current").resolve())
+        self.sent = notes_of_folder(self._folder / "current")
         call(
             "POST", "/collective_rpc", {"method": "reload_policy", "kwargs": {"weights_path": path}}
         )
@@ -76,6 +82,7 @@ class NCCLHandover:
         self._url, self._address, self._port, self._timeout_s = url, address, port, timeout_s
         self._model = model
         self._endpoint: Any = None
+        self.sent: Sequence[TensorNote] = ()
 
     def take(self) -> None:
         """The live weights are sent: they do not change while an iteration samples."""
@@ -90,6 +97,7 @@ class NCCLHandover:
         )
 
         source = ModuleSource(self._model())
+        self.sent = notes_of(source)
         if self._endpoint is None:
             workers = int(call("GET", "/get_world_size")["world_size"])
             self._endpoint = NCCLTrainerWeightTransferEngine.trainer_init(

@@ -29,6 +29,7 @@ from posttrain.rollout.engine import (
     SamplingConfig,
     check_positions,
 )
+from posttrain.rollout.receipt import Receipt
 from posttrain.rollout.sampling import StopRule, draw
 from posttrain.rollout.weights import SamplingWeights
 
@@ -200,11 +201,12 @@ class LocalEngine:
         """Most tokens of a row of prompts."""
         self.device = next(policy.parameters()).device
 
-    def refresh(self, version: int) -> None:
+    def refresh(self, version: int) -> Receipt:
         """From now on samples come from the policy's present weights, which are the result of
-        ``version`` updates."""
+        ``version`` updates. They are the trainer's own tensors: nothing is handed over."""
         self._weights.refresh()
         self.version = version
+        return Receipt(version=version)
 
     def generate(
         self,

@@ -1,19 +1,21 @@
 """The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
 
 The server runs in an environment of its own; this module needs no vLLM. Weights are handed over
-(``rollout/handover.py``) between pausing and resuming the server. What a completion's log-probs are
-depends on how the server was started: ``--logprobs-mode processed_logprobs`` gives those after
-temperature and truncation.
+(``rollout/handover.py``) between pausing and resuming the server, and its receipt is compared with
+what was sent (``rollout/receipt.py``). What a completion's log-probs are depends on how the server
+was started: ``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
+The ids that truncation leaves are those of the likeliest whose log-prob is not -inf.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -21,12 +23,18 @@ from typing import Any, Literal
 
 from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import Handover
+from posttrain.rollout.receipt import Receipt, check_probe, check_tensors
 from posttrain.rollout.sampling import StopRule
 
 log = logging.getLogger(__name__)
 
 TESTED = "0.32"
 """Minor version of the server that the requests below were tested with."""
+_CUT = -9999.0
+"""What the server sends for a log-prob of -inf, or one that is not a number."""
+_TIES = 16
+"""Log-probs asked for beyond top_k. At least one must be cut: more than k tokens are left where
+several are as likely as the k-th."""
 _SEGMENT = 512
 """Tokens between two looks for repetition, which the server does not stop."""
 
@@ -51,6 +59,10 @@ class VLLMConfig:
     retries: int = 5
     """How often a request is tried again when the server does not answer; each time after twice the
     wait, from one second."""
+    check_held: bool = True
+    """The receipt of a hand-over also says where the server's model holds something else than what
+    arrived. false: for a family whose loader changes tensors; what arrived and the probe are
+    compared all the same."""
     any_version: bool = False
     """Accept a server of another version than the one tested."""
 
@@ -70,6 +82,17 @@ class VLLMConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A fixed prompt that trainer and server both know the log-probs of."""
+
+    ids: Sequence[int]
+    logps: Callable[[], Sequence[float]]
+    """The trainer's, of each id but the first, under its present weights."""
+    dtype: str
+    """Of the trainer's computation."""
+
+
 class ServerError(ValueError):
     """The server does not answer, or answers something else than a vLLM server of the right version
     does."""
@@ -78,7 +101,7 @@ class ServerError(ValueError):
 class VLLMEngine:
     """Draws through the server; ``handover`` brings the policy's weights there."""
 
-    returns_kept_ids = False
+    returns_kept_ids = True
 
     def __init__(
         self,
@@ -89,10 +112,15 @@ class VLLMEngine:
         decode: Callable[[Sequence[int]], str] | None = None,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
+        probe: Probe | None = None,
     ) -> None:
         """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands
-        the weights over; ``barrier`` waits for all ranks."""
-        self._is_main, self._barrier = is_main, barrier
+        the weights over; ``barrier`` waits for all ranks; ``probe``: None compares checksums
+        only."""
+        self._is_main, self._barrier, self._probe = is_main, barrier, probe
+        self._probe_logps: Sequence[float] = ()
+        self._ties = _TIES
+        self._receipt = Receipt(version=-1)
         self._config, self._handover, self.stop_ids, self._decode = (
             config,
             handover,
@@ -104,16 +132,20 @@ class VLLMEngine:
         self._model = ""
         self._check_server()
 
-    def refresh(self, version: int) -> None:
-        """Hands the present weights over; the same version twice costs nothing."""
+    def refresh(self, version: int) -> Receipt:
+        """Hands the present weights over; the same version twice costs nothing. Raises ReceiptError
+        where the server then has others."""
         if version == self._version:
-            return
+            return self._receipt
+        if self._probe is not None:
+            self._probe_logps = self._probe.logps()  # any rank hands over again after a restart
         self._barrier()  # nobody samples from the old weights any more
         if self._is_main:
             self._handover.take()
             self._load_weights(version)
         self._barrier()
         self._version, self._mark = version, self._server_mark()
+        return self._receipt
 
     def _load_weights(self, version: int) -> None:
         self._call("POST", "/pause?mode=wait")
@@ -121,9 +153,38 @@ class VLLMEngine:
             self._rpc("mark_policy", mark=None)
             self._handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
-            self._rpc("mark_policy", mark=str(version))
+            answers = self._rpc("policy_receipt")
+            read_back = check_tensors(self._handover.sent, answers, held=self._config.check_held)
         finally:
             self._call("POST", "/resume")
+        gap = self._probe_gap(str(answers[0].get("dtype"))) if self._probe is not None else 0.0
+        self._rpc("mark_policy", mark=str(version))
+        self._receipt = Receipt(
+            version=version,
+            tensors=len(self._handover.sent),
+            read_back=read_back,
+            probe_gap_nats=gap,
+        )
+        log.info("the server has the policy's weights: %s", self._receipt)
+
+    def _probe_gap(self, server_dtype: str) -> float:
+        """The server's log-probs of the probe against the trainer's."""
+        assert self._probe is not None
+        ids = list(self._probe.ids)
+        body = {
+            "model": self._model,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": 0,
+        }
+        answer = self._call("POST", "/v1/completions", body)["choices"][0]
+        rows = (answer.get("prompt_logprobs") or [])[1:]
+        its = [
+            float((row or {}).get(str(token), {}).get("logprob", math.nan))
+            for token, row in zip(ids[1:], rows, strict=False)
+        ]
+        return check_probe(self._probe_logps, its, dtypes=(server_dtype, self._probe.dtype))
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
         """A method of launch/vllm_reload.py in every worker."""
@@ -145,12 +206,6 @@ class VLLMEngine:
     ) -> list[list[Sampled]]:
         """[request][completion]. A completion that fails is asked for again, after the weights are
         there again."""
-        if sampling.truncates:
-            raise ValueError(
-                "The server does not say which tokens top-k, top-p or min-p left, so the trainer "
-                "could not renormalise its log-probs. Sample from the whole distribution, or use "
-                "--engine local."
-            )
         results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
         problem: Exception | None = None
@@ -210,15 +265,17 @@ class VLLMEngine:
         limit = min(limit, sampling.budget_tokens or limit)
         drawn: list[int] = []
         logps: list[float] = []
+        kept: list[tuple[int, ...]] = []
         reason: FinishReason | None = None
         while reason is None:
             ahead = min(limit - len(drawn), _SEGMENT if sampling.repeat_ngram else limit)
-            ids, segment_logps, stopped = self._segment(
+            ids, segment_logps, segment_kept, stopped = self._segment(
                 [*request.prompt_ids, *prefix, *drawn], request, k, ahead, sampling
             )
-            for token, logp in zip(ids, segment_logps, strict=True):
+            for token, logp, left in zip(ids, segment_logps, segment_kept, strict=True):
                 drawn.append(token)
                 logps.append(logp)
+                kept.append(left)
                 reason = rule.reason(prefix, drawn)
                 if reason is not None:
                     break
@@ -229,41 +286,57 @@ class VLLMEngine:
             logps=tuple(logps),
             finish_reason=reason,
             policy_version=self._version,
+            kept_ids=tuple(kept) if _returns_kept(sampling) else None,
         )
 
     def _segment(
         self, before: list[int], request: Request, k: int, max_tokens: int, sampling: SamplingConfig
-    ) -> tuple[list[int], list[float], bool]:
-        """(ids, log-probs, whether the server says that they end in a stop token or string) of what
-        comes after ``before``."""
+    ) -> tuple[list[int], list[float], list[tuple[int, ...]], bool]:
+        """(ids, log-probs, ids that truncation left, whether the server says that they end in a
+        stop token or string) of what comes after ``before``. Raises OSError where the server broke
+        off: the completion is drawn again."""
         noise = request.seeds[k] + 0x9E3779B9 * (len(before) - len(request.prompt_ids))
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "prompt": before,
             "max_tokens": max_tokens,
             "seed": noise % 2**31,
             "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "min_tokens": 0,  # else those of the model's generation_config
-            "logprobs": 0,
+            "logprobs": sampling.top_k + self._ties if _returns_kept(sampling) else 0,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
             "stop_token_ids": self.stop_ids,
             "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }
         choice = self._completion(body)["choices"][0]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ConnectionResetError(f"the server ended a completion: {choice['finish_reason']}")
         ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         if len(ids) != len(logps) or not ids:
             raise ServerError(
                 f"The server gave {len(ids)} token ids and {len(logps)} log-probs. "
                 f"Is it vLLM {TESTED}?"
             )
-        return ids, [float(p) for p in logps], choice["finish_reason"] == "stop"
+        if not all(p is not None and _CUT < p <= 1e-3 for p in logps):
+            raise ServerError(
+                f"The server gave a log-prob that is no number or of a token that was cut: {logps}."
+            )
+        kept: list[tuple[int, ...]] = [()] * len(ids)
+        if _returns_kept(sampling):
+            found = [_kept_ids(row, body["logprobs"]) for row in choice["logprobs"]["top_logprobs"]]
+            if any(left is None for left in found):
+                self._ties = max(self._ties, 4 * (body["logprobs"] - sampling.top_k))
+                return self._segment(before, request, k, max_tokens, sampling)
+            kept = [left for left in found if left is not None]
+        return ids, [float(p) for p in logps], kept, choice["finish_reason"] == "stop"
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """Raises OSError if the server was restarted since it was given the weights: another policy
@@ -328,3 +401,17 @@ class VLLMEngine:
                 f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}."
             ) from error
         return answer if isinstance(answer, dict) else {"value": answer}
+
+
+def _returns_kept(sampling: SamplingConfig) -> bool:
+    """Without top_k the whole vocabulary would have to be sent for every token."""
+    return sampling.top_k > 0 and sampling.temperature > 0
+
+
+def _kept_ids(top_logprobs: Mapping[str, float], asked: int) -> tuple[int, ...] | None:
+    """Ids that are not cut, among the likeliest; None where more may be left than were asked
+    for."""
+    kept = [key for key, logp in top_logprobs.items() if logp > _CUT]
+    if len(kept) == len(top_logprobs) >= asked:
+        return None
+    return tuple(sorted(int(key.removeprefix("token_id:")) for key in kept))

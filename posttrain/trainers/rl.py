@@ -37,7 +37,8 @@ from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
 from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
-from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
+from posttrain.rollout.receipt import probe_ids, probe_logps
+from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
 from posttrain.trainers.base import report_end, run_reference
 from posttrain.training.config import TrainConfig, to_dict
 from posttrain.training.launch import make_accelerator
@@ -266,7 +267,13 @@ class RLTrainer:
                 compute=torch_dtype(loop.precision.compute),
             )
             if config.engine == "local"
-            else vllm_engine(policy, loop.tokenizer, config, loop.accelerator)
+            else vllm_engine(
+                policy,
+                loop.tokenizer,
+                config,
+                loop.accelerator,
+                compute=loop.precision.compute,
+            )
         )
         collector = Collector(
             accelerator=loop.accelerator,
@@ -310,8 +317,11 @@ def local_engine(
     )
 
 
-def vllm_engine(policy: Policy, tokenizer: Any, config: RLConfig, accelerator: Any) -> Engine:
+def vllm_engine(
+    policy: Policy, tokenizer: Any, config: RLConfig, accelerator: Any, *, compute: str
+) -> Engine:
     """The engine of a running server, fed with the policy's weights."""
+    ids = probe_ids(policy.config.get_text_config().vocab_size)
 
     def merged() -> Any:
         model: Any = policy.model
@@ -341,6 +351,11 @@ def vllm_engine(policy: Policy, tokenizer: Any, config: RLConfig, accelerator: A
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         is_main=accelerator.is_main_process,
         barrier=accelerator.wait_for_everyone,
+        probe=Probe(
+            ids=ids,
+            logps=lambda: probe_logps(policy.model, ids, compute=torch_dtype(compute)),
+            dtype=compute,
+        ),
     )
 
 
@@ -391,10 +406,10 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         algorithm = replace(
             algorithm, loss_options={**algorithm.loss_options, "constant": constant}
         )
-    if config.engine == "vllm" and (config.sampling.truncates or config.evaluation.top_p < 1):
+    if config.engine == "vllm" and config.sampling.truncates and config.sampling.top_k == 0:
         raise ValueError(
-            "A vLLM server does not say which tokens top-k, top-p or min-p left. Use --engine "
-            "local, or sample from all (sampling and evaluation)."
+            "With a vLLM server sampling.top_p and min_p need sampling.top_k: the tokens that they "
+            "leave are read off the top_k likeliest. Set --sampling.top_k 50, or --engine local."
         )
     rewards = config.rewards
     formatted = any(

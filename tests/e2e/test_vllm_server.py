@@ -21,7 +21,9 @@ import torch
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, save_model
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import FolderHandover
-from posttrain.rollout.vllm import VLLMConfig, VLLMEngine
+from posttrain.rollout.receipt import ReceiptError, probe_ids, probe_logps
+from posttrain.rollout.sampling import kept_by_truncation
+from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
 from tests.e2e.launching import REPO, check, command, environment, run
 from tests.tiny import byte_tokenizer
@@ -121,8 +123,18 @@ def engine(server, policy, tmp_path, **options) -> VLLMEngine:
         tmp_path / "weights", lambda folder: save_model(model, tokenizer, folder)
     )
     config = VLLMConfig(url=server.url, **options)
+    ids = probe_ids(model.config.vocab_size)
+    probe = Probe(
+        ids=ids,
+        logps=lambda: probe_logps(model, ids, compute=torch.float32),
+        dtype="float32",
+    )
     return VLLMEngine(
-        config, handover=handover, stop_ids=[tokenizer.eos_token_id], decode=tokenizer.decode
+        config,
+        handover=handover,
+        stop_ids=[tokenizer.eos_token_id],
+        decode=tokenizer.decode,
+        probe=probe,
     )
 
 
@@ -156,6 +168,76 @@ def test_log_probs_are_those_of_the_weights_that_were_handed_over(server, policy
             for k, d in enumerate(row):
                 assert d.policy_version == version and mismatch(model, request, d, k, 0.7) < 2e-4
     assert client.generate(REQUESTS, sampling) == drawn  # the seeds decide
+
+
+def scale(model, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+
+
+def test_the_receipt_of_a_real_server(server, policy, tmp_path):
+    """Checksums of every tensor that was saved, the probe within float32's noise; a file that is
+    changed on the way, and weights that the server does not use, stop the run."""
+    from safetensors.torch import load_file, save_file
+
+    model, _ = policy
+    client = engine(server, policy, tmp_path, retries=0)
+    file = tmp_path / "weights" / "current" / "model.safetensors"
+    for version in (1, 2):
+        scale(model, 1.1)
+        receipt = client.refresh(version)
+        assert receipt.tensors == len(load_file(file)) > 15 and receipt.read_back >= 6
+        assert receipt.probe_gap_nats < 2e-5
+    send = client._handover.send
+
+    def changed(call):
+        send(call)
+        tensors = load_file(file)
+        tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] *= 1.001
+        save_file(tensors, file, metadata={"format": "pt"})
+        path = str(file.parent.resolve())
+        call("POST", "/collective_rpc", {"method": "mark_policy", "kwargs": {"mark": None}})
+        kwargs = {"weights_path": path}
+        call("POST", "/collective_rpc", {"method": "reload_policy", "kwargs": kwargs})
+
+    client._handover.send = changed
+    with pytest.raises(ReceiptError, match="layers.1.self_attn.k_proj.weight has checksum"):
+        client.refresh(3)
+    client._handover.send = send
+    client._probe_logps = [
+        p - 0.01 for p in probe_logps(model, client._probe.ids, compute=torch.float32)
+    ]
+    with pytest.raises(ReceiptError, match="log-probs of the probe differ .* by 0.01 nats"):
+        client._load_weights(4)
+    assert client._server_mark() is None
+    assert client.refresh(5).version == 5
+
+
+TRUNCATED = SamplingConfig(max_tokens=12, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
+
+
+def test_masks_of_truncated_sampling_come_back(server, policy, tmp_path):
+    """They are those of transformers' own warpers, and log-probs are renormalised over them."""
+    model, _ = policy
+    client = engine(server, policy, tmp_path)
+    client.refresh(1)
+    tokens = same = 0
+    for request, row in zip(REQUESTS, client.generate(REQUESTS, TRUNCATED), strict=True):
+        for d in row:
+            before = len(request.prompt_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*request.prompt_ids, *d.token_ids]])).logits[0]
+            scores = logits[before - 1 : -1] / TRUNCATED.temperature
+            wanted = kept_by_truncation(scores, TRUNCATED)
+            for t, (token, ids) in enumerate(zip(d.token_ids, d.kept_ids, strict=True)):
+                kept = torch.zeros_like(wanted[t])
+                kept[list(ids)] = True
+                assert token in ids and 1 <= len(ids) <= 20
+                logps = scores[t].masked_fill(~kept, float("-inf")).log_softmax(-1)
+                assert abs(float(logps[token]) - d.logps[t]) < 2e-4
+                tokens, same = tokens + 1, same + int(torch.equal(kept, wanted[t]))
+    assert same >= 0.95 * tokens > 20, "apart from tokens at the very edge"
 
 
 def test_stops_lengths_and_partial_rollouts(server, policy, tmp_path):
@@ -307,6 +389,18 @@ def test_recipe_learns_with_the_server(server, tmp_path):
     assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
     rewards = [s["reward"] for s in steps]
     assert rewards[0] < 0.3 and statistics.median(rewards[-5:]) > 0.8, rewards
+
+
+def test_recipe_trains_right_with_truncated_sampling(server, tmp_path):
+    arguments = [
+        *settings(server, tmp_path, "run", "starts_with_digit"),
+        *("--sampling.top_k", "30", "--sampling.top_p", "0.95", "--sampling.max_tokens", "6"),
+        *("--train.max_steps", "8", "--rollout.updates", "2"),
+    ]
+    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    steps = steps_of(tmp_path / "run")
+    assert len(steps) == 8
+    assert max(s["sampler_mismatch_nats"] for s in steps[::2]) < 1e-3
 
 
 def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp_path):

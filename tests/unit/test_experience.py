@@ -14,12 +14,14 @@ from torch import nn
 from posttrain.data.prompts import Prompt
 from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
-from posttrain.rl.algorithms import DAPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
+from posttrain.rl.algorithms import DAPO, DR_GRPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.rl.batches import RolloutBatches, RolloutConfig
 from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rl.environment import SingleTurn
 from posttrain.rl.rollouts import Collector
 from posttrain.rollout.engine import Sampled, SamplingConfig
+from posttrain.rollout.receipt import ReceiptError
+from posttrain.rollout.vllm import ServerError
 from posttrain.training.config import UserFacingError
 from posttrain.training.forward import ForwardPlan
 from posttrain.types import Forward
@@ -82,6 +84,10 @@ def source_of(tmp_path):
 
         @reward(grouped=True)
         def first(completions, sample, scores):
+            if sample["lively"] == "fails":
+                raise OSError("no answer")
+            if sample["lively"] == "first fails":
+                return [None, 2.0, 0.0, 0.0]
             return [float(sample["lively"] and k % 2) for k in range(len(completions))]
 
         @reward(grouped=True)
@@ -92,7 +98,9 @@ def source_of(tmp_path):
             Prompt(ids=(i, 5), sample={"lively": x, "_where": f"rows:{i}"})
             for i, x in enumerate(lively)
         ]
-        rewards = Rewards(RewardsConfig(), given={"reward": (first, 1.0), "second": (second, 1.0)})
+        rewards = Rewards(
+            RewardsConfig(max_unscored=1.0), given={"reward": (first, 1.0), "second": (second, 1.0)}
+        )
         opened.append(rewards)
         engine = engine or ScriptedEngine()
         policy = CertainPolicy()
@@ -141,6 +149,49 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(source_of):
     assert batch.metrics["drawn_per_used"] == place / 4 and batch.metrics[
         "groups_without_signal"
     ] == pytest.approx(1 - 4 / place)
+
+
+def test_a_failed_reward_shrinks_its_group_and_is_never_a_zero(source_of):
+    """[None, 2, 0, 0]: the mean is that of three. A group without a score is left out."""
+    source, _, _ = source_of(DR_GRPO, lively=["first fails", "fails", True, True], noise=0.0)
+    batch = next(source)
+    by_prompt = {g.prompt_ids[0]: g for g in batch.groups}
+    assert sorted(by_prompt) == [0, 2, 3]
+    failed, *scored = by_prompt[0].completions
+    assert failed.num_trained == 0 and failed.columns["advantage"] == 0.0
+    assert [c.columns["advantage"] for c in scored] == pytest.approx([4 / 3, -2 / 3, -2 / 3])
+    assert batch.counts.completions == 3 + 4 + 4, "those that failed are in no denominator"
+    assert batch.metrics["unscored"] == 5 / 16
+    assert batch.metrics["reward"] == pytest.approx((2.0 + 2 * 2.0) / 11)
+
+
+def test_dynamic_sampling_draws_another_prompt_for_one_that_failed(source_of):
+    lively = ["fails", True, "fails", True, True, "first fails", True, True]
+    source, engine, _ = source_of(DAPO, lively=lively)
+    batch = next(source)
+    order = order_of(8)
+    good = [i for i in order if lively[i] != "fails"][:4]
+    assert sorted(g.prompt_ids[0] for g in batch.groups) == sorted(good)
+    assert engine.asked == order[: order.index(good[-1]) + 1]
+
+
+@pytest.mark.parametrize(
+    "error", [ReceiptError("l.0 did not arrive"), ServerError("failed 6 times on 1 completions")]
+)
+def test_a_failed_hand_over_or_generation_stops_before_anything_is_trained(source_of, error):
+    class Failing(ScriptedEngine):
+        def refresh(self, version):
+            if isinstance(error, ReceiptError):
+                raise error
+
+        def generate(self, *arguments, **options):
+            raise error
+
+    source, engine, policy = source_of(replace(GRPO, beta=0.0), lively=[True] * 4, engine=Failing())
+    for _ in range(2):
+        with pytest.raises(type(error), match=str(error)):
+            next(source)
+    assert engine.asked == [] and policy.forwards == 0
 
 
 def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):

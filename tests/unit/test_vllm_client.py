@@ -6,11 +6,15 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.handover import FolderHandover, NCCLHandover
+from posttrain.rollout.receipt import notes_of
 from posttrain.rollout.vllm import ServerError, VLLMConfig, VLLMEngine
 
 REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
@@ -25,7 +29,10 @@ class Server:
         version="0.32.0",
         misbehave=lambda path, count: None,
         draw=lambda body: [body["seed"], 7],
+        finish=None,
+        left=3,
     ):
+        self.left, self.held = left, {}
         self.log: list[tuple[str, dict]] = []
         self.mark, self.process = None, 1
         outer = self
@@ -52,19 +59,15 @@ class Server:
                     self.answer(odd[1], code=odd[0])
                 elif self.path == "/collective_rpc":
                     self.answer({"results": [outer.call(body["method"], **body["kwargs"])]})
+                elif "prompt_logprobs" in body:
+                    self.answer({"choices": [{"prompt_logprobs": outer.probe(body["prompt"])}]})
                 elif self.path == "/v1/completions":
                     ids = draw(body)[: body["max_tokens"]]
-                    self.answer(
-                        {
-                            "choices": [
-                                {
-                                    "token_ids": ids,
-                                    "logprobs": {"token_logprobs": [-0.5] * len(ids)},
-                                    "finish_reason": "stop" if len(ids) == 2 else "length",
-                                }
-                            ]
-                        }
-                    )
+                    top = [outer.likeliest(token, body["logprobs"]) for token in ids]
+                    logprobs = {"token_logprobs": [-0.5] * len(ids), "top_logprobs": top}
+                    reason = finish or ("stop" if len(ids) == 2 else "length")
+                    choice = {"token_ids": ids, "logprobs": logprobs, "finish_reason": reason}
+                    self.answer({"choices": [choice]})
                 else:
                     self.answer({})
 
@@ -84,7 +87,24 @@ class Server:
         if method == "mark_policy":
             mark = arguments["mark"]
             self.mark = None if mark is None else f"{mark} {self.process}"
+        if method == "reload_policy":
+            self.held = self.load(load_file(Path(arguments["weights_path"]) / "m.safetensors"))
+        if method == "policy_receipt":
+            return {"tensors": notes_of(self.held.items()), "dtype": "float32"}
         return self.mark if method == "policy_mark" else None
+
+    def load(self, tensors):
+        """What it holds after it was sent ``tensors``."""
+        return tensors
+
+    def probe(self, ids):
+        """Its prompt_logprobs."""
+        return [None] + [{str(i): {"logprob": -1.0}} for i in ids[1:]]
+
+    def likeliest(self, token, count):
+        """The token and those after it; all but ``left`` are cut."""
+        ids = [token + i for i in range(count)]
+        return {f"token_id:{t}": -0.5 if t < token + self.left else -9999.0 for t in ids}
 
     def restart(self):
         self.mark, self.process = None, self.process + 1
@@ -92,7 +112,7 @@ class Server:
     def paths(self):
         """Control methods by their name, questions for the mark left out."""
         named = [body["method"] if path == "/collective_rpc" else path for path, body in self.log]
-        return [name for name in named if name != "policy_mark"]
+        return [name for name in named if name not in ("policy_mark", "policy_receipt")]
 
 
 @pytest.fixture
@@ -106,6 +126,7 @@ def serve(monkeypatch, tmp_path):
 
         def save(folder):
             folder.mkdir(parents=True)
+            save_file({"w": torch.full((2, 2), float(len(saved)))}, folder / "m.safetensors")
             saved.append(folder)
 
         config = VLLMConfig(url=servers[-1].url, retries=retries, concurrency=4)
@@ -187,8 +208,9 @@ def test_weights_go_between_pause_and_resume(serve):
     engine = make()
     engine.refresh(4)
     engine.refresh(4)
-    handed_over = ["mark_policy", "reload_policy", "/reset_prefix_cache", "mark_policy"]
-    assert server.paths() == ["/pause?mode=wait", *handed_over, "/resume"] and len(saved) == 1
+    handed_over = ["mark_policy", "reload_policy", "/reset_prefix_cache"]
+    paths = ["/pause?mode=wait", *handed_over, "/resume", "mark_policy"]
+    assert server.paths() == paths and len(saved) == 1
     assert server.log[2][1]["kwargs"]["weights_path"].endswith("w/current")
     assert engine.generate(REQUESTS, SamplingConfig(max_tokens=5))[0][0].policy_version == 4
 
@@ -294,8 +316,28 @@ def test_the_wrong_server_is_told_apart(serve):
         serve(misbehave=lambda path, n: (200, b"<html>"))[1]().generate(
             REQUESTS, SamplingConfig(max_tokens=5)
         )
-    with pytest.raises(ValueError, match="does not say which tokens"):
-        serve()[1]().generate(REQUESTS, SamplingConfig(max_tokens=5, top_p=0.9))
+
+
+@pytest.mark.parametrize("left", [3, 40])
+def test_a_truncated_draw_says_which_ids_were_left(serve, left):
+    """Those that are not cut. Where ties at the edge leave more than were asked for, more are."""
+    server, make, _ = serve(left=left)
+    sampling = SamplingConfig(max_tokens=5, top_k=2, top_p=0.9, min_p=0.1)
+    for row in make().generate(REQUESTS, sampling):
+        for d in row:
+            assert d.kept_ids == tuple(tuple(range(t, t + left)) for t in d.token_ids)
+    body = server.log[-2][1]
+    assert (body["top_k"], body["top_p"], body["min_p"]) == (2, 0.9, 0.1)
+    assert body["return_tokens_as_token_ids"] and body["logprobs"] == (66 if left == 40 else 18)
+    whole = make().generate(REQUESTS, SamplingConfig(max_tokens=5))
+    assert all(d.kept_ids is None for row in whole for d in row)
+
+
+def test_a_completion_that_the_server_breaks_off_is_drawn_again(serve):
+    server, make, _ = serve(retries=1, finish="abort")
+    with pytest.raises(ServerError, match="failed 2 times on 4 completions.*abort"):
+        make().generate(REQUESTS, SamplingConfig(max_tokens=5))
+    assert server.paths().count("/v1/completions") == 8
 
 
 def test_nccl_needs_vllm_beside_the_trainer_and_ignores_no_option():
