@@ -263,6 +263,8 @@ class Loop:
             )
         if self.train.self_check and gathers:
             self._self_check(policy)
+            self.mode = policy.forward_mode.mode
+            self.forward_plan = replace(self.forward_plan, mode=self.mode)
         self.heap = HeapGuard(self.holes_bytes if device.type == "cpu" else math.inf)
         self.heap.watch(self.policy)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
