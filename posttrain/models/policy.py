@@ -224,6 +224,7 @@ class Policy(nn.Module):
                 f"({other.forward_mode.reason}), but the trained model's rows hold several. Use "
                 "--packing.mode single for both."
             )
+        other.follow(self)
         return other
 
     def step_down(self, reason: str) -> bool:

@@ -67,7 +67,8 @@ def self_check(
         length_limit=forward_mode.length_limit,
     )
     device = policy.base.get_input_embeddings().weight.device
-    squares, worst = [], (0.0, "")
+    squares: list[Tensor] = []
+    worst = (0.0, "")
     limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     with in_eval_mode(policy), products_in_float32(policy), segment_attention(policy.model):
         for micro_batch in plan.ranks[0]:
