@@ -400,7 +400,7 @@ def build(family: str) -> Any:
 
 DOCUMENTATION = """# Families
 
-Every causal language model of transformers trains exactly, in the first of these modes that the \
+Every causal family of transformers trains exactly, in the first of these modes that the \
 self-check at the start of a run finds exact (`packing.mode: auto`; with `train.self_check: false` \
 nothing steps down). `tests/unit/test_family_sweep.py` builds each one tiny and compares log-probs \
 and gradient with a plain loop over the model's own forward. `python -m tests.family_table` writes \
@@ -418,7 +418,7 @@ Not built in the test:
 """
 MODE_WORDS = {
     "shared": "many sequences in a row, each prompt computed once",
-    "packed": "many sequences in a row",
+    "packed": "many sequences in a row, without a shared prompt: any of the above with dropout",
     "single": "one sequence at a time through the model's own attention, logits of trained tokens",
     "own": "one sequence at a time through the model's own forward, with all its logits",
     "not causal": "refused: predictions depend on the tokens that follow",
