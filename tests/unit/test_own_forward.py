@@ -10,18 +10,21 @@ import pytest
 import torch
 import transformers
 
+from posttrain import OptimizerConfig, SFTConfig, SFTTrainer, TrainConfig
 from posttrain.models.heads import Scorer
 from posttrain.models.load import ModelConfig, load_model
 from posttrain.models.policy import Policy
 from posttrain.models.reference import frozen_copy
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import PackingConfig, plan_step
+from posttrain.training.metrics import read_metrics
 from posttrain.training.reference import sequence_key
 from posttrain.training.selfcheck import SelfCheckError, self_check
 from posttrain.types import SCORE_SLOT, Completion, PromptGroup
 from tests.family_table import build
 from tests.helpers import VOCAB, gradients_of, tiny_llama
 from tests.unit.test_family_sweep import GROUPS, assert_trains_exactly, own_values, trained_values
+from tests.unit.test_models_load import make_tokenizer
 
 
 def checked(model: torch.nn.Module, *, mode: str = "auto") -> Policy:
@@ -210,3 +213,33 @@ def test_a_model_of_pictures_and_text_loads(tmp_path):
     assert type(loaded) is type(model)
     wanted, got = (own_values(m, PICTURES)[0] for m in (model, loaded.eval()))
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["bert", "cpmant"])
+def test_a_run_steps_down_or_stops(family, tmp_path):
+    """The whole loop on the model's own logits; a model that is not causal stops before a step."""
+    groups = [
+        replace(
+            g, completions=[replace(c, token_ids=[*c.token_ids[:-1], 1]) for c in g.completions]
+        )
+        for g in GROUPS
+    ]
+    run = SFTTrainer(
+        model=build(family).train(),
+        tokenizer=make_tokenizer(VOCAB),
+        train_dataset=groups,
+        eval_dataset=groups,
+        config=SFTConfig(
+            train=TrainConfig(run_dir=str(tmp_path), max_steps=4, batch_size=2, precision="fp32"),
+            optimizer=OptimizerConfig(lr=1e-2),
+        ),
+    )
+    if family == "cpmant":
+        with pytest.raises(SelfCheckError, match="not causal"):
+            run.train()
+        return
+    result = run.train()
+    steps = [m["loss"] for m in read_metrics(result.folder / "metrics.jsonl") if "loss" in m]
+    values, _ = own_values(build(family), groups)
+    assert steps[0] == pytest.approx(-float(values.mean()), abs=1e-4)
+    assert steps[-1] < steps[0] - 0.1
