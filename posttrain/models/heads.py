@@ -72,6 +72,14 @@ class Scorer(Policy):
     """``Scorer(model, packing)(batch) -> scores_T``: one score for every completion, at the token
     before its score slot."""
 
+    @property
+    def head(self) -> Any:
+        """From hidden states to scores."""
+        return self.base.score
+
+    def _hides_a_transform(self) -> bool:
+        return False
+
     def compute(self, batch: PackedBatch, outputs: Sequence[Any] = ()) -> Forward:
         """``logps_T`` are scores [T], at least float32; T is the number of completions: each has
         one trained position, its slot."""
@@ -84,7 +92,7 @@ class Scorer(Policy):
             hidden_TH = (
                 self._backbone(batch).last_hidden_state[0].index_select(0, batch.predictor_T)
             )
-            scores_T = self.base.score(hidden_TH)[:, 0] if len(hidden_TH) else hidden_TH.sum(-1)
+            scores_T = self.head(hidden_TH)[:, 0] if len(hidden_TH) else hidden_TH.sum(-1)
         return Forward(scores_T.to(torch.promote_types(scores_T.dtype, torch.float32)))
 
     def plain_values(self, group: PromptGroup, k: int) -> Tensor:

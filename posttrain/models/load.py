@@ -122,7 +122,7 @@ def untrained_model(
 ) -> Any:
     """What ``load_model`` (``scores``: ``load_reward_model``) gives, with random weights; with none
     on the meta device."""
-    auto_class, _ = _auto_class(scores)
+    auto_class = _auto_class(model_config, scores=scores)
     if scores:
         model_config = copy.deepcopy(model_config)
         model_config.num_labels = 1
@@ -144,13 +144,7 @@ def load_pretrained(
     source = resolve_source(config.name)
     _check_weights_are_safetensors(source)
     model_config = read_config(config)
-    auto_class, known = _auto_class(scores)
-    if type(model_config) not in known:
-        raise ValueError(
-            f"Model {config.name!r} is a {model_config.model_type!r}, which transformers' "
-            f"{auto_class.__name__} does not have. Only decoder models that predict the next token "
-            "can be trained here."
-        )
+    auto_class = _auto_class(model_config, scores=scores)
     _settle_router_loss(model_config, config)
     if scores:
         model_config.num_labels = 1
@@ -175,13 +169,21 @@ def load_pretrained(
     return model, missing
 
 
-def _auto_class(scores: bool) -> tuple[Any, Any]:
-    """(transformers' class for the task, the configs that it knows)"""
+def _auto_class(config: Any, *, scores: bool) -> Any:
+    """The class of transformers that builds the model; a model of pictures and text is one of text
+    too. ValueError if none does."""
     import transformers as hf
 
-    if scores:
-        return hf.AutoModelForSequenceClassification, hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    return hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    wanted = hf.AutoModelForSequenceClassification if scores else hf.AutoModelForCausalLM
+    if type(config) in wanted._model_mapping:
+        return wanted
+    pictures = hf.AutoModelForImageTextToText
+    if not scores and type(config) in pictures._model_mapping and not config.is_encoder_decoder:
+        return pictures
+    raise ValueError(
+        f"The model is a {config.model_type!r}, which transformers' {wanted.__name__} does not "
+        "have. Only decoder models that predict the next token can be trained here."
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -369,7 +371,8 @@ def _settle_router_loss(model_config: PreTrainedConfig, config: ModelConfig) -> 
         raise ValueError(
             f"Router auxiliary loss refused: the config of {config.name!r} asks for one "
             f"(output_router_logits=true, router_aux_loss_coef={coefficient}), which depends on "
-            "how a step is split. Train without it: --model.train_without_router_loss true."
+            "how a step is split. Train without it: --model.train_without_router_loss true. A loss "
+            "of your own can ask the forward for the routers' probabilities (outputs: 'router')."
         )
     text_config.output_router_logits = False
     logger.warning("The router auxiliary loss of %s is left out, as asked.", config.name)

@@ -40,11 +40,13 @@ class LogitTransform:
         return logits if self.temperature == 1.0 else logits / self.temperature
 
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def logit_transform(config: Any) -> LogitTransform:
     """Reads it from a transformers config: Gemma softcaps, Cohere multiplies, Granite divides.
 
-    A family with a transform that is not listed here is caught by the self-check at the start of
-    every run.
+    A policy whose family has a transform that is not listed here takes the model's own logits.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
@@ -52,7 +54,8 @@ def logit_transform(config: Any) -> LogitTransform:
         scale *= float(text.logit_scale)
     if getattr(text, "logits_scaling", None) is not None:
         scale /= float(text.logits_scaling)
-    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
+    caps = (getattr(text, name, None) for name in SOFTCAPS)
+    return LogitTransform(scale=scale, softcap=next((cap for cap in caps if cap), None))
 
 
 CPU_BLOCK_ELEMENTS = 2**21

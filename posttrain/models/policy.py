@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from posttrain.models.dropout import base_model, has_dropout
 from posttrain.models.logprobs import (
@@ -90,6 +91,21 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of some or all layers."""
+    kinds = getattr(config, "layer_types", None)
+    unused = getattr(config, "use_sliding_window", True) is False
+    if unused or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def backbone(base: Any) -> Any:
+    """What turns token ids into the last hidden state."""
+    decoder = base.get_decoder()
+    return getattr(base, "model", base) if decoder is base else decoder
 
 
 def _long_rope_limit(config: Any) -> int | None:
@@ -191,6 +207,9 @@ class Policy(nn.Module):
                 self._use_flex(torch.device(device_type))
         if self.forward_mode.backend is None and (why_not := self._probe({})):
             self.forward_mode = replace(self.forward_mode, own_logits=True, reason=why_not)
+        elif packing.mode in ("auto", "single") and self._hides_a_transform():
+            while not self.forward_mode.own_logits:
+                self._lower(f"{type(base).__name__} changes its logits after the head")
         log.info("attention: %s (%s)", self.forward_mode.mode, self.forward_mode.reason)
 
     def around(self, model: nn.Module, *, device_type: str) -> Policy:
@@ -205,6 +224,7 @@ class Policy(nn.Module):
                 f"({other.forward_mode.reason}), but the trained model's rows hold several. Use "
                 "--packing.mode single for both."
             )
+        other.follow(self)
         return other
 
     def step_down(self, reason: str) -> bool:
@@ -213,14 +233,22 @@ class Policy(nn.Module):
         mode = self.forward_mode
         if mode.own_logits or (self.packing.mode != "auto" and mode.mode != "single"):
             return False
-        base = base_model(self.model)
+        self._lower(reason)
+        log.info("attention: single (%s)", reason)
+        return True
+
+    def follow(self, other: Policy) -> None:
+        """Steps down as far as ``other`` did: a reference with the policy that it belongs to."""
+        while _depth(self.forward_mode) < _depth(other.forward_mode):
+            self._lower(other.forward_mode.reason)
+
+    def _lower(self, reason: str) -> None:
+        mode = self.forward_mode
         if mode.backend is not None:
-            base.set_attn_implementation(plain_name(base))
+            self.base.set_attn_implementation(plain_name(self.base))
         self.forward_mode = replace(
             mode, mode="single", backend=None, own_logits=mode.mode == "single", reason=reason
         )
-        log.info("attention: single (%s)", reason)
-        return True
 
     def _use_flex(self, device: torch.device) -> None:
         """FlexAttention where its kernel works on this device, else attention by segment, with one
@@ -249,6 +277,36 @@ class Policy(nn.Module):
         self.forward_mode = replace(self.forward_mode, backend=attention.SEGMENT_NAME)
 
     @torch.no_grad()
+    def _hides_a_transform(self) -> bool:
+        """Whether the model does more between head and logits than ``self.transform``: its head is
+        made to give a ramp."""
+        weight = self.base.get_input_embeddings().weight
+        head = self.head
+        if head is None or weight.is_meta or isinstance(weight, FakeTensor):
+            return False
+        ramp: list[Tensor] = []
+
+        def give_ramp(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            ramp.append(torch.linspace(-50, 50, output.shape[-1]).to(output).expand_as(output))
+            return ramp[0]
+
+        handle = head.register_forward_hook(give_ramp)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+        try:
+            with in_eval_mode(self.model), plain_attention(self.model):
+                logits = self.base(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+        if not ramp or ramp[0].shape != logits.shape:
+            return True
+        known = replace(self.transform, temperature=1.0)
+        # MiniCPM scales the hidden states, which is the same
+        return not any(
+            torch.allclose(logits, transform.apply(ramp[0].float()), rtol=0.02)
+            for transform in (known, replace(known, scale=1.0))
+        )
+
+    @torch.no_grad()
     def _probe(self, packing: dict[str, Layout]) -> str | None:
         """Two tokens (as two sequences): why the backbone cannot be called this way, or None."""
         base = base_model(self.model)
@@ -259,13 +317,17 @@ class Policy(nn.Module):
         )
         try:
             with in_eval_mode(base):
-                output = base.get_decoder()(
+                output = backbone(base)(
                     input_ids=zeros, position_ids=zeros, use_cache=False, **packing
                 )
+                if not hasattr(output, "last_hidden_state"):
+                    return f"{type(base).__name__} hides its last hidden state"
+                self.head(output.last_hidden_state)
         except Exception as error:  # noqa: BLE001 - whatever it is, a step further down is exact
             return str(error).partition("\n")[0] or type(error).__name__
-        if not hasattr(output, "last_hidden_state"):
-            return f"{type(base).__name__} hides its last hidden state"
+        window = _window(base.config.get_text_config())
+        if packing and window not in {None, *packing["packing"].cache[attention.WINDOWS]}:
+            return f"the mask alone knows its sliding window of {window} tokens"
         return None
 
     @property
@@ -277,6 +339,11 @@ class Policy(nn.Module):
     def base(self) -> Any:
         """The transformers model, inside of peft's wrapper if there is one."""
         return base_model(self.model)
+
+    @property
+    def head(self) -> Any:
+        """From hidden states to logits."""
+        return self.base.get_output_embeddings()
 
     def forward(
         self, batch: PackedBatch | PlainSequence, outputs: Sequence[Any] = ()
@@ -310,6 +377,7 @@ class Policy(nn.Module):
                 f"through the model's own forward; this run packs them ({self.forward_mode.mode}). "
                 "Use --packing.mode single."
             )
+        assert self.forward_mode.mode != "single" or len(batch.layout.lengths) <= 1, batch.layout
         own = self.forward_mode.own_logits or bool(batch.inputs)
         common: dict[str, Any] = {
             "chunk": self.packing.logits_chunk,
@@ -325,7 +393,7 @@ class Policy(nn.Module):
         backbone = self._backbone(batch, **more)
         return HeadInput(
             hidden_TH=backbone.last_hidden_state[0].index_select(0, batch.predictor_T),
-            head=self.base.get_output_embeddings(),
+            head=self.head,
             transform=self.transform,
             backbone=backbone,
             **common,
@@ -333,7 +401,7 @@ class Policy(nn.Module):
 
     def _backbone(self, batch: PackedBatch, **more: Any) -> Any:
         extra = {} if self.forward_mode.backend is None else {"packing": batch.layout}
-        return self.base.get_decoder()(
+        return backbone(self.base)(
             input_ids=batch.input_ids_L[None],
             position_ids=batch.position_ids_L[None],
             use_cache=False,
@@ -368,6 +436,11 @@ class Policy(nn.Module):
             logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)), dim=-1
         )
         return logps_TV.gather(1, ids[len(group.prompt_ids) :][trained, None]).squeeze(1)
+
+
+def _depth(mode: ForwardMode) -> int:
+    """Steps down to it."""
+    return (mode.mode == "single") + mode.own_logits
 
 
 def output_name(output: Any) -> str:
@@ -422,7 +495,7 @@ def plain_name(base: Any) -> str:
 @contextmanager
 def _attention(model: nn.Module, name: str, *, instead_of: tuple[str, ...]) -> Iterator[None]:
     base = base_model(model)
-    own = base.config._attn_implementation
+    own = base.config.get_text_config()._attn_implementation
     if own not in instead_of:
         yield
         return

@@ -32,6 +32,10 @@ SEGMENT_NAME = "posttrain_segment"
 FLEX_NAME = "posttrain_flex"
 
 
+WINDOWS = "windows"
+"""Name in ``Layout.cache`` of the sliding windows that the layers asked for."""
+
+
 class NotPackable(RuntimeError):
     """A model asks of the attention what packed attention cannot do; it runs one sequence per
     forward instead."""
@@ -45,7 +49,9 @@ def register() -> None:
     AttentionInterface.register(FLEX_NAME, flex_segment_attention)
 
 
-def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layout:
+def _layout(
+    module: Any, packing: Layout | None, extra: dict[str, Any], window: int | None
+) -> Layout:
     if packing is None:
         raise NotPackable(
             f"{type(module).__name__} was called with posttrain's packed attention but without its "
@@ -53,6 +59,7 @@ def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layou
             "`plain_attention(model)`."
         )
     for name, what in (
+        ("attention_mask", "a mask of its own"),
         ("s_aux", "attention sinks"),
         ("sinks", "attention sinks"),
         ("position_bias", "a position bias"),
@@ -61,6 +68,7 @@ def _layout(module: Any, packing: Layout | None, extra: dict[str, Any]) -> Layou
             raise NotPackable(
                 f"{type(module).__name__} has {what}, which packed attention cannot do."
             )
+    packing.cache.setdefault(WINDOWS, set()).add(window)
     return packing
 
 
@@ -94,7 +102,7 @@ def segment_attention(
             sliding_window=sliding_window,
             softcap=softcap,
         ), None
-    layout = _layout(module, packing, extra)
+    layout = _layout(module, packing, {**extra, "attention_mask": attention_mask}, sliding_window)
     lengths = list(layout.lengths)
     compute = _compute_dtype(query, layout)
     queries, keys, values = (x.to(compute).split(lengths, dim=2) for x in (query, key, value))
@@ -217,7 +225,7 @@ def flex_segment_attention(
             sliding_window=sliding_window,
             softcap=softcap,
         ), None
-    layout = _layout(module, packing, extra)
+    layout = _layout(module, packing, {**extra, "attention_mask": attention_mask}, sliding_window)
     if dropout > 0:
         raise RuntimeError(
             f"FlexAttention has no dropout; got dropout={dropout}. Use --packing.backend sdpa."

@@ -64,7 +64,8 @@ class TrainConfig:
     """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
     self_check: bool = True
     """Compare two groups through the packed forward with the model's own forward before the first
-    step."""
+    step, and step down to the model's own forward where they differ. Without the check nothing
+    steps down."""
     force: bool = False
     """Start although the predicted memory is more than there is."""
 

@@ -283,6 +283,8 @@ class Loop:
             )
         if self.train.self_check and gathers:
             self._self_check(policy)
+            self.mode = policy.forward_mode.mode
+            self.forward_plan = replace(self.forward_plan, mode=self.mode)
         torch.manual_seed(self.train.seed + self.accelerator.process_index)
         self.policy.train()
         if self.reference is not None:

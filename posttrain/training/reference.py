@@ -135,6 +135,8 @@ class RunReference:
     def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
         """After ``build`` and accelerate, before the first step and before a checkpoint is read."""
         self._policy = unwrapped(policy)
+        if self._frozen is not None:
+            self._frozen.follow(self._policy)
         self._is_sharded = self._frozen is not None and shards_weights(plan.accelerator)
         if self._frozen is not None and self._is_sharded:
             compute = None if is_deepspeed(plan.accelerator) else self._compute

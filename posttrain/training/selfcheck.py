@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.models.adapters import products_in_float32
 from posttrain.models.policy import PlainSequence, Policy, in_eval_mode, segment_attention
@@ -66,18 +67,21 @@ def self_check(
         length_limit=forward_mode.length_limit,
     )
     device = policy.base.get_input_embeddings().weight.device
-    squares, worst = [], (0.0, "")
+    squares: list[Tensor] = []
+    worst = (0.0, "")
+    limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     with in_eval_mode(policy), products_in_float32(policy), segment_attention(policy.model):
         for micro_batch in plan.ranks[0]:
             batch = pack(groups, micro_batch.parts, mode=forward_mode.mode).to(device)
             packed_T = policy(batch).logps_T
             for s, (g, k) in enumerate(batch.refs):
                 plain_T = policy(PlainSequence(group=groups[g], completion=k))
+                if forward_mode.mode == "single" and not squares:
+                    _check_causal(policy, groups[g], k, plain_T, limit)
                 difference = (packed_T[batch.sequence_T == s] - plain_T).double()
                 squares.append(difference.square())
                 worst = max(worst, (float(difference.abs().max()), groups[g].where))
     rms = float(torch.cat(squares).mean().sqrt())
-    limit = SELF_CHECK_RMS_NATS[compute or next(policy.parameters()).dtype]
     mode = forward_mode.mode
     if not rms <= limit and policy.step_down(f"{mode} log-probs differ by {rms:.2g} nats"):
         return self_check(policy, groups, max_tokens=max_tokens, compute=compute)
@@ -89,6 +93,28 @@ def self_check(
             "know. Leave --packing.mode at auto, which steps down to the model's own forward."
         )
     return rms
+
+
+def _check_causal(
+    policy: Policy, group: PromptGroup, k: int, plain_T: Tensor, limit: float
+) -> None:
+    """Raise SelfCheckError if the model's own log-probs of a completion's first trained tokens
+    change where those that follow stand in another order: it sees what it shall predict."""
+    completion = group.completions[k]
+    half = completion.num_trained // 2
+    if not half:
+        return
+    end = int(completion.trained[half - 1]) + 1
+    ids = np.concatenate([completion.token_ids[:end], completion.token_ids[end:][::-1]])
+    turned = replace(group, completions=[replace(completion, token_ids=ids)], pairs=())
+    turned_T = policy(PlainSequence(group=turned, completion=0))
+    rms = float((turned_T - plain_T)[:half].double().square().mean().sqrt())
+    if not rms <= limit:
+        raise SelfCheckError(
+            f"{type(policy.base).__name__} is not causal: log-probs of {group.where} change by "
+            f"{rms:.3g} nats (rms) with the tokens that follow, so it sees what it shall predict. "
+            "If its config has a switch (is_decoder, causal, attn_type), set it and save the model."
+        )
 
 
 def _shortened(group: PromptGroup) -> PromptGroup:
