@@ -43,7 +43,7 @@ test-vllm: $(INSTALLED) .venv-vllm/.installed
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy posttrain/types.py posttrain/precision.py posttrain/losses
+	$(BIN)/mypy posttrain
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_architecture.py
 
 clean:
