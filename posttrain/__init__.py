@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from posttrain.rl.algorithms import Algorithm
     from posttrain.rl.batches import RolloutConfig
     from posttrain.rl.credit import Credit, Rollout, credit
+    from posttrain.rl.environment import Environment, SingleTurn
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.trainers.dpo import DPOConfig, DPOTrainer
     from posttrain.trainers.reward import RewardConfig, RewardTrainer
@@ -61,6 +62,7 @@ _NAMES = {
     "training.config": "TrainConfig",
     "rl.batches": "RolloutConfig",
     "rl.credit": "Credit Rollout credit",
+    "rl.environment": "Environment SingleTurn",
     "training.optimizer": "OptimizerConfig",
     "training.reference": "ReferenceConfig",
     "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair PromptGroup "

@@ -73,7 +73,7 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: dict[str, int] = {}
         self.again: dict[str, int] = {}
-        prepare, take_step = Loop._prepare, sharding.take_step
+        prepare, take_step = Loop.prepare, sharding.take_step
 
         def prepared(loop: Loop) -> None:
             prepare(loop)
@@ -109,7 +109,7 @@ class Watch:
             self.again = measured_states(accelerator, policy, optimizer)
             take_step(accelerator, policy, optimizer)
 
-        monkeypatch.setattr(Loop, "_prepare", prepared)
+        monkeypatch.setattr(Loop, "prepare", prepared)
         monkeypatch.setattr(sharding, "take_step", measured)
 
 

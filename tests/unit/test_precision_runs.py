@@ -61,7 +61,7 @@ def loop_of(
         optimizer_config=optimizer,
         packing=PackingConfig(),
     )
-    loop._prepare()
+    loop.prepare()
     return loop
 
 
