@@ -391,6 +391,17 @@ def test_recipe_learns_with_the_server(server, tmp_path):
     assert rewards[0] < 0.3 and statistics.median(rewards[-5:]) > 0.8, rewards
 
 
+def test_merged_adapters_are_what_the_trainer_samples_from(server, tmp_path):
+    """The probe is computed without merging: it compares the merge too."""
+    arguments = [
+        *settings(server, tmp_path, "run", "starts_with_digit"),
+        *("--model.lora.rank", "4", "--sampling.max_tokens", "4", "--train.max_steps", "4"),
+    ]
+    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    steps = steps_of(tmp_path / "run")
+    assert len(steps) == 4 and max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
+
+
 def test_recipe_trains_right_with_truncated_sampling(server, tmp_path):
     arguments = [
         *settings(server, tmp_path, "run", "starts_with_digit"),

@@ -86,6 +86,8 @@ def source_of(tmp_path):
         def first(completions, sample, scores):
             if sample["lively"] == "fails":
                 raise OSError("no answer")
+            if sample["lively"] == "mask":
+                return [float(k * sum(map(len, c.kept_ids))) for k, c in enumerate(completions)]
             if sample["lively"] == "first fails":
                 return [None, 2.0, 0.0, 0.0]
             return [float(sample["lively"] and k % 2) for k in range(len(completions))]
@@ -173,6 +175,20 @@ def test_dynamic_sampling_draws_another_prompt_for_one_that_failed(source_of):
     good = [i for i in order if lively[i] != "fails"][:4]
     assert sorted(g.prompt_ids[0] for g in batch.groups) == sorted(good)
     assert engine.asked == order[: order.index(good[-1]) + 1]
+
+
+def test_rewards_see_which_ids_each_token_was_drawn_from(source_of):
+    class Truncating(ScriptedEngine):
+        def generate(self, requests, sampling, *, on_finished=None):
+            kept = ((70, 75), (71,))
+            rows = super().generate(requests, sampling)
+            return [[replace(s, kept_ids=kept) for s in row] for row in rows]
+
+    source, _, _ = source_of(DR_GRPO, lively=["mask"] * 4, engine=Truncating())
+    for group in source.batch(0).groups:
+        for k, c in enumerate(group.completions):
+            assert c.columns["kept_ids"].values.tolist() == [70, 75, 71]
+            assert c.columns["advantage"] == pytest.approx(3 * k - 4.5), "3 ids were left"
 
 
 @pytest.mark.parametrize(

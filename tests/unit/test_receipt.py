@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from posttrain.models.load import ModelConfig, load_model
 from posttrain.rollout.engine import Request, SamplingConfig
-from posttrain.rollout.handover import FolderHandover
+from posttrain.rollout.handover import FolderHandover, NCCLHandover
 from posttrain.rollout.receipt import (
     ReceiptError,
     check_probe,
@@ -134,6 +136,82 @@ def servers():
     yield made
     for server in made:
         server.http.shutdown()
+
+
+class Weights(nn.Module):
+    """Parameters of a trainer, for a hand-over without a file."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name, tensor in weights.items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor))
+
+
+@pytest.fixture
+def nccl(monkeypatch, servers):
+    """vLLM's trainer side without GPUs: what it broadcasts goes into the stub server."""
+
+    class Source:
+        def __init__(self, module):
+            self.module = module
+
+        def __iter__(self):
+            return ((n, p.detach().clone()) for n, p in self.module.named_parameters())
+
+    class Endpoint:
+        def __init__(self, source):
+            self.source = source
+
+        @classmethod
+        def trainer_init(cls, info, *, client, source):
+            assert info["world_size"] == 2
+            return cls(source)
+
+        def send_weights(self):
+            servers[0].held = servers[0].load(dict(self.source))
+
+    names = {
+        "base": {"ModuleSource": Source},
+        "clients": {"HTTPVLLMWeightSyncClient": lambda url, timeout: None},
+        "nccl_engine": {
+            "NCCLTrainerInitInfo": dict,
+            "NCCLTrainerWeightTransferEngine": Endpoint,
+        },
+    }
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", ModuleType("vllm.distributed"))
+    package = ModuleType("vllm.distributed.weight_transfer")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name, attributes in names.items():
+        module = ModuleType(f"{package.__name__}.{name}")
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        setattr(package, name, module)
+    return servers[0]
+
+
+@pytest.mark.parametrize("lie", [n for n in LIES if n != "renames a tensor"])
+def test_every_lie_is_found_without_a_file_too(nccl, lie):
+    for seed in range(20):
+        nccl.lie = lambda old, new: new
+        model = Weights(random_weights(0))
+        handover = NCCLHandover(
+            url=nccl.url,
+            address="127.0.0.1",
+            port=1,
+            timeout_s=1.0,
+            model=lambda model=model: model,
+        )
+        config = VLLMConfig(url=nccl.url, handover="nccl", retries=0)
+        engine = VLLMEngine(config, handover=handover, stop_ids=[])
+        assert engine.refresh(0).tensors == 1 + 3 * LAYERS
+        for p, new in zip(model.parameters(), random_weights(seed + 1).values(), strict=True):
+            p.data.copy_(new)
+        r = random.Random(seed)
+        nccl.lie = lambda old, new, r=r: LIES[lie](old, new, r)
+        with pytest.raises(ReceiptError, match="embed|layers_"):
+            engine.refresh(1)
+        assert nccl.mark is None
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -43,9 +43,11 @@ class Server:
 
             def do_GET(self):
                 self.answer(
-                    {"/version": {"version": version}, "/v1/models": {"data": [{"id": "m"}]}}.get(
-                        self.path, {}
-                    )
+                    {
+                        "/version": {"version": version},
+                        "/v1/models": {"data": [{"id": "m"}]},
+                        "/get_world_size": {"world_size": 1},
+                    }.get(self.path, {})
                 )
 
             def do_POST(self):
