@@ -557,7 +557,7 @@ class Loss:
                 f"{self.name} has no option {unknown[0]!r}; it has "
                 f"{', '.join(sorted(self.accepts)) or 'none'}."
             )
-        return replace(self, options={**self.options, **options})
+        return replace(self, options={**self.options, **options}) if options else self
 
 
 def wrap(wrapper: Any, function: Callable[..., Any]) -> None:

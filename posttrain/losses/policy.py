@@ -113,6 +113,11 @@ def _tokens(
     return LossOutput(terms=[_term(items_T, aggregation, constant or None)], metrics=metrics)
 
 
+def _by_sign(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """``yes`` or ``no`` in the dtype of ``like``: torch.where of two numbers would be float32."""
+    return torch.where(where, like.new_tensor(yes), like.new_tensor(no))
+
+
 def _length_S(logps: Logps) -> Tensor:
     return logps.num_tokens_S.clamp(min=1)
 
@@ -268,7 +273,7 @@ def sapo(logps: Logps, *, tau_positive: float = 1.0, tau_negative: float = 1.05)
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"sapo's taus are > 0; got {tau_positive} and {tau_negative}.")
     advantage_T = logps.by_token("advantage")
-    tau_T = torch.where(advantage_T > 0, tau_positive, tau_negative).to(advantage_T)
+    tau_T = _by_sign(advantage_T > 0, tau_positive, tau_negative, advantage_T)
     ratio_T = torch.exp(logps.logps_T - logps.proximal_T)
     gate_T = torch.sigmoid(tau_T * (ratio_T - 1)) * 4 / tau_T
     return _tokens(-gate_T * advantage_T, "sequence_mean", 0.0)
@@ -293,9 +298,9 @@ def vespo(
     advantage_T = logps.by_token("advantage")
     log_ratio_T = (logps.logps_T - logps.proximal_T).detach().clamp(-20, 20)
     log_w_T = logps.sum_by_sequence(log_ratio_T).clamp(math.log(1e-8), 20)[logps.sequence_T]
-    k_T = torch.where(advantage_T >= 0, k_positive, k_negative)
-    lambda_T = torch.where(advantage_T >= 0, lambda_positive, lambda_negative)
-    phi_T = torch.exp(lambda_T + k_T * log_w_T - lambda_T * log_w_T.exp()).to(advantage_T)
+    k_T = _by_sign(advantage_T >= 0, k_positive, k_negative, advantage_T)
+    lambda_T = _by_sign(advantage_T >= 0, lambda_positive, lambda_negative, advantage_T)
+    phi_T = torch.exp(lambda_T + k_T * log_w_T - lambda_T * log_w_T.exp())
     return _tokens(-phi_T * advantage_T * logps.logps_T, "token_mean", 0.0, {"phi": phi_T})
 
 

@@ -298,7 +298,7 @@ class Policy(nn.Module):
         finally:
             handle.remove()
         if not ramp or ramp[0].shape != logits.shape:
-            return True
+            return False  # another forward was put around the model: the self-check will tell
         known = replace(self.transform, temperature=1.0)
         # MiniCPM scales the hidden states, which is the same
         return not any(

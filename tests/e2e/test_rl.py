@@ -307,7 +307,7 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path):
             "nothing",
             "--data.train",
             f"[{inputs[1].parent / 'bad.jsonl'}]",
-        ): "bad.jsonl:1: no prompt in column",
+        ): "bad.jsonl:1: no prompt in data.prompt_column",
     }
     (inputs[1].parent / "bad.jsonl").write_text('{"text": "x"}\n')
     for more, message in cases.items():
