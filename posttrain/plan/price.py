@@ -143,13 +143,15 @@ def memory_plan(job: Job) -> MemoryPlan:
 
 
 def _states(job: Job, parameters: Sequence[Parameter]) -> dict[str, int]:
-    return run_states(
-        parameters,
-        precision=job.precision,
-        optimizer=job.optimizer,
-        sharding=job.sharding,
-        num_devices=job.num_devices,
-        whole_below=ZERO3_WHOLE_BELOW * _embedding_shape(job)[1],
+    return dict(
+        run_states(
+            parameters,
+            precision=job.precision,
+            optimizer=job.optimizer,
+            sharding=job.sharding,
+            num_devices=job.num_devices,
+            whole_below=ZERO3_WHOLE_BELOW * _embedding_shape(job)[1],
+        )
     )
 
 

@@ -218,9 +218,9 @@ def run_states(
     sharding: Kind = "whole",
     num_devices: int = 1,
     whole_below: int = 0,
-) -> dict[str, int]:
-    """What the largest rank of our run holds between backward and optimizer step, by item, of those
-    that are not 0.
+) -> Counter[str]:
+    """What the largest rank of our run holds between backward and optimizer step, by item; 0 for
+    one that there is not.
 
     whole: the weights are their own master under autocast, gradients and moments have their dtype.
     fsdp2: the same of each tensor's shard. zero1 to zero3 (DeepSpeed): weights in the compute
@@ -234,7 +234,7 @@ def run_states(
     else:
         stage = ZERO_STAGE[sharding]
         items = _deepspeed_items(listed, precision, optimizer, stage, num_devices, whole_below)
-    return {name: value for name, value in items.items() if value}
+    return Counter({name: value for name, value in items.items() if value})
 
 
 def _tensor_items(
