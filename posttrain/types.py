@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import WRAPPER_ASSIGNMENTS, cached_property
 from inspect import Parameter, signature
 from itertools import combinations
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -91,7 +90,7 @@ class Completion:
 
     token_ids: Any
     loss_mask: Any
-    columns: Mapping[str, Column] = field(default_factory=lambda: MappingProxyType({}))
+    columns: Mapping[str, Column] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids, mask = np.asarray(self.token_ids), np.asarray(self.loss_mask, dtype=bool)
@@ -176,11 +175,11 @@ class PromptGroup:
     pairs: Sequence[Pair] | None = None
     """Comparisons to train on. None: the completions are ranked, best first, and all C(K, 2) pairs
     count."""
-    inputs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     """What else the model is called with, by keyword (``pixel_values``, ...): arrays whose first
     dimension is the prompt's own. Such groups run through the model's own forward, one sequence at
     a time; every cache key and digest has them."""
-    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    meta: Mapping[str, Any] = field(default_factory=dict)
     """Where it comes from: ``file``, ``row``; read by error messages and reward functions, never by
     the forward."""
 

@@ -185,7 +185,7 @@ def test_rewards_see_which_ids_each_token_was_drawn_from(source_of):
             return [[replace(s, kept_ids=kept) for s in row] for row in rows]
 
     source, _, _ = source_of(DR_GRPO, lively=["mask"] * 4, engine=Truncating())
-    for group in source.batch(0).groups:
+    for group in next(source).groups:
         for k, c in enumerate(group.completions):
             assert c.columns["kept_ids"].values.tolist() == [70, 75, 71]
             assert c.columns["advantage"] == pytest.approx(3 * k - 4.5), "3 ids were left"
