@@ -139,6 +139,11 @@ def load(config, tokenizer=None, **changes):
 
 def everything(dataset):
     return [
-        (g.prompt_ids, g.completions[0].token_ids, g.completions[0].loss_mask, g.meta)
+        (
+            g.prompt_ids.tolist(),
+            g.completions[0].token_ids.tolist(),
+            g.completions[0].loss_mask.tolist(),
+            g.meta,
+        )
         for g in dataset
     ]

@@ -34,10 +34,9 @@ def test_groups_on_disk_are_those_of_the_rows_less_what_follows_the_last_trained
             {"role": "assistant", "content": row["completion"]},
         ]
         direct, group = encode_conversation(messages, tokenizer), data.train[i]
-        assert group.prompt_ids == list(direct.prompt_ids)
-        assert (
-            group.completions[0].token_ids == list(direct.completions[0].token_ids)[:-1]
-        )  # the line break
+        assert list(group.prompt_ids) == list(direct.prompt_ids)
+        without_line_break = list(direct.completions[0].token_ids)[:-1]
+        assert list(group.completions[0].token_ids) == without_line_break
         assert trained_text(group, tokenizer) == row["completion"] + "<|im_end|>"
         assert group.where == f"{config.train[0]}:{i + 1}"
         assert data.train.lengths[i] == len(group.prompt_ids) + len(group.completions[0].token_ids)
@@ -113,8 +112,9 @@ def test_truncation_cuts_the_completions_end_and_counts_what_it_does(long_rows):
     for i in (3, 4):
         cut, uncut = data.train[i], full[i]
         kept = len(cut.completions[0].token_ids)
-        assert cut.prompt_ids == uncut.prompt_ids
-        assert cut.completions[0].token_ids == uncut.completions[0].token_ids[:kept]
+        assert list(cut.prompt_ids) == list(uncut.prompt_ids)
+        start = uncut.completions[0].token_ids[:kept]
+        assert list(cut.completions[0].token_ids) == list(start)
         assert "<|im_end|>" not in trained_text(cut, tokenizer)
     (source,) = data.report.train
     assert (source.num_read, source.num_kept, source.num_truncated) == (6, 5, 2)
@@ -161,10 +161,10 @@ def test_truncation_inside_a_later_user_turn_ends_with_a_trained_token(config, t
     }
     path, tokenizer = write(tmp_path / "talk.jsonl", [talk]), byte_level()
     whole = load(config, train=[path]).train[0]
-    first_answer = whole.completions[0].loss_mask.index(0)
+    first_answer = list(whole.completions[0].loss_mask).index(0)
     data = load(config, train=[path], max_length=len(whole.prompt_ids) + first_answer + 10)
     assert trained_text(data.train[0], tokenizer) == "four<|im_end|>"
-    assert data.train[0].completions[0].loss_mask == [1] * first_answer
+    assert list(data.train[0].completions[0].loss_mask) == [1] * first_answer
     assert data.report.train[0].num_truncated == 1
 
 
@@ -310,8 +310,8 @@ def test_rows_in_memory_become_the_same_groups(config):
     tokenizer = byte_level()
     from_disk = load(config, tokenizer).train
     in_memory = groups_from_rows(pairs(20), tokenizer)
-    assert [g.prompt_ids for g in from_disk] == [list(g.prompt_ids) for g in in_memory]
-    assert [g.completions[0].token_ids for g in from_disk] == [
+    assert [list(g.prompt_ids) for g in from_disk] == [list(g.prompt_ids) for g in in_memory]
+    assert [list(g.completions[0].token_ids) for g in from_disk] == [
         list(g.completions[0].token_ids) for g in in_memory
     ]
     with pytest.raises(ValueError, match="<memory>:2: an assistant turn is empty"):

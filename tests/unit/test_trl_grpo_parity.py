@@ -104,9 +104,11 @@ def forward(policy, rows):
 
 def padded(rows, width, left=False, value=0.0):
     fill = [[value] * (width - len(r)) for r in rows]
-    return torch.tensor(
-        [f + list(r) if left else list(r) + f for r, f in zip(rows, fill, strict=True)]
+    made = torch.tensor(
+        [f + list(r) if left else list(r) + f for r, f in zip(rows, fill, strict=True)],
+        dtype=torch.float64,
     )
+    return made if isinstance(value, float) else made.long()
 
 
 CASES = [
@@ -152,7 +154,7 @@ def test_value_and_gradient(trainer, loss_type, settings, name, options, updates
         ),
         "completion_ids": padded(flat, width, value=0),
         "completion_mask": padded([[1] * len(ids) for ids in flat], width, value=0),
-        "advantages": torch.tensor([a for row in advantages for a in row]),
+        "advantages": torch.tensor([a for row in advantages for a in row], dtype=torch.float64),
         "num_items_in_batch": torch.tensor(float(sum(map(len, flat)))),
         "ref_per_token_logps": padded(reference, width),
     }
@@ -166,10 +168,15 @@ def test_value_and_gradient(trainer, loss_type, settings, name, options, updates
     view = batch.with_logps(logps_T, reference_T=torch.tensor([v for r in reference for v in r]))
     terms = algorithm.objective(view).terms
     loss = sum(reduce_term(term, view, count_units(rows)) for term in terms)
-    assert float(loss) == pytest.approx(theirs_loss, abs=1e-5)
+    # TRL's log-probs are float32, and phi multiplies their error by up to lambda w
+    limit = 1e-4 if loss_type == "vespo" else 1e-5
+    assert float(loss) == pytest.approx(theirs_loss, abs=limit)
     loss.backward()
     for (n, p), q in zip(policy.model.named_parameters(), theirs, strict=True):
-        assert torch.allclose(p.grad, q, atol=1e-5, rtol=1e-4), (n, float((p.grad - q).abs().max()))
+        assert torch.allclose(p.grad, q, atol=limit, rtol=1e-4), (
+            n,
+            float((p.grad - q).abs().max()),
+        )
 
 
 def gradient_of_trl(trainer, inputs, loss_type, settings):
