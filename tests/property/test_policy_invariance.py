@@ -88,7 +88,7 @@ class Terms:
         return torch.where(self.chosen, 0.0, -self.clip(EPSILON, EPSILON))
 
     def sapo(self):
-        tau = torch.where(self.a > 0, 1.0, 1.05)
+        tau = 1.0 + 0.05 * (self.a <= 0).to(self.a)
         return -4 / tau / (1 + torch.exp(-tau * (self.r - 1))) * self.a
 
     def vespo(self):
