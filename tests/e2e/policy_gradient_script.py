@@ -11,13 +11,18 @@ from pathlib import Path
 
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step
-from posttrain.rl.algorithms import resolve_algorithm
 from posttrain.rl.credit import has_signal
 from posttrain.training.launch import make_accelerator
 from posttrain.training.reference import frozen_copy
 from posttrain.training.step import step_gradient
 from tests.helpers import gradients_of, max_difference, tiny_gpt2
-from tests.property.test_policy_invariance import MODELS, OPTIONS, make_groups, value_of
+from tests.property.test_policy_invariance import (
+    MODELS,
+    OPTIONS,
+    algorithm_of,
+    make_groups,
+    value_of,
+)
 
 
 def main(out: Path) -> None:
@@ -25,12 +30,10 @@ def main(out: Path) -> None:
     frozen = frozen_copy(Policy(tiny_gpt2(seed=9).double(), PackingConfig()))
     results = []
     for name, later in itertools.product(OPTIONS, (False, True)):
-        algorithm = resolve_algorithm(name, OPTIONS[name])
+        algorithm = algorithm_of(name)
         groups = make_groups(algorithm, later=later)
         plain = tiny_gpt2().double().eval()
         value_of(name, groups, plain, MODELS["reference"]).backward()
-        kl = {"kl_weight": algorithm.beta, "kl_estimator": algorithm.kl_estimator}
-        kl = kl if algorithm.beta and algorithm.kl_in == "loss" else {}
         skips = algorithm.skips(first_update=not later)
         used = [g for g in groups if has_signal(g)] if skips else groups
         plan = replace(

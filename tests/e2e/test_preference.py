@@ -305,7 +305,7 @@ def test_reward_model_learns_and_scores_the_same_in_plain_transformers(
         batch = pack(
             groups, [GroupPart(group=i, completions=(0,)) for i in range(3)], mode="shared"
         )
-        packed = Scorer(model, PackingConfig())(batch)
+        packed = Scorer(model, PackingConfig())(batch).logps_T
     assert torch.allclose(packed, alone, atol=1e-5)
     assert float((alone[0] - alone[1]).abs()) > 1e-4
 
