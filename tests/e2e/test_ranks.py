@@ -20,7 +20,7 @@ def test_gradient_is_the_same_on_every_topology(tmp_path, launch, ranks):
     check(run_warm(launch, "tests/e2e/gradient_script.py", str(out)))
     results = json.loads(out.read_text())
     assert len(results) == 72 + 12 and {r["ranks"] for r in results} == {ranks}
-    assert [sum(name in r["case"] for r in results) for name in ("policy_loss", "k15_loss")] == [
+    assert [sum(name in r["case"] for r in results) for name in ("clipped", "mirror_descent")] == [
         6,
         6,
     ]
