@@ -218,6 +218,8 @@ def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
 
     name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "rl": "RL"}[method]
     module = import_module(f"posttrain.trainers.{method}")
+    if method == "rl" and "teachers" in _said(path, settings):
+        name, module = "Distill", import_module("posttrain.trainers.distill")
     config = parse_config(
         getattr(module, f"{name}Config"),
         ["--config", path, *settings],
@@ -235,22 +237,10 @@ def find_method(path: str, settings: list[str]) -> Method:
     """
     from dataclasses import fields
 
-    import yaml
-
     from posttrain.trainers.dpo import DPOConfig
     from posttrain.trainers.rl import RLConfig
 
-    if not Path(path).is_file():
-        raise ValueError(
-            f"There is no settings file {path!r}. Give one such as "
-            "recipes/configs/sft_smollm2.yaml."
-        )
-    keys: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    said = dict(keys)
-    for option, after in zip(settings, [*settings[1:], ""], strict=False):
-        if option.startswith("--"):
-            name, equals, value = option[2:].partition("=")
-            said[name.split(".")[0]] = value if equals else after
+    said = _said(path, settings)
     if set(said) & ({f.name for f in fields(RLConfig)} - {f.name for f in fields(DPOConfig)}):
         return "rl"
     if "reference" in said:
@@ -262,7 +252,24 @@ def find_method(path: str, settings: list[str]) -> Method:
             "--method sft, reward or dpo."
         )
     loss = written.split("*")[-1].split("+")[0].strip()
-    options = keys.get("loss_options") or {}
+    options = _said(path, []).get("loss_options") or {}
     if loss == "bradley_terry" or {"centering", "margin_scale"} & set(options):
         return "reward"
     return "dpo" if loss not in ("", "sft") else "sft"
+
+
+def _said(path: str, settings: list[str]) -> dict[str, Any]:
+    """The settings by their first name: those of the file, and what the command line says."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(
+            f"There is no settings file {path!r}. Give one such as "
+            "recipes/configs/sft_smollm2.yaml."
+        )
+    said: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    for option, after in zip(settings, [*settings[1:], ""], strict=False):
+        if option.startswith("--"):
+            name, equals, value = option[2:].partition("=")
+            said[name.split(".")[0]] = value if equals else after
+    return said

@@ -209,6 +209,8 @@ def job_of(
             reference = tuple(parameters_of(other))
         elif not any(".lora_" in p.name for p in parameters):
             reference = parameters
+    for teacher in getattr(config, "teachers", ()):  # frozen beside the student, as a reference is
+        reference += tuple(parameters_of(meta_model(ModelConfig(name=teacher.model), precision)))
     job = Job(
         method=method,
         model=model,

@@ -18,6 +18,7 @@ from posttrain.rewards import reward
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.credit import group_normalised
 from posttrain.trainers.rl import RLConfig, RLTrainer
+from posttrain.training.loop import TrainResult
 from posttrain.types import as_loss
 
 
@@ -71,14 +72,12 @@ class DistillTrainer(RLTrainer):
         named = named or [
             (t, TeacherConfig(model=t if isinstance(t, str) else "")) for t in teachers
         ]
-        student = others.get("model")
-        name = student if isinstance(student, str) else config.model.name
-        vocabulary = others.get("tokenizer") or load_tokenizer(replace(config.model, name=name))
+        self._teachers = [model for model, _ in named]
         losses: list[tuple[float, TeacherDivergence]] = []
         for number, (model, settings) in enumerate(named):
             output = TeacherDivergence(
                 str(number) if len(named) > 1 else "teacher",
-                _frozen_forward(model, vocabulary),
+                _frozen_forward(model),
                 kind=settings.divergence,
                 mix=settings.mix,
             )
@@ -90,6 +89,17 @@ class DistillTrainer(RLTrainer):
             algorithm=_algorithm(config, losses),
             **others,
         )
+        # the algorithm has the options; the run's settings keep them
+        self.config = replace(self.config, algorithm_options=config.algorithm_options)
+
+    def train(self) -> TrainResult:
+        """Runs to the end, or continues. ValueError before the first step for a teacher of another
+        vocabulary."""
+        tokenizer = self._tokenizer or load_tokenizer(self.config.model)
+        for teacher in self._teachers:
+            if isinstance(teacher, str):
+                _check_same_vocabulary(tokenizer, teacher)
+        return super().train()
 
 
 def _algorithm(
@@ -109,20 +119,21 @@ def _algorithm(
     )
 
 
-def _frozen_forward(model: str | nn.Module, tokenizer: Any) -> Callable[[Any, Any], Any]:
+def _check_same_vocabulary(tokenizer: Any, teacher: str) -> None:
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(ModelConfig(name=teacher)).get_vocab()
+    if theirs != ours:
+        other = next(t for t in {**ours, **theirs} if theirs.get(t) != ours.get(t))
+        raise ValueError(
+            f"A teacher is compared token by token, and the vocabulary of {teacher} is not the "
+            f"student's: {len(theirs):,} and {len(ours):,} tokens, {other!r} is "
+            f"{theirs.get(other)} there and {ours.get(other)} here. Use a teacher of the same "
+            "family."
+        )
+
+
+def _frozen_forward(model: str | nn.Module) -> Callable[[Any, Any], Any]:
     """(student's policy, batch) -> the teacher's states and head. The teacher's policy is made at
     the first call, when the student's packing, device and temperature are known."""
-    if isinstance(model, str):
-        theirs = load_tokenizer(ModelConfig(name=model)).get_vocab()
-        ours = tokenizer.get_vocab()
-        if theirs != ours:
-            other = next(t for t in {**ours, **theirs} if theirs.get(t) != ours.get(t))
-            raise ValueError(
-                f"A teacher is compared token by token, and the vocabulary of {model} is not the "
-                f"student's: {len(theirs):,} and {len(ours):,} tokens, {other!r} is "
-                f"{theirs.get(other)} there and {ours.get(other)} here. Use a teacher of the same "
-                "family."
-            )
     made: dict[str, Policy] = {}
 
     def forward(student: Policy, batch: Any) -> Any:

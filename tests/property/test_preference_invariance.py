@@ -43,7 +43,9 @@ def make_groups(size: int, *, slots: bool = False, labels: bool = False) -> list
                 ids, mask = [*ids, SCORE_SLOT], [0] * length + [1]
             completions.append(
                 Completion(
-                    token_ids=ids, loss_mask=mask, label=rng.random() < 0.5 if labels else None
+                    token_ids=ids,
+                    loss_mask=mask,
+                    columns={"label": 1 if rng.random() < 0.5 else -1} if labels else {},
                 )
             )
         pairs = None

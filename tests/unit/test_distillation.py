@@ -203,4 +203,6 @@ def test_mistakes_are_said_before_the_first_step(folders, tmp_path):
     other.add_tokens(["<extra>"])
     other.save_pretrained(folders[1])
     with pytest.raises(ValueError, match="'<extra>' is .* there and None here"):
-        DistillTrainer(config=replace(config, teachers=[TeacherConfig(model=str(folders[1]))]))
+        DistillTrainer(
+            config=replace(config, teachers=[TeacherConfig(model=str(folders[1]))])
+        ).train()

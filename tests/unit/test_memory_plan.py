@@ -247,10 +247,16 @@ def test_sampling_in_the_process_adds_a_phase(job):
     assert plan.phases["update"]["rollout copy"] == pytest.approx(2 * job.num_params, rel=0.03)
 
 
+def teachers_of(path, model):
+    """A plan reads the configs of teachers, which are here no more than the recipe's own model."""
+    return ["--teachers", f"[{{model: {model}}}]"] if path.stem == "distill_smollm2" else []
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_recipe_can_be_planned(path, tmp_path, capsys):
     model = str(model_folder(tmp_path / "model"))
     arguments = ["plan", str(path), "--model.name", model, "--packing.max_tokens", "256"]
+    arguments += teachers_of(path, model)
     assert find_method(str(path), []) == KIND.get(path.stem, "rl")
     if path.stem == "sft_smollm2":
         assert (
@@ -305,6 +311,7 @@ def test_a_config_is_enough_where_the_data_is_here(path, tmp_path, capsys):
                 str(path),
                 "--model.name",
                 str(tmp_path / "model"),
+                *teachers_of(path, str(tmp_path / "model")),
                 "--data.train",
                 f"[{rows}]",
                 "--json",
