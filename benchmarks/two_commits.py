@@ -5,7 +5,8 @@
 
 Each run is a process of its own in the folder of its commit: the recipe with its shipped settings
 on rows made here, a few steps, the first one left out. Prints the median seconds of a step, and the
-ratio of the two by round: its median and spread.
+ratio of the two by round: its median and spread. Completions of RL are drawn, so their lengths differ
+between commits: its seconds are those of 1,000 tokens drawn and trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STEPS = 5
+STEPS, PROMPTS, GROUP_SIZE = 5, 4, 8
 
 
 def write_rows(folder: Path) -> dict[str, Path]:
@@ -46,20 +47,19 @@ def arguments(kind: str, rows: Path, folder: Path) -> list[str]:
     """The recipe's command line."""
     common = [
         "--model.name", "smollm2-135m", "--data.train", f"[{rows}]", "--train.run_dir", str(folder),
-        "--train.name", kind, "--train.max_steps", str(STEPS), "--train.batch_size", "4",
+        "--train.name", kind, "--train.max_steps", str(STEPS), "--train.batch_size", str(PROMPTS),
         "--train.precision", "fp32",
     ]  # fmt: skip
     if kind != "rl":
         return common
     return [
-        *common, "--rollout.group_size", "8", "--sampling.max_tokens",
-        "64", "--rewards.functions", "{numeric_answer: 1.0, repetition_penalty: 0.1}",
+        *common, "--rollout.group_size", str(GROUP_SIZE), "--sampling.max_tokens", "64", "--rewards.functions", "{numeric_answer: 1.0, repetition_penalty: 0.1}",
         "--algorithm_options.beta", "0.0", "--rollout.show_every", "0",
     ]  # fmt: skip
 
 
 def seconds(repository: Path, kind: str, rows: Path) -> float:
-    """Median seconds of a step, the first one left out."""
+    """Median seconds of a step (in RL of 1,000 drawn tokens), the first step left out."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
@@ -72,8 +72,11 @@ def seconds(repository: Path, kind: str, rows: Path) -> float:
         if done.returncode:
             sys.exit(f"{kind} in {repository}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
         lines = (Path(folder) / kind / "metrics.jsonl").read_text().splitlines()
-    steps = [m["step_s"] for m in map(json.loads, lines) if "step_s" in m]
-    return statistics.median(steps[1:])
+    steps = [m for m in map(json.loads, lines) if "step_s" in m][1:]
+    if kind == "rl":
+        drawn = PROMPTS * GROUP_SIZE * sum(m["length"] for m in steps)
+        return 1000 * sum(m["step_s"] for m in steps) / drawn
+    return statistics.median(m["step_s"] for m in steps)
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=["sft", "dpo", "rl"])
     given = parser.parse_args()
-    print("| | before, s a step | after, s a step | after / before by round: median (range) |")
+    print("| | before, s | after, s | after / before by round: median (range) |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder))
