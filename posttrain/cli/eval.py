@@ -144,7 +144,7 @@ def evaluate(
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         prompts=0,
-        correct=reward,
+        correct_reward=reward,
     )
     rewards = Rewards(
         RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0)
@@ -181,7 +181,6 @@ def evaluate(
         prompts=prompts,
         environment=SingleTurn(tokenizer, engine.stop_ids),
         sampling=SamplingConfig(max_tokens=arguments.max_tokens),
-        by_completion=False,
     )
     try:
         with torch.no_grad():

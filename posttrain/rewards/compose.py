@@ -51,8 +51,8 @@ class RewardsConfig:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{name: keyword options}, for example {overlong_penalty: {max_tokens: 512, cache_tokens:
     128}}."""
-    starts: dict[str, int] = field(default_factory=dict)
-    """{name: first iteration that counts it}; before, it is only logged (k1.5's length reward warms
+    first_iteration: dict[str, int] = field(default_factory=dict)
+    """{name: iteration from which it counts}; before, it is only logged (k1.5's length reward warms
     up so)."""
     must_end: bool = False
     """A completion that did not end by itself (it reached sampling.max_tokens, or was caught in a
@@ -80,7 +80,7 @@ class RewardsConfig:
         if not 0 <= self.max_unscored <= 1:
             raise ValueError(f"rewards.max_unscored is a share in [0, 1]; got {self.max_unscored}.")
         used = {name for terms in (self.functions, *self.by_task.values()) for name in terms}
-        for what, names in (("options", self.options), ("starts", self.starts)):
+        for what, names in (("options", self.options), ("first_iteration", self.first_iteration)):
             unused = sorted(set(names) - used)
             if unused:
                 raise ValueError(
@@ -116,16 +116,16 @@ Weighted = tuple[Callable[..., Any], float]
 
 class Rewards:
     """``score(groups, iteration=...)``. ``given``: functions passed in from Python, by name, with
-    their weight. ``correct``: name of the one that tells right from wrong."""
+    their weight. ``correct_reward``: name of the one that tells right from wrong."""
 
     def __init__(
         self,
         config: RewardsConfig,
         *,
         given: Mapping[str, Weighted] | None = None,
-        correct: str | None = None,
+        correct_reward: str | None = None,
     ) -> None:
-        self.config, self._correct, given = config, correct, given or {}
+        self.config, self._correct_reward, given = config, correct_reward, given or {}
         twice = sorted(set(given) & set(config.functions))
         if twice:
             raise ValueError(
@@ -141,10 +141,10 @@ class Rewards:
             raise ValueError(
                 "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
             )
-        if correct is not None and correct not in self._functions:
+        if correct_reward is not None and correct_reward not in self._functions:
             raise ValueError(
-                f"evaluation.correct is one of the rewards {', '.join(self._functions)}; "
-                f"got {correct!r}."
+                f"evaluation.correct_reward is one of the rewards {', '.join(self._functions)}; "
+                f"got {correct_reward!r}."
             )
         self._declared = {name: reward.of(f) for name, f in self._functions.items()}
         for name, options in config.options.items():
@@ -174,11 +174,11 @@ class Rewards:
         return {**self._weights, **self.config.by_task.get(str(task), {})}
 
     def verifier(self, sample: Mapping[str, Any]) -> str | None:
-        """The reward that tells right from wrong for a sample: ``correct``, else the one verifier
-        (``@reward(verifies=True)``) among its rewards, else the only one it has; None where that
+        """The reward that tells right from wrong for a sample: ``correct_reward``, else the one
+        verifier (``@reward(verifies=True)``) among its rewards, else the only one; None where that
         leaves a choice."""
-        if self._correct is not None:
-            return self._correct
+        if self._correct_reward is not None:
+            return self._correct_reward
         names = list(self.weights_of(sample))
         found = [name for name in names if self._declared[name].verifies] or names
         return found[0] if len(found) == 1 else None
@@ -189,7 +189,7 @@ class Rewards:
             names = list(self.weights_of(sample))
             raise ValueError(
                 f"{what} needs to know which of the rewards {', '.join(names)} tells a right "
-                f"answer from a wrong one. Name it: --evaluation.correct {names[0]}."
+                f"answer from a wrong one. Name it: --evaluation.correct_reward {names[0]}."
             )
 
     def unreadable(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -291,7 +291,7 @@ class Rewards:
         total: float | None = 0.0
         for name, weight in self.weights_of(sample).items():
             value = parts[name]
-            if weight != 0 and iteration >= self.config.starts.get(name, 0):
+            if weight != 0 and iteration >= self.config.first_iteration.get(name, 0):
                 total = None if value is None or total is None else total + weight * value
         verifier = self.verifier(sample)  # of another task: the total tells right from wrong
         verdict = None if verifier is None else parts.get(verifier, total)

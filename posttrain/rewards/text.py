@@ -102,16 +102,20 @@ Scores = Mapping[str, Sequence[float | None]]
 
 @reward(grouped=True)
 def k15_length(
-    completions: Sequence[str], sample: Mapping[str, Any], scores: Scores, *, correct: str = ""
+    completions: Sequence[str],
+    sample: Mapping[str, Any],
+    scores: Scores,
+    *,
+    correct_reward: str = "",
 ) -> list[float]:
     """lambda_i = 1/2 - (len_i - min) / (max - min) for a right answer, min(0, lambda_i) for a wrong
     one; 0 if all are as long.
 
-    Kimi k1.5, arXiv:2501.12599 section 2.3.3; lengths within the group. ``correct``: the reward
-    that tells right (> 0) from wrong; by default the first. Its weight warms up by
-    ``rewards.starts``: first none, then constant for the rest of training.
+    Kimi k1.5, arXiv:2501.12599 section 2.3.3; lengths within the group. ``correct_reward``: the
+    reward that tells right (> 0) from wrong; by default the first. Its weight warms up by
+    ``rewards.first_iteration``: first none, then constant for the rest of training.
     """
-    right = _is_right("k15_length", scores, correct)
+    right = _is_right("k15_length", scores, correct_reward)
     length = lengths(completions)
     shortest, longest = min(length), max(length)
     if shortest == longest:
@@ -143,7 +147,7 @@ def cosine_length(
     scores: Scores,
     *,
     max_tokens: int,
-    correct: str = "",
+    correct_reward: str = "",
     right: tuple[float, float] = (1.0, 0.5),
     wrong: tuple[float, float] = (-1.0, -0.5),
     exceeded: float = -1.0,
@@ -152,10 +156,10 @@ def cosine_length(
     answers along their own; ``exceeded`` where the length reaches max_tokens (the sampling limit).
 
     Yeo et al. 2025, arXiv:2502.03373 section 3.2: CosFn(t, T, a, b) = b + (a - b)(1 + cos(t pi /
-    T)) / 2. ``correct`` as in ``k15_length``.
+    T)) / 2. ``correct_reward`` as in ``k15_length``.
     """
     result = []
-    judged = _is_right("cosine_length", scores, correct)
+    judged = _is_right("cosine_length", scores, correct_reward)
     for n, ok in zip(lengths(completions), judged, strict=True):
         start, end = right if ok else wrong
         inside = end + 0.5 * (start - end) * (1 + math.cos(math.pi * n / max_tokens))
@@ -163,12 +167,12 @@ def cosine_length(
     return result
 
 
-def _is_right(name: str, scores: Scores, correct: str) -> list[bool]:
+def _is_right(name: str, scores: Scores, correct_reward: str) -> list[bool]:
     if not scores:
         raise ValueError(
             f"{name} needs another reward that tells right from wrong; it is the only one."
         )
-    return [(score or 0.0) > 0 for score in scores[correct or next(iter(scores))]]
+    return [(score or 0.0) > 0 for score in scores[correct_reward or next(iter(scores))]]
 
 
 def repetition_penalty(

@@ -45,7 +45,7 @@ class RolloutConfig(CreditConfig):
     """Passes over the rollouts of an iteration."""
     oversample: float = 3.0
     """Dynamic sampling: at most this many times the prompts that are needed."""
-    signal: str = ""
+    signal_reward: str = ""
     """Dynamic sampling keeps prompts whose completions differ in this reward (DAPO: the accuracy,
     so that 0 < right < G, Yu et al. 2025, arXiv:2503.14476 eq. 11); empty: in the weighted sum,
     where a reward for length lets prompts pass that are all right."""
@@ -99,10 +99,10 @@ class RolloutBatches:
                 "say which: the trainer could not renormalise its log-probs. Sample from the "
                 "whole distribution, or use --engine local."
             )
-        if self.config.signal and self.config.signal not in names:
+        if self.config.signal_reward and self.config.signal_reward not in names:
             raise UserFacingError(
-                f"rollout.signal is one of the rewards {', '.join(names)}; got "
-                f"{self.config.signal!r}."
+                f"rollout.signal_reward is one of the rewards {', '.join(names)}; got "
+                f"{self.config.signal_reward!r}."
             )
         self._is_main = collector.accelerator.is_main_process
         self._log = RolloutLog(self.folder, is_main=self._is_main)
@@ -193,11 +193,10 @@ class RolloutBatches:
                 )
                 self._learn_rates(scored)
                 for s in scored:
-                    (
-                        kept
-                        if not self.algorithm.dynamic_sampling or s.has_signal(self.config.signal)
-                        else rejected
-                    ).append(s)
+                    is_kept = not self.algorithm.dynamic_sampling or s.has_signal(
+                        self.config.signal_reward
+                    )
+                    (kept if is_kept else rejected).append(s)
                 enough = len(kept) >= (
                     wanted if self.algorithm.dynamic_sampling else self.config.updates
                 )

@@ -32,7 +32,7 @@ class EvaluationConfig:
     """Longest answer; 0: sampling.max_tokens."""
     prompts: int = 200
     """Problems (the first ones); 0: all."""
-    correct: str | None = None
+    correct_reward: str | None = None
     """Name of the reward that tells right (> 0) from wrong. None: the one verifier among the
     rewards, or the only reward."""
     pass_at_powers: bool = False

@@ -98,16 +98,13 @@ def journalled(
     journal: Journal,
     requests: Sequence[Request],
     sampling: SamplingConfig,
-    *,
-    by_completion: bool,
 ) -> list[list[Sampled]]:
     """``engine.generate``, with what the journal has taken from there.
 
-    ``by_completion``: each completion is written as it is finished (a server draws it again
-    differently). Otherwise the call as a whole: an engine in this process draws the same again, and
-    bit for bit only in the same batch.
+    A call of a reproducible engine is written as a whole. A killed one is repeated whole: only the
+    same batch gives the same bits. Of another engine each completion is written when finished.
     """
-    if not by_completion:
+    if engine.is_reproducible:
         entries = journal.once(
             f"generate {digest(requests)}",
             lambda: to_row(engine.generate(requests, sampling)),

@@ -109,9 +109,6 @@ class Collector:
     rewards: Rewards
     prompts: Sequence[Prompt]
     sampling: SamplingConfig
-    by_completion: bool
-    """Whether the engine draws a completion differently the second time: its completions are then
-    journalled one by one."""
     weights: Callable[[], Iterable[Tensor]] | None = None
     """The policy's parameters: a journal of other weights is not used again."""
     timing: Timing = field(default_factory=Timing)
@@ -144,9 +141,7 @@ class Collector:
             drawn = (
                 self.engine.generate(asked, self.sampling)
                 if journal is None
-                else journalled(
-                    self.engine, journal, asked, self.sampling, by_completion=self.by_completion
-                )
+                else journalled(self.engine, journal, asked, self.sampling)
             )
             return list(zip(mine, drawn, strict=True))
 

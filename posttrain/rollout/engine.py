@@ -135,6 +135,8 @@ class Engine(Protocol):
     returns_kept_ids: bool
     """Whether truncated sampling returns the kept sets; an engine that cannot is refused for
     training with truncation."""
+    is_reproducible: bool
+    """Whether the same call under the same weights gives the same completions."""
 
     def generate(
         self,

@@ -175,6 +175,7 @@ class LocalEngine:
     """
 
     returns_kept_ids = True
+    is_reproducible = True
 
     def __init__(
         self,

@@ -102,6 +102,7 @@ class VLLMEngine:
     """Draws through the server; ``handover`` brings the policy's weights there."""
 
     returns_kept_ids = True
+    is_reproducible = False
 
     def __init__(
         self,

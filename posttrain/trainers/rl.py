@@ -147,7 +147,9 @@ class RLTrainer:
         self._model, self._tokenizer, self._environment = model, tokenizer, environment
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._rewards = Rewards(
-            config.rewards, given=by_name(rewards or {}), correct=config.evaluation.correct
+            config.rewards,
+            given=by_name(rewards or {}),
+            correct_reward=config.evaluation.correct_reward,
         )
         self.algorithm = _resolved(config, algorithm)
 
@@ -283,7 +285,6 @@ class RLTrainer:
             rewards=self._rewards,
             prompts=train,
             sampling=config.sampling,
-            by_completion=config.engine == "vllm",
             weights=policy.parameters,
         )
         return RolloutBatches(

@@ -58,7 +58,6 @@ def rolled():
         rewards=rewards,
         prompts=[Prompt(ids=(5, 6, 7), sample={}), Prompt(ids=(9,), sample={})],
         sampling=SamplingConfig(max_tokens=16, budget_tokens=6),
-        by_completion=False,
     )
     buffer, finished = RolloutBuffer(), []
     buffer.begin([0, 1], iteration=0, group_size=4, seed=1)

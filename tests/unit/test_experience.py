@@ -32,6 +32,7 @@ class ScriptedEngine:
     """Two tokens for every completion; notes the prompts that it was asked."""
 
     returns_kept_ids = True
+    is_reproducible = True
 
     def __init__(self, finish_reason: str = "stop") -> None:
         self.finish_reason, self.version = finish_reason, 0
@@ -120,7 +121,6 @@ def source_of(tmp_path):
                 prompts=prompts,
                 environment=SingleTurn(byte_tokenizer()),
                 sampling=SamplingConfig(max_tokens=4),
-                by_completion=False,
             ),
             policy=policy,
             reference=None,
@@ -215,10 +215,10 @@ def test_a_named_reward_says_which_prompts_dynamic_sampling_keeps(source_of):
     by_all, engine, _ = source_of(DAPO, lively=lively, noise=0.01)
     next(by_all)
     assert engine.asked == order_of(12)[:4], "the second reward differs in every group"
-    named, _, _ = source_of(DAPO, lively=lively, noise=0.01, signal="reward")
+    named, _, _ = source_of(DAPO, lively=lively, noise=0.01, signal_reward="reward")
     assert sorted(g.prompt_ids[0] for g in next(named).groups) == [0, 3, 6, 9]
     with pytest.raises(UserFacingError, match="one of the rewards reward, second; got 'accuracy'"):
-        source_of(DAPO, lively=lively, signal="accuracy")
+        source_of(DAPO, lively=lively, signal_reward="accuracy")
 
 
 @pytest.mark.parametrize("lively", [[False] * 30, [True] + [False] * 11])

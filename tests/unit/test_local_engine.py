@@ -353,7 +353,6 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
             prompts=prompts,
             environment=SingleTurn(None),
             sampling=sampling,
-            by_completion=False,
         )
 
     class Ranks:

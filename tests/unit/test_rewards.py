@@ -211,7 +211,7 @@ def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
 
 def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
     config = RewardsConfig(
-        functions={f"{HERE}.batched": 1.0, "k15_length": 1.0}, starts={"k15_length": 3}
+        functions={f"{HERE}.batched": 1.0, "k15_length": 1.0}, first_iteration={"k15_length": 3}
     )
     rewards = rewards_of(config)
     group = [({}, texts("a", "b b b"))]
@@ -507,7 +507,7 @@ def test_right_is_a_named_reward_and_not_the_first_one(rewards_of):
     rewards = rewards_of(config, given={"longest": (longest, 0.1)})
     ((right, wrong),) = rewards.score([({"answer": "4"}, texts("4", "12345"))])
     assert rewards.verifier({}) == "exact_answer" and (right.verdict, wrong.verdict) == (1.0, 0.0)
-    named = rewards_of(config, given={"longest": (longest, 0.1)}, correct="longest")
+    named = rewards_of(config, given={"longest": (longest, 0.1)}, correct_reward="longest")
     assert (
         named.score([({"answer": "4"}, texts("4"))])[0][0].verdict == 1.0
         and named.verifier({}) == "longest"
@@ -518,11 +518,11 @@ def test_right_is_a_named_reward_and_not_the_first_one(rewards_of):
     assert several.verifier({}) is None and several.score([({}, texts("4"))])[0][0].verdict is None
     with pytest.raises(
         ValueError,
-        match="an evaluation needs to know which of the rewards longest, shortest.*--evaluation.correct longest",
+        match="an evaluation needs to know which of the rewards longest, shortest.*--evaluation.correct_reward longest",
     ):
         several.needs_verifier({}, "an evaluation")
-    with pytest.raises(ValueError, match="evaluation.correct is one of the rewards longest"):
-        Rewards(RewardsConfig(), given={"longest": (longest, 1.0)}, correct="exact")
+    with pytest.raises(ValueError, match="evaluation.correct_reward is one of the rewards longest"):
+        Rewards(RewardsConfig(), given={"longest": (longest, 1.0)}, correct_reward="exact")
 
 
 def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):

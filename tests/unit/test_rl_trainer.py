@@ -171,6 +171,8 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
     own_engine = rl.local_engine
 
     class Warmer:
+        is_reproducible = True
+
         def __init__(self, inner):
             self.inner, self.refresh = inner, inner.refresh
 

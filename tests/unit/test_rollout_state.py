@@ -114,8 +114,8 @@ class FakeEngine:
 
     returns_kept_ids = True
 
-    def __init__(self, fail_after=10**9):
-        self.drawn, self.fail_after = 0, fail_after
+    def __init__(self, *, fail_after=10**9, is_reproducible=True):
+        self.drawn, self.fail_after, self.is_reproducible = 0, fail_after, is_reproducible
 
     def generate(self, requests, sampling, *, on_finished=None):
         results = []
@@ -141,42 +141,27 @@ class FakeEngine:
         pass
 
 
-@pytest.mark.parametrize("by_completion", [True, False])
-def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, by_completion):
+@pytest.mark.parametrize("is_reproducible", [True, False])
+def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, is_reproducible):
     requests = [
         Request(prompt_ids=(1, 2), seeds=(10, 11)),
         Request(prompt_ids=(3,), seeds=(12, 13)),
     ]
     path = tmp_path / "journal.jsonl"
+
+    def draw(run, **options):
+        engine = FakeEngine(is_reproducible=is_reproducible, **options)
+        drawn = journalled(engine, Journal(path, run=run), requests, SamplingConfig())
+        return drawn, engine.drawn
+
     with pytest.raises(ConnectionError):
-        journalled(
-            FakeEngine(fail_after=3),
-            Journal(path, run="a"),
-            requests,
-            SamplingConfig(),
-            by_completion=by_completion,
-        )
+        draw("a", fail_after=3)
     with path.open("ab") as torn:
         torn.write(b'{"key": "torn')
-    engine = FakeEngine()
-    drawn = journalled(
-        engine, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion
-    )
-    assert engine.drawn == (1 if by_completion else 4)
-    assert drawn == FakeEngine().generate(requests, SamplingConfig())
-    again = FakeEngine()
-    assert (
-        journalled(
-            again, Journal(path, run="a"), requests, SamplingConfig(), by_completion=by_completion
-        )
-        == drawn
-        and again.drawn == 0
-    )
-    other = FakeEngine()
-    journalled(
-        other, Journal(path, run="b"), requests, SamplingConfig(), by_completion=by_completion
-    )
-    assert other.drawn == 4
+    wanted = FakeEngine().generate(requests, SamplingConfig())
+    assert draw("a") == (wanted, 4 if is_reproducible else 1)
+    assert draw("a") == (wanted, 0)
+    assert draw("b")[1] == 4
 
 
 def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
@@ -200,7 +185,6 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
             environment=SingleTurn(None),
             rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
             sampling=sampling or SamplingConfig(),
-            by_completion=False,
             weights=model.parameters,
         ).identity()
 
@@ -234,7 +218,6 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
             [{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain")
         )[0],
         sampling=SamplingConfig(),
-        by_completion=False,
     )
 
     def total(text):
@@ -264,7 +247,6 @@ def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
             rewards=Rewards(RewardsConfig(), given={"length": (lambda c, s: len(c), 1.0)}),
             prompts=[Prompt(ids=(1,), sample={})],
             sampling=SamplingConfig(),
-            by_completion=False,
         ),
         policy=torch.nn.Identity(),
         reference=None,
