@@ -80,7 +80,6 @@ def run(
     source = ModelConfig(name=str(folder), lora=lora or LoraConfig())
     model = model or load_model(source, dtype=torch.float32)
     config = RLConfig(
-        model=source,
         algorithm=algorithm,
         algorithm_options=options or {},
         sampling=SamplingConfig(max_tokens=max_tokens),
