@@ -169,12 +169,15 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
         ["--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"],
         ["--algorithm", "rloo", "--algorithm_options.beta", "0.05"],
         ["--algorithm", "reinforce_pp", "--algorithm_options.beta", "0.05"],
+        ["--algorithm", "tests.losses_for_tests.SAID"],
     ],
-    ids=["grpo", "kl in the reward", "kl in each token's reward"],
+    ids=["grpo", "kl in the reward", "kl in each token's reward", "credit for what was said"],
 )
 def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
     """Each keeps the half of the rollouts that it drew."""
     more = [*SHORT, "--rollout.updates", "2", *options]
+    more += ["--data.eval", f"[{inputs[1]}]", "--evaluation.prompts", "7"]
+    more += ["--evaluation.samples", "3", "--evaluation.temperature", "1.0"]
     for launch in ("cpu", "cpu2"):
         check(
             run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more))
@@ -185,6 +188,8 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-5)
     (whole,) = rollouts_of(tmp_path / "cpu")
     halves = rollouts_of(tmp_path / "cpu2")
+    answers = [tmp_path / n / "rollouts" / "held_out_000000.jsonl" for n in ("cpu", "cpu2")]
+    assert answers[0].read_text() == answers[1].read_text() and answers[0].stat().st_size > 2000
     assert [len(rows) for rows in halves] == [len(whole) // 2] * 2
     by_seed = {row["seed"]: row for rows in halves for row in rows}
     for row in whole:
