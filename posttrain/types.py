@@ -67,6 +67,9 @@ class Ragged:
         return Ragged(values=self.values.to(device), ends=self.ends.to(device))
 
 
+ELSEWHERE = -1
+"""Stands for each token id of a completion that another process holds."""
+
 Column = float | Any
 """A number for the whole completion; an array or list with a number for each token; ``Ragged``."""
 
@@ -120,6 +123,12 @@ class Completion:
             and self.columns.keys() == other.columns.keys()
             and all(_equal(v, other.columns[n]) for n, v in self.columns.items())
         )
+
+    @property
+    def is_here(self) -> bool:
+        """False where another process holds it. The length, the mask and whether the advantage is 0
+        are known even so, which is enough to plan a step."""
+        return bool(self.token_ids[0] != ELSEWHERE)
 
     @cached_property
     def trained(self) -> Any:

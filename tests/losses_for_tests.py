@@ -11,8 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.losses.policy import clipped, mirror_descent, objective
+from posttrain.losses.unpaired import kto
+from posttrain.rl.algorithms import Algorithm
+from posttrain.rl.credit import credit
 from posttrain.types import Completion, Logps, LossOutput, LossTerm, PromptGroup, loss
 from tests.helpers import plain_logps, plain_states
+
+
+@credit(tokens=True, reference=True)
+def said(rollouts):
+    """Labels from the text, advantages from the token ids: every rank is sent those of all."""
+    first = {r.text[:1] for group in rollouts for r in group}
+    return [
+        [
+            {"label": 1.0 if r.text[:1] > min(first) else -1.0, "advantage": r.token_ids - r.kl}
+            for r in group
+        ]
+        for group in rollouts
+    ]
+
+
+SAID = Algorithm(name="said", advantages=said, loss=kto, skip_zero="never")
+"""Its loss has a statistic of the whole batch: the answers to other prompts."""
 
 
 def all_pairs(logps: Logps) -> LossOutput:

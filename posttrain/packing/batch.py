@@ -233,6 +233,7 @@ def pack(
         weights.extend(pair.weight for pair in here)
 
     completions = [groups[g].completions[k] for g, k in row.refs]
+    assert all(c.is_here for c in completions), "another rank has the tokens: ForwardPlan.deliver"
     columns_S, columns_T = _columns(completions, [groups[g].where for g, _ in row.refs])
     num_tokens_S = torch.tensor(row.num_tokens, dtype=torch.long)
     return PackedBatch(

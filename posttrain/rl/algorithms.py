@@ -94,8 +94,8 @@ class Algorithm:
         given = self.advantages
         return given if isinstance(given, Credit) else Credit(function=given, of_rewards=True)
 
-    def needs(self, what: Literal["policy", "reference"]) -> bool:
-        """Whether credit reads the log-probs of ``what`` before the first update."""
+    def needs(self, what: Literal["policy", "reference", "tokens"]) -> bool:
+        """Whether credit reads the tokens, or the log-probs of ``what`` before the first update."""
         return self.credit.reads(what, self.advantage_options)
 
     def columns(self, rollouts: Rollouts) -> list[list[dict[str, Any] | None]]:

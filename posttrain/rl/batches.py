@@ -105,18 +105,25 @@ class RolloutBatches:
                 f"{self.config.signal_reward!r}."
             )
         self._is_main = collector.accelerator.is_main_process
-        self._log = RolloutLog(self.folder, is_main=self._is_main)
+        self._log = RolloutLog(self.folder, rank=collector.rank)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> StepBatch:
-        """The next mini-batch; a new iteration when there is none."""
+        """The next mini-batch, with the tokens of what this rank computes of it; a new iteration
+        when there is none."""
         if not self._pending:
             self._pending = self._iterate(version=self._step)
             self._iteration += 1
         self._step += 1
-        return self._pending.pop(0)
+        batch, loss = self._pending.pop(0), self.algorithm.objective
+        groups = self.plan.deliver(
+            batch.groups,
+            coupled=loss.couples_completions,
+            everything=loss.statistic is not None,
+        )
+        return replace(batch, groups=groups)
 
     def _iterate(self, *, version: int) -> list[StepBatch]:
         self.collector.engine.refresh(version)
@@ -172,7 +179,7 @@ class RolloutBatches:
         journal = open_journal(
             self.folder,
             iteration=self._iteration,
-            rank=self.collector.accelerator.process_index,
+            rank=self.collector.rank,
             run=f"{self.seed} {self._iteration} {self.collector.identity()}",
         )
         try:
@@ -185,6 +192,7 @@ class RolloutBatches:
                     round=begun,
                     group_size=self.config.group_size,
                     seed=self.seed,
+                    ranks=self.collector.accelerator.num_processes,
                 )
                 begun += fresh
                 self.collector.roll(self._buffer, journal)
@@ -259,7 +267,7 @@ class RolloutBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides what comes next, and the mini-batches that are still to be
-        trained, in plain values; the same on all ranks."""
+        trained, in plain values; each rank has its own tokens in it."""
         return {
             "step": self._step,
             "iteration": self._iteration,

@@ -17,7 +17,7 @@ from torch import nn
 
 from posttrain.models.policy import in_eval_mode
 from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
-from posttrain.training.sharding import gather_object
+from posttrain.training.sharding import exchange, gather_object
 from posttrain.training.step import Reference
 from posttrain.types import Completion, Forward, PromptGroup, wrap
 
@@ -41,9 +41,11 @@ class Rollout:
     """What each reward function gave."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weight of each reward function."""
-    token_ids: Any = ()
-    """The tokens that credit is given for: those of the present policy's segments."""
-    text: str = ""
+    token_ids: Any = None
+    """The tokens that credit is given for, those of the present policy's segments, where
+    ``Credit.tokens``."""
+    text: Any = None
+    """What the rewards read, where ``Credit.tokens``."""
     finish_reason: str = "stop"
     is_trained: bool = True
     """False for one that only counts in the others' baseline (rollout.mask_truncated)."""
@@ -67,8 +69,9 @@ class Credit:
     """A function from an iteration's rollouts to columns, and what it needs first.
 
     ``function(rollouts, **options)`` gives for [group][completion] an advantage: a number, an array
-    with one for each of ``Rollout.token_ids``, a mapping of several columns of either kind, or None
-    (not trained). ``@credit(...)`` makes one; a plain function is given the rewards alone.
+    with one for each token that counts (``Rollout.logps``), a mapping of several columns of either
+    kind, or None (not trained). ``@credit(...)`` makes one; a plain function is given the rewards
+    alone.
     """
 
     function: Callable[..., Any]
@@ -78,6 +81,8 @@ class Credit:
     """Whether it reads ``Rollout.logps``; a name: if that option is not 0."""
     reference: bool | str = False
     """Whether it reads ``Rollout.reference_logps``; a name: if that option is not 0."""
+    tokens: bool = False
+    """Whether it reads ``Rollout.token_ids`` or ``text``: every rank is then sent those of all."""
 
     def __post_init__(self) -> None:
         wrap(self, self.function)
@@ -97,8 +102,10 @@ class Credit:
             for group in self.function(given, **options)
         ]
 
-    def reads(self, what: Literal["policy", "reference"], options: Mapping[str, Any]) -> bool:
-        """Whether the log-probs of ``what`` are needed with these options."""
+    def reads(
+        self, what: Literal["policy", "reference", "tokens"], options: Mapping[str, Any]
+    ) -> bool:
+        """Whether the log-probs of ``what``, or the tokens, are needed with these options."""
         declared = getattr(self, what)
         if not isinstance(declared, str):
             return bool(declared)
@@ -396,27 +403,28 @@ def trained_groups(
     reference: Reference | None,
     plan: ForwardPlan,
 ) -> list[PromptGroup]:
-    """One group for each, with the columns that the algorithm gives. ``proximal``: log-probs under
-    the present policy are kept, because it will be updated more than once on them."""
+    """One group for each, with the columns that the algorithm gives to the completions that this
+    rank holds. ``proximal``: log-probs under the present policy are kept, because it will be
+    updated more than once on them."""
     groups = [_group(s, config, version) for s in scored]
     if not any(group.num_trained for group in groups):
         return groups  # all unscored or cut: the iteration says so
-    computes: dict[str, Compute] = {}
-    if proximal or algorithm.needs("policy") or algorithm.needs("reference"):
-        computes["logps"] = lambda _, batch: policy(batch)
-    if algorithm.needs("reference"):
-        assert reference is not None
-        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
     # the reward of a completion that is scored but not trained may have its KL taken off, too
     measured = groups
     if algorithm.needs("reference"):
         measured = [_group(s, config, version, measured=True) for s in scored]
-    logps: dict[str, dict[Ref, Any]] = {}
-    if computes:
-        logps = _values_of_all(plan, policy, measured, computes)
+    known = _known(
+        scored,
+        measured,
+        algorithm=algorithm,
+        proximal=proximal,
+        policy=policy,
+        reference=reference,
+        plan=plan,
+    )
     rollouts = [
         [
-            _rollout(s, k, measured[g], groups[g], {n: v.get((g, k)) for n, v in logps.items()})
+            _rollout(s, k, measured[g], groups[g], known.get((g, k), {}))
             for k in range(len(s.trajectories))
         ]
         for g, s in enumerate(scored)
@@ -427,8 +435,10 @@ def trained_groups(
         given = columns[g][k]
         if given is None:
             completion = replace(completion, loss_mask=np.zeros_like(completion.loss_mask))
+        elif not completion.is_here:
+            given = {"advantage": float(np.any(given.get("advantage", 0.0)))}  # has it a signal?
         elif proximal and completion.num_trained:
-            given = {**given, "proximal_logps": logps["logps"][g, k]}
+            given = {**given, "proximal_logps": known[g, k]["logps"]}
         counted = measured[g].completions[k].loss_mask
         return completion.with_columns(
             **{n: _spread(v, counted) for n, v in (given or {"advantage": 0.0}).items()}
@@ -449,7 +459,9 @@ def _group(
         is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
         old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
         mask = trajectory.trained & (np.arange(len(trajectory.token_ids)) >= old)
-        columns: dict[str, Any] = {"sampler_logps": trajectory.logps}
+        columns: dict[str, Any] = {}
+        if len(trajectory.logps):  # else another rank holds it
+            columns["sampler_logps"] = trajectory.logps
         if trajectory.kept_ids is not None:
             columns["kept_ids"] = trajectory.kept_ids
         completions.append(
@@ -469,40 +481,90 @@ def _group(
 
 
 def _rollout(
-    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, logps: dict[str, Any]
+    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, known: dict[str, Any]
 ) -> Rollout:
     trajectory, completion = scored.trajectories[k], measured.completions[k]
-    known = {name: value for name, value in logps.items() if value is not None}
     none = np.zeros(0) if not completion.num_trained else None
     return Rollout(
         reward=trajectory.reward,
         parts=trajectory.parts,
         weights=scored.weights,
-        token_ids=completion.token_ids[completion.trained],
-        text=str(trajectory.text),
         finish_reason=str(trajectory.finish_reason),
         is_trained=group.completions[k].num_trained > 0,
         **{"logps": none, "reference_logps": none, **known},
     )
 
 
-def _values_of_all(
+def _known(
+    scored: Sequence[ScoredGroup],
+    groups: Sequence[PromptGroup],
+    *,
+    algorithm: Algorithm,
+    proximal: bool,
+    policy: nn.Module,
+    reference: Reference | None,
+    plan: ForwardPlan,
+) -> dict[Ref, dict[str, Any]]:
+    """{(group, completion): fields of its ``Rollout`` that have something for each token}. Of the
+    completions of all ranks what the credit reads, of this rank's own what is kept of them."""
+    accelerator = plan.accelerator
+    computes: dict[str, Compute] = {}
+    read_by_credit = algorithm.needs("policy") or algorithm.needs("reference")
+    if proximal or read_by_credit:
+        computes["logps"] = lambda _, batch: policy(batch)
+    if algorithm.needs("reference"):
+        assert reference is not None
+        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
+    ranks: list[dict[Ref, dict[str, Any]]] = []
+    if computes:
+        mine = _computed(plan, policy, groups, computes)
+        if read_by_credit:
+            ranks += gather_object(accelerator, mine)
+        else:
+            ranks += exchange(
+                accelerator,
+                [
+                    {ref: v for ref, v in mine.items() if scored[ref[0]].rank == rank}
+                    for rank in range(accelerator.num_processes)
+                ],
+            )
+    if algorithm.needs("tokens"):
+        ranks += gather_object(accelerator, _said(scored, groups))
+    known: dict[Ref, dict[str, Any]] = {}
+    for values in ranks:
+        for ref, value in values.items():
+            known.setdefault(ref, {}).update(value)
+    return known
+
+
+def _computed(
     plan: ForwardPlan,
     policy: nn.Module,
     groups: Sequence[PromptGroup],
     computes: dict[str, Compute],
-) -> dict[str, dict[Ref, Any]]:
-    """For each of ``computes``: {(group, completion): array of its trained tokens' log-probs}, of
-    all ranks, in eval mode."""
+) -> dict[Ref, dict[str, Any]]:
+    """{(group, completion): {name: array of its trained tokens' log-probs}} of what this rank
+    computes, in eval mode."""
     with in_eval_mode(policy):
-        mine = [
-            {ref: forward.logps_T.double().cpu().numpy() for ref, forward in values.items()}
-            for values in forward_values(plan, groups, list(computes.values()))
-        ]
-    ranks = gather_object(plan.accelerator, mine)
+        values = forward_values(plan, plan.deliver(groups), list(computes.values()))
     return {
-        name: {ref: v for rank in ranks for ref, v in rank[i].items()}
-        for i, name in enumerate(computes)
+        ref: {
+            name: found[ref].logps_T.double().cpu().numpy()
+            for name, found in zip(computes, values, strict=True)
+        }
+        for ref in values[0]
+    }
+
+
+def _said(
+    scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup]
+) -> dict[Ref, dict[str, Any]]:
+    """Token ids and text of the completions that this rank holds."""
+    return {
+        (g, k): {"token_ids": c.token_ids[c.trained], "text": str(scored[g].trajectories[k].text)}
+        for g, group in enumerate(groups)
+        for k, c in enumerate(group.completions)
+        if c.is_here
     }
 
 

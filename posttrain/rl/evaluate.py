@@ -16,6 +16,7 @@ from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
 from posttrain.rl.trajectory import ScoredGroup
 from posttrain.rollout.engine import SamplingConfig
+from posttrain.training.sharding import gather_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +142,31 @@ def evaluate_prompts(
         collector.rewards.needs_verifier(prompt.sample, "a held-out evaluation")
     mine = replace(collector, prompts=chosen, sampling=sampling)
     buffer = RolloutBuffer()
-    buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
+    buffer.begin(
+        range(len(chosen)),
+        iteration=-1,
+        group_size=config.samples,
+        seed=seed,
+        ranks=collector.accelerator.num_processes,
+    )
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
     correct = [
         [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
     ]
-    said = [_said(g, row, collector.rewards) for g, row in zip(groups, correct, strict=True)]
-    return Evaluation(groups=groups, correct=correct, said=said)
+    answers = gather_object(
+        collector.accelerator,
+        {
+            g.index: (_said(g, row, collector.rewards), g.texts)
+            for g, row in zip(groups, correct, strict=True)
+            if g.rank == collector.rank
+        },
+    )
+    by_index = {index: answer for of_rank in answers for index, answer in of_rank.items()}
+    for group in groups:
+        for trajectory, text in zip(group.trajectories, by_index[group.index][1], strict=True):
+            trajectory.text = text
+    return Evaluation(groups=groups, correct=correct, said=[by_index[g.index][0] for g in groups])
 
 
 def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) -> list[str]:

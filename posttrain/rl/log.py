@@ -42,10 +42,10 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, 
 
 
 class RolloutLog:
-    """Writes on the main process only."""
+    """Each process keeps the rollouts that it holds; the first shows some, and keeps answers."""
 
-    def __init__(self, folder: Path, *, is_main: bool) -> None:
-        self._folder, self._is_main = folder, is_main
+    def __init__(self, folder: Path, *, rank: int) -> None:
+        self._folder, self._rank = folder, rank
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(
@@ -56,10 +56,8 @@ class RolloutLog:
         *,
         iteration: int,
     ) -> None:
-        """iteration_N.parquet: one row for each completion; those of ``rejected`` groups have no
-        advantage."""
-        if not self._is_main:
-            return
+        """iteration_N.parquet, of further processes iteration_N_rankR.parquet: one row for each
+        completion; those of ``rejected`` groups have no advantage."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -74,15 +72,17 @@ class RolloutLog:
                 "parts": [{"name": n, "value": v} for n, v in t.parts.items()],
             }
             for s, group in [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
+            if s.rank == self._rank
             for k, t in enumerate(s.trajectories)
         ]
-        path = self._folder / f"iteration_{iteration:06d}.parquet"
+        part = f"_rank{self._rank}" if self._rank else ""
+        path = self._folder / f"iteration_{iteration:06d}{part}.parquet"
         with whole_file(path) as partial:
             pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
 
     def keep_answers(self, evaluation: Evaluation, *, step: int) -> None:
         """held_out_STEP.jsonl: every answer to a held-out problem after ``step`` steps."""
-        if not self._is_main:
+        if self._rank:
             return
         path = self._folder / f"held_out_{step:06d}.jsonl"
         with whole_file(path) as partial:
@@ -92,7 +92,7 @@ class RolloutLog:
 
     def show(self, scored: Sequence[ScoredGroup], *, iteration: int, count: int = 4) -> None:
         """A table: a best and a worst completion of the first groups."""
-        if not self._is_main:
+        if self._rank:
             return
         from rich.console import Console
         from rich.table import Table
@@ -101,7 +101,7 @@ class RolloutLog:
         table = Table(title=f"iteration {iteration}", show_lines=True)
         for column in ("question", "completion", "tokens", "reward"):
             table.add_column(column, overflow="fold")
-        for s in scored[: count // 2]:
+        for s in [s for s in scored if s.rank == self._rank][: count // 2]:
             best_last = sorted(
                 s.trajectories, key=lambda t: math.inf if t.reward is None else t.reward
             )

@@ -1,11 +1,12 @@
-"""Prompts -> trajectories -> rewards, over all ranks: each samples and scores its share, then all
-have everything."""
+"""Prompts -> trajectories -> rewards, over all ranks: each samples and scores its share and keeps
+its tokens and texts; all know the lengths and rewards of all."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from posttrain.rewards.compose import RewardError, Rewards
 from posttrain.rl.environment import Environment
 from posttrain.rl.journal import Journal, digest, fingerprint, journalled
 from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup, from_row, to_row
-from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
+from posttrain.rollout.engine import Engine, Request, SamplingConfig
 from posttrain.training.sharding import gather_object
 
 log = logging.getLogger(__name__)
@@ -40,26 +41,44 @@ class RolloutBuffer:
         self.groups: list[TrajectoryGroup] = []
 
     def begin(
-        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
+        self,
+        prompts: Sequence[int],
+        *,
+        iteration: int,
+        group_size: int,
+        seed: int,
+        round: int = 0,
+        ranks: int = 1,
     ) -> None:
-        """Add a group without tokens for each prompt. ``round``: how many prompts the iteration
-        has begun before (a prompt that comes twice is drawn anew)."""
+        """Add a group without tokens for each prompt, on the one of ``ranks`` processes that has
+        fewest. ``round``: how many prompts the iteration has begun before (a prompt that comes
+        twice is drawn anew)."""
         for number, prompt in enumerate(prompts):
+            count = Counter(group.rank for group in self.groups)
             at = {"iteration": iteration, "round": round + number, "prompt": prompt}
             trajectories = [
                 Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
             ]
             self.groups.append(
-                TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
+                TrajectoryGroup(
+                    prompt=prompt,
+                    iteration=iteration,
+                    rank=min(range(ranks), key=lambda rank: (count[rank], rank)),
+                    trajectories=trajectories,
+                )
             )
 
     def requests(
-        self, prompt_ids: Sequence[Sequence[int]], *, only: Collection[int] | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        rank: int = 0,
+        only: Collection[int] | None = None,
     ) -> list[tuple[Request, list[Trajectory]]]:
-        """What to draw next, group by group, and where it goes. ``only``: seeds of the trajectories
-        that are wanted; None: all that are open."""
+        """What ``rank`` draws next, group by group, and where it goes. ``only``: seeds of the
+        trajectories that are wanted; None: all that are open."""
         found = []
-        for group in self.groups:
+        for group in self.of_rank(rank):
             open_ones = [
                 t
                 for t in group.trajectories
@@ -74,6 +93,10 @@ class RolloutBuffer:
                 )
                 found.append((request, open_ones))
         return found
+
+    def of_rank(self, rank: int) -> list[TrajectoryGroup]:
+        """The groups that ``rank`` holds."""
+        return [group for group in self.groups if group.rank == rank]
 
     def take_finished(self) -> list[TrajectoryGroup]:
         """The groups that are finished; they leave the buffer."""
@@ -92,7 +115,7 @@ class RolloutBuffer:
 
 @dataclass(kw_only=True)
 class Timing:
-    """Seconds and tokens of one iteration, on this rank."""
+    """Seconds of one iteration on this rank, tokens on all."""
 
     rollout_s: float = 0.0
     reward_s: float = 0.0
@@ -113,39 +136,47 @@ class Collector:
     """The policy's parameters: a journal of other weights is not used again."""
     timing: Timing = field(default_factory=Timing)
 
+    @property
+    def rank(self) -> int:
+        """This process."""
+        return int(self.accelerator.process_index)
+
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
         """Draw for every open completion of the buffer: to its end, or up to the iteration's
         budget. Those that the environment answers are drawn on."""
         began = time.perf_counter()
-        prompt_of = {t.seed: g.prompt for g in buffer.groups for t in g.trajectories}
-        only: set[int] | None = None
-        while only is None or only:
-            wanted = buffer.requests([p.ids for p in self.prompts], only=only)
-            only = set()
-            for i, row in self._draw([request for request, _ in wanted], journal):
-                for trajectory, sampled in zip(wanted[i][1], row, strict=True):
-                    trajectory.extend(sampled)
-                    self.timing.tokens += len(sampled.token_ids)
-                    if self._goes_on(trajectory, self.prompts[prompt_of[trajectory.seed]]):
-                        only.add(trajectory.seed)
+        for tokens, progress in self._from_all(lambda: [self._draw(buffer, journal)]):
+            self.timing.tokens += tokens
+            for group in buffer.groups:
+                if group.rank != self.rank:
+                    for trajectory in group.trajectories:
+                        if trajectory.seed in progress:
+                            trajectory.follow(*progress[trajectory.seed])
         self.timing.rollout_s += time.perf_counter() - began
 
     def _draw(
-        self, requests: Sequence[Request], journal: Journal | None
-    ) -> list[tuple[int, list[Sampled]]]:
-        """(index of the request, what was drawn) of all ranks."""
-        mine = self._share(range(len(requests)))
-
-        def draw() -> list[tuple[int, list[Sampled]]]:
-            asked = [requests[i] for i in mine]
+        self, buffer: RolloutBuffer, journal: Journal | None
+    ) -> tuple[int, dict[int, tuple[Any, ...]]]:
+        """This rank's part of ``roll``: (tokens that were drawn, {seed: progress})."""
+        mine = buffer.of_rank(self.rank)
+        prompt_of = {t.seed: self.prompts[g.prompt] for g in mine for t in g.trajectories}
+        tokens, only = 0, None
+        while only is None or only:
+            wanted = buffer.requests([p.ids for p in self.prompts], rank=self.rank, only=only)
+            only = set()
+            asked = [request for request, _ in wanted]
             drawn = (
                 self.engine.generate(asked, self.sampling)
                 if journal is None
                 else journalled(self.engine, journal, asked, self.sampling)
             )
-            return list(zip(mine, drawn, strict=True))
-
-        return self._from_all(draw)
+            for (_, trajectories), row in zip(wanted, drawn, strict=True):
+                for trajectory, sampled in zip(trajectories, row, strict=True):
+                    trajectory.extend(sampled)
+                    tokens += len(sampled.token_ids)
+                    if self._goes_on(trajectory, prompt_of[trajectory.seed]):
+                        only.add(trajectory.seed)
+        return tokens, {t.seed: t.progress() for g in mine for t in g.trajectories}
 
     def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
         """Whether the environment answers; a finished trajectory gets its text and its mask."""
@@ -166,19 +197,15 @@ class Collector:
     ) -> list[ScoredGroup]:
         """Rewards of finished groups, in their order."""
         began = time.perf_counter()
-        for group in groups:
-            for t in group.trajectories:
-                t.text = self.environment.text(t, self.prompts[group.prompt])
-        mine = self._share(range(len(groups)))
 
         def score() -> list[tuple[int, list[dict[str, Any]]]]:
-            pairs = [
-                (
-                    self.prompts[groups[i].prompt].sample,
-                    tuple(t.text for t in groups[i].trajectories),
-                )
-                for i in mine
-            ]
+            mine = [i for i, group in enumerate(groups) if group.rank == self.rank]
+            pairs = []
+            for group in (groups[i] for i in mine):
+                prompt = self.prompts[group.prompt]
+                for t in group.trajectories:
+                    t.text = self.environment.text(t, prompt)
+                pairs.append((prompt.sample, tuple(t.text for t in group.trajectories)))
 
             def compute() -> Any:
                 return to_row(self.rewards.score(pairs, iteration=iteration))
@@ -200,6 +227,7 @@ class Collector:
                 prompt=self.prompts[group.prompt],
                 trajectories=group.trajectories,
                 weights=self.rewards.weights_of(self.prompts[group.prompt].sample),
+                rank=group.rank,
             )
             for group in groups
         ]
@@ -215,9 +243,6 @@ class Collector:
         )
         weights = fingerprint(self.weights()) if self.weights is not None else ""
         return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
-
-    def _share(self, indices: Sequence[int]) -> list[int]:
-        return list(indices)[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
         """Join what every rank computes. What one rank raises, all raise: none waits for another

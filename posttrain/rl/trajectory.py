@@ -17,7 +17,7 @@ from posttrain.data.prompts import Prompt
 from posttrain.rewards import CompletionText
 from posttrain.rl.credit import all_equal
 from posttrain.rollout.engine import FinishReason, Sampled
-from posttrain.types import Completion, Counts, PromptGroup, Ragged
+from posttrain.types import ELSEWHERE, Completion, Counts, PromptGroup, Ragged
 
 R = TypeVar("R")
 _DTYPES = {"token_ids": np.int64, "logps": np.float64, "sampled": bool, "trained": bool}
@@ -94,6 +94,18 @@ class Trajectory:
                 ends=np.concatenate([before.ends, after.ends + len(before.values)]),
             )
 
+    def progress(self) -> tuple[Any, ...]:
+        """What the other ranks need to know: how many tokens, by which policies, how it ended, and
+        which may be trained."""
+        length = len(self.token_ids)
+        return length, self.segments, self.finish_reason, np.packbits(self.trained)
+
+    def follow(self, length: int, segments: Any, finish_reason: Any, trained: Any) -> None:
+        """Take over the ``progress`` of a trajectory whose tokens another rank holds."""
+        self.token_ids = np.broadcast_to(np.int64(ELSEWHERE), length)
+        self.segments, self.finish_reason = segments, finish_reason
+        self.sampled = self.trained = np.unpackbits(trained, count=length).astype(bool)
+
     def tokens_before(self, version: int) -> int:
         """Tokens drawn by policies older than ``version``: they come first."""
         return max((end for end, drawn_by in self.segments if drawn_by < version), default=0)
@@ -107,6 +119,8 @@ class TrajectoryGroup:
     """Index of the prompt in the data."""
     iteration: int
     """In which it was begun."""
+    rank: int = 0
+    """The process that draws and scores it, and holds its tokens and texts."""
     trajectories: list[Trajectory]
 
     @property
@@ -125,6 +139,8 @@ class ScoredGroup:
     trajectories: Sequence[Trajectory]
     weights: Mapping[str, float] = field(default_factory=dict)
     """Weight of each reward function."""
+    rank: int = 0
+    """The process that holds tokens and texts."""
 
     @property
     def rewards(self) -> list[float | None]:

@@ -8,7 +8,7 @@
         optimizer.json         options, fingerprint of frozen weights, the state's numbers, specs
                                of its tensors
         zero/                  under DeepSpeed instead of these three, as its engine writes it
-        schedule.json, scaler.json, rng_<rank>.json
+        schedule.json, scaler.json, rng_<rank>.json, rollouts_<rank>.json
 
 Written as ``.tmp_step_40`` in a folder that all ranks share, synced, renamed: ``step_40`` exists
 whole or not at all. Read without pickle, but for ``zero/``: DeepSpeed unpickles with

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import StepPlan, plan_step
-from posttrain.training.sharding import gather_object
+from posttrain.training.sharding import exchange, gather_object
 from posttrain.training.step import Reference, Totals, loss_share
-from posttrain.types import Counts, Forward, Logps, Loss, PromptGroup
+from posttrain.types import Completion, Counts, Forward, Logps, Loss, PromptGroup
 
 GROUPS_PER_PLAN = 256
 Ref = tuple[int, int]
@@ -46,6 +46,33 @@ class ForwardPlan:
             coupled=coupled,
             length_limit=self.length_limit,
         )
+
+    def deliver(
+        self, groups: Sequence[PromptGroup], *, coupled: bool = True, everything: bool = False
+    ) -> list[PromptGroup]:
+        """The groups with the tokens of all that this rank computes of them, from the ranks that
+        hold them; ``everything``: of all. A collective, unless there is one process."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return list(groups)
+        ranks = self.split(groups, coupled=coupled).ranks
+        addressed: list[dict[Ref, Completion]] = []
+        for micro_batches in ranks:
+            parts = [part for m in micro_batches for part in m.parts]
+            wanted = {(part.group, k) for part in parts for k in part.completions}
+            addressed.append(
+                {
+                    (g, k): completion
+                    for g, group in enumerate(groups)
+                    for k, completion in enumerate(group.completions)
+                    if completion.is_here and (everything or (g, k) in wanted)
+                }
+            )
+        found = {ref: c for parcel in exchange(accelerator, addressed) for ref, c in parcel.items()}
+        return [
+            replace(g, completions=[found.get((i, k), c) for k, c in enumerate(g.completions)])
+            for i, g in enumerate(groups)
+        ]
 
     def micro_batches(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[PackedBatch, bool]]:
         """(row, is_dummy) of this rank."""

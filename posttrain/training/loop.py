@@ -77,7 +77,7 @@ class Batches(Protocol):
         """Held-out figures, named eval_*."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on every rank."""
+        """Plain values; each rank saves and gets back its own."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
@@ -91,16 +91,17 @@ class _BatchState:
     """``Batches`` as a part of the checkpoint."""
 
     batches: Batches
+    rank: int
 
     def write(self, folder: Path, *, is_main: bool) -> None:
-        """One file, from the main process."""
-        if is_main:
-            text = json.dumps(self.batches.state_dict())
-            (folder / "rollouts.json").write_text(text, encoding="utf-8")
+        """A file for each process: it has the tokens that the process holds."""
+        text = json.dumps(self.batches.state_dict())
+        (folder / f"rollouts_{self.rank}.json").write_text(text, encoding="utf-8")
 
     def read(self, folder: Path) -> None:
         """Load the state saved by ``write``."""
-        self.batches.load_state_dict(json.loads((folder / "rollouts.json").read_bytes()))
+        text = (folder / f"rollouts_{self.rank}.json").read_bytes()
+        self.batches.load_state_dict(json.loads(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +359,8 @@ class Loop:
 
     @property
     def _extras(self) -> list[Extra]:
-        state = None if self._sampled is None else _BatchState(self._sampled)
+        rank = self.accelerator.process_index
+        state = None if self._sampled is None else _BatchState(self._sampled, rank)
         keeps = self._callbacks if self.callbacks or self.train.best_metric else None
         every = (self.reference, state, keeps, self.stream)
         return [extra for extra in every if extra is not None]

@@ -11,6 +11,8 @@ copies (one process, DDP), FSDP2 and DeepSpeed ZeRO-1, 2 and 3.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -43,6 +45,32 @@ def gather_object(accelerator: Any, value: T) -> list[T]:
     from accelerate import utils
 
     return list(utils.gather_object([value]))
+
+
+def exchange(accelerator: Any, outgoing: Sequence[T]) -> list[T]:
+    """[rank] what each process addresses to this one; ``outgoing[rank]`` is what this one addresses
+    to it. A collective, but each value goes to one process alone."""
+    if accelerator.num_processes == 1:
+        return list(outgoing)
+    from torch import distributed
+
+    def parcel(value: T) -> Tensor:
+        data = bytearray(pickle.dumps(value))
+        return torch.frombuffer(data, dtype=torch.uint8).to(accelerator.device)
+
+    rank, parcels = accelerator.process_index, [parcel(value) for value in outgoing]
+    sizes = gather_object(accelerator, [len(p) for p in parcels])
+    arriving = [p.new_empty(sizes[r][rank]) for r, p in enumerate(parcels)]
+    arriving[rank] = parcels[rank]
+    operations = [
+        distributed.P2POp(operation, tensors[r], r)
+        for r in range(len(parcels))
+        if r != rank
+        for operation, tensors in ((distributed.isend, parcels), (distributed.irecv, arriving))
+    ]
+    for work in distributed.batch_isend_irecv(operations):
+        work.wait()
+    return [pickle.loads(p.cpu().numpy().data) for p in arriving]
 
 
 def broadcast_object(accelerator: Any, value: T) -> T:

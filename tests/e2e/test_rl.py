@@ -169,11 +169,15 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
         ["--algorithm_options.epsilon_high", "0.3", "--algorithm_options.std", "sample"],
         ["--algorithm", "rloo", "--algorithm_options.beta", "0.05"],
         ["--algorithm", "reinforce_pp", "--algorithm_options.beta", "0.05"],
+        ["--algorithm", "tests.losses_for_tests.SAID"],
     ],
-    ids=["grpo", "kl in the reward", "kl in each token's reward"],
+    ids=["grpo", "kl in the reward", "kl in each token's reward", "credit for what was said"],
 )
 def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
+    """Each keeps the half of the rollouts that it drew."""
     more = [*SHORT, "--rollout.updates", "2", *options]
+    more += ["--data.eval", f"[{inputs[1]}]", "--evaluation.prompts", "7"]
+    more += ["--evaluation.samples", "3", "--evaluation.temperature", "1.0"]
     for launch in ("cpu", "cpu2"):
         check(
             run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more))
@@ -182,6 +186,18 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
         assert a["reward"] == b["reward"] and a["length"] == b["length"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3, abs=1e-5)
+    (whole,) = rollouts_of(tmp_path / "cpu")
+    halves = rollouts_of(tmp_path / "cpu2")
+    answers = [tmp_path / n / "rollouts" / "held_out_000000.jsonl" for n in ("cpu", "cpu2")]
+    assert answers[0].read_text() == answers[1].read_text() and answers[0].stat().st_size > 2000
+    assert [len(rows) for rows in halves] == [len(whole) // 2] * 2
+    by_seed = {row["seed"]: row for rows in halves for row in rows}
+    for row in whole:
+        other = by_seed[row["seed"]]
+        assert [row[name] for name in ("token_ids", "text", "reward")] == [
+            other[name] for name in ("token_ids", "text", "reward")
+        ]
+        assert row["advantage"] == pytest.approx(other["advantage"], rel=1e-3, abs=1e-5)
 
 
 def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
@@ -215,6 +231,14 @@ def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
         r["finish_reason"] in ("stop", "length") for r in rows
     )
     assert max(len(r["token_ids"]) for r in rows) == 9
+
+
+def rollouts_of(folder: Path) -> list[list[dict]]:
+    """[rank] the rows of the first iteration."""
+    import pyarrow.parquet as pq
+
+    paths = sorted((folder / "rollouts").glob("iteration_000000*.parquet"))
+    return [pq.read_table(path).to_pylist() for path in paths]
 
 
 def last_rollouts(folder: Path) -> float:
@@ -272,8 +296,21 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, laun
         )
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    saved = [json.loads(path.read_text()) for path in whole.glob("checkpoints/*/rollouts.json")]
-    assert any(s["buffer"] for s in saved) and any(s["pending"] for s in saved)
+    ranks = 1 if launch == "cpu" else 2
+    checkpoints = list(whole.glob("checkpoints/*"))
+    saved = [
+        [json.loads(path.read_text()) for path in sorted(folder.glob("rollouts_*.json"))]
+        for folder in checkpoints
+    ]
+    assert any(s[0]["buffer"] for s in saved) and any(s[0]["pending"] for s in saved)
+    for states in saved:
+        assert len(states) == ranks
+        completions = [
+            [c for b in s["pending"] for g in b["groups"] for c in g["completions"]] for s in states
+        ]
+        for same in zip(*completions, strict=True):
+            assert len({len(c["token_ids"]) for c in same}) == 1, "all know its length"
+            assert sum(min(c["token_ids"]) >= 0 for c in same) == 1, "one has its tokens"
     arguments = settings(inputs, tmp_path, "cut", *more, reward="slow_digit")
     rng = random.Random(0)
     for grows, longest_s in MOMENTS:

@@ -6,18 +6,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
-from posttrain.data.prompts import Prompt
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
-from posttrain.rl.environment import SingleTurn
-from posttrain.rl.rollouts import Collector, RolloutBuffer
+from posttrain.rl.rollouts import RolloutBuffer
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.types import Completion, PromptGroup, Ragged
@@ -221,10 +218,18 @@ def test_the_training_model_is_left_as_it_was():
     policy, engine = engine_of(model, compute=torch.bfloat16)
     policy.train()
     model.model.layers[0].eval()
-    before = [(m.training, tuple(m._forward_hooks)) for m in policy.modules()]
+    group = PromptGroup(
+        prompt_ids=(3, 4), completions=[Completion(token_ids=(5, 6), loss_mask=(1, 1))]
+    )
+    batch = pack([group], [GroupPart(group=0, completions=(0,))], mode="shared")
+
+    def trained():
+        return [m.training for m in policy.modules()], policy(batch).logps_T.tolist()
+
+    before = trained()
     weights = {n: p.clone() for n, p in model.named_parameters()}
     engine.generate(requests(), SamplingConfig(max_tokens=5))
-    assert [(m.training, tuple(m._forward_hooks)) for m in policy.modules()] == before
+    assert trained() == before
     assert all(
         p.dtype == torch.float32 and torch.equal(p, weights[n]) for n, p in model.named_parameters()
     )
@@ -338,48 +343,29 @@ def test_completions_follow_the_exact_distribution(options):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
-    """The collector's own share of each of 2 and 3 ranks, each in its own engine; with budgets, so
-    that completions are continued."""
-    prompts = [Prompt(ids=r.prompt_ids, sample={}) for r in requests(count=7)]
+    """The share of each of 2 and 3 ranks in its own engine; with budgets, so that completions are
+    continued."""
+    prompts = [r.prompt_ids for r in requests(count=7)]
     model = tiny(family)
     sampling = SamplingConfig(max_tokens=12, budget_tokens=5, temperature=1.2)
 
-    def collector_of(engine, rank=0, ranks=1):
-        accelerator = SimpleNamespace(process_index=rank, num_processes=ranks)
-        return Collector(
-            accelerator=accelerator,
-            engine=engine,
-            rewards=None,
-            prompts=prompts,
-            environment=SingleTurn(None),
-            sampling=sampling,
-        )
-
-    class Ranks:
-        def __init__(self, count):
-            engines = [
-                engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1]
-                for _ in range(count)
-            ]
-            self.collectors = [
-                collector_of(engine, rank, count) for rank, engine in enumerate(engines)
-            ]
-
-        def generate(self, asked, sampling):
-            drawn = {}
-            for collector in self.collectors:
-                mine = collector._share(range(len(asked)))
-                rows = collector.engine.generate([asked[i] for i in mine], sampling)
-                assert not drawn.keys() & set(mine)
-                drawn |= dict(zip(mine, rows, strict=True))
-            return [drawn[i] for i in range(len(asked))]
-
     def draw_of(ranks):
-        collector, buffer, finished = collector_of(Ranks(ranks)), RolloutBuffer(), []
-        buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4)
+        engines = [
+            engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1]
+            for _ in range(ranks)
+        ]
+        buffer, finished = RolloutBuffer(), []
+        buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4, ranks=ranks)
         while buffer.groups:
-            collector.roll(buffer, None)
+            for rank, engine in enumerate(engines):
+                wanted = buffer.requests(prompts, rank=rank)
+                rows = engine.generate([request for request, _ in wanted], sampling)
+                for (_, open_ones), row in zip(wanted, rows, strict=True):
+                    for trajectory, drawn in zip(open_ones, row, strict=True):
+                        trajectory.extend(drawn)
             finished += buffer.take_finished()
+        counts = Counter(group.rank for group in finished)
+        assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == ranks
         return [t for group in sorted(finished, key=lambda g: g.prompt) for t in group.trajectories]
 
     whole = draw_of(1)

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from posttrain import (
     LoraConfig,
@@ -24,14 +22,11 @@ from posttrain import (
     TrainConfig,
 )
 from posttrain.models.load import load_model, load_tokenizer
-from posttrain.models.policy import Policy
-from posttrain.precision import PRECISIONS
 from posttrain.rewards.text import think_answer_format
-from posttrain.rl.algorithms import R1
 from posttrain.rl.batches import MismatchError
+from posttrain.rollout.local import LocalEngine
 from posttrain.trainers import rl
 from posttrain.training.metrics import read_metrics
-from tests.helpers import tiny_llama
 from tests.tiny import byte_tokenizer, model_folder
 
 pytestmark = pytest.mark.usefixtures("no_measurement")
@@ -74,6 +69,7 @@ def run(
     steps=5,
     algorithm="grpo",
     options=None,
+    reference=None,
 ):
     """(model, metrics of each step) of a run; without another reward, a digit at the start is worth
     1."""
@@ -82,6 +78,7 @@ def run(
     config = RLConfig(
         algorithm=algorithm,
         algorithm_options=options or {},
+        reference=reference or ReferenceConfig(),
         sampling=SamplingConfig(max_tokens=max_tokens),
         rollout=RolloutConfig(**{"group_size": 8, "show_every": 0} | (rollout or {})),
         packing=PackingConfig(max_tokens=400),
@@ -167,21 +164,15 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
 ):
     model = load_model(ModelConfig(name=str(folder)), dtype=torch.float32)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    own_engine = rl.local_engine
 
-    class Warmer:
-        is_reproducible = True
-
-        def __init__(self, inner):
-            self.inner, self.refresh = inner, inner.refresh
-
+    class Warmer(LocalEngine):
         def generate(self, requests, sampling, *, on_finished=None):
-            return self.inner.generate(
+            return super().generate(
                 requests, replace(sampling, temperature=2.0), on_finished=on_finished
             )
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "local_engine", lambda *a, **k: Warmer(own_engine(*a, **k)))
+        patch.setattr(rl, "LocalEngine", Warmer)
         with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
             run(
                 folder,
@@ -213,36 +204,28 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
     assert steps[0]["sampler_mismatch_nats"] < 1e-5
 
 
-def test_r1_replaces_its_reference_by_the_policy_every_so_many_steps(folder, tmp_path):
-    """Every third: the KL is 0 in steps 1, 4 and 7, which begin at the reference, and not in the
-    others."""
+@pytest.mark.parametrize(
+    ("reference", "begin_at_the_reference"),
+    [
+        (ReferenceConfig(), [1, 4, 7]),
+        (ReferenceConfig(sync_every=2, sync_mix=1.0), [1, 3, 5, 7]),
+    ],
+    ids=["of the algorithm", "of the settings, which come first"],
+)
+def test_r1_replaces_its_reference_by_the_policy_every_so_many_steps(
+    folder, tmp_path, reference, begin_at_the_reference
+):
+    """The KL is 0 in the steps that begin at the reference, and not in the others."""
     options = {"reference_every": 3}
-    _, steps = run(folder, tmp_path, algorithm="r1", options=options, reward=odd, steps=7)
+    _, steps = run(
+        folder,
+        tmp_path,
+        algorithm="r1",
+        options=options,
+        reward=odd,
+        steps=7,
+        reference=reference,
+    )
     zero = [s["step"] for s in steps if s["kl_reference_nats"] < 1e-9]
-    assert (
-        zero == [1, 4, 7]
-        and min(s["kl_reference_nats"] for s in steps if s["step"] not in zero) > 1e-5
-    )
-
-
-def test_the_reference_is_the_policy_itself_after_a_replacement():
-    model = tiny_llama()
-    policy, loop = Policy(model, PackingConfig()), SimpleNamespace(precision=PRECISIONS["fp32"])
-    reference = rl._reference(RLConfig(), replace(R1, reference_every=2), loop)
-    reference.build(policy, Accelerator(cpu=True))
-    reference.start(policy, SimpleNamespace(accelerator=Accelerator(cpu=True)))
-    for step, same in ((1, False), (2, True), (3, False), (4, True)):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p))
-        reference.after_step(step, policy)
-        equal = [
-            torch.equal(a, b)
-            for a, b in zip(reference._frozen.parameters(), policy.parameters(), strict=True)
-        ]
-        assert all(equal) if same else not any(equal)
-    mine = rl._reference(RLConfig(reference=ReferenceConfig(sync_every=5, sync_mix=0.6)), R1, loop)
-    assert (mine._config.sync_every, mine._config.sync_mix) == (5, 0.6), (
-        "what the run's settings say comes first"
-    )
-    assert rl._reference(RLConfig(), R1, loop)._config.sync_every == 400
+    others = [s["kl_reference_nats"] for s in steps if s["step"] not in zero]
+    assert zero == begin_at_the_reference and min(others) > 1e-5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from posttrain.rl.journal import Journal, journalled
 from posttrain.rl.rollouts import Collector, RolloutBuffer
 from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
+from posttrain.rollout.receipt import Receipt
 from posttrain.training.forward import ForwardPlan
 from tests.tiny import byte_tokenizer
 
@@ -138,7 +138,13 @@ class FakeEngine:
         return results
 
     def refresh(self, version):
-        pass
+        return Receipt(version=version)
+
+
+class OneOfTwo(Accelerator):
+    """The first of two processes; nothing is sent."""
+
+    num_processes = 2
 
 
 @pytest.mark.parametrize("is_reproducible", [True, False])
@@ -168,7 +174,7 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
     """Another learning rate gives other weights: what the killed run drew must not be trained under
     them."""
 
-    def identity(*, change=None, processes=1, sampling=None, weight=1.0):
+    def identity(*, change=None, accelerator=Accelerator, sampling=None, weight=1.0):
         model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.LayerNorm(30)).requires_grad_(
             False
         )
@@ -179,7 +185,7 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
             model(torch.ones(1, 40)).square().sum().backward()
             optimizer.step()
         return Collector(
-            accelerator=SimpleNamespace(num_processes=processes, process_index=0),
+            accelerator=accelerator(cpu=True),
             engine=FakeEngine(),
             prompts=[],
             environment=SingleTurn(None),
@@ -193,7 +199,7 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
     others = [
         identity(change=1e-5),
         identity(change=2e-5),
-        identity(processes=2),
+        identity(accelerator=OneOfTwo),
         identity(weight=0.5),
     ]
     others.append(identity(sampling=SamplingConfig(temperature=0.5)))
