@@ -36,10 +36,8 @@ DATA = REPO / "data" / "word_count"
 RUNS = REPO / "runs"
 NUM_SHOWN = 3
 WIDTH = 80
-LAUNCH = ("accelerate", "launch", "--config_file", "launch/cpu.yaml")
 PROGRAMS = {
     "python": [sys.executable],
-    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
     "posttrain": [sys.executable, "-m", "posttrain.cli.main"],
 }
 Answers = list[dict[str, Any]]
@@ -259,10 +257,10 @@ def main() -> None:
         console,
         "Cold start: demonstrations, of which one in four counts in its thought",
         (
-            *LAUNCH,
-            "recipes/sft.py",
+            "posttrain",
+            "sft",
             "--config",
-            "recipes/configs/demo_cold_start.yaml",
+            "demo_cold_start",
             "--train.max_steps",
             str(args.sft_steps),
             *shared,
@@ -274,10 +272,10 @@ def main() -> None:
         console,
         "GRPO: eight answers to each problem, a verifier of the number, nothing else",
         (
-            *LAUNCH,
-            "recipes/rl.py",
+            "posttrain",
+            "rl",
             "--config",
-            "recipes/configs/demo_grpo.yaml",
+            "demo_grpo",
             "--train.max_steps",
             str(args.rl_steps),
             *shared,

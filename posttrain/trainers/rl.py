@@ -420,6 +420,11 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
             f"{', '.join(options)} beside an Algorithm would be ignored. Set them on it "
             "(dataclasses.replace)."
         )
+    if given is not None and config.algorithm != RLConfig.algorithm:
+        raise ValueError(
+            f"The algorithm is given in Python, so --algorithm {config.algorithm} would be "
+            "ignored. Change it there, or leave it out (`posttrain rl` takes --algorithm)."
+        )
     algorithm = given if given is not None else resolve_algorithm(config.algorithm, options)
     if algorithm.loss_options.get("aggregation") == "constant" and not algorithm.loss_options.get(
         "constant"

@@ -189,7 +189,10 @@ def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, def
     if given is None:
         return resolve_loss(config.loss, config.options, home=home)
     if config.loss != default:
-        raise ValueError("loss=... beside config.loss would be ignored. Give one.")
+        raise ValueError(
+            f"The loss is given in Python, so --loss {config.loss} would be ignored. Change the "
+            "function, or leave it out (`posttrain sft|dpo|reward` take --loss)."
+        )
     return as_loss(given).with_options(**config.options)
 
 

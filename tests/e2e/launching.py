@@ -20,6 +20,8 @@ from unittest import mock
 
 import psutil
 
+from posttrain.cli.train import TRAINERS
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -41,6 +43,12 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+def target(script: str) -> list[str]:
+    """A script of the repository, or what `posttrain sft` starts for the method sft."""
+    is_method = script in TRAINERS
+    return ["-m", "posttrain.cli.train", script] if is_method else [str(REPO / script)]
+
+
 def launch_options(launch: str, script: str, *arguments: str) -> list[str]:
     """What comes after `accelerate launch`. ``launch``: a file of launch/, and options of the
     launcher after it."""
@@ -54,7 +62,7 @@ def launch_options(launch: str, script: str, *arguments: str) -> list[str]:
         str(REPO / "launch" / file),
         *options,
         *several,
-        str(REPO / script),
+        *target(script),
         *arguments,
     ]
 
@@ -209,7 +217,7 @@ def start_warm(launch: str, script: str, *arguments: str) -> Run:
             for rank in range(num_processes)
         ]
     )
-    return Run([str(REPO / script), *arguments], [{**env, **rank} for rank in ranks])
+    return Run([*target(script), *arguments], [{**env, **rank} for rank in ranks])
 
 
 def run_warm(

@@ -141,9 +141,7 @@ def test_an_interrupted_prep_leaves_no_output(inputs, tmp_path, stop):
 
 def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_path):
     longer = ("--train.max_steps", "24", "--loss_options.beta", "0.5")
-    live = check(
-        run("cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "live", *longer))
-    )
+    live = check(run("cpu.yaml", "dpo", *settings(inputs, pairs, tmp_path, "live", *longer)))
     assert (
         "self-check passed" in live.stdout and "held out, before and after 24 steps" in live.stdout
     )
@@ -157,7 +155,7 @@ def test_dpo_learns_and_a_cached_reference_changes_nothing(inputs, pairs, tmp_pa
     check(
         run_warm(
             "cpu.yaml",
-            "recipes/dpo.py",
+            "dpo",
             *settings(
                 inputs,
                 pairs,
@@ -197,7 +195,7 @@ def test_two_ranks_do_what_one_does(inputs, pairs, tmp_path):
             arguments = settings(
                 inputs, data, tmp_path, f"{name}_{launch}", "--train.max_steps", "4", *more
             )
-            check(run_warm(f"{launch}.yaml", "recipes/dpo.py", *arguments))
+            check(run_warm(f"{launch}.yaml", "dpo", *arguments))
         one, two = (steps_of(tmp_path / f"{name}_{launch}") for launch in ("cpu", "cpu2"))
         for a, b in zip(one, two, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -222,15 +220,13 @@ def test_a_moving_reference_resumes_bit_for_bit(inputs, pairs, tmp_path):
         "--loss_options.beta",
         "0.2",
     )
-    check(run_warm("cpu.yaml", "recipes/dpo.py", *arguments))
+    check(run_warm("cpu.yaml", "dpo", *arguments))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "final")
     for step in (8, 12):
         shutil.rmtree(cut / "checkpoints" / f"step_{step}")
-    resumed = check(
-        run_warm("cpu.yaml", "recipes/dpo.py", *[a if a != "whole" else "cut" for a in arguments])
-    )
+    resumed = check(run_warm("cpu.yaml", "dpo", *[a if a != "whole" else "cut" for a in arguments]))
     assert "step_4" in resumed.stderr
     assert (whole / "final" / "model.safetensors").read_bytes() == (
         cut / "final" / "model.safetensors"
@@ -255,7 +251,7 @@ def test_reward_model_learns_and_scores_the_same_in_plain_transformers(
         else ["--train.max_steps", "36", "--optimizer.lr", "1e-2"]
     )
     arguments = settings(inputs, pairs, tmp_path, "rm", "--loss_options.centering", "0.01", *more)
-    check((run_warm if lora else run)("cpu.yaml", "recipes/reward.py", *arguments))
+    check((run_warm if lora else run)("cpu.yaml", "reward", *arguments))
     last = read_metrics(tmp_path / "rm" / "metrics.jsonl")[-1]
     assert last["eval_accuracy"] > 0.9
     assert {
@@ -320,9 +316,7 @@ def test_mistakes_are_told_in_one_line(inputs, pairs, tmp_path):
         ("--data.train", f"[{inputs[1]}]"): "raw.jsonl:161: not JSON",
     }
     for more, message in cases.items():
-        result = run_warm(
-            "cpu.yaml", "recipes/dpo.py", *settings(inputs, pairs, tmp_path, "bad", *more)
-        )
+        result = run_warm("cpu.yaml", "dpo", *settings(inputs, pairs, tmp_path, "bad", *more))
         assert result.returncode == 2, (more, result.stderr[-2000:])
         assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (
             more,

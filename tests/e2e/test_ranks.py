@@ -76,7 +76,7 @@ def test_a_finished_run_has_no_thread_of_gloo(tmp_path):
         "2",
     ]
     path = os.pathsep.join([str(tmp_path), str(REPO)])
-    check(run("cpu2.yaml", "recipes/sft.py", *arguments, THREADS=str(threads), PYTHONPATH=path))
+    check(run("cpu2.yaml", "sft", *arguments, THREADS=str(threads), PYTHONPATH=path))
     names = {file.name: file.read_text() for file in threads.iterdir()}
     assert set(names) == {"0", "1"} and all("python" in found for found in names.values())
     assert not any("gloo" in found for found in names.values()), names

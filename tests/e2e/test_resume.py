@@ -66,7 +66,7 @@ def outcome(folder: Path) -> tuple[str, list[dict]]:
 def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Random) -> None:
     """Starts the recipe and kills all its processes a moment after a random one of its next
     steps."""
-    process = start_warm(launch, "recipes/sft.py", *args)
+    process = start_warm(launch, "sft", *args)
     metrics = folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     wanted = before + rng.randint(1, 6)
@@ -83,12 +83,12 @@ def run_until_killed(launch: str, args: list[str], folder: Path, rng: random.Ran
 
 @pytest.mark.parametrize(("launch", "kills"), [("cpu.yaml", 3), ("cpu2.yaml", 2)])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, inputs, launch, kills):
-    check(run_warm(launch, "recipes/sft.py", *arguments(inputs, tmp_path, "whole")))
+    check(run_warm(launch, "sft", *arguments(inputs, tmp_path, "whole")))
     rng = random.Random(kills)
     args = arguments(inputs, tmp_path, "killed")
     for _ in range(kills):
         run_until_killed(launch, args, tmp_path / "killed", rng)
-    last = check((run if launch == "cpu.yaml" else run_warm)(launch, "recipes/sft.py", *args))
+    last = check((run if launch == "cpu.yaml" else run_warm)(launch, "sft", *args))
     weights, metrics = outcome(tmp_path / "killed")
     wanted_weights, wanted_metrics = outcome(tmp_path / "whole")
     assert metrics == wanted_metrics
@@ -101,20 +101,20 @@ def test_two_runs_do_not_share_a_folder(tmp_path, inputs):
     (tmp_path / "shared").mkdir()
     with (tmp_path / "shared" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = run_warm("cpu.yaml", "recipes/sft.py", *args)
+        result = run_warm("cpu.yaml", "sft", *args)
     assert result.returncode != 0 and "Another process is training" in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(tmp_path, inputs):
     args = arguments(inputs, tmp_path, "damaged")
-    check(run_warm("cpu.yaml", "recipes/sft.py", *args))
+    check(run_warm("cpu.yaml", "sft", *args))
     wanted = outcome(tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / f"step_{STEPS}"
     file = newest / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(bytes(content))
-    result = check(run_warm("cpu.yaml", "recipes/sft.py", *args))
+    result = check(run_warm("cpu.yaml", "sft", *args))
     assert f"step_{STEPS} is damaged" in result.stderr and f"step_{STEPS - 2}" in result.stderr
     assert outcome(tmp_path / "damaged") == wanted
 
@@ -130,10 +130,10 @@ def test_other_optimizers_resume_as_if_never_interrupted(tmp_path, inputs, optim
         "--train.max_steps",
         "8",
     ]
-    check(run_warm("cpu.yaml", "recipes/sft.py", *args))
+    check(run_warm("cpu.yaml", "sft", *args))
     folder = tmp_path / "run"
     wanted = outcome(folder)
     shutil.rmtree(folder / "checkpoints" / "step_8")
     shutil.rmtree(folder / "final")
-    resumed = check(run_warm("cpu.yaml", "recipes/sft.py", *args))
+    resumed = check(run_warm("cpu.yaml", "sft", *args))
     assert "step_4" in resumed.stdout + resumed.stderr and outcome(folder) == wanted

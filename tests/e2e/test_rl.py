@@ -103,9 +103,7 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
         "--optimizer.lr",
         "6e-3",
     )
-    result = check(
-        (run if algorithm == "grpo" else run_warm)("cpu.yaml", "recipes/rl.py", *arguments)
-    )
+    result = check((run if algorithm == "grpo" else run_warm)("cpu.yaml", "rl", *arguments))
     steps = steps_of(tmp_path / "run")
     rewards = [s["reward"] for s in steps]
     assert rewards[0] < 0.25 and statistics.median(rewards[-20:]) > 0.9, rewards
@@ -123,11 +121,7 @@ def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):
     """Matrices: w (1 - lr decay)^steps. Norms and embeddings, which do not decay, stay as they
     were."""
     more = [*SHORT, "--algorithm_options.beta", "0.0", "--optimizer.weight_decay", "0.1"]
-    check(
-        run_warm(
-            "cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more, reward="nothing")
-        )
-    )
+    check(run_warm("cpu.yaml", "rl", *settings(inputs, tmp_path, "run", *more, reward="nothing")))
     before, after = (
         load_file(inputs[0] / "model.safetensors"),
         load_file(tmp_path / "run" / "final" / "model.safetensors"),
@@ -157,7 +151,7 @@ def test_a_large_beta_stays_at_the_reference(inputs, tmp_path):
             "--optimizer.lr",
             "6e-3",
         ]
-        check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, name, *more)))
+        check(run_warm("cpu.yaml", "rl", *settings(inputs, tmp_path, name, *more)))
     free, held = steps_of(tmp_path / "free"), steps_of(tmp_path / "held")
     assert free[-1]["reward"] > held[-1]["reward"] + 0.2
     assert max(s["kl_reference_nats"] for s in held) < 0.05
@@ -179,9 +173,7 @@ def test_two_ranks_do_what_one_does(inputs, tmp_path, options):
     more += ["--data.eval", f"[{inputs[1]}]", "--evaluation.prompts", "7"]
     more += ["--evaluation.samples", "3", "--evaluation.temperature", "1.0"]
     for launch in ("cpu", "cpu2"):
-        check(
-            run_warm(f"{launch}.yaml", "recipes/rl.py", *settings(inputs, tmp_path, launch, *more))
-        )
+        check(run_warm(f"{launch}.yaml", "rl", *settings(inputs, tmp_path, launch, *more)))
     for a, b in zip(steps_of(tmp_path / "cpu"), steps_of(tmp_path / "cpu2"), strict=True):
         assert a["reward"] == b["reward"] and a["length"] == b["length"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
@@ -219,7 +211,7 @@ def test_partial_rollouts_train_finished_completions(inputs, tmp_path):
         "--sampling.stop_strings",
         json.dumps(LETTERS),
     ]
-    check(run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "run", *more)))
+    check(run_warm("cpu.yaml", "rl", *settings(inputs, tmp_path, "run", *more)))
     import pyarrow.parquet as pq
 
     rows = [
@@ -291,7 +283,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, laun
     check(
         run_warm(
             f"{launch}.yaml",
-            "recipes/rl.py",
+            "rl",
             *settings(inputs, tmp_path, "whole", *more, reward="slow_digit"),
         )
     )
@@ -315,13 +307,13 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, laun
     rng = random.Random(0)
     for grows, longest_s in MOMENTS:
         before, deadline = grows(cut), time.monotonic() + 120
-        process = start_warm(f"{launch}.yaml", "recipes/rl.py", *arguments)
+        process = start_warm(f"{launch}.yaml", "rl", *arguments)
         while grows(cut) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, longest_s))
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
-    check((run if launch == "cpu" else run_warm)(f"{launch}.yaml", "recipes/rl.py", *arguments))
+    check((run if launch == "cpu" else run_warm)(f"{launch}.yaml", "rl", *arguments))
     assert (whole / "final" / "model.safetensors").read_bytes() == (
         cut / "final" / "model.safetensors"
     ).read_bytes()
@@ -348,7 +340,7 @@ def test_mistakes_are_told_in_one_line(inputs, tmp_path):
     }
     (inputs[1].parent / "bad.jsonl").write_text('{"text": "x"}\n')
     for more, message in cases.items():
-        result = run_warm("cpu.yaml", "recipes/rl.py", *settings(inputs, tmp_path, "bad", *more))
+        result = run_warm("cpu.yaml", "rl", *settings(inputs, tmp_path, "bad", *more))
         assert result.returncode == 2, (more, result.stderr[-2000:])
         assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (
             more,

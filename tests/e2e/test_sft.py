@@ -46,7 +46,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
     result = check(
         run(
             "cpu.yaml",
-            "recipes/sft.py",
+            "sft",
             *options(
                 inputs, tmp_path, "--data.eval_fraction", "0.2", "--train.trackers", "[tensorboard]"
             ),
@@ -93,18 +93,18 @@ def test_the_printed_config_is_the_same_run(tmp_path, inputs):
     first = check(
         run_warm(
             "cpu.yaml",
-            "recipes/sft.py",
+            "sft",
             *options(inputs, tmp_path, "--optimizer.lr", "0.5", "--print_config"),
         )
     )
     saved = tmp_path / "resolved.yaml"
     saved.write_text(first.stdout)
-    second = check(run_warm("cpu.yaml", "recipes/sft.py", "--config", str(saved), "--print_config"))
+    second = check(run_warm("cpu.yaml", "sft", "--config", str(saved), "--print_config"))
     assert first.stdout == second.stdout and "lr: 0.5" in first.stdout
 
 
 def test_help_lists_every_option_with_its_meaning_and_default():
-    result = check(run_warm("cpu.yaml", "recipes/sft.py", "--help"))
+    result = check(run_warm("cpu.yaml", "sft", "--help"))
     text = " ".join(result.stdout.split())
     for option in (
         "--model.lora.rank",
@@ -130,7 +130,7 @@ def test_lora_trains_an_adapter_and_merge_makes_a_plain_model(tmp_path, inputs):
     check(
         run_warm(
             "cpu.yaml",
-            "recipes/sft.py",
+            "sft",
             *options(
                 inputs,
                 tmp_path,
@@ -166,7 +166,7 @@ def test_loss_falls_in_every_precision_that_a_cpu_has(tmp_path, inputs):
             "--optimizer.lr",
             "0.01",
         ]
-        check(run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *name)))
+        check(run_warm("cpu.yaml", "sft", *options(inputs, tmp_path, *name)))
         losses = [
             m["loss"] for m in read_metrics(tmp_path / precision / "metrics.jsonl") if "loss" in m
         ]
@@ -206,7 +206,7 @@ def empty(path: Path) -> Path:
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
-    result = run_warm("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, *arguments))
+    result = run_warm("cpu.yaml", "sft", *options(inputs, tmp_path, *arguments))
     assert result.returncode == 2
     assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr, (
         result.stderr[-1500:]
@@ -215,7 +215,7 @@ def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
 
 def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
     """accelerate's own traceback comes after it."""
-    result = run("cpu.yaml", "recipes/sft.py", *options(inputs, tmp_path, "--train.batchsize", "3"))
+    result = run("cpu.yaml", "sft", *options(inputs, tmp_path, "--train.batchsize", "3"))
     assert result.returncode != 0
     ours = result.stderr.split("subprocess.CalledProcessError")[0]
     assert "Did you mean --train.batch_size?" in " ".join(ours.split()), ours[-1500:]
@@ -231,7 +231,7 @@ def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
 )
 def test_bad_rows_are_named(tmp_path, inputs, make, message):
     rows = make(tmp_path / "rows.jsonl")
-    result = run_warm("cpu.yaml", "recipes/sft.py", *options((inputs[0], rows), tmp_path))
+    result = run_warm("cpu.yaml", "sft", *options((inputs[0], rows), tmp_path))
     assert result.returncode != 0 and message in " ".join(result.stderr.split())
 
 
@@ -242,13 +242,13 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path, inputs):
     bigger.save_pretrained(tmp_path / "bigger")
     result = run_warm(
         "cpu.yaml",
-        "recipes/sft.py",
+        "sft",
         *options(inputs, tmp_path, "--model.tokenizer", str(tmp_path / "bigger")),
     )
     assert result.returncode != 0 and "2 tokens have no row" in " ".join(result.stderr.split())
     pickled = model_folder(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    result = run_warm("cpu.yaml", "recipes/sft.py", *options((pickled, inputs[1]), tmp_path))
+    result = run_warm("cpu.yaml", "sft", *options((pickled, inputs[1]), tmp_path))
     assert result.returncode != 0 and "pickle only" in " ".join(result.stderr.split())
 
 
@@ -256,7 +256,7 @@ def test_an_unwritable_output_folder_is_said_before_training(tmp_path, inputs):
     (tmp_path / "file").write_text("")
     result = run_warm(
         "cpu.yaml",
-        "recipes/sft.py",
+        "sft",
         *options(inputs, tmp_path, "--train.run_dir", str(tmp_path / "file" / "runs")),
     )
     assert result.returncode != 0 and "cannot be written" in " ".join(result.stderr.split())
@@ -266,7 +266,7 @@ def test_an_unwritable_output_folder_is_said_before_training(tmp_path, inputs):
 def test_a_diverging_run_stops_before_the_optimizer_and_names_where(tmp_path, inputs):
     result = run_warm(
         "cpu.yaml",
-        "recipes/sft.py",
+        "sft",
         *options(
             inputs,
             tmp_path,
@@ -299,7 +299,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path, inputs):
             "--optimizer.lr",
             "1e-3",
         )
-        check(run_warm(launch, "recipes/sft.py", *arguments))
+        check(run_warm(launch, "sft", *arguments))
     one, two = (
         load_file(tmp_path / launch / "final" / "model.safetensors")
         for launch in ("cpu.yaml", "cpu2.yaml")

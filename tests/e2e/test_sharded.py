@@ -175,11 +175,11 @@ def settings(inputs, run_dir: Path, name: str, *more: str) -> list[str]:
 
 RECIPES = {
     "dpo": (
-        "recipes/dpo.py",
+        "dpo",
         ["--reference.sync_every", "2", "--train.save_every", "2", "--data.eval_fraction", "0.2"],
     ),
-    "lora": ("recipes/dpo.py", ["--model.lora.rank", "4", "--optimizer.lr", "2e-2"]),
-    "reward": ("recipes/reward.py", ["--loss_options.centering", "0.01"]),
+    "lora": ("dpo", ["--model.lora.rank", "4", "--optimizer.lr", "2e-2"]),
+    "reward": ("reward", ["--loss_options.centering", "0.01"]),
 }
 
 
@@ -296,7 +296,7 @@ def test_reinforcement_learning_under_zero2_is_that_of_one_process(inputs, tmp_p
             "--rewards.functions",
             json.dumps({"tests.reward_functions.starts_with_digit": 1.0}),
         ]
-        check(run_warm(launch, "recipes/rl.py", *arguments))
+        check(run_warm(launch, "rl", *arguments))
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "zero2")
     assert [s["reward"] for s in one] == [s["reward"] for s in two] and len(
         {s["reward"] for s in one}

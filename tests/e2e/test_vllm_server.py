@@ -383,7 +383,7 @@ def test_recipe_learns_with_the_server(server, tmp_path):
         "--train.max_steps",
         "30",
     ]
-    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    check(run("cpu.yaml", "rl", *arguments))
     steps = steps_of(tmp_path / "run")
     assert [s["step"] for s in steps] == list(range(1, 31))
     assert max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
@@ -397,7 +397,7 @@ def test_merged_adapters_are_what_the_trainer_samples_from(server, tmp_path):
         *settings(server, tmp_path, "run", "starts_with_digit"),
         *("--model.lora.rank", "4", "--sampling.max_tokens", "4", "--train.max_steps", "4"),
     ]
-    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    check(run("cpu.yaml", "rl", *arguments))
     steps = steps_of(tmp_path / "run")
     assert len(steps) == 4 and max(s["sampler_mismatch_nats"] for s in steps) < 1e-4
 
@@ -408,7 +408,7 @@ def test_recipe_trains_right_with_truncated_sampling(server, tmp_path):
         *("--sampling.top_k", "30", "--sampling.top_p", "0.95", "--sampling.max_tokens", "6"),
         *("--train.max_steps", "8", "--rollout.updates", "2"),
     ]
-    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    check(run("cpu.yaml", "rl", *arguments))
     steps = steps_of(tmp_path / "run")
     assert len(steps) == 8
     assert max(s["sampler_mismatch_nats"] for s in steps[::2]) < 1e-3
@@ -427,15 +427,13 @@ def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp
         "--vllm.concurrency",
         "1",
     ]
-    check(
-        run("cpu.yaml", "recipes/rl.py", *settings(server, tmp_path, "whole", "slow_digit"), *more)
-    )
+    check(run("cpu.yaml", "rl", *settings(server, tmp_path, "whole", "slow_digit"), *more))
     arguments = [*settings(server, tmp_path, "cut", "slow_digit"), *more]
     kept = 0
     for iteration in (1, 4):
         journal = tmp_path / "cut" / "rollouts" / f"iteration_{iteration:06d}_rank0.jsonl"
         process = subprocess.Popen(
-            command("cpu.yaml", "recipes/rl.py", *arguments),
+            command("cpu.yaml", "rl", *arguments),
             cwd=REPO,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -449,7 +447,7 @@ def test_recipe_killed_in_the_middle_of_rollouts_goes_on_bit_for_bit(server, tmp
         process.wait()
         kept += 4 < journal.read_text().count("\n") < 64
     assert kept == 2, "no kill fell into a rollout"
-    check(run("cpu.yaml", "recipes/rl.py", *arguments))
+    check(run("cpu.yaml", "rl", *arguments))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert (whole / "final" / "model.safetensors").read_bytes() == (
         cut / "final" / "model.safetensors"
