@@ -91,8 +91,8 @@ class RolloutBatches:
     def __post_init__(self) -> None:
         self._step = self._iteration = 0
         self._pending: list[StepBatch] = []
-        self._buffer = RolloutBuffer()
         collector, names = self.collector, self.collector.rewards.names
+        self._buffer = RolloutBuffer(ranks=collector.accelerator.num_processes)
         if collector.sampling.truncates and not collector.engine.returns_kept_ids:
             raise UserFacingError(
                 "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
@@ -192,7 +192,6 @@ class RolloutBatches:
                     round=begun,
                     group_size=self.config.group_size,
                     seed=self.seed,
-                    ranks=self.collector.accelerator.num_processes,
                 )
                 begun += fresh
                 self.collector.roll(self._buffer, journal)

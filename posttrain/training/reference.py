@@ -8,6 +8,7 @@ rows.
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,8 +335,7 @@ def _compute(
             sequence_key(part[g], part[g].completions[k]): v.logps_T.cpu()
             for (g, k), v in found.items()
         }
-    every_rank = gather_object(plan.accelerator, values)
-    return {key: value for rank in every_rank for key, value in rank.items()}
+    return dict(ChainMap(*gather_object(plan.accelerator, values)))
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:
