@@ -104,7 +104,6 @@ class RolloutBatches:
                 f"rollout.signal_reward is one of the rewards {', '.join(names)}; got "
                 f"{self.config.signal_reward!r}."
             )
-        self._is_main = collector.accelerator.is_main_process
         self._log = RolloutLog(self.folder, rank=collector.rank)
 
     def __iter__(self) -> Self:
@@ -284,5 +283,5 @@ class RolloutBatches:
 
     def saved(self) -> None:
         """A checkpoint with the present state is in place: what was drawn before is not needed."""
-        if self._is_main:
+        if self.collector.rank == 0:
             forget_journals(self.folder, before=self._iteration)

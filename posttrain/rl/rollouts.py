@@ -87,7 +87,7 @@ class RolloutBuffer:
         return finished
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Plain values."""
+        """The groups in plain values, those of other ranks without tokens."""
         return to_row(self.groups)
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
@@ -120,7 +120,7 @@ class Collector:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Which process this is; it draws and scores the groups of this ``rank``."""
         return int(self.accelerator.process_index)
 
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
@@ -242,7 +242,6 @@ class Collector:
 
 
 def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
-    """The journal of an iteration on this rank."""
     return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
 
 

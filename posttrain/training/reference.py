@@ -228,7 +228,7 @@ class RunReference:
             save_file({n: p.contiguous() for n, p in parts.items()}, folder / self._file)
 
     def read(self, folder: Path) -> None:
-        """What ``write`` wrote."""
+        """Load the state saved by ``write``."""
         if parts := self._parts():
             saved = load_file(folder / self._file)
             for name, part in parts.items():
