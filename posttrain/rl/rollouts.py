@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,13 +46,15 @@ class RolloutBuffer:
     ) -> None:
         """Add a group without tokens for each prompt, on the rank that has fewest. ``round``: how
         many prompts the iteration has begun before (a prompt that comes twice is drawn anew)."""
+        held = Counter(group.rank for group in self.groups)
         for number, prompt in enumerate(prompts):
             at = {"iteration": iteration, "round": round + number, "prompt": prompt}
             trajectories = [
                 Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
             ]
             group = TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
-            group.rank = min(self._ranks, key=lambda rank: len(self.of_rank(rank)))
+            group.rank = min(self._ranks, key=held.__getitem__)
+            held[group.rank] += 1
             self.groups.append(group)
 
     def requests(
