@@ -5,8 +5,8 @@
 
 Each run is a process of its own in the folder of its commit: the recipe with its shipped settings
 on rows made here, a few steps, the first one left out. Prints the median seconds of a step, and the
-ratio of the two by round: its median and spread. Completions of RL are drawn, so their lengths differ
-between commits: its seconds are those of 1,000 tokens drawn and trained on.
+ratio of the two by round: its median and spread. Completions of RL are drawn, so their lengths
+differ between commits: its seconds are those of 1,000 tokens drawn and trained on.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ def arguments(kind: str, rows: Path, folder: Path) -> list[str]:
     ]  # fmt: skip
     if kind != "rl":
         return common
+    rewards = "{numeric_answer: 1.0, repetition_penalty: 0.1}"
     return [
-        *common, "--rollout.group_size", str(GROUP_SIZE), "--sampling.max_tokens", "64", "--rewards.functions", "{numeric_answer: 1.0, repetition_penalty: 0.1}",
-        "--algorithm_options.beta", "0.0", "--rollout.show_every", "0",
+        *common, "--rollout.group_size", str(GROUP_SIZE), "--sampling.max_tokens", "64",
+        "--rewards.functions", rewards, "--algorithm_options.beta", "0.0",
+        "--rollout.show_every", "0",
     ]  # fmt: skip
 
 

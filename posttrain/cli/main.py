@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from posttrain.cli import eval as evaluation
-from posttrain.cli import plan, prep
+from posttrain.cli import plan, prep, train
 
 Declare = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], None]
@@ -50,6 +50,8 @@ def _run_version(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Declare, Run]] = {
+    **{name: (text, train.declare, train.run) for name, (_, text) in train.TRAINERS.items()},
+    "recipes": ("list or copy the shipped settings", train.declare_recipes, train.run_recipes),
     "prep": ("make training rows of raw preference data", prep.declare, prep.run),
     "plan": ("what a run's memory will be", plan.declare, plan.run),
     "eval": ("answer and verify held-out problems", evaluation.declare, evaluation.run),
@@ -60,7 +62,7 @@ COMMANDS: dict[str, tuple[str, Declare, Run]] = {
         _run_version,
     ),
 }
-TAKE_SETTINGS = ("plan",)
+TAKE_SETTINGS = ("plan", *train.TRAINERS)
 """Commands whose undeclared options are settings of a run: they come as ``arguments.settings``."""
 
 
@@ -71,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (text, declare, _) in COMMANDS.items():
-        declare(subparsers.add_parser(name, help=text, description=text))
+        has_own = name in train.TRAINERS  # the settings' help is another parser's
+        declare(subparsers.add_parser(name, help=text, description=text, add_help=not has_own))
     return parser
 
 

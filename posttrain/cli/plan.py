@@ -11,6 +11,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.cli.train import find
+
 if TYPE_CHECKING:
     from posttrain.plan.job import Job
     from posttrain.plan.trace import Device, Method
@@ -26,7 +28,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--packing.max_tokens 4096."
     )
     parser.add_argument(
-        "config", metavar="CONFIG", help="settings of a run, e.g. recipes/configs/dpo_smollm2.yaml"
+        "config",
+        metavar="CONFIG",
+        help="settings of a run: a file, or a shipped name (dpo_smollm2)",
     )
     parser.add_argument(
         "--method", choices=METHODS, help="kind of run (default: found from the settings)"
@@ -164,6 +168,7 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     from posttrain.plan.job import job_of
     from posttrain.precision import PRECISIONS, resolve_precision
 
+    arguments.config = str(find(arguments.config, "recipes/configs", "CONFIG"))
     method: Method = arguments.method or find_method(arguments.config, arguments.settings)
     config, trainer = _parse(method, arguments.config, arguments.settings)
     has_cuda = torch.cuda.is_available()
@@ -252,7 +257,7 @@ def find_method(path: str, settings: list[str]) -> Method:
             "--method sft, reward or dpo."
         )
     loss = written.split("*")[-1].split("+")[0].strip()
-    options = _said(path, []).get("loss_options") or {}
+    options = {**said, **(said.get("loss_options") or {})}
     if loss == "bradley_terry" or {"centering", "margin_scale"} & set(options):
         return "reward"
     return "dpo" if loss not in ("", "sft") else "sft"

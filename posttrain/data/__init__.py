@@ -19,6 +19,7 @@ from posttrain.data.report import (
     highlight_sample,
 )
 from posttrain.data.row import Answer, Sample
+from posttrain.data.stream import StreamedGroups
 
 __all__ = [
     "Answer",
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "GroupData",
     "SourceReport",
+    "StreamedGroups",
     "batch_indices",
     "check_stop_trained",
     "encode_conversation",

@@ -138,3 +138,25 @@ def add_adapters(
     wrapped = peft.get_peft_model(model, adapters)
     adapters.base_model_name_or_path = base
     return wrapped
+
+
+def with_adapters(model: Any, peft_config: Any, *, base: str) -> PeftModel:
+    """A loaded model with the adapters of a config of peft's own (DoRA, rsLoRA, trained modules,
+    ...). ValueError for those that add tokens to the prompt, and for a model that has adapters."""
+    import peft
+
+    if isinstance(model, peft.PeftModel):
+        raise ValueError("The model has adapters already; give peft_config or such a model.")
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise ValueError(
+            "peft_config is a config of peft, such as peft.LoraConfig(r=16); got a "
+            f"{type(peft_config).__name__}. Settings of model.lora go into config.model.lora."
+        )
+    if isinstance(peft_config, peft.PromptLearningConfig):
+        raise ValueError(
+            f"{type(peft_config).__name__} adds tokens to every prompt, which packed rows do not "
+            "have. Use peft.LoraConfig."
+        )
+    wrapped = peft.get_peft_model(model, peft_config)
+    peft_config.base_model_name_or_path = base
+    return wrapped

@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -329,6 +330,39 @@ def by_name(functions: Mapping[Callable[..., Any], float]) -> dict[str, Weighted
             )
         named[name] = (function, weight)
     return named
+
+
+def trl_rewards(functions: Any) -> dict[str, Weighted]:
+    """Reward functions as TRL takes them, by name with weight 1: one or a list of
+    ``f(prompts, completions, **columns) -> list``, plain or async.
+
+    As there, ``completions`` are lists of one message where the prompts are conversations, else
+    texts, and ``columns`` are those of the rows.
+    """
+    listed = functions if isinstance(functions, list | tuple) else [functions]
+    if models := [f for f in listed if not callable(f)]:
+        raise ValueError(
+            f"reward_funcs has {models[0]!r}. A reward model is config.rewards: functions "
+            "{reward_model: 1.0}, options {reward_model: {model: FOLDER}}."
+        )
+    return by_name({_as_batched(function): 1.0 for function in listed})
+
+
+def _as_batched(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(completions: Sequence[str], samples: Sequence[Mapping[str, Any]]) -> Any:
+        names = ("prompt", "messages", "question", "problem")
+        prompts = [next((s[n] for n in names if n in s), None) for s in samples]
+        said = [
+            [{"role": "assistant", "content": str(text)}] if isinstance(prompt, list) else str(text)
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        keys = {key for sample in samples for key in sample} - {"prompt", "_where"}
+        columns = {key: [sample.get(key) for sample in samples] for key in keys}
+        found = function(prompts=prompts, completions=said, **columns)
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+    call.__name__ = call.__qualname__ = getattr(function, "__name__", type(function).__name__)
+    return reward(batched=True)(call)
 
 
 def _import(name: str) -> Callable[..., Any]:

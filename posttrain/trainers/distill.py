@@ -17,8 +17,10 @@ from posttrain.models.reference import freeze
 from posttrain.rewards import reward
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.credit import group_normalised
-from posttrain.trainers.rl import RLConfig, RLTrainer
-from posttrain.training.loop import TrainResult
+from posttrain.trainers.base import RunData
+from posttrain.trainers.rl import RLConfig, RLTrainer, check_sampling
+from posttrain.training.config import TrainConfig
+from posttrain.training.identity import source_digest
 from posttrain.types import as_loss
 
 
@@ -40,6 +42,8 @@ class TeacherConfig:
 class DistillConfig(RLConfig):
     """Everything that decides an on-policy distillation: an RL run whose loss is a divergence."""
 
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(name="distill"))
+    """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
     teachers: list[TeacherConfig] = field(default_factory=list)
     """Whom the student is compared with"""
     reward_weight: float = 0.0
@@ -47,7 +51,7 @@ class DistillConfig(RLConfig):
 
 
 class DistillTrainer(RLTrainer):
-    """``DistillTrainer(model="student", teachers=["teacher"], train_dataset=rows).train()``.
+    """``DistillTrainer("student", teachers=["teacher"], train_dataset=rows).train()``.
 
     Agarwal et al. 2023 (GKD), arXiv:2306.13649 with all data on-policy. ``teachers``: folders or
     loaded models, each with weight 1 and the reverse KL; ``config.teachers`` says more. The
@@ -56,12 +60,14 @@ class DistillTrainer(RLTrainer):
 
     def __init__(
         self,
+        model: Any = None,
+        args: DistillConfig | None = None,
         *,
         teachers: Sequence[str | nn.Module] = (),
         config: DistillConfig | None = None,
         **others: Any,
     ) -> None:
-        config = config or DistillConfig()
+        config = config or args or DistillConfig()
         if bool(teachers) == bool(config.teachers):
             raise ValueError(
                 "DistillTrainer needs teachers, in one place: teachers=[...] or config.teachers; "
@@ -72,34 +78,36 @@ class DistillTrainer(RLTrainer):
         named = named or [
             (t, TeacherConfig(model=t if isinstance(t, str) else "")) for t in teachers
         ]
-        self._teachers = [model for model, _ in named]
+        self._teachers = [teacher for teacher, _ in named]
         losses: list[tuple[float, TeacherDivergence]] = []
-        for number, (model, settings) in enumerate(named):
+        for number, (teacher, settings) in enumerate(named):
             output = TeacherDivergence(
                 str(number) if len(named) > 1 else "teacher",
-                _frozen_forward(model),
+                _frozen_forward(teacher),
                 kind=settings.divergence,
                 mix=settings.mix,
             )
             losses.append((settings.weight, output))
         if not (config.rewards.functions or config.rewards.by_task or others.get("rewards")):
             others["rewards"] = {no_reward: 1.0}
-        super().__init__(
-            config=replace(config, algorithm_options={}),
-            algorithm=_algorithm(config, losses),
-            **others,
-        )
-        # the algorithm has the options; the run's settings keep them
-        self.config = replace(self.config, algorithm_options=config.algorithm_options)
+        super().__init__(model, config=config, algorithm=_algorithm(config, losses), **others)
 
-    def train(self) -> TrainResult:
-        """Runs to the end, or continues. ValueError before the first step for a teacher of another
-        vocabulary."""
-        tokenizer = self._tokenizer or load_tokenizer(self.config.model)
+    def _choose_loss(self, given: Any) -> None:
+        check_sampling(self.config)
+        assert self._given_algorithm is not None
+        self.algorithm = self._given_algorithm  # it has the options
+        self.loss = self.algorithm.objective
+        self.wants_reference = self.algorithm.needs_reference
+
+    def _read(self, tokenizer: Any, *, is_main: bool) -> RunData:
         for teacher in self._teachers:
             if isinstance(teacher, str):
                 _check_same_vocabulary(tokenizer, teacher)
-        return super().train()
+        return super()._read(tokenizer, is_main=is_main)
+
+    def _identity(self) -> dict[str, Any]:
+        folders = [source_digest(t) for t in self._teachers if isinstance(t, str)]
+        return super()._identity() | {"teachers": folders}
 
 
 def _algorithm(
@@ -108,10 +116,12 @@ def _algorithm(
     """The divergence, and ``reward_weight`` times the loss of the algorithm with its credit."""
     loss = distillation(teachers)
     if not config.reward_weight:
-        if config.algorithm_options:
-            raise ValueError("algorithm_options are read with a reward_weight; set it above 0.")
+        if config.options:
+            raise ValueError(
+                f"{', '.join(config.options)} is read with a reward_weight; set it above 0."
+            )
         return Algorithm(name="distill", advantages=group_normalised, loss=loss, skip_zero="never")
-    base = resolve_algorithm(config.algorithm, dict(config.algorithm_options))
+    base = resolve_algorithm(config.algorithm, config.options)
     of_rewards = as_loss(base.loss).with_options(**base.loss_options)
     both = weighted_sum([(1.0, loss), (config.reward_weight, of_rewards)])
     return replace(

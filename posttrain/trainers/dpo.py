@@ -4,23 +4,23 @@ labelled ones)."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from posttrain.data import batch_indices
+from posttrain.data import StreamedGroups, batch_indices
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.table import num_labels
 from posttrain.data.tokenise import prompt_hash
 from posttrain.losses.preference_metrics import preference_metrics
-from posttrain.trainers.base import BaseConfig, Trainer, run_reference
-from posttrain.training.config import TrainConfig
+from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
+from posttrain.training.config import TrainConfig, set_options
 from posttrain.training.loop import Loop
 from posttrain.training.reference import ReferenceConfig
-from posttrain.types import Logps, Loss, LossOutput, PromptGroup
+from posttrain.types import Logps, Loss, LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,23 @@ class DPOConfig(BaseConfig):
     loss: str = "dpo"
     """A loss of posttrain.losses.preference (dpo, ipo, simpo, kto, ...), the dotted path of any
     function (Logps, *, options) -> LossOutput, or a weighted sum: dpo + 0.2*nll_chosen."""
+    beta: float | None = None
+    """Scale of the implicit reward beta log(pi / pi_ref). Default: the loss's own (dpo 0.1, simpo
+    2, dpo_norm 5)."""
+    label_smoothing: float | None = None
+    """Share of pairs taken to be labelled the wrong way round (cdpo, robust, exo). Default: the
+    loss's own."""
+    gamma: float | None = None
+    """simpo: the margin that the chosen answer must win by. Default 1."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
-    """Keyword options of the loss, e.g. --loss_options.beta 0.1."""
+    """Further keyword options of the loss, e.g. --loss_options.f_divergence js."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The model that the policy is compared with"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the loss, all that are set."""
+        return set_options(self, ("beta", "label_smoothing", "gamma"), self.loss_options)
 
 
 class DPOTrainer(Trainer):
@@ -55,7 +68,8 @@ class DPOTrainer(Trainer):
     config_class = DPOConfig
     loss_home = "posttrain.losses.preference"
 
-    def _settle_loss(self) -> None:
+    def _choose_loss(self, given: Callable[..., LossOutput] | None) -> None:
+        super()._choose_loss(given)
         config, chosen = self.config, self.loss
         self.wants_reference = chosen.reference
         self.loss = with_preference_metrics(chosen)
@@ -70,22 +84,28 @@ class DPOTrainer(Trainer):
                 "would be ignored. Leave them out."
             )
 
-    def _set_up(
-        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
-    ) -> None:
+    def _set_up(self, loop: Loop, data: RunData) -> None:
         wants_labels = self.loss.statistic is not None
-        for groups in (train, *([evaluation] if evaluation is not None else [])):
+        for groups in every_set(data):
             check_feedback(groups, wants_labels=wants_labels, what=f"loss {self.config.loss}")
-        if wants_labels:
-            check_mismatched(train, self.config)
+        if wants_labels and not isinstance(data.train, StreamedGroups):
+            check_mismatched(data.train, self.config)
         if not self.loss.reference:
             return
+        if self.config.reference.cache and isinstance(data.train, StreamedGroups):
+            raise ValueError("reference.cache needs all rows at once; a stream has none. Leave it.")
         loop.reference = run_reference(
             self.config.reference,
             loop,
-            groups=[train, *([evaluation] if evaluation is not None else [])],
+            groups=list(every_set(data)),
             show_progress=loop.accelerator.is_main_process,
         )
+
+
+def every_set(data: RunData) -> list[Any]:
+    """Training groups (of a stream, its first batch) and all held-out ones."""
+    train = data.train.batch(0) if isinstance(data.train, StreamedGroups) else data.train
+    return [train, *data.eval.values()]
 
 
 def with_preference_metrics(loss: Loss) -> Loss:

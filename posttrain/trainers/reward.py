@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,9 +13,9 @@ from posttrain.data.config import DataConfig, Purpose
 from posttrain.losses.calibration import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.precision import PrecisionPlan, torch_dtype
-from posttrain.trainers.base import BaseConfig, Trainer
-from posttrain.trainers.dpo import check_feedback
-from posttrain.training.config import TrainConfig
+from posttrain.trainers.base import BaseConfig, RunData, Trainer
+from posttrain.trainers.dpo import check_feedback, every_set
+from posttrain.training.config import TrainConfig, set_options
 from posttrain.training.forward import Ref
 from posttrain.training.loop import Loop
 from posttrain.types import PromptGroup
@@ -32,8 +32,15 @@ class RewardConfig(BaseConfig):
     loss: str = "bradley_terry"
     """bradley_terry, or the dotted path of any function (Logps, *, options) -> LossOutput;
     logps_S are the scores."""
+    centering: float | None = None
+    """Weight of the squared sum of a pair's scores, which keeps them around 0. Default 0."""
     loss_options: dict[str, float | int | bool | str] = field(default_factory=dict)
-    """Keyword options of the loss, e.g. --loss_options.centering 0.01."""
+    """Further keyword options of the loss."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the loss, all that are set."""
+        return set_options(self, ("centering",), self.loss_options)
 
 
 class RewardTrainer(Trainer):
@@ -58,23 +65,20 @@ class RewardTrainer(Trainer):
             seed=self.config.train.seed,
         )
 
-    def _set_up(
-        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
-    ) -> None:
-        for groups in (train, *([evaluation] if evaluation is not None else [])):
+    def _set_up(self, loop: Loop, data: RunData) -> None:
+        for groups in every_set(data):
             check_feedback(groups, wants_labels=False, what="a reward model")
         loop.policy_class = Scorer
-        if evaluation is not None:
-            loop.eval_report = lambda scores: held_out_report(evaluation, scores)
+        loop.eval_report = lambda held_out: held_out_report(held_out.groups, held_out.sums)
 
 
-def held_out_report(groups: Sequence[PromptGroup], scores: dict[Ref, float]) -> dict[str, float]:
+def held_out_report(groups: Sequence[PromptGroup], scores: Mapping[Ref, float]) -> dict[str, float]:
     """``losses.calibration.pair_report`` over all pairs of the groups; lengths are tokens of the
     completion."""
     pairs = [(g, pair) for g in range(len(groups)) for pair in groups[g].trained_pairs]
     lengths = {(g, k): len(groups[g].completions[k].token_ids) - 1 for g, k in scores}
 
-    def column(values: dict[Ref, Any], side: str) -> torch.Tensor:
+    def column(values: Mapping[Ref, Any], side: str) -> torch.Tensor:
         return torch.tensor(
             [float(values[g, getattr(pair, side)]) for g, pair in pairs], dtype=torch.float64
         )

@@ -14,20 +14,14 @@ import torch
 
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
 from posttrain.models.load import (
-    ModelConfig,
-    check_vocabulary,
     end_token_ids,
-    load_model,
-    load_tokenizer,
     save_model,
-    set_dropout,
 )
 from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
-from posttrain.packing.plan import PackingConfig
 from posttrain.plan.check import MemoryCheck
-from posttrain.precision import torch_dtype
-from posttrain.rewards.compose import Rewards, RewardsConfig, by_name
+from posttrain.precision import PrecisionPlan, torch_dtype
+from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.batches import RolloutBatches, RolloutConfig
 from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
@@ -39,11 +33,10 @@ from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.rollout.receipt import probe_ids, probe_logps
 from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
-from posttrain.trainers.base import report_end, run_reference
-from posttrain.training.config import TrainConfig, to_dict
-from posttrain.training.launch import make_accelerator
+from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
+from posttrain.training.config import TrainConfig, set_options
+from posttrain.training.identity import code_digest, source_digest
 from posttrain.training.loop import Loop, TrainResult
-from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.training.sharding import kind, shards_weights, unwrapped
 from posttrain.types import Completion, PromptGroup
@@ -53,19 +46,34 @@ RewardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig:
+class RLConfig(BaseConfig):
     """Everything that decides a reinforcement-learning run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model, full or LoRA"""
-    data: PromptConfig = field(default_factory=PromptConfig)
+    data: PromptConfig = field(default_factory=PromptConfig)  # type: ignore[assignment]
     """Prompts to sample from and to evaluate on"""
     algorithm: str = "grpo"
     """grpo, r1, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce_pp_baseline, k15, or the
     path of an Algorithm."""
+    beta: float | None = None
+    """Weight of the KL to the reference. Default: the algorithm's (grpo 0.04, dapo 0)."""
+    epsilon_low: float | None = None
+    """Lower clipping bound 1 - epsilon_low of the ratio. Default: the algorithm's."""
+    epsilon_high: float | None = None
+    """Upper clipping bound 1 + epsilon_high of the ratio. Default: the algorithm's."""
+    tau: float | None = None
+    """k15: weight of the KL to the policy at the start of the iteration. Default 1."""
+    entropy_weight: float | None = None
+    """Weight of the entropy bonus. Default: the algorithm's, 0."""
     algorithm_options: dict[str, float | int | bool | str] = field(default_factory=dict)
-    """Options of its advantages, its loss or itself, e.g. --algorithm_options.epsilon_high 0.28 or
-    beta, tau, std."""
+    """Further options of its advantages, its loss or itself, e.g. --algorithm_options.std none, or
+    aggregation, ceiling."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the algorithm, all that are set."""
+        names = ("beta", "epsilon_low", "epsilon_high", "tau", "entropy_weight")
+        return set_options(self, names, self.algorithm_options)
+
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How completions are drawn"""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -85,10 +93,6 @@ class RLConfig:
     """How held-out problems are answered"""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The model of the KL penalty; read by algorithms with beta > 0"""
-    packing: PackingConfig = field(default_factory=PackingConfig)
-    """Micro-batches: memory and speed, never the gradient"""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer and its schedule"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
 
@@ -108,148 +112,165 @@ SHOWN = (
 """The live line. ``surprise_nats``: -log pi of the sampled tokens, whose mean is the entropy."""
 
 
-class RLTrainer:
+class RLTrainer(Trainer):
     """``RLTrainer(model="smollm2-135m", train_dataset=rows, rewards={my_reward: 1.0},
     config=...).train()``.
 
-    ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read.
-    ``rewards``: functions ``(completion, sample) -> float | None`` with their weight, beside those
-    of ``config.rewards``. ``algorithm`` goes before ``config.algorithm``. ``environment``: what
-    answers the model; without it one turn.
+    ``train_dataset``: rows with a prompt (or question, or messages) and what the rewards read; a
+    stream is read to its end first. ``rewards``: functions ``(completion, sample) -> float | None``
+    with their weight, beside those of ``config.rewards``; ``reward_funcs``: functions as TRL's,
+    ``(prompts, completions, **columns) -> list``, each with weight 1. ``algorithm`` goes before
+    ``config.algorithm``. ``environment``: what answers the model; without it one turn. The rest is
+    as in ``Trainer``, without ``loss`` and ``compute_metrics``.
     """
+
+    config_class = RLConfig
 
     def __init__(
         self,
-        *,
         model: Any = None,
-        tokenizer: Any = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        args: Any = None,
+        *,
         rewards: Mapping[RewardFunction, float] | None = None,
+        reward_funcs: Sequence[Any] | Any = (),
         algorithm: Algorithm | None = None,
         environment: Environment | None = None,
-        config: RLConfig | None = None,
+        **others: Any,
     ) -> None:
-        config = config or RLConfig()
-        if isinstance(model, str):
-            config, model = replace(config, model=replace(config.model, name=model)), None
-        if train_dataset is not None and config.data.train:
-            raise ValueError(
-                "RLTrainer would ignore something: data.train beside train_dataset. "
-                "Give one of them."
-            )
+        for name in ("loss", "compute_metrics"):
+            if others.get(name) is not None:
+                raise ValueError(
+                    f"{type(self).__name__} takes no {name}: the loss is an Algorithm's "
+                    "(algorithm=...), and what is measured beside is a reward of weight 0."
+                )
+        self._given_algorithm, self._environment = algorithm, environment
+        self._batches: RolloutBatches | None = None
+        super().__init__(model, args, **others)
+        config = self.config
         if config.reference.cache:
             raise ValueError(
                 "reference.cache holds log-probs of a fixed data set; rollouts are "
                 "new in every step. Leave it off."
             )
-        self.config = config
-        self._model, self._tokenizer, self._environment = model, tokenizer, environment
-        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        given = {**by_name(rewards or {}), **trl_rewards(reward_funcs)}
         self._rewards = Rewards(
-            config.rewards,
-            given=by_name(rewards or {}),
-            correct_reward=config.evaluation.correct_reward,
+            config.rewards, given=given, correct_reward=config.evaluation.correct_reward
         )
-        self.algorithm = _resolved(config, algorithm)
+        self._given_rewards = given
 
-    def train(self) -> TrainResult:
-        """Runs to the end, or continues where the run folder's newest valid checkpoint stopped."""
-        config = self.config
-        accelerator, precision = make_accelerator(
-            precision=config.train.precision,
-            trackers=config.train.trackers,
-            project_dir=config.train.folder,
-        )
+    def _choose_loss(self, given: Any) -> None:
+        self.algorithm = _resolved(self.config, self._given_algorithm)
+        self.loss = self.algorithm.objective
+        self.wants_reference = self.algorithm.needs_reference
+
+    @property
+    def method(self) -> str:
+        """What is done, in a few words."""
+        return f"reinforcement learning ({self.algorithm.name})"
+
+    def _check_launch(self, accelerator: Any) -> None:
         if shards_weights(accelerator):
             raise ValueError(
                 f"Completions are sampled from whole weights, but {kind(accelerator)} holds a part "
                 "of them on each process. Launch with ZeRO-2 (launch/zero2.yaml), which shards "
                 "only gradients and optimizer state, or with DDP and --model.lora.rank 16."
             )
-        torch.manual_seed(config.train.seed)
-        tokenizer = self._tokenizer or load_tokenizer(config.model)
-        with accelerator.main_process_first():
-            train, evaluation, counts = self._all_prompts(tokenizer)
-        every = (*train, *(evaluation or ()))
-        memory = MemoryCheck.start(
-            config,
+
+    def _plan_memory(
+        self, data: RunData, accelerator: Any, precision: PrecisionPlan, model: Any
+    ) -> MemoryCheck:
+        return MemoryCheck.start(
+            self.config,
             "rl",
             accelerator,
             precision,
-            model=self._model,
-            wants_reference=self.algorithm.needs_reference,
-            longest_prompt=max(len(p.ids) for p in every),
+            model=model,
+            wants_reference=self.wants_reference,
+            longest_prompt=max(len(p.ids) for p in _every(data)),
             reference_every=self.algorithm.reference_every,
         )
-        with accelerator.main_process_first():
-            model = self._model
-            if model is None:
-                model = load_model(
-                    config.model, dtype=precision.load_dtype, compute=torch_dtype(precision.compute)
-                )
-        set_dropout(model, config.model, default=False)
-        check_vocabulary(model, tokenizer)
-        self._check_prompts(model, train, every)
-        if accelerator.is_main_process:
-            report_prompts(counts, every, self._rewards)
-        loop = Loop(
-            accelerator=accelerator,
-            precision=precision,
-            model=model,
-            tokenizer=tokenizer,
-            loss=self.algorithm.objective,
-            batches=lambda _: [_probe_group(p) for p in train[:2]],
-            num_steps=config.train.max_steps
-            or config.train.num_steps(len(train)) * config.rollout.epochs,
-            train=config.train,
-            optimizer_config=config.optimizer,
-            packing=config.packing,
-            temperature=config.sampling.temperature,
-            shown=SHOWN,
-            settings=to_dict(config),
-            data_counts=counts,
-            identity={"algorithm": self.algorithm.name, "data": _digest(train)},
-        )
-        if self.algorithm.needs_reference:
-            loop.reference = _reference(config, self.algorithm, loop)
-        try:
-            loop.prepare()
-            result = loop.run(self._batches(loop, train, evaluation))
-        finally:
-            self._rewards.close()
-        report_end(result, memory, accelerator)
-        return result
 
-    def _check_prompts(self, model: Any, train: Sequence[Prompt], every: Sequence[Prompt]) -> None:
+    def _identity(self) -> dict[str, Any]:
+        learned = self.config.rewards.options.get("reward_model", {}).get("model")
+        return super()._identity() | {
+            "algorithm": code_digest(self.algorithm),
+            "rewards": code_digest(self._given_rewards),
+            "environment": code_digest(self._environment),
+            **({"reward_model": source_digest(learned)} if learned else {}),
+        }
+
+    def _trained(self, data: RunData, tokenizer: Any, *, is_main: bool) -> dict[str, Any]:
+        config, train = self.config, data.train
+        if is_main:
+            report_prompts(data.counts, _every(data), self._rewards)
+        return {
+            "loss": self.loss,
+            "batches": lambda _: [_probe_group(p) for p in train[:2]],
+            "num_steps": config.train.max_steps
+            or config.train.num_steps(len(train)) * config.rollout.epochs,
+            "temperature": config.sampling.temperature,
+            "shown": SHOWN,
+        }
+
+    def _set_up(self, loop: Loop, data: RunData) -> None:
         """Before the first rollout, not in the one that draws the longest prompt."""
-        config = self.config
+        config, every = self.config, _every(data)
         room = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-        check_positions(model.config, max(len(p.ids) for p in every) + room)
+        check_positions(loop.model.config, max(len(p.ids) for p in every) + room)
         for prompt in every:
             self._rewards.verifier(prompt.sample)
             if config.curriculum.order == "prioritized":
                 self._rewards.needs_verifier(prompt.sample, "curriculum.order=prioritized")
-        _check_budget(config, train)
+        check_prompt_budget(config, data.train)
+        self._data = data
+        if self.wants_reference:
+            loop.reference = _reference(config, self.algorithm, loop)
 
-    def _all_prompts(
-        self, tokenizer: Any
-    ) -> tuple[list[Prompt], list[Prompt] | None, dict[str, Any]]:
-        """(prompts, held-out ones or None, counts)."""
+    def _run(self, loop: Loop) -> TrainResult:
+        try:
+            return loop.run(self._sampled(loop))
+        finally:
+            self._rewards.close()
+
+    def _evaluate(self, loop: Loop) -> dict[str, float]:
+        try:
+            return self._sampled(loop).evaluate(0)
+        finally:
+            self._rewards.close()
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Held-out figures of the present weights on the trainer's own held-out prompts;
+        ``evaluation`` says how they are sampled."""
+        if eval_dataset is not None:
+            raise ValueError(
+                "RLTrainer.evaluate reads the eval_dataset that the trainer was given."
+            )
+        return super().evaluate()
+
+    def _sampled(self, loop: Loop) -> RolloutBatches:
+        if self._batches is None:
+            loop.prepare()
+            held_out = self._data.eval.get("")
+            self._batches = self._make_batches(loop, self._data.train, held_out)
+        return self._batches
+
+    def _read(self, tokenizer: Any, *, is_main: bool) -> RunData:
+        if set(self._eval_datasets) != {""}:
+            raise ValueError("RLTrainer takes one eval_dataset; mark kinds with a column instead.")
         train, counts = self._prompts(self._train_dataset, self.config.data.train, tokenizer)
-        held_out = self.config.data.eval or self._eval_dataset is not None
-        return (
-            train,
-            self._prompts(self._eval_dataset, self.config.data.eval, tokenizer)[0]
-            if held_out
-            else None,
-            counts,
+        rows, sources = self._eval_datasets[""], self.config.data.eval
+        held_out = (
+            {"": self._prompts(rows, sources, tokenizer)[0]} if sources or rows is not None else {}
+        )
+        return RunData(
+            train=train, eval=held_out, counts=counts, sizes=[len(train)], digest=_digest(train)
         )
 
     def _prompts(
-        self, rows: Rows | None, sources: Sequence[str], tokenizer: Any
+        self, rows: Any, sources: Sequence[str], tokenizer: Any
     ) -> tuple[list[Prompt], dict[str, int]]:
         if rows is not None:
+            rows = rows if hasattr(rows, "__len__") else list(rows)
             return prompts_from_rows(rows, tokenizer, self.config.data)
         if not sources:
             raise ValueError(
@@ -257,7 +278,7 @@ class RLTrainer:
             )
         return load_prompts(self.config.data, sources, tokenizer)
 
-    def _batches(
+    def _make_batches(
         self, loop: Loop, train: Sequence[Prompt], held_out: Sequence[Prompt] | None
     ) -> RolloutBatches:
         config, policy = self.config, unwrapped(loop.policy)
@@ -393,10 +414,10 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
-    options = dict(config.algorithm_options)
+    options = config.options
     if given is not None and options:
         raise ValueError(
-            "algorithm_options beside an Algorithm would be ignored. Set them on it "
+            f"{', '.join(options)} beside an Algorithm would be ignored. Set them on it "
             "(dataclasses.replace)."
         )
     algorithm = given if given is not None else resolve_algorithm(config.algorithm, options)
@@ -407,6 +428,12 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         algorithm = replace(
             algorithm, loss_options={**algorithm.loss_options, "constant": constant}
         )
+    check_sampling(config)
+    return algorithm
+
+
+def check_sampling(config: RLConfig) -> None:
+    """ValueError for settings of sampling and rewards that cannot train."""
     if config.engine == "vllm" and config.sampling.truncates and config.sampling.top_k == 0:
         raise ValueError(
             "With a vLLM server sampling.top_p and min_p need sampling.top_k: the tokens that they "
@@ -430,7 +457,6 @@ def _resolved(config: RLConfig, given: Algorithm | None) -> Algorithm:
         raise ValueError(
             "sampling.temperature is 0: all completions of a prompt would be the same. Use 1.0."
         )
-    return algorithm
 
 
 def _reference(config: RLConfig, algorithm: Algorithm, loop: Loop) -> RunReference:
@@ -452,7 +478,11 @@ def _probe_group(prompt: Prompt) -> PromptGroup:
     return PromptGroup(prompt_ids=prompt.ids[:cut], completions=completions, pairs=())
 
 
-def _check_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:
+def _every(data: RunData) -> list[Prompt]:
+    return [*data.train, *(p for prompts in data.eval.values() for p in prompts)]
+
+
+def check_prompt_budget(config: RLConfig, prompts: Sequence[Prompt]) -> None:
     longest = max(len(p.ids) for p in prompts) + config.sampling.max_tokens
     if longest - 1 > config.packing.max_tokens:
         raise ValueError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from posttrain.data.config import Purpose
 from posttrain.losses.sft import sft
-from posttrain.trainers.base import BaseConfig, Trainer
+from posttrain.trainers.base import BaseConfig, RunData, Trainer
 from posttrain.training.loop import Loop
-from posttrain.types import PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,5 @@ class SFTTrainer(Trainer):
     config_class = SFTConfig
     loss_home = "posttrain.losses.sft"
 
-    def _set_up(
-        self, loop: Loop, train: Sequence[PromptGroup], evaluation: Sequence[PromptGroup] | None
-    ) -> None:
+    def _set_up(self, loop: Loop, data: RunData) -> None:
         loop.eval_loss = sft

@@ -57,9 +57,12 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     save_total_limit: int = 2
     """Checkpoints kept (the newest); 0 keeps all."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest valid checkpoint of the run folder; never: refuse a folder
-    that has one."""
+    resume: Literal["auto", "never", "restart"] = "auto"
+    """auto: continue from the newest valid checkpoint of the run folder, if it is of this very run;
+    never: refuse a folder that has one; restart: move what is there to <name>.old-1 first."""
+    best_metric: str = ""
+    """A held-out figure (eval_loss, rewards_eval/accuracies); the weights with the best one are
+    kept in <run_dir>/<name>/best. Lower is better where the name ends in loss. Empty: none."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
     self_check: bool = True
@@ -167,14 +170,27 @@ def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def set_options(
+    config: Any, names: Sequence[str], further: dict[str, float | int | bool | str]
+) -> dict[str, Any]:
+    """``further`` options, and the fields of ``names`` that are not None. ValueError for an option
+    given in both ways."""
+    fields = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if twice := sorted(fields.keys() & further.keys()):
+        raise ValueError(
+            f"{twice[0]} is set twice, as --{twice[0]} and among the further options; set one."
+        )
+    return {**further, **fields}
+
+
 def choose_loss(config: Any, given: Callable[..., Any] | None, *, home: str, default: str) -> Loss:
-    """The loss given in Python, else ``config.loss`` with ``config.loss_options``; both at once are
-    an error."""
+    """The loss given in Python, else ``config.loss``; both at once are an error. With the options
+    of the settings."""
     if given is None:
-        return resolve_loss(config.loss, dict(config.loss_options), home=home)
-    if config.loss_options or config.loss != default:
-        raise ValueError("loss=... beside config.loss or loss_options would be ignored. Give one.")
-    return as_loss(given)
+        return resolve_loss(config.loss, config.options, home=home)
+    if config.loss != default:
+        raise ValueError("loss=... beside config.loss would be ignored. Give one.")
+    return as_loss(given).with_options(**config.options)
 
 
 def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.losses.sft") -> Loss:

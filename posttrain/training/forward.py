@@ -8,7 +8,7 @@ costs.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,6 +176,18 @@ def _scored(
             yield sums, batch.with_logps(forward, reference_T=reference_T, batch_mean=mean)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What held-out figures are made of."""
+
+    groups: Sequence[PromptGroup]
+    sums: Mapping[Ref, float]
+    """{(group, completion): the sum of its trained tokens' log-probs, or a reward model's score}"""
+
+
+Report = Callable[[Evaluated], Mapping[str, float]]
+
+
 @torch.no_grad()
 def evaluate(
     plan: ForwardPlan,
@@ -185,14 +197,13 @@ def evaluate(
     *,
     reference: Reference | None = None,
     counts: Counts,
-    report: Callable[[dict[Ref, float]], dict[str, float]] | None = None,
+    reports: Sequence[Report] = (),
 ) -> dict[str, float]:
     """{"eval_loss", "eval_<metric>"}: the loss of ``groups`` taken as one batch, over all ranks, in
     eval mode.
 
     ``counts`` are the units of all ``groups``. A metric ``rewards_train/x`` is named
-    ``rewards_eval/x``. ``report`` gets the sum over trained tokens of every completion's values and
-    adds figures of its own.
+    ``rewards_eval/x``. Each report adds figures of its own.
     """
     mean = batch_mean(plan, policy, reference, loss, groups)
     totals = Totals.on(plan.accelerator.device)
@@ -207,4 +218,8 @@ def evaluate(
         for name, mean in means.items()
     }
     every = dict(ChainMap(*gather_object(plan.accelerator, sums)))
-    return {"eval_loss": value, **named, **(report(every) if report is not None else {})}
+    figures = {"eval_loss": value, **named}
+    for report in reports:
+        for name, figure in report(Evaluated(groups=groups, sums=every)).items():
+            figures[name if name.startswith("eval_") else f"eval_{name}"] = float(figure)
+    return figures

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +25,9 @@ from posttrain.models.sharding import whole_state
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
 from posttrain.training import sharding
+from posttrain.training.callbacks import Callbacks
 from posttrain.training.config import TrainConfig, flat_settings
-from posttrain.training.forward import ForwardPlan, Ref, batch_mean, evaluate
+from posttrain.training.forward import ForwardPlan, Report, batch_mean, evaluate
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import (
     OptimizerConfig,
@@ -36,7 +36,7 @@ from posttrain.training.optimizer import (
     refuse_sharded,
 )
 from posttrain.training.reference import RunReference
-from posttrain.training.run_folder import Extra, RunFolder
+from posttrain.training.run_folder import Extra, RunFolder, save_whole
 from posttrain.training.selfcheck import self_check
 from posttrain.training.step import (
     NonFiniteError,
@@ -136,12 +136,18 @@ class Loop:
     train: TrainConfig
     optimizer_config: OptimizerConfig
     packing: PackingConfig
-    eval_groups: Sequence[PromptGroup] | None = None
+    eval_groups: Mapping[str, Sequence[PromptGroup]] = field(default_factory=dict)
+    """Held-out groups by name; the name of the only set may be empty."""
     eval_loss: Loss | None = None
     """What is evaluated; None: the training loss."""
-    eval_report: Callable[[dict[Ref, float]], dict[str, float]] | None = None
-    """Further held-out figures from the sum of every completion's values (scores of a reward
-    model)."""
+    eval_report: Report | None = None
+    """Further held-out figures of a method."""
+    compute_metrics: Report | None = None
+    """The user's."""
+    callbacks: Sequence[Any] = ()
+    """transformers.TrainerCallback objects."""
+    stream: Extra | None = None
+    """Training rows that come in a stream, which a resumed run reads again up to its step."""
     policy_class: type[Policy] = Policy
     """The packed forward: log-probs, or scores of a reward model."""
     reference: RunReference | None = None
@@ -159,12 +165,13 @@ class Loop:
     """Tokens of the longest row so far."""
 
     identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the numbers beside the settings (data, loss); a resumed run is warned when it
-    differs."""
+    """Digests of what decides the weights beside the settings (data, model, loss); a run is not
+    continued with others."""
 
     def __post_init__(self) -> None:
         self._is_prepared = False
         self._sampled: Batches | None = None
+        self._callbacks: Callbacks | None = None
         self.loss = as_loss(self.loss)
         self.eval_loss = self.eval_loss and as_loss(self.eval_loss)
 
@@ -185,12 +192,22 @@ class Loop:
             }
             self.accelerator.init_trackers("posttrain", config=plain)
         self.prepare()
+        self._callbacks = Callbacks(
+            self.callbacks,
+            self.train,
+            self.accelerator,
+            num_steps=self.num_steps,
+            model=sharding.unwrapped(self.policy).model,
+            processing_class=self.tokenizer,
+            optimizer=self.optimizer,
+            lr_scheduler=self.schedule,
+        )
         start = folder.resume(
             self.policy,
             self.optimizer,
             self.schedule,
-            run={
-                **self.identity,
+            identity=self.identity,
+            machine={
                 "mode": self.mode,
                 "precision": self.precision.name,
                 "sharding": sharding.kind(self.accelerator),
@@ -210,39 +227,60 @@ class Loop:
             log_every=self.train.log_every,
             shown=self.shown,
         )
-        last = folder.last_metrics()
         try:
-            if start == 0:
-                metrics.evaluation(0, {"data": self.data_counts, **self._evaluate(0)})
-            for step in range(start + 1, self.num_steps + 1):
-                values = self._step(step)
-                metrics.step(step, values)
-                evaluation = {k: v for k, v in last.items() if is_held_out(k)}
-                last = {"step": step, **values, **evaluation}
-                is_end = step == self.num_steps
-                if is_end or (self.train.eval_every and step % self.train.eval_every == 0):
-                    evaluation = self._evaluate(step)
-                    last.update(evaluation)
-                    if evaluation:
-                        metrics.evaluation(step, evaluation)
-                if is_end or (self.train.save_every and step % self.train.save_every == 0):
-                    folder.save(
-                        step, self.policy, self.optimizer, self.schedule, extras=self._extras
-                    )
-                    if self._sampled is not None:
-                        self._sampled.saved()
+            step, last = self._steps(folder, metrics, self._callbacks, start)
         finally:
             metrics.close()
-        final = self._save_final(folder)
+        final = self.save(folder.path / "final")
         if self.train.trackers:
             self.accelerator.end_training()
         return TrainResult(
             folder=folder.path,
             final=final,
-            step=self.num_steps,
+            step=step,
             metrics=last,
             longest_row=self.longest_row,
         )
+
+    def _steps(
+        self, folder: RunFolder, metrics: MetricsLog, callbacks: Callbacks, start: int
+    ) -> tuple[int, dict[str, Any]]:
+        """Steps to the end, or to where a callback stops; the last one and its metrics."""
+        last, control = folder.last_metrics(), callbacks.control
+        callbacks.call("on_train_begin")
+        if start == 0:
+            metrics.evaluation(0, {"data": self.data_counts, **self.evaluate(0)})
+        step, is_end = start, start == self.num_steps or control.should_training_stop
+        while not is_end:
+            step += 1
+            callbacks.step_begins(step)
+            values = self._step(step)
+            metrics.step(step, values)
+            callbacks.step_ended(step, values)
+            last = {"step": step, **values, **{k: v for k, v in last.items() if is_held_out(k)}}
+            is_end = step == self.num_steps or callbacks.control.should_training_stop
+            if is_end or _is_due(step, self.train.eval_every, callbacks.control.should_evaluate):
+                last |= self._evaluated(step, folder, metrics, callbacks)
+                is_end = is_end or callbacks.control.should_training_stop
+            if is_end or _is_due(step, self.train.save_every, callbacks.control.should_save):
+                folder.save(step, self.policy, self.optimizer, self.schedule, extras=self._extras)
+                if self._sampled is not None:
+                    self._sampled.saved()
+                callbacks.call("on_save")
+        callbacks.call("on_train_end")
+        return step, last
+
+    def _evaluated(
+        self, step: int, folder: RunFolder, metrics: MetricsLog, callbacks: Callbacks
+    ) -> dict[str, float]:
+        """Held-out figures, written; where they are the best, so are the weights."""
+        values = self.evaluate(step)
+        if values:
+            metrics.evaluation(step, values)
+            callbacks.logged(step, values)
+            if callbacks.evaluated(step, values):
+                self.save(folder.path / "best")
+        return values
 
     def prepare(self) -> None:
         """Policy, self-check, optimizer, and what accelerate makes of them. ``run`` calls it unless
@@ -305,20 +343,27 @@ class Loop:
             how = f"{policy.forward_mode.mode}: {policy.forward_mode.reason}"
             print(f"self-check passed: packed and plain log-probs agree to {rms:.1e} nats ({how})")
 
-    def _save_final(self, folder: RunFolder) -> Path:
-        """Sharded weights are gathered by all processes; one writes."""
+    def save(self, folder: Path) -> Path:
+        """Writes the model (or adapters) and the tokenizer, whole or not at all, over what is
+        there. Sharded weights are gathered by all processes; one writes."""
         model, state = sharding.unwrapped(self.policy).model, None
         if sharding.shards_weights(self.accelerator):
             state = whole_state(
                 model, keep=self.accelerator.is_main_process, only_trained=has_adapters(model)
             )
-        return folder.save_final(lambda path: save_model(model, self.tokenizer, path, state=state))  # type: ignore[arg-type]
+        return save_whole(
+            folder,
+            self.accelerator,
+            lambda path: save_model(model, self.tokenizer, path, state=state),  # type: ignore[arg-type]
+        )
 
     @property
     def _extras(self) -> list[Extra]:
         rank = self.accelerator.process_index
         state = None if self._sampled is None else _BatchState(self._sampled, rank)
-        return [extra for extra in (self.reference, state) if extra is not None]
+        keeps = self._callbacks if self.callbacks or self.train.best_metric else None
+        every = (self.reference, state, keeps, self.stream)
+        return [extra for extra in every if extra is not None]
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
@@ -419,21 +464,37 @@ class Loop:
             "peak_fraction": flops_per_s / self.peak_flops,
         }
 
-    @cached_property
-    def _eval_counts(self) -> Counts:
-        return count_units(self.eval_groups or ())
-
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out figures of the present weights, named eval_*; of several sets, eval_<set>_*."""
         if self._sampled is not None:
             return self._sampled.evaluate(step)
-        if not self.eval_groups:
-            return {}
+        found: dict[str, float] = {}
+        for name, groups in self.eval_groups.items():
+            found |= named(name, self._evaluate(groups))
+        return found
+
+    def _evaluate(self, groups: Sequence[PromptGroup]) -> dict[str, float]:
         return evaluate(
             self.forward_plan,
             self.policy,
-            self.eval_groups,
+            groups,
             self.eval_loss or self.loss,
             reference=self.reference,
-            counts=self._eval_counts,
-            report=self.eval_report,
+            counts=count_units(groups),
+            reports=[r for r in (self.eval_report, self.compute_metrics) if r is not None],
         )
+
+
+def named(name: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures of the held-out set ``name``: eval_loss is eval_<name>_loss, rewards_eval/margins is
+    eval_<name>_rewards/margins."""
+    if not name:
+        return dict(figures)
+    return {
+        f"eval_{name}_{key.removeprefix('eval_').replace('_eval/', '/')}": value
+        for key, value in figures.items()
+    }
+
+
+def _is_due(step: int, every: int, asked: bool) -> bool:
+    return asked or (every > 0 and step % every == 0)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posttrain.data.cache import cache_root
+from posttrain.data.table import sequence_key
 from posttrain.files import whole_file
 from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.models.reference import (
@@ -41,7 +42,7 @@ from posttrain.training.sharding import (
     unwrapped,
 )
 from posttrain.training.step import Reference
-from posttrain.types import Completion, Forward, PromptGroup
+from posttrain.types import Forward, PromptGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,24 +234,6 @@ class RunReference:
             saved = load_file(folder / self._file)
             for name, part in parts.items():
                 part.copy_(saved[name])
-
-
-def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
-    """16 bytes that name a sequence and its trained tokens."""
-    digest = hashlib.blake2b(digest_size=16)
-    for values, dtype in (
-        (group.prompt_ids, "<i4"),
-        (completion.token_ids, "<i4"),
-        (completion.loss_mask, "u1"),
-    ):
-        array = np.asarray(values, dtype)
-        digest.update(len(array).to_bytes(8, "little"))
-        digest.update(array.tobytes())
-    for name, value in sorted(group.inputs.items()):
-        array = np.ascontiguousarray(value)
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.digest()
 
 
 class ReferenceCache:

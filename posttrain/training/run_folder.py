@@ -6,6 +6,7 @@ runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,9 +27,36 @@ from posttrain.training.sharding import broadcast_object
 
 log = logging.getLogger(__name__)
 
-_CHANGE_NO_NUMBER = tuple(
-    f"train.{name}" for name in ("run_dir", "name", "log_every", "save", "resume", "trackers")
-)
+_FREE = (
+    "train.run_dir", "train.name", "train.log_every", "train.eval_every", "train.save_every",
+    "train.save_total_limit", "train.resume", "train.trackers", "train.best_metric", "train.force",
+    "train.self_check", "train.max_steps", "train.num_epochs", "evaluation", "vllm",
+    "model.name", "model.revision", "reference.model", "reference.cache", "reference.cache_dir",
+    "rollout.show_every", "rewards.workers", "rewards.concurrency", "rewards.timeout_s",
+)  # fmt: skip
+"""Settings that decide no weight, or that a digest in the run's identity stands for (all of data.*
+but weights and what follows it)."""
+_ROUNDING = ("packing", "local", "engine", "model.gradient_checkpointing", "reference.cache")
+"""Settings after which the run goes on, not bit-identical."""
+
+
+_DIGESTS = {
+    "data": ": rows, their order, the tokenizer, or how rows become tokens",
+    "model": ": the weights that training starts from",
+    "reference": ": the weights of the reference model",
+    "adapters": ": peft_config",
+}
+
+
+def _is_of(name: str, listed: Sequence[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in listed)
+
+
+def _decides(name: str) -> bool:
+    """Whether a setting decides weights and no digest stands for it."""
+    if name.startswith("data."):
+        return name == "data.weights"
+    return not _is_of(name, _FREE) and not _is_of(name, _ROUNDING)
 
 
 class Extra(Protocol):
@@ -55,6 +83,7 @@ class RunFolder:
         self._lock = FileLock(self.path / ".lock")  # the system releases it with the process
         self._train, self._accelerator = train, accelerator
         self._settings = settings
+        self._identity: dict[str, Any] = {}
         self._fingerprint: dict[str, Any] = {
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
@@ -76,7 +105,7 @@ class RunFolder:
         if self._train.resume == "never" and any(self.checkpoints.glob("step_*")):
             raise ValueError(
                 f"{self.checkpoints} has checkpoints and train.resume is never. Set another "
-                "--train.name, delete the folder, or set --train.resume auto to continue it."
+                "--train.name, or --train.resume auto to continue it, or restart to begin anew."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,6 +120,20 @@ class RunFolder:
             raise ValueError(f"{self.path} cannot be written: {error}. {advice}") from error
         for partial in self.path.glob(".*-*"):  # left by a kill (posttrain/files.py)
             shutil.rmtree(partial, ignore_errors=True)
+        if self._train.resume == "restart":
+            self._put_aside()
+
+    def _put_aside(self) -> None:
+        """Moves what an earlier run left to <name>.old-1, or the next number that is free."""
+        left = [path for path in self.path.iterdir() if path.name != ".lock"]
+        if not left:
+            return
+        names = (self.path.with_name(f"{self.path.name}.old-{n}") for n in itertools.count(1))
+        old = next(path for path in names if not path.exists())
+        old.mkdir()
+        for path in left:
+            path.rename(old / path.name)
+        print(f"train.resume is restart: what was in {self.path} is in {old} now")
 
     def resume(
         self,
@@ -98,16 +141,18 @@ class RunFolder:
         optimizer: Any,
         schedule: Any,
         *,
-        run: dict[str, Any],
+        identity: dict[str, Any],
+        machine: dict[str, Any] | None = None,
         extras: Sequence[Extra] = (),
     ) -> int:
         """Puts the newest valid checkpoint into the three and returns its step; 0 and an empty
         metrics file without one.
 
-        ``run``: what else decides the numbers (data, loss, mode). ValueError for other ``data``; a
-        warning names what else differs from the saved run.
+        ``identity``: digests of what decides the weights beside the settings. ValueError where the
+        saved run has others; ``machine``: what decides only the rounding, a warning.
         """
-        self._fingerprint.update(run)
+        self._identity = identity
+        self._fingerprint.update(machine or {})
         accelerator, found, step = self._accelerator, None, 0
         if accelerator.is_main_process:
             found = checkpoint.find_resumable(self.checkpoints)
@@ -118,7 +163,8 @@ class RunFolder:
             checkpoint.read_state(accelerator, policy, optimizer, schedule, folder)
             for extra in extras:
                 extra.read(folder)
-            log.warning("resumed from %s", folder)
+            if accelerator.is_main_process:
+                self._say_where(folder, step)
         if accelerator.is_main_process:
             if step:
                 checkpoint.cut_metrics(self.metrics_path, step)
@@ -129,6 +175,17 @@ class RunFolder:
         accelerator.wait_for_everyone()
         return step
 
+    def _say_where(self, folder: Path, step: int) -> None:
+        log.warning("resumed from %s", folder)
+        num_steps = self._fingerprint["num_steps"]
+        if step == num_steps:
+            log.warning(
+                "the run is complete (step %d of %d): nothing is trained. For more steps raise "
+                "--train.max_steps; to train anew, --train.resume restart",
+                step,
+                num_steps,
+            )
+
     def last_metrics(self) -> dict[str, Any]:
         """The newest step's metrics and evaluation in metrics.jsonl; empty at the start of a
         run."""
@@ -136,24 +193,38 @@ class RunFolder:
         return {k: v for line in lines[-2:] for k, v in line.items() if k != "data"}
 
     def _compare_with(self, state: dict[str, Any]) -> None:
-        """Other data are refused: a step of the run means certain rows. What else differs is a
-        warning."""
-        now = {**flat_settings(self._settings), **self._fingerprint}
-        before = {**flat_settings(state.get("settings", {})), **state.get("fingerprint", {})}
-        if (was := before.get("data")) != now.get("data") and "data" in self._fingerprint:
-            raise ValueError(
-                f"{self.path} was trained on other data to step {state['step']}: rows, order, "
-                f"tokenizer or options differ (digest {was}, now {now['data']}). Give the same "
-                "data; or, to start anew, set another --train.name or delete the folder."
-            )
-        changed = [
-            f"{k}: {before.get(k)} -> {now.get(k)}"
-            for k in sorted(now.keys() | before.keys())
-            if now.get(k) != before.get(k) and not k.startswith(_CHANGE_NO_NUMBER)
+        """What decides weights and differs is an error; what only rounds differently, a warning."""
+        now, before = flat_settings(self._settings), flat_settings(state.get("settings", {}))
+        changed = {
+            name: f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted(now.keys() | before.keys())
+            if now.get(name) != before.get(name)
+        }
+        saved = state.get("identity", {})
+        own = self._identity
+        others = [
+            f"{name}{_DIGESTS.get(name, '')} (digest {saved.get(name)} -> {own.get(name)})"
+            for name in sorted(own.keys() | saved.keys())
+            if own.get(name) != saved.get(name)
         ]
-        if changed and self._accelerator.is_main_process:
-            differences = ", ".join(changed)
-            log.warning("the resumed run is another, so not bit-identical: %s", differences)
+        others += [text for name, text in changed.items() if _decides(name)]
+        if others:
+            raise ValueError(
+                f"{self.path} holds another run, at step {state['step']}; of what decides its "
+                f"weights, this differs: {'; '.join(others)}. To train this one beside it, set "
+                "another --train.name; to put the old one aside and start anew, --train.resume "
+                "restart; to continue the old one, give what it was trained with."
+            )
+        was = state.get("fingerprint", {})
+        rounding = [text for name, text in changed.items() if _is_of(name, _ROUNDING)]
+        rounding += [
+            f"{name}: {was.get(name)} -> {value}"
+            for name, value in self._fingerprint.items()
+            if was.get(name) != value
+        ]
+        if rounding and self._accelerator.is_main_process:
+            differences = ", ".join(rounding)
+            log.warning("the run goes on, not bit-identical: %s", differences)
 
     def save(
         self, step: int, policy: Any, optimizer: Any, schedule: Any, *, extras: Sequence[Extra] = ()
@@ -171,24 +242,28 @@ class RunFolder:
             self.checkpoints,
             step,
             write,
-            state={"settings": self._settings, "fingerprint": self._fingerprint},
+            state={
+                "settings": self._settings,
+                "identity": self._identity,
+                "fingerprint": self._fingerprint,
+            },
             keep=self._train.save_total_limit,
         )
 
-    def save_final(self, write: Callable[[Path], None]) -> Path:
-        """``final/``, whole or not at all."""
-        final = self.path / "final"
-        error: Exception | None = None
-        if self._accelerator.is_main_process:
-            try:
-                with whole_folder(final, replace=True) as folder:
-                    write(folder)
-            except (OSError, SafetensorError) as raised:
-                error = raised
-        if not checkpoint.all_ok(self._accelerator, error is None):
-            reason = error or "the main process says why"
-            raise checkpoint.CheckpointError(
-                f"The final model was not written to {final}: {reason}. The last checkpoint is "
-                "intact: make room and start the same command again."
-            ) from error
-        return final
+
+def save_whole(folder: Path, accelerator: Any, write: Callable[[Path], None]) -> Path:
+    """``folder`` with the model, whole or not at all: every process calls, the main one writes."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            with whole_folder(folder, replace=True) as path:
+                write(path)
+        except (OSError, SafetensorError) as raised:
+            error = raised
+    if not checkpoint.all_ok(accelerator, error is None):
+        reason = error or "the main process says why"
+        raise checkpoint.CheckpointError(
+            f"The model was not written to {folder}: {reason}. The last checkpoint is intact: make "
+            "room and start the same command again."
+        ) from error
+    return folder

@@ -209,7 +209,7 @@ def test_a_run_is_not_continued_on_other_data(folder, tmp_path, train):
     for other in (*edited, rows[::-1]):
         with pytest.raises(
             ValueError,
-            match=r"was trained on other data to step 1.*set another --train.name or delete the folder",
+            match=r"holds another run, at step 1.*data: rows.*set another --train.name.*--train.resume restart",
         ):
             train(other, folder, tmp_path, 2)
     train(rows, folder, tmp_path, 2)

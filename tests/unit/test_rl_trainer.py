@@ -76,7 +76,6 @@ def run(
     source = ModelConfig(name=str(folder), lora=lora or LoraConfig())
     model = model or load_model(source, dtype=torch.float32)
     config = RLConfig(
-        model=source,
         algorithm=algorithm,
         algorithm_options=options or {},
         reference=reference or ReferenceConfig(),

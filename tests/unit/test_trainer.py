@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain import (
     Completion,
     DataConfig,
+    DPOConfig,
+    DPOTrainer,
     Logps,
     LossOutput,
     ModelConfig,
     OptimizerConfig,
     PackingConfig,
     PromptGroup,
+    RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
     TrainConfig,
@@ -115,10 +119,18 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path):
             train_dataset=ROWS,
             config=SFTConfig(model=ModelConfig(gradient_checkpointing=True)),
         )
-    with pytest.raises(ValueError, match="would be ignored"):
+    with pytest.raises(ValueError, match="focal has no option 'aggregation'; it has gamma"):
         SFTTrainer(
             model="x", loss=focal, config=SFTConfig(loss_options={"aggregation": "sequence_mean"})
         )
+    with pytest.raises(ValueError, match="are two models; give one"):
+        SFTTrainer("a", SFTConfig(model=ModelConfig(name="b")))
+    with pytest.raises(ValueError, match="args is config by another name"):
+        SFTTrainer("a", SFTConfig(), config=SFTConfig())
+    with pytest.raises(ValueError, match="beta is set twice"):
+        DPOTrainer("a", DPOConfig(beta=0.1, loss_options={"beta": 0.2}))
+    with pytest.raises(ValueError, match="bradley_terry has no option 'beta'"):
+        RewardTrainer("a", RewardConfig(loss_options={"beta": 0.2}))
 
 
 def test_untrained_stop_tokens_are_refused_for_groups_too(tmp_path):

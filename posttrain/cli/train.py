@@ -1,0 +1,149 @@
+"""`posttrain sft|dpo|reward|rl|distill`: makes the `accelerate launch` command, shows and runs it.
+
+The processes that it starts run this module: ``-m posttrain.cli.train METHOD SETTINGS...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+TRAINERS = {
+    "sft": ("SFT", "supervised fine-tuning"),
+    "dpo": ("DPO", "preference optimisation: DPO and its relatives"),
+    "reward": ("Reward", "train a reward model"),
+    "rl": ("RL", "reinforcement learning: GRPO and its relatives, Kimi k1.5"),
+    "distill": ("Distill", "on-policy distillation"),
+}
+
+
+def shipped(folder: str) -> Path:
+    """Where ``recipes/configs`` or ``launch`` lies: in the package, or in a checkout beside it."""
+    package = Path(__file__).parents[1]
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def find(name: str, folder: str, option: str) -> Path:
+    """A file as it is, or the shipped one of that name. ValueError lists those that there are."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = {p.stem: p for p in sorted(shipped(folder).glob("*.yaml"))}
+    if path.parent.as_posix() in (".", folder) and path.name.removesuffix(".yaml") in known:
+        return known[path.name.removesuffix(".yaml")]
+    from posttrain.resolve import did_you_mean
+
+    raise ValueError(
+        f"{option} is a file, or one of {', '.join(known)}; got {name!r}."
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Options of the launch; all others are settings of the run."""
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="all settings")
+    add("--config", action="append", default=[], metavar="FILE|NAME", help="settings; may repeat")
+    add(
+        "--launch", metavar="FILE|NAME", help="configuration of accelerate (default: cpu, gpu, ddp)"
+    )
+    add("--processes", type=int, metavar="N", help="number of processes (default: the launch's)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the command and becomes it."""
+    if arguments.help:
+        show_help(arguments.command)
+        return
+    devices = num_gpus()
+    default = "cpu" if devices == 0 else "gpu" if devices == 1 else "ddp"
+    processes = arguments.processes or (devices if devices > 1 and not arguments.launch else None)
+    command = [
+        "accelerate",
+        "launch",
+        "--quiet",  # else a message of ours is followed by a trace of the launcher
+        "--config_file",
+        str(find(arguments.launch or default, "launch", "--launch")),
+        *(["--num_processes", str(processes)] if processes else []),
+        "-m",
+        "posttrain.cli.train",
+        arguments.command,
+    ]
+    for name in arguments.config:
+        command += ["--config", str(find(name, "recipes/configs", "--config"))]
+    command += arguments.settings
+    print(f"$ {shlex.join(command)}", flush=True)
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    os.execv(sys.executable, launcher)
+
+
+def num_gpus() -> int:
+    """Without importing torch: what CUDA_VISIBLE_DEVICES names, else the driver's devices."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return len([d for d in chosen.split(",") if d.strip() and d.strip() != "-1"])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def show_help(method: str) -> None:
+    """The launch's options, then every setting with its default."""
+    print(
+        f"usage: posttrain {method} [--config FILE|NAME] [--launch FILE|NAME] [--processes N] "
+        f"[--SETTING VALUE ...]\n\nconfigs: {', '.join(_names('recipes/configs'))}\n"
+        f"launches: {', '.join(_names('launch'))}\n"
+    )
+    main(method, ["--help"])
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(p.stem for p in shipped(folder).glob("*.yaml"))
+
+
+def declare_recipes(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `posttrain recipes`."""
+    parser.add_argument("--copy", metavar="DIR", help="copy recipes/ and launch/ into this folder")
+
+
+def run_recipes(arguments: argparse.Namespace) -> None:
+    """Lists what is shipped with the first line of each file, or copies it."""
+    if arguments.copy:
+        out = Path(arguments.copy)
+        for folder in ("recipes", "launch"):
+            if (out / folder).exists():
+                raise ValueError(f"{out / folder} exists; nothing is overwritten. Name another.")
+        for folder in ("recipes", "launch"):
+            shutil.copytree(
+                shipped(folder), out / folder, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        print(f"copied: {out / 'recipes'}, {out / 'launch'}")
+        return
+    for title, folder in (("--config", "recipes/configs"), ("--launch", "launch")):
+        print(title)
+        for path in sorted(shipped(folder).glob("*.yaml")):
+            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+            print(f"  {path.stem:20} {first}")
+
+
+def main(method: str, arguments: list[str]) -> None:
+    """One process of a run."""
+    import posttrain
+    from posttrain.training.config import one_line_errors, parse_config
+    from posttrain.training.launch import leave_processes
+
+    name, what = TRAINERS[method]
+    config_class: Any = getattr(posttrain, f"{name}Config")
+    trainer_class: Any = getattr(posttrain, f"{name}Trainer")
+    config = parse_config(config_class, arguments, description=what)
+    with one_line_errors():
+        trainer_class(config=config).train()
+    leave_processes()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
