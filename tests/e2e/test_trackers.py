@@ -1,0 +1,81 @@
+"""wandb gets the loss of a real run, offline; progress is plain lines in a pipe and a bar on
+a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.launching import REPO, check, environment
+from tests.tiny import model_folder, write_rows
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return model_folder(folder / "model"), write_rows(folder / "rows.jsonl", 16)
+
+
+def command(inputs, folder, *more):
+    options = {
+        "model.name": inputs[0],
+        "data.train": f"[{inputs[1]}]",
+        "data.cache_dir": folder / "cache",
+        "train.run_dir": folder,
+        "train.max_steps": 2,
+        "train.batch_size": 4,
+    }
+    given = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
+    return [sys.executable, str(REPO / "recipes/sft.py"), *given, *more]
+
+
+def train(inputs, folder, *more, **extra):
+    """A run without the launcher; what it prints."""
+    result = subprocess.run(
+        command(inputs, folder, *more),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(**extra),
+        timeout=120,
+    )
+    return check(result).stdout
+
+
+def test_wandb_offline(inputs, tmp_path):
+    pytest.importorskip("wandb")
+    train(inputs, tmp_path, "--train.trackers", "[wandb]", WANDB_MODE="offline")
+    (file,) = tmp_path.rglob("*.wandb")
+    assert b"loss" in file.read_bytes()
+
+
+def test_a_pipe_gets_plain_lines(inputs, tmp_path):
+    shown = train(inputs, tmp_path)
+    assert "step 2/2  loss " in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_gets_a_bar_unless_it_is_dumb(inputs, tmp_path, term):
+    main, worker = pty.openpty()
+    run = subprocess.Popen(
+        command(inputs, tmp_path),
+        stdout=worker,
+        stderr=subprocess.DEVNULL,
+        env=environment(TERM=term, COLUMNS="100"),
+        cwd=REPO,
+    )
+    os.close(worker)
+    shown = b""
+    try:
+        while read := os.read(main, 65536):
+            shown += read
+    except OSError:  # the other end is closed
+        pass
+    assert run.wait() == 0 and b"2/2" in shown
+    has_line = b"step 2/2  loss " in shown
+    assert has_line == (term == "dumb")
+    assert not has_line or b"\x1b[?25l" not in shown  # no cursor is hidden where none can move
