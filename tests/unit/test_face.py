@@ -336,7 +336,9 @@ class Hub(BaseHTTPRequestHandler):
         self.answer({"id": "me/mine", "sha": "0" * 40, "siblings": [], "private": False})
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"])).decode()
-        print(json.dumps([self.path, self.headers.get("authorization"), body]), flush=True)
+        entry = [self.path, self.headers.get("authorization"), body]
+        with open(sys.argv[1], "a") as log:
+            print(json.dumps(entry), file=log)
         if self.path.endswith("/preupload/main"):
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -359,7 +361,8 @@ def test_push_to_hub_creates_the_repository_and_uploads_final_with_its_card(fold
     with pytest.raises(ValueError, match="call train.. or save_model.. first"):
         trainer.push_to_hub("me/mine")
     final = trainer.train().final
-    hub = subprocess.Popen([sys.executable, "-c", HUB], stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "requests"
+    hub = subprocess.Popen([sys.executable, "-c", HUB, str(log)], stdout=subprocess.PIPE, text=True)
     assert hub.stdout is not None
     try:
         port = int(hub.stdout.readline())
@@ -368,12 +371,14 @@ def test_push_to_hub_creates_the_repository_and_uploads_final_with_its_card(fold
             f"print(upload(Path({str(final)!r}), 'me/mine', private=True, token='hf_secret'))"
         )
         env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip().endswith("/me/mine")
     finally:
         hub.kill()
-    requests = [json.loads(line) for line in hub.stdout.read().splitlines()]
+    requests = [json.loads(line) for line in log.read_text().splitlines()]
     assert all(who == "Bearer hf_secret" for _, who, _ in requests)
     created = next(json.loads(body) for path, _, body in requests if path == "/api/repos/create")
     assert created["name"] == "mine" and created["organization"] == "me"
