@@ -11,7 +11,7 @@ AVX2_ENV := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 AVX2_TESTS := $(addprefix tests/unit/test_,attention.py experience.py local_engine.py machines.py model_states.py precision.py \
 	precision_runs.py rl_trainer.py rollout_state.py sampling.py sampling_weights.py states.py vllm_client.py)
 
-.PHONY: demo test test-avx2 test-vllm check install clean
+.PHONY: demo test test-avx2 test-vllm notebook check install clean
 
 install: $(INSTALLED)
 
@@ -39,6 +39,10 @@ test-vllm: $(INSTALLED) .venv-vllm/.installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -r $<
 	touch $@
+
+# SFT, then GRPO, as a notebook: executed from top to bottom
+notebook: $(INSTALLED)
+	$(BIN)/jupyter-execute --timeout 1200 recipes/sft_then_grpo.ipynb
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
