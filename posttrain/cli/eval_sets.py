@@ -29,7 +29,7 @@ def run_pairs(arguments: argparse.Namespace) -> None:
     print(f"{arguments.model}: {figures['pairs']} pairs of {figures['prompts']} prompts")
     print(f"accuracy {figures['accuracy']:.1%} ± {figures['accuracy_ci95']:.1%}")
     print(f"margin {figures['margin_nats']:.3f} ± {figures['margin_nats_ci95']:.3f} nats")
-    if not figures["has_reference"]:
+    if not figures["has_reference"] and not figures["is_reward_model"]:
         print("No reference: log-probs of the model alone. Give --reference to compare with one.")
     _write(arguments.out, figures)
 
@@ -41,19 +41,27 @@ def pair_figures(
     (Rafailov et al. 2023, arXiv:2305.18290 eq. 5 with beta 1), each with half its 95 % interval.
 
     A prompt with several pairs counts once, as their mean. The reference of an adapter is its base
-    unless ``reference`` names another; a plain model without one is measured by log pi alone.
+    unless ``reference`` names another; a plain model without one is measured by log pi alone. Of a
+    reward model the scores are compared.
     """
     from accelerate import Accelerator
 
     from posttrain.data import DataConfig, load_groups
+    from posttrain.models.heads import is_reward_model, load_scorer
     from posttrain.models.merge import load_to_answer
     from posttrain.models.reference import adapters_off, has_adapters
     from posttrain.rl.evaluate import half_width
 
     accelerator = Accelerator(mixed_precision="no")
-    trained, tokenizer = load_to_answer(model, dtype=dtype)
+    is_scorer = is_reward_model(model)
+    if is_scorer and reference is not None:
+        raise ValueError(
+            f"{model} is a reward model: its scores need no --reference. Leave it out."
+        )
+    trained, tokenizer = (load_scorer if is_scorer else load_to_answer)(model, dtype=dtype)
     config = DataConfig(train=files, overlong="drop")
-    groups = load_groups(config, tokenizer, purpose="preference").train
+    purpose: Any = "reward" if is_scorer else "preference"
+    groups = load_groups(config, tokenizer, purpose=purpose).train
     if not any(g.trained_pairs for g in groups):
         raise ValueError(f"{', '.join(files)} has no pairs: --pairs wants chosen and rejected.")
     policy_nats = _completion_logps(trained, groups, accelerator)
@@ -80,17 +88,20 @@ def pair_figures(
         "pairs": sum(map(len, margins)),
         "prompts": len(margins),
         "has_reference": bool(ref_nats),
+        "is_reward_model": is_scorer,
     }
 
 
 def _completion_logps(model: Any, groups: Any, accelerator: Any) -> dict[tuple[int, int], float]:
+    from posttrain.models.heads import Scorer
     from posttrain.models.policy import Policy
     from posttrain.packing.plan import PackingConfig
     from posttrain.training.forward import ForwardPlan, forward_values
 
     device = accelerator.device
     packing = PackingConfig(max_tokens=8192)
-    policy = Policy(model.to(device), packing, device_type=device.type).eval()
+    kind = Scorer if hasattr(model, "score") else Policy
+    policy = kind(model.to(device), packing, device_type=device.type).eval()
     plan = ForwardPlan(
         accelerator=accelerator,
         mode=policy.forward_mode.mode,

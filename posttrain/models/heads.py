@@ -9,12 +9,19 @@ its own, distinct from EOS and from every token that the chat template writes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.load import ModelConfig, as_trained, load_pretrained
+from posttrain.models.load import (
+    ModelConfig,
+    as_trained,
+    load_pretrained,
+    load_tokenizer,
+    read_config,
+)
 from posttrain.models.policy import Policy, plain_attention
 from posttrain.packing.batch import PackedBatch, long
 from posttrain.types import Forward, PromptGroup
@@ -52,6 +59,25 @@ def load_reward_model(
     give_pad_token(model, tokenizer)
     model.config.problem_type = None
     return as_trained(model, config, scores=True)
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a folder (of a run, its final/) holds a classifier."""
+    folder = Path(name).expanduser()
+    folder = folder / "final" if (folder / "final").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        return False
+    known = read_config(ModelConfig(name=str(folder))).architectures or []
+    return any(kind.endswith("ForSequenceClassification") for kind in known)
+
+
+def load_scorer(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A trained reward model and its tokenizer, in evaluation mode."""
+    folder = Path(name).expanduser()
+    name = str(folder / "final") if (folder / "final").is_dir() else name
+    config = ModelConfig(name=name)
+    tokenizer = load_tokenizer(config)
+    return load_reward_model(config, tokenizer, dtype=dtype).eval(), tokenizer
 
 
 def give_pad_token(model: Any, tokenizer: Any) -> None:

@@ -92,17 +92,13 @@ def _encoded(
 def _loaded(model: str) -> tuple[Any, Any]:
     import torch
 
-    from posttrain.models.heads import Scorer, load_reward_model
-    from posttrain.models.load import ModelConfig, load_tokenizer
+    from posttrain.models.heads import Scorer, load_scorer
     from posttrain.packing.plan import PackingConfig
     from posttrain.precision import default_precision, torch_dtype
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    config = ModelConfig(name=model)
-    tokenizer = load_tokenizer(config)
-    dtype = torch_dtype(default_precision(kind).compute)
-    loaded = load_reward_model(config, tokenizer, dtype=dtype).to(kind)
-    return Scorer(loaded, PackingConfig(), device_type=kind).eval(), tokenizer
+    loaded, tokenizer = load_scorer(model, dtype=torch_dtype(default_precision(kind).compute))
+    return Scorer(loaded.to(kind), PackingConfig(), device_type=kind).eval(), tokenizer
 
 
 PROMPT = """Rate the answer to the question from 0 (useless) to 10 (perfect). \

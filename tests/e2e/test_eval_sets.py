@@ -8,10 +8,14 @@ import statistics
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from posttrain.cli.eval_sets import pair_figures
-from tests.e2e.launching import check, posttrain_warm
+from tests.e2e.launching import check, posttrain_warm, run_warm
 from tests.tiny import model_folder
 
 
@@ -63,6 +67,28 @@ def test_a_model_against_itself_has_margin_zero(models, pairs, tmp_path):
     figures = json.loads(out.read_text())
     assert figures["margin_nats"] == 0 and figures["accuracy"] == 0 and figures["pairs"] == 9
     assert "9 pairs of 9 prompts" in result.stdout
+
+
+def test_scores_of_a_reward_model_are_those_of_plain_transformers(models, pairs, tmp_path):
+    """A trained head, and the whole text through AutoModelForSequenceClassification."""
+    settings = ["--model.name", models[0], "--data.train", f"[{pairs}]", "--train.max_steps", "2"]
+    run = ["--train.batch_size", "4", "--train.run_dir", str(tmp_path), "--train.name", "scores"]
+    check(run_warm("cpu.yaml", "reward", *settings, *run, "--optimizer.lr", "1e-2"))
+    final = tmp_path / "scores" / "final"
+    model = AutoModelForSequenceClassification.from_pretrained(final, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+
+    def score(prompt, answer):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return float(model(ids).logits[0, 0])
+
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    margins = [score(r["prompt"], r["chosen"]) - score(r["prompt"], r["rejected"]) for r in rows]
+    got = pair_figures(str(tmp_path / "scores"), [str(pairs)], reference=None, dtype=torch.float64)
+    assert got["margin_nats"] == pytest.approx(statistics.fmean(margins), abs=1e-6)
+    assert got["accuracy"] == statistics.fmean(m > 0 for m in margins)
 
 
 TASK = """task: {name}
