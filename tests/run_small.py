@@ -1,0 +1,67 @@
+"""Runs a command of the documentation in a folder, small: two optimizer steps, eight tokens a
+completion, eight held-out problems, and in this process what the launcher would start.
+
+    python tests/run_small.py FOLDER posttrain|accelerate|python ARGUMENTS...
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.cli.main import main
+from posttrain.rl.evaluate import EvaluationConfig
+from posttrain.rollout.engine import SamplingConfig
+from posttrain.training.config import TrainConfig
+
+
+def limit(config_class: Any, **most: int) -> None:
+    """Values above ``most`` become it when the settings are built."""
+    check: Callable[[Any], None] = config_class.__post_init__
+
+    def checked(config: Any) -> None:
+        check(config)
+        for name, value in most.items():
+            object.__setattr__(config, name, min(getattr(config, name) or value, value))
+
+    config_class.__post_init__ = checked
+
+
+def launched(_: str, command: Sequence[str]) -> None:
+    """What `accelerate launch` starts, as one process."""
+    from accelerate.commands.launch import launch_command_parser
+
+    arguments = launch_command_parser().parse_args(command[command.index("launch") + 1 :])
+    assert Path(arguments.config_file).is_file(), f"no launch file {arguments.config_file}"
+    script = [arguments.training_script, *arguments.training_script_args]
+    python(["-m", *script] if arguments.module else script)
+
+
+def python(arguments: list[str]) -> None:
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    folder, program, *rest = sys.argv[1:]
+    os.chdir(folder)
+    sys.path[0] = os.getcwd()
+    steps = TrainConfig.num_steps
+    TrainConfig.num_steps = lambda config, groups: min(2, steps(config, groups))  # type: ignore[method-assign]
+    limit(SamplingConfig, max_tokens=8)
+    limit(EvaluationConfig, prompts=8)
+    os.execv = launched  # type: ignore[assignment]
+    if program == "accelerate":
+        launched("", rest)
+    elif program == "posttrain":
+        sys.exit(main(rest))
+    else:
+        python(rest)
