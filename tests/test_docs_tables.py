@@ -161,3 +161,27 @@ def test_the_settings_file_beside_trls_is_read(tmp_path):
         posttrain.SFTConfig, ["--config", str(tmp_path / "sft.yaml")], description=""
     )
     assert (config.model.lora.rank, config.train.batch_size) == (16, 32)
+
+
+def texts_of_the_program():
+    """Every string of the package but docstrings; what is filled in is a mark."""
+    for path in (REPO / "posttrain").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and id(node) not in docstrings:
+                yield str(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                yield "".join(parts)
+
+
+def test_quoted_messages_are_those_of_the_program():
+    messages = re.findall(r"\*\*`(.*?)`\*\*", page("troubleshooting.md").replace("\n", " "))
+    assert len(messages) > 50
+    known = list(texts_of_the_program())
+    for message in messages:
+        fixed = [part.strip(" .;") for part in message.split("…")]
+        assert max(map(len, fixed)) >= 8, message
+        pattern = re.compile(".*".join(re.escape(part) for part in fixed), flags=re.S)
+        assert any(pattern.search(text) for text in known), message
