@@ -185,3 +185,23 @@ def test_quoted_messages_are_those_of_the_program():
         assert max(map(len, fixed)) >= 8, message
         pattern = re.compile(".*".join(re.escape(part) for part in fixed), flags=re.S)
         assert any(pattern.search(text) for text in known), message
+
+
+def test_named_tests_exist():
+    named = re.findall(r"pytest (tests/[\w/]+\.py)::(\w+)", page("cannot_happen.md"))
+    assert len(named) > 40
+    for path, name in named:
+        tree = ast.parse((REPO / path).read_text())
+        tests = {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+        assert name in tests, f"{path}::{name}"
+
+
+def test_themes_have_one_verdict_and_a_test():
+    text = page("cannot_happen.md")
+    themes = re.split(r"^## \d+\. ", text, flags=re.M)[1:]
+    verdicts = [cells[1] for cells in rows(text) if cells[0].startswith("[")]
+    assert len(themes) == len(verdicts) == 13
+    for theme, verdict in zip(themes, verdicts, strict=True):
+        limited = re.search(r"\*Here\.\* \*\*(Can happen|Does not exist|In part|Do not)", theme)
+        assert bool(limited) == (verdict != "cannot happen"), theme.splitlines()[0]
+        assert "pytest tests/" in theme
