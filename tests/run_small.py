@@ -1,5 +1,5 @@
-"""Runs a command of the documentation in a folder, small: two optimizer steps, eight tokens a
-completion, eight held-out problems, and in this process what the launcher would start.
+"""Runs a command of the documentation in a folder, small: two optimizer steps on four rows, eight
+tokens a completion, eight held-out problems, and in this process what the launcher would start.
 
     python tests/run_small.py FOLDER posttrain|accelerate|python ARGUMENTS...
 """
@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.cli.main import main
+from posttrain.rewards.compose import RewardsConfig
 from posttrain.rl.evaluate import EvaluationConfig
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.config import TrainConfig
+from posttrain.training.optimizer import OptimizerConfig
 
 
 def limit(config_class: Any, **most: int) -> None:
-    """Values above ``most`` become it when the settings are built."""
+    """Values above ``most`` become it when the settings are built; so does 0 where it means all."""
     check: Callable[[Any], None] = config_class.__post_init__
 
     def checked(config: Any) -> None:
         check(config)
         for name, value in most.items():
-            object.__setattr__(config, name, min(getattr(config, name) or value, value))
+            given = getattr(config, name)
+            is_all = given == 0 and name in ("max_steps", "prompts")
+            object.__setattr__(config, name, value if is_all else min(given, value))
 
     config_class.__post_init__ = checked
 
@@ -54,8 +58,9 @@ if __name__ == "__main__":
     folder, program, *rest = sys.argv[1:]
     os.chdir(folder)
     sys.path[0] = os.getcwd()
-    steps = TrainConfig.num_steps
-    TrainConfig.num_steps = lambda config, groups: min(2, steps(config, groups))  # type: ignore[method-assign]
+    limit(TrainConfig, max_steps=2, batch_size=4)
+    limit(OptimizerConfig, warmup_steps=1)
+    limit(RewardsConfig, workers=1)
     limit(SamplingConfig, max_tokens=8)
     limit(EvaluationConfig, prompts=8)
     os.execv = launched  # type: ignore[assignment]

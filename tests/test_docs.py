@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import posttrain
-from posttrain import Loss, Rollout
+from posttrain import Loss, Rollout, as_loss
 from posttrain.cli.main import COMMANDS, build_parser
 from posttrain.cli.train import TRAINERS
 from posttrain.models.embedded import EMBEDDED
@@ -249,7 +249,8 @@ def options_of_losses() -> set[str]:
     known = {"weight"}
     for home in ("preference", "policy", "reward", "sft", "unpaired"):
         for value in vars(importlib.import_module(f"posttrain.losses.{home}")).values():
-            known |= value.accepts if isinstance(value, Loss) else set()
+            if isinstance(value, Loss) or str(getattr(value, "__module__", "")).endswith(home):
+                known |= as_loss(value).accepts if callable(value) else set()
     for algorithm in ALGORITHMS.values():
         known |= {*vars(algorithm), *algorithm.loss_options, *algorithm.advantage_options}
     text = "".join(b.text for page in PAGES for b in blocks_of(page) if b.language == "python")

@@ -53,19 +53,15 @@ def objective(
             weight_T = importance_weights(logps, correction=correction, cap=correction_cap)
             terms = [_weighted(term, weight_T, logps, correction) for term in terms]
             metrics["importance_weight"] = weight_T
-        first = output.terms[0]
-        by_token = first.unit == "token"
-        aggregation = first.aggregation if by_token else "sequence_sum"
+        like = output.terms[0]
+        if like.unit != "token":
+            like = replace(like, unit="token", aggregation="sequence_sum", constant=None)
         if beta:
             kl_T = kl_penalty(logps, estimator=kl_estimator)
-            terms.append(replace(_term(kl_T, aggregation, first.constant), weight=beta))
+            terms.append(replace(like, items=kl_T, weight=beta))
         if entropy_weight:
             bonus = entropy_bonus(logps)
-            terms.append(
-                replace(
-                    _term(bonus.terms[0].items, aggregation, first.constant), weight=entropy_weight
-                )
-            )
+            terms.append(replace(like, items=bonus.terms[0].items, weight=entropy_weight))
             metrics.update(bonus.metrics)
         metrics["surprise_nats"] = -logps.logps_T.detach()
         if "sampler_logps" in logps:
@@ -96,12 +92,7 @@ def _weighted(term: LossTerm, weight_T: Tensor, logps: Logps, correction: Correc
             f"{term.unit}. Use sequence_truncate, sequence_mask or none."
         )
     # every token of a completion has the completion's weight
-    weight_S = logps.sum_by_sequence(weight_T) / _length_S(logps)
-    return replace(term, items=term.items * weight_S)
-
-
-def _term(items_T: Tensor, aggregation: Aggregation | None, constant: float | None) -> LossTerm:
-    return LossTerm(items=items_T, aggregation=aggregation, constant=constant)
+    return replace(term, items=term.items * _mean_S(weight_T, logps))
 
 
 def _tokens(
@@ -110,7 +101,8 @@ def _tokens(
     constant: float,
     metrics: dict[str, Tensor] | None = None,
 ) -> LossOutput:
-    return LossOutput(terms=[_term(items_T, aggregation, constant or None)], metrics=metrics)
+    term = LossTerm(items=items_T, aggregation=aggregation, constant=constant or None)
+    return LossOutput(terms=[term], metrics=metrics)
 
 
 def _by_sign(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
@@ -118,8 +110,9 @@ def _by_sign(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(where, like.new_tensor(yes), like.new_tensor(no))
 
 
-def _length_S(logps: Logps) -> Tensor:
-    return logps.num_tokens_S.clamp(min=1)
+def _mean_S(values_T: Tensor, logps: Logps) -> Tensor:
+    """[S] means over the trained tokens of each completion; 0 where there are none."""
+    return logps.sum_by_sequence(values_T) / logps.num_tokens_S.clamp(min=1)
 
 
 @loss(reference=False, couples_completions=False)
@@ -211,9 +204,8 @@ def gspo(
     correction by token can weigh its tokens; the mean over a completion's tokens is the
     completion's item.
     """
-    length_S = _length_S(logps)
-    s_S = torch.exp(logps.sum_by_sequence(logps.logps_T - logps.proximal_T) / length_S)
-    advantage_S = logps.sum_by_sequence(logps.by_token("advantage")) / length_S
+    s_S = torch.exp(_mean_S(logps.logps_T - logps.proximal_T, logps))
+    advantage_S = _mean_S(logps.by_token("advantage"), logps)
     items_S = -torch.minimum(
         s_S * advantage_S, s_S.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage_S
     )
@@ -251,15 +243,13 @@ def gmpo(logps: Logps, *, epsilon: float = 0.4) -> LossOutput:
     Zhao et al. 2025 (GMPO), arXiv:2507.20673 eq. 4: each ratio is bounded in (e^-0.4, e^0.4) on the
     side where the surrogate would gain.
     """
-    advantage_S = logps.sum_by_sequence(logps.by_token("advantage")) / _length_S(logps)
+    advantage_S = _mean_S(logps.by_token("advantage"), logps)
     sign_T = torch.where(advantage_S > 0, 1.0, -1.0).to(advantage_S)[logps.sequence_T]
     log_ratio_T = logps.logps_T - logps.proximal_T
     bounded_T = sign_T * (sign_T * log_ratio_T).clamp(max=epsilon)
-    mean_S = logps.sum_by_sequence(bounded_T) / _length_S(logps)
+    items_S = -advantage_S * _mean_S(bounded_T, logps).exp()
     clipped_T = (sign_T * log_ratio_T > epsilon).to(log_ratio_T.dtype)
-    return LossOutput(
-        items=-advantage_S * mean_S.exp(), unit="completion", metrics={"clipped": clipped_T}
-    )
+    return LossOutput(items=items_S, unit="completion", metrics={"clipped": clipped_T})
 
 
 @loss(reference=False, couples_completions=False)

@@ -65,20 +65,16 @@ class Algorithm:
     """Prompts are drawn until enough groups have rewards that differ."""
 
     def __post_init__(self) -> None:
-        if not self.beta >= 0:
-            raise ValueError(
-                f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got "
-                f"{self.beta}."
-            )
+        for beta in (self.beta, self.advantage_options.get("beta", 0.0)):
+            if not beta >= 0:
+                raise ValueError(
+                    f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got "
+                    f"{beta}."
+                )
         if self.correction.startswith("token") and not self._items_are_tokens:
             raise ValueError(
                 f"Algorithm {self.name}: the items of its loss are completions; correction is "
                 f"sequence_truncate, sequence_mask or none; got {self.correction!r}."
-            )
-        if self.advantage_options.get("beta", 0.0) < 0:
-            raise ValueError(
-                f"Algorithm {self.name}: beta is the weight of a KL penalty and >= 0; got "
-                f"{self.advantage_options['beta']}."
             )
 
     @property

@@ -91,8 +91,8 @@ class RolloutBatches:
     def __post_init__(self) -> None:
         self._step = self._iteration = 0
         self._pending: list[StepBatch] = []
-        self._buffer = RolloutBuffer()
         collector, names = self.collector, self.collector.rewards.names
+        self._buffer = RolloutBuffer(ranks=collector.accelerator.num_processes)
         if collector.sampling.truncates and not collector.engine.returns_kept_ids:
             raise UserFacingError(
                 "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
@@ -104,7 +104,6 @@ class RolloutBatches:
                 f"rollout.signal_reward is one of the rewards {', '.join(names)}; got "
                 f"{self.config.signal_reward!r}."
             )
-        self._is_main = collector.accelerator.is_main_process
         self._log = RolloutLog(self.folder, rank=collector.rank)
 
     def __iter__(self) -> Self:
@@ -192,7 +191,6 @@ class RolloutBatches:
                     round=begun,
                     group_size=self.config.group_size,
                     seed=self.seed,
-                    ranks=self.collector.accelerator.num_processes,
                 )
                 begun += fresh
                 self.collector.roll(self._buffer, journal)
@@ -285,5 +283,5 @@ class RolloutBatches:
 
     def saved(self) -> None:
         """A checkpoint with the present state is in place: what was drawn before is not needed."""
-        if self._is_main:
+        if self.collector.rank == 0:
             forget_journals(self.folder, before=self._iteration)

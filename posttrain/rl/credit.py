@@ -88,7 +88,7 @@ class Credit:
         wrap(self, self.function)
 
     def __call__(self, rollouts: Any, **options: Any) -> Any:
-        """The function itself."""
+        """Call the function, whatever it is given."""
         return self.function(rollouts, **options)
 
     def columns(self, rollouts: Rollouts, **options: Any) -> list[list[dict[str, Any] | None]]:

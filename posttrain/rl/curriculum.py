@@ -116,7 +116,7 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What ``state_dict`` gave."""
+        """Take over what ``state_dict`` gave."""
         self._drawn = int(state["drawn"])
         self._tries[:] = 0
         self._successes[:] = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,32 +141,24 @@ def evaluate_prompts(
     for prompt in chosen:
         collector.rewards.needs_verifier(prompt.sample, "a held-out evaluation")
     mine = replace(collector, prompts=chosen, sampling=sampling)
-    buffer = RolloutBuffer()
-    buffer.begin(
-        range(len(chosen)),
-        iteration=-1,
-        group_size=config.samples,
-        seed=seed,
-        ranks=collector.accelerator.num_processes,
-    )
+    buffer = RolloutBuffer(ranks=collector.accelerator.num_processes)
+    buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
     correct = [
         [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
     ]
-    answers = gather_object(
-        collector.accelerator,
-        {
-            g.index: (_said(g, row, collector.rewards), g.texts)
-            for g, row in zip(groups, correct, strict=True)
-            if g.rank == collector.rank
-        },
-    )
-    by_index = {index: answer for of_rank in answers for index, answer in of_rank.items()}
-    for group in groups:
-        for trajectory, text in zip(group.trajectories, by_index[group.index][1], strict=True):
+    mine_said = {
+        i: (_said(g, correct[i], collector.rewards), g.texts)
+        for i, g in enumerate(groups)
+        if g.rank == collector.rank
+    }
+    answers = dict(ChainMap(*gather_object(collector.accelerator, mine_said)))
+    for i, group in enumerate(groups):
+        for trajectory, text in zip(group.trajectories, answers[i][1], strict=True):
             trajectory.text = text
-    return Evaluation(groups=groups, correct=correct, said=[by_index[g.index][0] for g in groups])
+    said = [answers[i][0] for i in range(len(groups))]
+    return Evaluation(groups=groups, correct=correct, said=said)
 
 
 def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) -> list[str]:

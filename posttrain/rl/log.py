@@ -77,6 +77,8 @@ class RolloutLog:
         ]
         part = f"_rank{self._rank}" if self._rank else ""
         path = self._folder / f"iteration_{iteration:06d}{part}.parquet"
+        if not rows:  # fewer groups than processes
+            return
         with whole_file(path) as partial:
             pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
 

@@ -37,43 +37,28 @@ class RolloutBuffer:
     """Groups that are not finished, oldest first: they wait here until all of their completions
     are, over iterations if need be."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, ranks: int = 1) -> None:
         self.groups: list[TrajectoryGroup] = []
+        self._ranks = range(ranks)
 
     def begin(
-        self,
-        prompts: Sequence[int],
-        *,
-        iteration: int,
-        group_size: int,
-        seed: int,
-        round: int = 0,
-        ranks: int = 1,
+        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
     ) -> None:
-        """Add a group without tokens for each prompt, on the one of ``ranks`` processes that has
-        fewest. ``round``: how many prompts the iteration has begun before (a prompt that comes
-        twice is drawn anew)."""
+        """Add a group without tokens for each prompt, on the rank that has fewest. ``round``: how
+        many prompts the iteration has begun before (a prompt that comes twice is drawn anew)."""
+        held = Counter(group.rank for group in self.groups)
         for number, prompt in enumerate(prompts):
-            count = Counter(group.rank for group in self.groups)
             at = {"iteration": iteration, "round": round + number, "prompt": prompt}
             trajectories = [
                 Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
             ]
-            self.groups.append(
-                TrajectoryGroup(
-                    prompt=prompt,
-                    iteration=iteration,
-                    rank=min(range(ranks), key=lambda rank: (count[rank], rank)),
-                    trajectories=trajectories,
-                )
-            )
+            group = TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
+            group.rank = min(self._ranks, key=held.__getitem__)
+            held[group.rank] += 1
+            self.groups.append(group)
 
     def requests(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        *,
-        rank: int = 0,
-        only: Collection[int] | None = None,
+        self, prompt_ids: Sequence[Any], *, rank: int = 0, only: Collection[int] | None = None
     ) -> list[tuple[Request, list[Trajectory]]]:
         """What ``rank`` draws next, group by group, and where it goes. ``only``: seeds of the
         trajectories that are wanted; None: all that are open."""
@@ -105,7 +90,7 @@ class RolloutBuffer:
         return finished
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Plain values."""
+        """The groups in plain values, those of other ranks without tokens."""
         return to_row(self.groups)
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
@@ -138,25 +123,22 @@ class Collector:
 
     @property
     def rank(self) -> int:
-        """This process."""
+        """Which process this is; it draws and scores the groups of this ``rank``."""
         return int(self.accelerator.process_index)
 
     def roll(self, buffer: RolloutBuffer, journal: Journal | None) -> None:
         """Draw for every open completion of the buffer: to its end, or up to the iteration's
         budget. Those that the environment answers are drawn on."""
         began = time.perf_counter()
+        others = [t for g in buffer.groups if g.rank != self.rank for t in g.trajectories]
         for tokens, progress in self._from_all(lambda: [self._draw(buffer, journal)]):
             self.timing.tokens += tokens
-            for group in buffer.groups:
-                if group.rank != self.rank:
-                    for trajectory in group.trajectories:
-                        if trajectory.seed in progress:
-                            trajectory.follow(*progress[trajectory.seed])
+            for trajectory in others:
+                if trajectory.seed in progress:
+                    trajectory.follow(*progress[trajectory.seed])
         self.timing.rollout_s += time.perf_counter() - began
 
-    def _draw(
-        self, buffer: RolloutBuffer, journal: Journal | None
-    ) -> tuple[int, dict[int, tuple[Any, ...]]]:
+    def _draw(self, buffer: RolloutBuffer, journal: Journal | None) -> tuple[int, dict[int, Any]]:
         """This rank's part of ``roll``: (tokens that were drawn, {seed: progress})."""
         mine = buffer.of_rank(self.rank)
         prompt_of = {t.seed: self.prompts[g.prompt] for g in mine for t in g.trajectories}
@@ -179,7 +161,7 @@ class Collector:
         return tokens, {t.seed: t.progress() for g in mine for t in g.trajectories}
 
     def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
-        """Whether the environment answers; a finished trajectory gets its text and its mask."""
+        """Whether the environment answers; a finished trajectory gets its mask."""
         if trajectory.finish_reason is None:
             return False
         if trajectory.finish_reason == "stop":
@@ -263,7 +245,6 @@ class Collector:
 
 
 def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
-    """The journal of an iteration on this rank."""
     return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
 
 

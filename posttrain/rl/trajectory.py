@@ -143,11 +143,6 @@ class ScoredGroup:
     """The process that holds tokens and texts."""
 
     @property
-    def rewards(self) -> list[float | None]:
-        """[completion] rewards."""
-        return [t.reward for t in self.trajectories]
-
-    @property
     def texts(self) -> list[CompletionText]:
         """[completion] what the rewards read."""
         return [t.text for t in self.trajectories]

@@ -7,6 +7,7 @@ costs.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,20 +56,17 @@ class ForwardPlan:
         accelerator = self.accelerator
         if accelerator.num_processes == 1:
             return list(groups)
-        ranks = self.split(groups, coupled=coupled).ranks
+        here = {
+            (i, k): c
+            for i, g in enumerate(groups)
+            for k, c in enumerate(g.completions)
+            if c.is_here
+        }
         addressed: list[dict[Ref, Completion]] = []
-        for micro_batches in ranks:
-            parts = [part for m in micro_batches for part in m.parts]
-            wanted = {(part.group, k) for part in parts for k in part.completions}
-            addressed.append(
-                {
-                    (g, k): completion
-                    for g, group in enumerate(groups)
-                    for k, completion in enumerate(group.completions)
-                    if completion.is_here and (everything or (g, k) in wanted)
-                }
-            )
-        found = {ref: c for parcel in exchange(accelerator, addressed) for ref, c in parcel.items()}
+        for rows in self.split(groups, coupled=coupled).ranks:
+            wanted = {(part.group, k) for m in rows for part in m.parts for k in part.completions}
+            addressed.append({ref: c for ref, c in here.items() if everything or ref in wanted})
+        found = ChainMap(*exchange(accelerator, addressed))
         return [
             replace(g, completions=[found.get((i, k), c) for k, c in enumerate(g.completions)])
             for i, g in enumerate(groups)
@@ -219,9 +217,7 @@ def evaluate(
         name.replace("_train/", "_eval/") if "_train/" in name else f"eval_{name}": mean
         for name, mean in means.items()
     }
-    every = {
-        ref: score for rank in gather_object(plan.accelerator, sums) for ref, score in rank.items()
-    }
+    every = dict(ChainMap(*gather_object(plan.accelerator, sums)))
     figures = {"eval_loss": value, **named}
     for report in reports:
         for name, figure in report(Evaluated(groups=groups, sums=every)).items():

@@ -8,6 +8,7 @@ rows.
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ class RunReference:
             save_file({n: p.contiguous() for n, p in parts.items()}, folder / self._file)
 
     def read(self, folder: Path) -> None:
-        """What ``write`` wrote."""
+        """Load the state saved by ``write``."""
         if parts := self._parts():
             saved = load_file(folder / self._file)
             for name, part in parts.items():
@@ -317,8 +318,7 @@ def _compute(
             sequence_key(part[g], part[g].completions[k]): v.logps_T.cpu()
             for (g, k), v in found.items()
         }
-    every_rank = gather_object(plan.accelerator, values)
-    return {key: value for rank in every_rank for key, value in rank.items()}
+    return dict(ChainMap(*gather_object(plan.accelerator, values)))
 
 
 def _write(path: Path, values: dict[bytes, Tensor]) -> None:

@@ -4,6 +4,7 @@ never trained."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from posttrain.packing.plan import PackingConfig
 from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rl.algorithms import GRPO
-from posttrain.rl.credit import CreditConfig, trained_groups
+from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.environment import SingleTurn
 from posttrain.rl.rollouts import Collector, RolloutBuffer
+from posttrain.rl.trajectory import Trajectory
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.rollout.local import LocalEngine
 from posttrain.training.forward import ForwardPlan
+from posttrain.types import ELSEWHERE
 from tests.helpers import plain_logps, tiny_llama
 from tests.tiny import byte_tokenizer
 
@@ -99,6 +102,42 @@ def test_observations_are_in_the_completion_and_outside_of_the_loss(rolled):
                 wanted = plain_logps(policy.model, group, k).tolist()
             assert drawn == pytest.approx(wanted, abs=1e-9)
     assert answered >= 4
+
+
+def test_another_rank_plans_the_same_step_without_the_tokens(rolled):
+    scored, policy = rolled
+    plan = ForwardPlan(accelerator=Accelerator(cpu=True), mode="shared", max_tokens=400)
+
+    def groups_of(scored):
+        return trained_groups(
+            scored,
+            algorithm=replace(GRPO, beta=0.0),
+            config=CreditConfig(),
+            version=0,
+            proximal=False,
+            policy=policy,
+            reference=None,
+            plan=plan,
+        )
+
+    def follower(t):
+        other = Trajectory(seed=t.seed, reward=t.reward)
+        other.follow(*t.progress())
+        return other
+
+    elsewhere = groups_of(
+        [replace(s, trajectories=[follower(t) for t in s.trajectories]) for s in scored]
+    )
+    here = groups_of(scored)
+    assert any(not c.loss_mask.all() for g in here for c in g.completions)
+    assert plan.split(elsewhere) == plan.split(here)
+    for a, b in zip(here, elsewhere, strict=True):
+        assert has_signal(a) == has_signal(b)
+        for one, other in zip(a.completions, b.completions, strict=True):
+            assert list(one.loss_mask) == list(other.loss_mask)
+            assert one.is_here and not other.is_here and set(other.token_ids) == {ELSEWHERE}
+    with pytest.raises(AssertionError, match="another rank has the tokens"):
+        next(plan.micro_batches(elsewhere))
 
 
 def test_an_answer_that_does_not_fit_ends_the_completion(rolled):

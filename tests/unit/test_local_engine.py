@@ -354,8 +354,8 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
             engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1]
             for _ in range(ranks)
         ]
-        buffer, finished = RolloutBuffer(), []
-        buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4, ranks=ranks)
+        buffer, finished = RolloutBuffer(ranks=ranks), []
+        buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4)
         while buffer.groups:
             for rank, engine in enumerate(engines):
                 wanted = buffer.requests(prompts, rank=rank)

@@ -231,7 +231,8 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
             seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop"
         )
         group = TrajectoryGroup(prompt=0, iteration=0, trajectories=[trajectory])
-        return collector.score([group], journal, iteration=0)[0].rewards
+        (scored,) = collector.score([group], journal, iteration=0)
+        return [t.reward for t in scored.trajectories]
 
     assert total("ab") == total("ab") == [2.0] and len(calls) == 1
     assert total("abc") == [3.0] and len(calls) == 2
