@@ -1,4 +1,4 @@
-"""Runs a command of the documentation in a folder, small: two optimizer steps on four rows, eight
+"""Runs a command of the documentation in a folder, small: two optimizer steps on four rows, sixteen
 tokens a completion, eight held-out problems, and in this process what the launcher would start.
 
     python tests/run_small.py FOLDER posttrain|accelerate|python ARGUMENTS...
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.cli.main import main
+from posttrain.packing.plan import PackingConfig
 from posttrain.rewards.compose import RewardsConfig
 from posttrain.rl.evaluate import EvaluationConfig
 from posttrain.rollout.engine import SamplingConfig
@@ -60,8 +61,9 @@ if __name__ == "__main__":
     sys.path[0] = os.getcwd()
     limit(TrainConfig, max_steps=2, batch_size=4)
     limit(OptimizerConfig, warmup_steps=1)
+    limit(PackingConfig, max_tokens=600)  # the plan traces every segment of a full row
     limit(RewardsConfig, workers=1)
-    limit(SamplingConfig, max_tokens=8)
+    limit(SamplingConfig, max_tokens=16)
     limit(EvaluationConfig, prompts=8)
     os.execv = launched  # type: ignore[assignment]
     if program == "accelerate":

@@ -309,6 +309,10 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found.read_text()), f"{page}: {target}"
 
 
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
 def test_every_algorithm_is_in_the_table():
     rows = re.findall(r"^\| `(\w+)` \|", PAGES["docs/algorithms.md"], flags=re.M)
     assert set(rows) >= set(ALGORITHMS)
