@@ -3,7 +3,7 @@
     accelerate launch --config_file launch/cpu.yaml recipes/rl.py --config \
         recipes/configs/grpo_smollm2.yaml
 
-`posttrain rl --config grpo_smollm2` trains the same; there --algorithm names one of 19 algorithms.
+`posttrain rl --config grpo_smollm2` trains the same; there --algorithm names one of 18 algorithms.
 """
 
 from statistics import fmean, pstdev

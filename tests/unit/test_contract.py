@@ -4,8 +4,6 @@ of them, and hand-made numbers."""
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +13,11 @@ from posttrain import Algorithm, Rollout, as_loss, credit
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
-from posttrain.rl.algorithms import ALGORITHMS
 from posttrain.rl.credit import covariant_tokens, decoupled, mean_normalised
 from posttrain.training.reference import sequence_key
-from posttrain.types import Completion, Loss, PromptGroup, Ragged
+from posttrain.types import Completion, PromptGroup, Ragged
 from tests.helpers import plain_states, random_groups, tiny_gpt2
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "algorithms.md"
 F64 = torch.float64
 
 
@@ -179,37 +175,6 @@ def test_covariant_tokens_are_those_whose_log_prob_and_advantage_move_together()
     assert a["covariant"].tolist() == [0.0, 0.0] and b["covariant"].tolist() == [0.0, 1.0]
     ((a, b),) = covariant_tokens(given, share=1.0, low=1.0, high=4.0)
     assert a["covariant"].tolist() == [0.0, 1.0] and b["covariant"].tolist() == [0.0, 0.0]
-
-
-def test_every_algorithm_is_in_the_table():
-    rows = re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), flags=re.M)
-    assert set(rows) >= set(ALGORITHMS)
-
-
-def test_the_snippets_of_the_page_run():
-    made: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)
-    assert len(blocks) == 3
-    for block in blocks:
-        if "DistillTrainer(" not in block:
-            exec(compile(block, str(DOCS), "exec"), made)
-    assert made["best_of_group"]([[0.5, 2.0, None]]) == [[0.0, 1.0, None]]
-    assert made["MINE"].needs_reference and not made["GREEDY"].needs_reference
-    shaped = made["MINE"].columns(
-        [
-            [
-                Rollout(
-                    reward=1.0, logps=np.array([-1.0, -2.0]), reference_logps=np.array([-1.5, -2.0])
-                )
-            ]
-        ]
-    )
-    assert shaped[0][0]["advantage"].tolist() == pytest.approx([0.995, 1.0])
-    calm = made["calm"]
-    assert isinstance(calm, Loss) and calm.outputs == ("entropy",) and not calm.reference
-    assert calm.with_options(weight=0.5).options == {"weight": 0.5}
-    with pytest.raises(ValueError, match="has no option 'wait'; it has weight"):
-        calm.with_options(wait=1)
 
 
 def test_a_plain_function_is_taken_to_need_everything_and_credit_to_read_rewards():
