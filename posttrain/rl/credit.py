@@ -123,18 +123,18 @@ def group_normalised(
     scores: Scores,
     *,
     std: Literal["population", "sample", "none"] = "population",
-    epsilon: float = 0.0,
+    std_epsilon: float = 0.0,
 ) -> Advantages:
-    """(r - mean) / (std + epsilon) within each group; "none": r - mean. Equal rewards give exactly
-    0.
+    """(r - mean) / (std + std_epsilon) within each group; "none": r - mean. Equal rewards give
+    exactly 0.
 
     Shao et al. 2024, arXiv:2402.03300 section 4.1.2, which leaves open whether the deviation is
-    Bessel-corrected ("sample") and adds no epsilon; without division: Liu et al. 2025 (Dr. GRPO),
-    arXiv:2503.20783.
+    Bessel-corrected ("sample") and adds nothing to it; without division: Liu et al. 2025
+    (Dr. GRPO), arXiv:2503.20783.
     """
     if std not in ("population", "sample", "none"):
         raise ValueError(f"std is population, sample or none; got {std!r}.")
-    return [_normalised(group, std, epsilon) for group in scores]
+    return [_normalised(group, std, std_epsilon) for group in scores]
 
 
 @credit(of_rewards=True)
@@ -176,7 +176,7 @@ def less_kl(rollouts: Rollouts, beta: float) -> list[list[float | None]]:
 
 @credit(policy="beta", reference="beta")
 def token_returns(
-    rollouts: Rollouts, *, beta: float = 0.001, epsilon: float = 1e-8
+    rollouts: Rollouts, *, beta: float = 0.001, std_epsilon: float = 1e-8
 ) -> list[list[Any]]:
     """By token r - beta sum of the KL from the token on, normalised over all tokens of the batch.
     With beta = 0 ``batch_normalised`` of the rewards.
@@ -184,7 +184,9 @@ def token_returns(
     Hu et al. 2025 (REINFORCE++), arXiv:2501.03262 eq. 6 and 8, with discount 1.
     """
     if not beta:
-        return batch_normalised([[r.reward for r in group] for group in rollouts], epsilon=epsilon)
+        return batch_normalised(
+            [[r.reward for r in group] for group in rollouts], std_epsilon=std_epsilon
+        )
     returns = [
         None
         if r.reward is None or not r.is_trained
@@ -192,7 +194,9 @@ def token_returns(
         for group in rollouts
         for r in group
     ]
-    flat = batch_normalised([[] if x is None else x.tolist() for x in returns], epsilon=epsilon)
+    flat = batch_normalised(
+        [[] if x is None else x.tolist() for x in returns], std_epsilon=std_epsilon
+    )
     made = iter([None if x is None else np.asarray(a) for x, a in zip(returns, flat, strict=True)])
     return [[next(made) for _ in group] for group in rollouts]
 
@@ -219,9 +223,9 @@ def mean_normalised(scores: Scores) -> Advantages:
 
 
 @credit()
-def decoupled(rollouts: Rollouts, *, epsilon: float = 1e-4) -> Advantages:
-    """sum_k w_k (r_k - mean_k) / (std_k + epsilon) within each group, each reward normalised on its
-    own, then normalised over the batch: rewards of different scale keep their weight.
+def decoupled(rollouts: Rollouts, *, std_epsilon: float = 1e-4) -> Advantages:
+    """sum_k w_k (r_k - mean_k) / (std_k + std_epsilon) within each group, each reward normalised on
+    its own, then normalised over the batch: rewards of different scale keep their weight.
 
     Liu et al. 2026 (GDPO), arXiv:2601.05242 eq. 4 to 6; the deviation Bessel-corrected as in the
     authors' code and TRL. A part that could not be scored counts as 0 after normalisation.
@@ -230,10 +234,10 @@ def decoupled(rollouts: Rollouts, *, epsilon: float = 1e-4) -> Advantages:
     for group in rollouts:
         total = [0.0] * len(group)
         for name, weight in (group[0].weights if group else {}).items():
-            part = _normalised([r.parts.get(name) for r in group], "sample", epsilon)
+            part = _normalised([r.parts.get(name) for r in group], "sample", std_epsilon)
             total = [t + weight * (a or 0.0) for t, a in zip(total, part, strict=True)]
         sums.append([None if r.reward is None else t for r, t in zip(group, total, strict=True)])
-    return batch_normalised(sums, epsilon=epsilon)
+    return batch_normalised(sums, std_epsilon=std_epsilon)
 
 
 @credit(policy=True)
@@ -306,7 +310,7 @@ def sampled_reverse_kl(rollouts: Rollouts, *, reward_weight: float = 0.0) -> lis
 
 @credit(of_rewards=True)
 def batch_normalised(
-    scores: Scores, *, baseline: Literal["none", "group"] = "none", epsilon: float = 1e-8
+    scores: Scores, *, baseline: Literal["none", "group"] = "none", std_epsilon: float = 1e-8
 ) -> Advantages:
     """(r - mean) / std over the whole batch; with baseline "group" the group's mean is taken off
     first.
@@ -324,7 +328,7 @@ def batch_normalised(
     if all_equal(known):
         return [[None if r is None else 0.0 for r in group] for group in centred]
     return [
-        [None if r is None else (r - mean) / (deviation + epsilon) for r in group]
+        [None if r is None else (r - mean) / (deviation + std_epsilon) for r in group]
         for group in centred
     ]
 
@@ -359,7 +363,7 @@ def log_mean_exp(values: Sequence[float], *, tau: float) -> float:
     return top + tau * math.log(math.fsum(math.exp((v - top) / tau) for v in values) / len(values))
 
 
-def _normalised(group: Sequence[float | None], std: str, epsilon: float) -> list[float | None]:
+def _normalised(group: Sequence[float | None], std: str, std_epsilon: float) -> list[float | None]:
     known = [r for r in group if r is not None]
     if not known or all_equal(known):
         return [None if r is None else 0.0 for r in group]
@@ -368,7 +372,7 @@ def _normalised(group: Sequence[float | None], std: str, epsilon: float) -> list
     if std != "none":
         scale = (
             math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (len(known) - (std == "sample")))
-            + epsilon
+            + std_epsilon
         )
     return [None if r is None else (r - mean) / scale for r in group]
 
