@@ -91,11 +91,17 @@ def blocks_of(page: str) -> Iterator[Block]:
         yield Block(page, line, found[1], found[2], not before.startswith(NOT_RUN))
 
 
+def is_run(words: list[str]) -> bool:
+    """All but what takes minutes: the demo, benchmarks, tests."""
+    is_long = words[0] == "python" and words[1].startswith(("benchmarks/", "recipes/demo.py", "-m"))
+    return words[0] in RUN and not is_long
+
+
 WITH_SOMETHING_TO_RUN = [
     page
     for page in PAGES
     if any(
-        b.is_run and (b.language == "python" or any(c[0] in RUN for c in b.commands))
+        b.is_run and (b.language == "python" or any(is_run(c) for c in b.commands))
         for b in blocks_of(page)
     )
 ]
@@ -168,15 +174,8 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, cache):
             path.write_text(block.text)
             small(tmp_path, cache, ["python", path.name])
         for words in block.commands:
-            if words[0] in RUN and not is_only_checked(words):
+            if is_run(words):
                 small(tmp_path, cache, words)
-
-
-def is_only_checked(words: list[str]) -> bool:
-    """What takes minutes: the demo, benchmarks, tests."""
-    return words[0] == "python" and (
-        words[1].startswith(("benchmarks/", "recipes/demo.py")) or words[1] == "-m"
-    )
 
 
 @pytest.mark.parametrize("page", PAGES)
