@@ -56,7 +56,7 @@ class Job:
     packing: PackingConfig
     device: Device = "cpu"
     completions: int = 1
-    """Of one prompt in a full row, where they are in the data."""
+    """Of one prompt in a full row, where they are in the data; else of a step."""
     completion_tokens: int | None = None
     """Of the longest one, where they are sampled."""
     checkpointing: bool = False
@@ -130,7 +130,9 @@ class Job:
             method=self.method,
             packing=self.packing,
             precision=self.precision,
-            completions=-(-self.max_tokens // sampled) if sampled else self.completions,
+            completions=min(-(-self.max_tokens // sampled), self.completions)
+            if sampled
+            else self.completions,
             checkpointing=self.checkpointing,
             gathered=self.sharding != "whole",
             device=self.device,
@@ -251,6 +253,7 @@ def _with_sampling(job: Job, config: Any, longest_prompt: int | None) -> Job:
         )
     return replace(
         job,
+        completions=config.train.batch_size * config.rollout.group_size,
         completion_tokens=config.sampling.max_tokens,
         temperature=config.sampling.temperature,
         rollout=rollout,

@@ -13,6 +13,7 @@ from posttrain import (
     DPOTrainer,
     ModelConfig,
     OptimizerConfig,
+    PackingConfig,
     RewardConfig,
     RewardTrainer,
     RLConfig,
@@ -46,9 +47,8 @@ def config_of(kind, folder, tmp_path, *, steps=2, batch_size=4, name="run", **mo
         precision="fp32",
         save_every=1,
     )
-    return kind(
-        model=ModelConfig(name=str(folder)), train=train, optimizer=OptimizerConfig(lr=1e-3), **more
-    )
+    known = {"model": ModelConfig(name=str(folder)), "packing": PackingConfig(max_tokens=300)}
+    return kind(**known | more, train=train, optimizer=OptimizerConfig(lr=1e-3))
 
 
 def labelled(n, prompts=4):

@@ -267,6 +267,7 @@ def test_reward_functions_as_trl_has_them(folder, tmp_path):
         config = RLConfig(
             train=settings(tmp_path, name=f"run{number}", max_steps=1).train,
             beta=0.0,
+            packing=PackingConfig(max_tokens=200),
             sampling=SamplingConfig(max_tokens=3),
             rollout=RolloutConfig(group_size=2, show_every=0),
         )
@@ -283,6 +284,7 @@ def test_reinforcement_learning_evaluates_on_demand(folder, tmp_path):
     config = RLConfig(
         train=settings(tmp_path, max_steps=1).train,
         beta=0.0,
+        packing=PackingConfig(max_tokens=200),
         sampling=SamplingConfig(max_tokens=3),
         rollout=RolloutConfig(group_size=2, show_every=0),
     )

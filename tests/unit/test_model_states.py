@@ -145,9 +145,8 @@ def run(
 ) -> None:
     """Two steps of a method; RL's rewards are random enough to make both steps train. A rank below
     0: around weights in 4 bit."""
-    for module in ("base", "rl"):
-        if precision == "fp16":
-            monkeypatch.setattr(f"posttrain.trainers.{module}.make_accelerator", fp16_accelerator)
+    if precision == "fp16":
+        monkeypatch.setattr("posttrain.trainers.base.make_accelerator", fp16_accelerator)
     common: dict[str, Any] = dict(
         model=ModelConfig(
             name=str(folder), lora=LoraConfig(rank=abs(lora), quantize_4bit=lora < 0)
