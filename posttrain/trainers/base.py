@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -41,7 +42,12 @@ from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.trainers.card import upload, write_card
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.forward import Report
-from posttrain.training.identity import code_digest, sampled_weights_digest, source_digest
+from posttrain.training.identity import (
+    FRESH,
+    code_digest,
+    sampled_weights_digest,
+    source_digest,
+)
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.metrics import is_held_out, read_metrics
@@ -236,6 +242,8 @@ class Trainer:
         final = self.config.train.folder / "final"
         if not final.is_dir():
             raise ValueError(f"There is no {final} to upload: call train() or save_model() first.")
+        if not PartialState().is_main_process:
+            return repo_id
         return upload(final, repo_id, private=private, token=token)
 
     # -- how a run is made -------------------------------------------------------------------------
@@ -286,7 +294,9 @@ class Trainer:
             compute_metrics=self._compute_metrics,
             identity={
                 "data": data.digest,
-                "model": sampled_weights_digest(model),
+                "model": sampled_weights_digest(
+                    model, skip=FRESH if self.is_named or self._peft_config else ()
+                ),
                 "loss": code_digest(self.loss),
                 **self._identity(),
             },

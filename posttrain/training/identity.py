@@ -13,6 +13,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,10 +35,17 @@ def code_digest(value: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def sampled_weights_digest(model: nn.Module) -> str:
+FRESH = (".lora_", ".modules_to_save.", "score.")
+"""Parts of the names of weights that a run draws itself: its seed stands for them."""
+
+
+def sampled_weights_digest(model: nn.Module, *, skip: tuple[str, ...] = ()) -> str:
     """12 hex digits of up to 256 evenly spaced values of every parameter: milliseconds, and any
-    training changes them."""
-    return _digest_of_weights(dict(model.named_parameters()))
+    training changes them. Left out are names with a part in ``skip``."""
+    named = {n.replace(".base_layer.", "."): p for n, p in model.named_parameters()}
+    return _digest_of_weights(
+        {n: p for n, p in named.items() if not any(part in n for part in skip)}
+    )
 
 
 def _digest_of_weights(weights: Mapping[str, torch.Tensor]) -> str:
@@ -72,6 +80,8 @@ def _described_object(value: Any, seen: set[int]) -> Iterator[str]:
         yield sampled_weights_digest(value)
     elif isinstance(value, torch.Tensor):
         yield _digest_of_weights({"": value})
+    elif isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif isinstance(value, type) or (_is_installed(type(value)) and not _has_fields(value)):
         yield _name(value if isinstance(value, type) else type(value))
     else:
@@ -97,7 +107,7 @@ def _of_instance(value: Any, seen: set[int]) -> Iterator[str]:
     fields = (
         {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         if dataclasses.is_dataclass(value)
-        else vars(value)
+        else getattr(value, "__dict__", {})
     )
     yield from _described(fields, seen=seen)
 
@@ -108,8 +118,8 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
         return
     yield _source(function) or repr(list(_of_code(function.__code__)))
     yield from _described((function.__defaults__, function.__kwdefaults__), seen=seen)
-    for cell in function.__closure__ or ():
-        yield from _described(cell.cell_contents, seen=seen)
+    for value in inspect.getclosurevars(function).nonlocals.values():
+        yield from _described(value, seen=seen)
     for name in _names(function.__code__):
         found = function.__globals__.get(name)
         is_its_own = getattr(found, "__module__", None) == function.__module__

@@ -27,19 +27,16 @@ from posttrain.training.sharding import broadcast_object
 
 log = logging.getLogger(__name__)
 
-_FREE = (
-    "train.run_dir", "train.name", "train.log_every", "train.eval_every", "train.save_every",
-    "train.save_total_limit", "train.resume", "train.trackers", "train.best_metric", "train.force",
-    "train.self_check", "train.max_steps", "train.num_epochs", "evaluation", "vllm",
-    "model.name", "model.revision", "reference.model", "reference.cache", "reference.cache_dir",
-    "rollout.show_every", "rewards.workers", "rewards.concurrency", "rewards.timeout_s",
-)  # fmt: skip
-"""Settings that decide no weight, or that a digest in the run's identity stands for (all of data.*
-but weights and what follows it)."""
-_ROUNDING = ("packing", "local", "engine", "model.gradient_checkpointing", "reference.cache")
+_FREE = """
+train.run_dir train.name train.log_every train.eval_every train.save_every train.save_total_limit
+train.resume train.trackers train.best_metric train.force train.self_check train.max_steps
+train.num_epochs evaluation vllm model.name model.revision reference.model reference.cache
+reference.cache_dir rollout.show_every rollout.max_mismatch_nats rewards.max_unscored
+rewards.workers rewards.concurrency rewards.timeout_s
+""".split()
+"""Settings that decide no weight, or for which a digest in the run's identity stands."""
+_ROUNDING = ("packing", "local", "engine", "model.gradient_checkpointing", "optimizer.offload")
 """Settings after which the run goes on, not bit-identical."""
-
-
 _DIGESTS = {
     "data": ": rows, their order, the tokenizer, or how rows become tokens",
     "model": ": the weights that training starts from",

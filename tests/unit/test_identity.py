@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,6 +214,9 @@ def test_code_digests_follow_what_the_code_does():
     assert code_digest(plain) != code_digest(doubled)
     assert code_digest(loss(reference=False)(plain)) != code_digest(loss(reference=True)(plain))
     assert len({code_digest(a) for a in ALGORITHMS.values()}) == len(ALGORITHMS)
+    table = np.arange(4.0)
+    assert code_digest(scaled(table)) == code_digest(scaled(table.copy()))
+    assert code_digest(scaled(table)) != code_digest(scaled(table + 1))
     teacher, twin = tiny_llama(seed=1), tiny_llama(seed=1)
     assert code_digest(scaled(teacher)) == code_digest(scaled(twin))
     with torch.no_grad():
