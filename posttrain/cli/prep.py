@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from posttrain.data.messages import message_text
 
 _HELP = {
     "format": "layout of the rows (default: by their columns)",
-    "columns": "rename columns, e.g. prompt=question",
+    "columns": "rename columns, e.g. prompt=question chosen=good rejected=bad",
     "carry": "columns that change nothing: not read, written along; '*': all others, not written",
     "test_fraction": "share of prompts for test/ (default: 0)",
     "seed": "of the split and of strategy random (default: 0)",
@@ -37,7 +38,7 @@ _HELP_OF_PAIRS = {
     "min_margin": "least score difference of a pair",
 }
 _KINDS: dict[str, dict[str, Any]] = {
-    "columns": {"nargs": "+", "metavar": "OURS=YOURS"},
+    "columns": {"nargs": "+", "action": "extend", "metavar": "OURS=YOURS"},
     "carry": {"nargs": "+", "metavar": "COLUMN"},
     "decontaminate": {"nargs": "+", "metavar": "EVAL"},
     "near_duplicates": {"choices": ("off", "split", "drop")},
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     from posttrain.data.prep.pipeline import prepare
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "kind")}
-    values["columns"] = dict(pair.split("=", 1) for pair in values["columns"] or ()) or None
+    values["columns"] = _renamings(values["columns"] or ())
     values["out"] = Path(arguments.out)
     config = PrepConfig(**{"layout": "sft", **values})
     counter = None if config.tokenizer is None else TokenCounter(config.tokenizer)
@@ -110,12 +111,32 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
     print(
         f"{counts['read']:,} rows read, {counts['rejected']:,} bad, {counts['prompts']:,} prompts"
     )
+    if counts["rejected"]:
+        file, row, reason = _first_rejected(out)
+        print(f"  bad rows are in {out / 'rejects.jsonl'}; the first, {file}:{row}: {reason}")
     for reason, n in manifest["dropped"].items():
         print(f"  {n:,} dropped: {reason}")
     for use, names in manifest["columns"].items():
         print(f"  {use}: {', '.join(f'{name} ({n:,})' for name, n in names.items())}")
     written = [f"{counts.get(f'written_{side}', 0):,} {side}" for side in ("train", "test")]
     print(f"wrote {' and '.join(written)} rows to {out}; look at {out / 'report.html'}")
+
+
+def _first_rejected(out: Path) -> tuple[str, int, str]:
+    with (out / "rejects.jsonl").open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))
+    return first["file"], first["row"], first["reason"]
+
+
+def _renamings(pairs: Sequence[str]) -> dict[str, str] | None:
+    """{ours: yours}. ValueError for anything but OURS=YOURS."""
+    wrong = [pair for pair in pairs if not all(pair.partition("="))]
+    if wrong:
+        raise ValueError(
+            f"--columns takes OURS=YOURS, several after one another; got {wrong[0]!r}. Write, for "
+            "instance, --columns prompt=question chosen=good rejected=bad."
+        )
+    return dict(pair.split("=", 1) for pair in pairs) or None
 
 
 class TokenCounter:

@@ -25,7 +25,7 @@ from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.layouts import SAME
 from posttrain.data.mixture import mixed64
-from posttrain.data.readers import HubSource, Row, read_rows, resolve
+from posttrain.data.readers import HubSource, Row, carried_by_prep, read_rows, resolve
 from posttrain.data.report import DataReport, SourceReport, check_stop_trained, column_counts
 from posttrain.data.table import schema, to_group, to_record
 from posttrain.data.tokenise import Encoded, RowEncoder, check_layout, encode_rows
@@ -197,6 +197,8 @@ def _load_source(
     import datasets
 
     config = encode.config
+    config = replace(config, carry=[*config.carry, *carried_by_prep(source)])
+    encode = replace(encode, config=config)
     found = resolve(source, split=config.split)
     is_hub = isinstance(found, HubSource)
     files = [f"{source}[{config.split}]"] if is_hub else [str(path) for path in found]

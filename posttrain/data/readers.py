@@ -50,6 +50,22 @@ class HubSource(NamedTuple):
     config: str | None
 
 
+def carried_by_prep(source: str) -> list[str]:
+    """Columns that `posttrain prep --carry` wrote into this folder, or into train/ or test/ of it:
+    they were said there to change nothing."""
+    folder = Path(source).expanduser()
+    manifests = [place / "manifest.json" for place in (folder, folder.parent)]
+    path = next((path for path in manifests if path.is_file()), None)
+    if path is None:
+        return []
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    is_of_prep = isinstance(known, dict) and {"format_version", "options"} <= known.keys()
+    return list(known["options"].get("carry", [])) if is_of_prep else []
+
+
 def read_rows(source: str, *, split: str = "train") -> Iterator[Row]:
     """The rows of a file, a folder or a hub id (``resolve``). A bad row is a ValueError, never
     skipped."""

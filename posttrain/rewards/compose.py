@@ -155,6 +155,11 @@ class Rewards:
         self._iteration = -1
 
     @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """All that score, by name."""
+        return self._functions
+
+    @property
     def names(self) -> list[str]:
         """Of the functions, in the order in which they run."""
         return sorted(self._functions, key=lambda name: self._declared[name].grouped)

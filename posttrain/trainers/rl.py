@@ -156,7 +156,6 @@ class RLTrainer(Trainer):
         self._rewards = Rewards(
             config.rewards, given=given, correct_reward=config.evaluation.correct_reward
         )
-        self._given_rewards = given
 
     def _choose_loss(self, given: Any) -> None:
         self.algorithm = _resolved(self.config, self._given_algorithm)
@@ -194,7 +193,7 @@ class RLTrainer(Trainer):
         learned = self.config.rewards.options.get("reward_model", {}).get("model")
         return super()._identity() | {
             "algorithm": code_digest(self.algorithm),
-            "rewards": code_digest(self._given_rewards),
+            "rewards": code_digest(self._rewards.functions),
             "environment": code_digest(self._environment),
             **({"reward_model": source_digest(learned)} if learned else {}),
         }

@@ -3,6 +3,9 @@ it; what decides none is no difference."""
 
 from __future__ import annotations
 
+import importlib
+import linecache
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +18,7 @@ from posttrain import (
     LossOutput,
     OptimizerConfig,
     PackingConfig,
+    RewardsConfig,
     RLConfig,
     RLTrainer,
     RolloutConfig,
@@ -198,6 +202,34 @@ def test_algorithm_rewards_and_sampling_are_named_in_rl(folder, tmp_path):
     with pytest.raises(ValueError, match="sampling.max_tokens 4 -> 5"):
         train(max_tokens=5)
     assert train().step == 1
+
+
+def test_a_reward_that_the_settings_name_is_known_by_its_code(folder, tmp_path, monkeypatch):
+    """The same dotted name, another body."""
+    module = tmp_path / "my_rewards_here.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def train(at_least):
+        module.write_text(f"def digits(completion, sample):\n    return {at_least}.0\n")
+        linecache.clearcache()
+        sys.modules.pop("my_rewards_here", None)
+        importlib.invalidate_caches()
+        config = settings(
+            tmp_path,
+            RLConfig,
+            sampling=SamplingConfig(max_tokens=4),
+            rollout=RolloutConfig(group_size=2, show_every=0),
+            rewards=RewardsConfig(functions={"my_rewards_here.digits": 1.0}),
+        )
+        rows = [{"prompt": r["prompt"], "answer": r["completion"]} for r in ROWS]
+        return RLTrainer(
+            folder, config, train_dataset=rows, algorithm=replace(GRPO, beta=0.0)
+        ).train()
+
+    train(1)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with pytest.raises(ValueError, match="rewards .digest"):
+        train(23)
 
 
 def test_code_digests_follow_what_the_code_does():

@@ -9,11 +9,14 @@ from collections import Counter
 
 import pytest
 
+from posttrain.cli.main import main
+from posttrain.data import DataConfig, load_groups
 from posttrain.data.prep import PrepConfig, prepare
 from posttrain.data.prep.duplicates import near_duplicates, words
 from posttrain.data.prep.pipeline import Statistics
 from posttrain.data.prep.report import difference, length_bias
 from posttrain.data.readers import read_file
+from tests.tiny import byte_tokenizer
 
 
 def write(path, rows):
@@ -511,3 +514,23 @@ def test_two_bad_answers_are_no_demonstration_and_a_kept_tie_has_margin_0(tmp_pa
         run(tmp_path, [row], name="sft", layout="sft")
     run(tmp_path, [row], name="ties", ties="keep")
     assert [r["margin"] for r in read(tmp_path / "ties" / "train")] == [0.0]
+
+
+def test_what_was_carried_along_in_prep_is_carried_along_in_training(tmp_path, capsys):
+    """A CSV with a note: its rows are bad without --carry, which the screen says with the first
+    reason; with it they train from the folder without being named again."""
+    source = tmp_path / "raw.csv"
+    lines = [f"is {i} even?,yes {i},no {i},{'seen' if i % 2 else ''}" for i in range(8)]
+    source.write_text("\n".join(["question,good,bad,note", *lines]) + "\n")
+    names = ["--columns", "prompt=question", "--columns", "chosen=good", "rejected=bad"]
+    assert main(["prep", "pairs", str(source), "--out", str(tmp_path / "a"), *names]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 rows read, 4 bad" in said
+    assert "raw.csv:2: nothing reads note" in said and "rejects.jsonl" in said
+    carried = ["--out", str(tmp_path / "b"), *names, "--carry", "note"]
+    assert main(["prep", "pairs", str(source), *carried]) == 0
+    config = DataConfig(train=[str(tmp_path / "b" / "train")], cache_dir=str(tmp_path / "cache"))
+    groups = load_groups(config, byte_tokenizer(), purpose="preference").train
+    assert len(groups) == 8
+    assert main(["prep", "pairs", str(source), "--out", str(tmp_path / "c"), "--columns", "x"]) == 2
+    assert "--columns takes OURS=YOURS" in capsys.readouterr().err
