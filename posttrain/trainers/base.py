@@ -39,7 +39,7 @@ from posttrain.models.load import (
 from posttrain.packing.plan import PackingConfig
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
-from posttrain.trainers.card import upload, write_card
+from posttrain.trainers.card import before_and_after, upload, write_card
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.forward import Report
 from posttrain.training.identity import (
@@ -50,7 +50,6 @@ from posttrain.training.identity import (
 )
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
-from posttrain.training.metrics import is_held_out, read_metrics
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.reference import ReferenceConfig, RunReference
 from posttrain.training.sharding import unwrapped
@@ -561,21 +560,12 @@ def show_held_out(result: TrainResult) -> None:
     """Held-out figures at the start and at the end, where there are two."""
     from rich.table import Table
 
-    lines = [
-        m
-        for m in read_metrics(result.folder / "metrics.jsonl")
-        if any(is_held_out(name) for name in m)
-    ]
-    if len(lines) < 2:
+    steps, rows = before_and_after(result.folder)
+    if not rows:
         return
-    before, after = lines[0], lines[-1]
-    table = Table(title=f"held out, before and after {after['step'] - before['step']} steps")
+    table = Table(title=f"held out, before and after {steps} steps")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
-    for name in (n for n in after if is_held_out(n)):
-        table.add_row(name, *(_figure(line.get(name)) for line in (before, after)))
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,6 @@ def write_card(trainer: Any, result: TrainResult) -> None:
     and after, settings that are not the defaults, versions."""
     config = trainer.config
     base = config.model.name if trainer.is_named else getattr(trainer.model, "name_or_path", "")
-    held_out = [
-        {k: v for k, v in line.items() if is_held_out(k)}
-        for line in read_metrics(result.folder / "metrics.jsonl")
-        if any(map(is_held_out, line))
-    ]
     method = trainer.method
     has_adapters = (result.final / "adapter_config.json").exists()
     head = {
@@ -42,7 +36,7 @@ def write_card(trainer: Any, result: TrainResult) -> None:
         f"# {config.train.name}\n",
         f"{base or 'A model'} after {result.step} steps of {method} with "
         "[posttrain](https://pypi.org/project/posttrain).\n",
-        *_table("Held out", ("", "before", "after"), _before_and_after(held_out)),
+        *_table("Held out", ("", "before", "after"), before_and_after(result.folder)[1]),
         *_table("Settings that are not the defaults", ("setting", "value"), changed.items()),
         *_table("Versions", ("package", "version"), [(n, version(n)) for n in _LIBRARIES]),
     ]
@@ -56,11 +50,15 @@ def _changed(config: Any) -> dict[str, Any]:
     return {k: v for k, v in now.items() if v != default.get(k) and k not in ignored}
 
 
-def _before_and_after(held_out: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    if len(held_out) < 2:
-        return []
-    before, after = held_out[0], held_out[-1]
-    return [(name, _figure(before.get(name)), _figure(after[name])) for name in after]
+def before_and_after(run: Path) -> tuple[int, list[tuple[str, str, str]]]:
+    """(steps between them, [(name, before, after)]) of the first and the last held-out figures of a
+    run; nothing where there are not two."""
+    lines = [m for m in read_metrics(run / "metrics.jsonl") if any(map(is_held_out, m))]
+    if len(lines) < 2:
+        return 0, []
+    before, after = lines[0], lines[-1]
+    rows = [(n, _figure(before.get(n)), _figure(after[n])) for n in after if is_held_out(n)]
+    return after["step"] - before["step"], rows
 
 
 def _figure(value: Any) -> str:
