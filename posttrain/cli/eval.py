@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.files import write_json
+
 if TYPE_CHECKING:
+    from posttrain.data.prompts import Prompt
+    from posttrain.rewards.compose import Rewards
     from posttrain.rl.evaluate import Evaluation
 
 
@@ -20,45 +27,55 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of `eval`; imports nothing heavy."""
     add = parser.add_argument
     parser.description = (
-        "Three modes. --task: answer problems and verify the answers. --pairs: which answer of a "
+        "Four modes. --task: answer problems and verify the answers. --pairs: which answer of a "
         "held-out pair the model prefers, against a reference. --harness: tasks of "
-        "lm-evaluation-harness. The options of sampling and verifying are those of --task."
+        "lm-evaluation-harness. --rescore: judge stored answers again. The options of sampling and "
+        "verifying are those of --task."
     )
+    add("model", nargs="?", metavar="MODEL", help="embedded model, folder or hub id")
+    add("--figures", metavar="FILE", help="--task: the figures, JSON")
+    stored = "answers that eval or sample wrote, or a run's rollouts; needs no MODEL"
+    add("--rescore", nargs="+", metavar="FILE", help=stored)
     add("--out", metavar="FILE", help="--task: every answer, JSON lines; else the figures, JSON")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--task", nargs="+", metavar="ROWS", help=_ROWS)
+    add("--task", nargs="+", metavar="ROWS", help=f"{_ROWS}; --rescore: the answers' problems")
+    mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--pairs", nargs="+", metavar="FILE", help="rows with chosen and rejected")
     mode.add_argument("--harness", metavar="TASK[,TASK]", help="needs posttrain[harness]")
     add("--reference", metavar="MODEL", help="--pairs: compared with (default: an adapter's base)")
     add("--limit", type=int, metavar="N", help="--harness: the first N documents of each task")
     add("--include-path", metavar="DIR", help="--harness: folder with YAML tasks of your own")
     add("--pass-at-powers", action="store_true", help="pass@k for k = 2, 4, 8, ... below --samples")
-    _declare_shared(parser, samples=1, temperature=0.0)
+    declare_shared(parser, samples=1, temperature=0.0)
 
 
 def declare_difficulty(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prep difficulty`."""
     add = parser.add_argument
     written = "the rows with pass_rate and difficulty (1 - pass_rate)"
+    add("model", metavar="MODEL", help="embedded model, folder or hub id")
     add("--out", required=True, metavar="FILE", help=written)
     add("--task", required=True, nargs="+", metavar="ROWS", help=_ROWS)
     left_out = "leave out problems that are right within N tries without reasoning (k1.5: 8)"
     add("--guess-tries", type=int, default=0, metavar="N", help=f"{left_out}; 0: none")
     suffix = "\n\nAnswer with the result only."
     add("--guess-suffix", default=suffix, help="put after the prompt for a guess")
-    _declare_shared(parser, samples=10, temperature=1.0)
+    declare_shared(parser, samples=10, temperature=1.0)
 
 
-def _declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperature: float) -> None:
+def declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperature: float) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="embedded model, folder or hub id")
     verifier = "what tells right from wrong (default: math_answer; gym: gym_answer)"
     add("--reward", default="math_answer", help=verifier)
+    add("--also", nargs="+", default=[], metavar="REWARD", help="rewards measured beside it")
+    options = """of rewards, as JSON: '{"reward_model": {"model": "runs/rm/final"}}'"""
+    add("--reward-options", type=json.loads, default={}, metavar="JSON", help=options)
     default = "(default: %(default)s)"
     add("--samples", type=int, default=samples, help=f"answers of each problem {default}")
     add("--temperature", type=float, default=temperature, help=f"0: greedy {default}")
     add("--top-p", type=float, default=1.0)
     add("--max-tokens", type=int, default=512, help=f"longest answer {default}")
+    ends = "texts that end an answer, beside the model's stop tokens"
+    add("--stop-strings", nargs="+", default=[], metavar="TEXT", help=ends)
     cut_off = "an answer that is cut off at --max-tokens is wrong, whatever it says"
     add("--must-end", action="store_true", help=cut_off)
     first = "only the first N; gym: how many (default: all; gym 200)"
@@ -68,21 +85,39 @@ def _declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperatur
     add("--seed", type=int, default=0)
     rows = "completions that run at the same time"
     add("--max-rows", type=int, default=64, help=f"{rows} {default}")
+    add("--vllm", metavar="URL", help="draw by this server (launch/vllm.sh), not in this process")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of figures."""
-    if not arguments.task:
+    if not arguments.rescore and not arguments.model:
+        raise ValueError("Which model? Write `posttrain eval MODEL ...`.")
+    if arguments.pairs or arguments.harness:
         from posttrain.cli.eval_sets import run_harness, run_pairs
 
         return (run_pairs if arguments.pairs else run_harness)(arguments)
+    if arguments.rescore:
+        from posttrain.cli.sample import rescore
+
+        evaluation, what = rescore(arguments), ", ".join(arguments.rescore)
+    elif arguments.task:
+        evaluation, what = evaluate(arguments, read_tasks(arguments)), arguments.model
+    else:
+        raise ValueError("Evaluated on what? Give --task, --pairs, --harness or --rescore.")
+    report(evaluation, what, arguments)
+
+
+def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> None:
+    """Prints the figures; writes them and the answers where asked to."""
     from rich.console import Console
     from rich.table import Table
 
-    evaluation = evaluate(arguments, _rows(arguments))
     metrics = evaluation.metrics(powers=arguments.pass_at_powers)
-    answers = "1 answer" if arguments.samples == 1 else f"{arguments.samples} answers"
-    print(f"{arguments.model}: {len(evaluation.groups)} problems, {answers} of each")
+    each = {len(row) for row in evaluation.correct}
+    answers = "1 answer" if each == {1} else f"{'-'.join(map(str, sorted(each)))} answers"
+    print(f"{what}: {len(evaluation.groups)} problems, {answers} of each")
+    if arguments.figures:
+        write_json(Path(arguments.figures), {"problems": len(evaluation.groups), **metrics})
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -101,7 +136,7 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
     """Pass rates beside the rows. Kimi k1.5, arXiv:2501.12599 section 2.1."""
     import statistics
 
-    rows = _rows(arguments)
+    rows = read_tasks(arguments)
     evaluation = evaluate(arguments, rows)
     guessed: set[str] = set()
     if arguments.guess_tries:
@@ -138,79 +173,145 @@ def evaluate(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffix: str = ""
 ) -> Evaluation:
     """Answers and judges the rows; ``suffix`` goes after each prompt."""
-    import torch
-    from accelerate import PartialState
-
-    from posttrain.data.prompts import PromptConfig, prompts_from_rows
-    from posttrain.models.load import ModelConfig, end_token_ids, load_model, load_tokenizer
-    from posttrain.models.policy import Policy
-    from posttrain.packing.plan import PackingConfig
-    from posttrain.precision import default_precision, torch_dtype
-    from posttrain.rewards.compose import Rewards, RewardsConfig
-    from posttrain.rl.environment import SingleTurn
-    from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-    from posttrain.rl.rollouts import Collector
-    from posttrain.rollout.engine import SamplingConfig
-    from posttrain.rollout.local import LocalConfig, LocalEngine
     from posttrain.trainers.rl import report_prompts
 
-    state = PartialState()
-    is_gym = arguments.task[0].startswith("gym:")
-    reward = "gym_answer" if is_gym and arguments.reward == "math_answer" else arguments.reward
-    settings = EvaluationConfig(
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        prompts=0,
-        correct_reward=reward,
-    )
-    rewards = Rewards(
-        RewardsConfig(functions={reward: 1.0}, must_end=arguments.must_end, max_unscored=1.0)
-    )
-    source, device = ModelConfig(name=arguments.model), state.device
-    tokenizer: Any = load_tokenizer(source)
-    dtype = torch_dtype(default_precision(device.type).compute)
-    model: Any = load_model(source, dtype=dtype).to(device)
-    policy = Policy(model, PackingConfig(max_tokens=8192), device_type=device.type)
-    engine = LocalEngine(
-        policy,
-        compute=dtype,
-        stop_ids=end_token_ids(policy.base, tokenizer),
-        config=LocalConfig(max_rows=arguments.max_rows),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-    )
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    room = positions - arguments.max_tokens if positions else 2**31
-    template = PromptConfig(
-        template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1)
-    )
-    prompts, counts = prompts_from_rows(rows, tokenizer, template, suffix=suffix)
-    if counts["too long"]:
-        raise ValueError(
-            f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; the "
-            f"model knows {positions} positions and --max-tokens is {arguments.max_tokens}. Lower "
-            "it, or take these problems out: a score leaves none out silently."
-        )
-    report_prompts(counts, prompts, rewards)
-    collector = Collector(
-        accelerator=state,
-        engine=engine,
-        rewards=rewards,
-        prompts=prompts,
-        environment=SingleTurn(tokenizer, engine.stop_ids),
-        sampling=SamplingConfig(max_tokens=arguments.max_tokens),
-    )
+    with answering(arguments) as answer:
+        prompts, counts = answer.prompts(rows, suffix=suffix)
+        report_prompts(counts, prompts, answer.rewards)
+        return answer(prompts, seed=arguments.seed)
+
+
+@contextmanager
+def answering(arguments: argparse.Namespace) -> Iterator[Answering]:
+    """Loads the model; ends the rewards' workers."""
+    answer = Answering(arguments)
     try:
-        with torch.no_grad():
-            return evaluate_prompts(collector, prompts, settings, seed=arguments.seed)
+        yield answer
     finally:
-        rewards.close()
+        answer.rewards.close()
 
 
-def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+class Answering:
+    """A model with its engine and rewards, as the command line says: ``answer(prompts)``."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from accelerate import PartialState
+
+        from posttrain.models.merge import load_to_answer
+        from posttrain.models.policy import Policy
+        from posttrain.packing.plan import PackingConfig
+        from posttrain.precision import default_precision, torch_dtype
+
+        self._arguments, self._state = arguments, PartialState()
+        device = self._state.device
+        self.rewards, self._reward = verifiers(arguments)
+        compute = default_precision(device.type).compute
+        model, self._tokenizer = load_to_answer(arguments.model, dtype=torch_dtype(compute))
+        self._policy = Policy(
+            model.to(device),  # type: ignore[arg-type]
+            PackingConfig(max_tokens=8192),
+            device_type=device.type,
+        )
+        self._engine = self._make_engine(compute)
+
+    def _make_engine(self, compute: str) -> Any:
+        from posttrain.precision import torch_dtype
+        from posttrain.rollout.local import LocalConfig
+        from posttrain.rollout.vllm import VLLMConfig
+        from posttrain.trainers.rl import local_engine, vllm_engine
+
+        arguments, shared = self._arguments, (self._policy, self._tokenizer)
+        if not arguments.vllm:
+            config = LocalConfig(max_rows=arguments.max_rows)
+            return local_engine(*shared, config, compute=torch_dtype(compute))
+        engine = vllm_engine(
+            *shared,
+            VLLMConfig(url=arguments.vllm, concurrency=arguments.max_rows),
+            self._state,
+            compute=compute,
+            weights_dir=Path(tempfile.mkdtemp(prefix="posttrain_weights_")),
+        )
+        engine.refresh(0)
+        return engine
+
+    def prompts(
+        self, rows: Sequence[Mapping[str, Any]], *, suffix: str = "", skip_long: bool = False
+    ) -> tuple[list[Prompt], dict[str, Any]]:
+        """Encoded rows and counts. ValueError for rows that are too long, unless they are
+        skipped."""
+        from posttrain.data.prompts import PromptConfig, prompts_from_rows
+
+        arguments, config = self._arguments, self._policy.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        room = positions - arguments.max_tokens if positions else 2**31
+        template = PromptConfig(
+            template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1)
+        )
+        prompts, counts = prompts_from_rows(rows, self._tokenizer, template, suffix=suffix)
+        if counts["too long"] and not skip_long:
+            raise ValueError(
+                f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; "
+                f"the model knows {positions} positions and --max-tokens is "
+                f"{arguments.max_tokens}. Lower it, or take these problems out: a score leaves "
+                "none out silently."
+            )
+        return prompts, counts
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: int) -> Evaluation:
+        """Draws and judges."""
+        import torch
+
+        from posttrain.rl.environment import SingleTurn
+        from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
+        from posttrain.rl.rollouts import Collector
+        from posttrain.rollout.engine import SamplingConfig
+
+        arguments = self._arguments
+        settings = EvaluationConfig(
+            samples=arguments.samples,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            prompts=0,
+            correct_reward=self._reward,
+        )
+        collector = Collector(
+            accelerator=self._state,
+            engine=self._engine,
+            rewards=self.rewards,
+            prompts=prompts,
+            environment=SingleTurn(self._tokenizer, self._engine.stop_ids),
+            sampling=SamplingConfig(
+                max_tokens=arguments.max_tokens, stop_strings=arguments.stop_strings
+            ),
+        )
+        with torch.no_grad():
+            return evaluate_prompts(collector, prompts, settings, seed=seed)
+
+
+def verifiers(arguments: argparse.Namespace) -> tuple[Rewards, str]:
+    """The rewards, and the name of the one that tells right from wrong."""
+    from posttrain.rewards.compose import Rewards, RewardsConfig
+
+    is_gym = bool(arguments.task) and arguments.task[0].startswith("gym:")
+    reward = "gym_answer" if is_gym and arguments.reward == "math_answer" else arguments.reward
+    config = RewardsConfig(
+        functions={reward: 1.0, **dict.fromkeys(arguments.also, 0.0)},
+        options=arguments.reward_options,
+        must_end=arguments.must_end,
+        max_unscored=1.0,
+    )
+    return Rewards(config, correct_reward=reward), reward
+
+
+def read_tasks(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of --task."""
+    return list(islice(stream_tasks(arguments), arguments.problems or None))
+
+
+def stream_tasks(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of --task as they are read."""
     from posttrain.data.readers import read_rows
 
-    rows: list[dict[str, Any]] = []
     for source in arguments.task:
         if source.startswith("gym:"):
             import reasoning_gym
@@ -219,7 +320,7 @@ def _rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             size = arguments.problems or 200
             made = reasoning_gym.create_dataset(name, size=size, seed=arguments.seed)
             for i, entry in enumerate(made, start=1):
-                rows.append({**entry, "task": name, "_where": f"{source}:{i}"})
+                yield {**entry, "task": name, "_where": f"{source}:{i}"}
         else:
-            rows += [{**row.values, "_where": row.where} for row in read_rows(source)]
-    return rows[: arguments.problems or None]
+            for row in read_rows(source):
+                yield {**row.values, "_where": row.where}

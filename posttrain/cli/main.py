@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from posttrain.cli import chat, plan, prep, train
+from posttrain.cli import chat, pipeline, plan, prep, sample, select, train
 from posttrain.cli import eval as evaluation
 
 Declare = Callable[[argparse.ArgumentParser], None]
@@ -21,7 +21,9 @@ Run = Callable[[argparse.Namespace], None]
 
 def _declare_merge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("adapter", metavar="ADAPTER_DIR", help="folder with adapter_config.json")
+    what = "a folder with adapter_config.json; or several models, which are averaged"
+    add("models", nargs="+", metavar="ADAPTER_DIR|MODEL", help=what)
+    add("--weights", nargs="+", type=float, default=[], help="of the models (default: equal)")
     add("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
     base = "embedded model, folder or hub id of the base (default: the one the adapter recorded)"
     add("--base", metavar="NAME_OR_DIR", help=base)
@@ -31,11 +33,17 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
-    from posttrain.models.merge import merge_adapter
+    from posttrain.models.merge import average_models, merge_adapter
 
-    folder = merge_adapter(
-        arguments.adapter, out=arguments.out, base=arguments.base, dtype=arguments.dtype
-    )
+    models, shared = arguments.models, {"out": arguments.out, "dtype": arguments.dtype}
+    if len(models) > 1:
+        if arguments.base:
+            raise ValueError("--base is an adapter's; several models are averaged as they are.")
+        folder = average_models(models, weights=arguments.weights, **shared)
+    elif arguments.weights:
+        raise ValueError(f"--weights is for several models; got one, {models[0]}.")
+    else:
+        folder = merge_adapter(models[0], base=arguments.base, **shared)
     print(f"Merged model: {folder}")
 
 
@@ -56,7 +64,14 @@ COMMANDS: dict[str, tuple[str, Declare, Run]] = {
     "plan": ("what a run's memory will be", plan.declare, plan.run),
     "eval": ("answer and verify held-out problems", evaluation.declare, evaluation.run),
     "chat": ("talk to a model, or to two side by side", chat.declare, chat.run),
-    "merge": ("make a plain model of a LoRA adapter", _declare_merge, _run_merge),
+    "sample": ("draw and verify several answers of each problem", sample.declare, sample.run),
+    "select": ("make training rows of sampled answers", select.declare, select.run),
+    "pipeline": ("run whole recipes of stages", pipeline.declare, pipeline.run),
+    "merge": (
+        "make a plain model of a LoRA adapter, or the average of models",
+        _declare_merge,
+        _run_merge,
+    ),
     "version": (
         "print the versions of posttrain and what it builds on",
         lambda _: None,

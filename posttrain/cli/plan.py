@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.train import find
+from posttrain.resolve import find_shipped
 
 if TYPE_CHECKING:
     from posttrain.plan.job import Job
@@ -168,7 +168,7 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
     from posttrain.plan.job import job_of
     from posttrain.precision import PRECISIONS, resolve_precision
 
-    arguments.config = str(find(arguments.config, "recipes/configs", "CONFIG"))
+    arguments.config = str(find_shipped(arguments.config, "recipes/configs", "CONFIG"))
     method: Method = arguments.method or find_method(arguments.config, arguments.settings)
     config, trainer = _parse(method, arguments.config, arguments.settings)
     has_cuda = torch.cuda.is_available()

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from posttrain.resolve import find_shipped, shipped
+
 TRAINERS = {
     "sft": ("SFT", "supervised fine-tuning"),
     "dpo": ("DPO", "preference optimisation: DPO and its relatives"),
@@ -20,29 +22,6 @@ TRAINERS = {
     "rl": ("RL", "reinforcement learning: GRPO and its relatives, Kimi k1.5"),
     "distill": ("Distill", "on-policy distillation"),
 }
-
-
-def shipped(folder: str) -> Path:
-    """Where ``recipes/configs`` or ``launch`` lies: in the package, or in a checkout beside it."""
-    package = Path(__file__).parents[1]
-    inside = package / folder
-    return inside if inside.is_dir() else package.parent / folder
-
-
-def find(name: str, folder: str, option: str) -> Path:
-    """A file as it is, or the shipped one of that name. ValueError lists those that there are."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = {p.stem: p for p in sorted(shipped(folder).glob("*.yaml"))}
-    if path.parent.as_posix() in (".", folder) and path.name.removesuffix(".yaml") in known:
-        return known[path.name.removesuffix(".yaml")]
-    from posttrain.resolve import did_you_mean
-
-    raise ValueError(
-        f"{option} is a file, or one of {', '.join(known)}; got {name!r}."
-        f"{did_you_mean(name, known)}"
-    )
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -69,14 +48,14 @@ def run(arguments: argparse.Namespace) -> None:
         "launch",
         "--quiet",  # else a message of ours is followed by a trace of the launcher
         "--config_file",
-        str(find(arguments.launch or default, "launch", "--launch")),
+        str(find_shipped(arguments.launch or default, "launch", "--launch")),
         *(["--num_processes", str(processes)] if processes else []),
         "-m",
         "posttrain.cli.train",
         arguments.command,
     ]
     for name in arguments.config:
-        command += ["--config", str(find(name, "recipes/configs", "--config"))]
+        command += ["--config", str(find_shipped(name, "recipes/configs", "--config"))]
     command += arguments.settings
     print(f"$ {shlex.join(command)}", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]

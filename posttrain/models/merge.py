@@ -1,10 +1,11 @@
 """Adapters into a plain model: W' = W + (alpha / rank) * B A, written once, so that inference needs
-no peft."""
+no peft. Several models into their weighted average."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,78 @@ def merge_adapter(
         save_model(merged, tokenizer, folder)
     logger.info("Merged %s into %s: %s", adapter, name, target)
     return target
+
+
+def average_models(
+    names: Sequence[str], *, out: str | Path, weights: Sequence[float] = (), dtype: str = "auto"
+) -> Path:
+    """W = sum_i w_i W_i / sum_i w_i, in float32, rounded once to ``dtype`` (auto: the first
+    model's). Equal weights without ``weights``.
+
+    Kimi k1.5, arXiv:2501.12599 section 2.4 (long2short by averaging a long and a short model);
+    Wortsman et al. 2022, arXiv:2203.05482. The tokenizer is the first model's. Raises ValueError
+    for models whose parameters have other names or shapes, or other tokens.
+    """
+    import torch
+
+    weights = [float(w) for w in weights] or [1.0] * len(names)
+    if len(weights) != len(names) or sum(weights) <= 0:
+        raise ValueError(
+            f"--weights has one number for each model, with a sum > 0; got {list(weights)} for "
+            f"{len(names)} models."
+        )
+    target = Path(out).expanduser()
+    refuse_filled(target)
+    shares = [w / sum(weights) for w in weights]
+    model, tokenizer = _load_plain(names[0])
+    total = dict(model.named_parameters())
+    with torch.no_grad():
+        for parameter in total.values():
+            parameter.mul_(shares[0])
+        for name, share in zip(names[1:], shares[1:], strict=True):
+            other, its_tokenizer = _load_plain(name)
+            found = dict(other.named_parameters())
+            if difference := _unlike(total, found):
+                raise ValueError(f"{names[0]} and {name} cannot be averaged: {difference}.")
+            if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+                raise ValueError(
+                    f"{names[0]} and {name} have different tokens: a row of the embedding would be "
+                    "the mean of two different ones."
+                )
+            for key, parameter in found.items():
+                total[key].add_(parameter, alpha=share)
+    source = ModelConfig(name=_plain_source(names[0]))
+    with whole_folder(target) as folder:
+        save_model(model.to(_resolve_dtype(dtype, source)), tokenizer, folder)
+    return target
+
+
+def _load_plain(name: str) -> tuple[Any, Any]:
+    """In float32, adapters merged."""
+    import torch
+    from peft import PeftModel
+
+    model, tokenizer = load_to_answer(name, dtype=torch.float32)
+    return _merge(model, torch.float32) if isinstance(model, PeftModel) else model, tokenizer
+
+
+def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The first parameter that the two do not have alike; empty where there is none."""
+    for key in [*first, *second]:
+        shapes = [tuple(m[key].shape) if key in m else "missing" for m in (first, second)]
+        if shapes[0] != shapes[1]:
+            return f"{key} is {shapes[0]} and {shapes[1]}"
+    return ""
+
+
+def _plain_source(name: str) -> str:
+    """Where the weights lie whose dtype an average has: a run's final model, an adapter's base."""
+    folder = Path(name).expanduser()
+    folder = folder / "final" if (folder / "final").is_dir() else folder
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter:
+        return str(_read_adapter_config(folder)["base_model_name_or_path"])
+    return str(folder) if folder.is_dir() else name
 
 
 def load_to_answer(

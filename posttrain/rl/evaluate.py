@@ -90,9 +90,10 @@ class Evaluation:
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
         """eval_pass@1 with half the width of its 95 % interval, eval_pass@k and eval_cons@k for k =
-        samples > 1, eval_length in tokens, eval_reward, eval_truncated, and where there are such
-        eval_unscored, the share of answers that could not be judged. ``powers``: eval_pass@k for k
-        = 2, 4, 8, ... < samples too. Raises ValueError where none could be judged."""
+        samples > 1, eval_length in tokens, eval_reward, eval_reward/NAME of each of several,
+        eval_truncated, and where there are such eval_unscored, the share of answers that could not
+        be judged. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too. Raises ValueError
+        where none could be judged."""
         n, judged = len(self.correct[0]), self.judged
         if not judged:
             where = self.groups[0].prompt.sample.get("_where", "the first problem")
@@ -122,6 +123,10 @@ class Evaluation:
             )
         if rewards:
             metrics["eval_reward"] = statistics.fmean(rewards)
+        for name in dict.fromkeys(name for t in drawn for name in t.parts):
+            known = [v for t in drawn if (v := t.parts.get(name)) is not None]
+            if known and len(drawn[0].parts) > 1:
+                metrics[f"eval_reward/{name}"] = statistics.fmean(known)
         unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
         return {
             **metrics,

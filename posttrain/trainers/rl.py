@@ -292,9 +292,10 @@ class RLTrainer(Trainer):
             else vllm_engine(
                 policy,
                 loop.tokenizer,
-                config,
+                config.vllm,
                 loop.accelerator,
                 compute=loop.precision.compute,
+                weights_dir=config.train.folder / "vllm_weights",
             )
         )
         collector = Collector(
@@ -339,9 +340,16 @@ def local_engine(
 
 
 def vllm_engine(
-    policy: Policy, tokenizer: Any, config: RLConfig, accelerator: Any, *, compute: str
+    policy: Policy,
+    tokenizer: Any,
+    config: VLLMConfig,
+    accelerator: Any,
+    *,
+    compute: str,
+    weights_dir: Path,
 ) -> Engine:
-    """The engine of a running server, fed with the policy's weights."""
+    """The engine of a running server, fed with the policy's weights. ``weights_dir``: for
+    ``handover: folder``, where ``config`` names none."""
     ids = probe_ids(policy.config.get_text_config().vocab_size)
 
     def merged() -> Any:
@@ -349,24 +357,16 @@ def vllm_engine(
         return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
 
     handover: Handover
-    if config.vllm.handover == "nccl":
-        host, _, port = config.vllm.nccl_address.rpartition(":")
+    if config.handover == "nccl":
+        host, _, port = config.nccl_address.rpartition(":")
         handover = NCCLHandover(
-            url=config.vllm.url,
-            address=host,
-            port=int(port),
-            timeout_s=config.vllm.timeout_s,
-            model=merged,
+            url=config.url, address=host, port=int(port), timeout_s=config.timeout_s, model=merged
         )
     else:
-        folder = (
-            Path(config.vllm.weights_dir)
-            if config.vllm.weights_dir
-            else config.train.folder / "vllm_weights"
-        )
+        folder = Path(config.weights_dir) if config.weights_dir else weights_dir
         handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
     return VLLMEngine(
-        config.vllm,
+        config,
         handover=handover,
         stop_ids=end_token_ids(policy.base, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from posttrain.files import content_digest
 from posttrain.models.load import resolve_source
 
 _SAMPLED = 256
@@ -177,17 +178,6 @@ def _name(value: Any) -> str:
 
 
 def source_digest(name: str) -> str:
-    """Of a model that a setting names: 64 evenly spaced blocks of each weight file of a folder; a
-    hub id as it is."""
+    """Of the weights of a model that a setting names; a hub id as it is."""
     folder = Path(resolve_source(name))
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for number in range(64):
-                file.seek(number * size // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:12]
+    return content_digest(folder, "*.safetensors") if folder.is_dir() else name

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from posttrain.cli.train import TRAINERS, num_gpus, shipped
+from posttrain.cli.train import TRAINERS, num_gpus
+from posttrain.resolve import shipped
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
 from tests.e2e.launching import REPO, check, environment, posttrain, posttrain_warm, run_warm
 from tests.tiny import model_folder

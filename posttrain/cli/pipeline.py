@@ -1,0 +1,225 @@
+"""`posttrain pipeline run|status|graph`: whole recipes of stages."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from posttrain.cli.train import TRAINERS as TRAINER_CLASSES
+from posttrain.resolve import find_shipped
+
+if TYPE_CHECKING:
+    from posttrain.pipeline.run import Pipeline
+    from posttrain.pipeline.stages import Stage
+
+_LOOKS_LIKE_FILE = re.compile(r"[^\s{}]+\.(jsonl|json|parquet|csv|ya?ml|txt|py|gz)")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments; imports nothing heavy."""
+    actions = parser.add_subparsers(dest="action", metavar="run|status|graph", required=True)
+    run = actions.add_parser("run", help="run what is not done; start it again after a kill")
+    status = actions.add_parser("status", help="what is done, what would run and why")
+    graph = actions.add_parser("graph", help="the stages and what they need, as SVG")
+    for sub in (run, status, graph):
+        add = sub.add_argument
+        add("file", metavar="FILE|NAME", help="a pipeline, or a shipped one (recipes/pipelines)")
+        add("--size", default="", help="one of the file's sizes")
+        add("--quick", action="store_true", help="the size's shorter version")
+        add("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable")
+        add("--out", metavar="DIR", help="default: runs/<name>-<size>")
+    add = run.add_argument
+    add("--only", action="append", metavar="STAGE", help="not the others; may repeat")
+    add("--force", action="append", default=[], metavar="STAGE", help="also if it is done")
+    add("--dry-run", action="store_true", help="check every stage, and show its command")
+    add("--executor", choices=("local", "slurm"), default="local", help="slurm: a job for each")
+    add("--sbatch", default="", metavar="OPTIONS", help="slurm: for all, '--partition gpu'")
+    graph.add_argument("--svg", metavar="FILE", help="default: graph.svg in the pipeline's folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads the file, then runs, tells or draws."""
+    from posttrain.pipeline.run import StageFailed
+
+    pipeline = _read(arguments)
+    try:
+        {"run": _run, "status": _status, "graph": _graph}[arguments.action](pipeline, arguments)
+    except StageFailed as error:  # with lines of the stage's own
+        print(f"posttrain pipeline: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _read(arguments: argparse.Namespace) -> Pipeline:
+    from posttrain.pipeline.run import Pipeline
+    from posttrain.pipeline.stages import read_stages
+
+    path = find_shipped(arguments.file, "recipes/pipelines", "FILE")
+    words = [pair.partition("=") for pair in arguments.set]
+    if wrong := [pair for pair, (_, sign, _) in zip(arguments.set, words, strict=True) if not sign]:
+        raise ValueError(f"--set takes NAME=VALUE; got {wrong[0]!r}.")
+    size = f"{arguments.size}{'-quick' if arguments.quick else ''}"
+    name = "-".join(filter(None, (path.stem, size)))
+    root = Path(arguments.out or f"runs/{name}")
+    stages = read_stages(
+        path,
+        root=root,
+        size=arguments.size,
+        quick=arguments.quick,
+        variables={key: yaml.safe_load(value) for key, _, value in words},
+    )
+    return Pipeline(stages, root=root, name=name)
+
+
+def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
+    stages = _chosen(pipeline, [*(arguments.only or []), *arguments.force])
+    for stage in pipeline.stages:
+        if pipeline.verdict(stage).state != "done":
+            check(stage, pipeline)
+    if arguments.dry_run:
+        for stage in pipeline.stages:
+            verdict = pipeline.verdict(stage)
+            print(f"{stage.name}: {verdict.state}{verdict.why and f' ({verdict.why})'}")
+            print(f"  $ {shlex.join(pipeline.command(stage))}")
+        return
+    for name in arguments.force:
+        pipeline.forget(stages[name])
+    if arguments.only:
+        wanted = [stages[name] for name in arguments.only]
+    else:
+        wanted = pipeline.stages
+    if arguments.executor == "slurm":
+        _submit(pipeline, wanted, arguments)
+        return
+    for number, stage in enumerate(wanted, start=1):
+        _run_stage(pipeline, stage, f"[{number}/{len(wanted)}] {stage.name}")
+    print(f"{pipeline.name} is done: {pipeline.root}; look at it with")
+    print(f"  posttrain report {pipeline.root}")
+
+
+def _chosen(pipeline: Pipeline, names: Sequence[str]) -> dict[str, Stage]:
+    from posttrain.resolve import did_you_mean
+
+    stages = {stage.name: stage for stage in pipeline.stages}
+    for name in names:
+        if name not in stages:
+            known = ", ".join(stages)
+            hint = did_you_mean(name, stages)
+            raise ValueError(f"There is no stage {name!r}; there are {known}.{hint}")
+    return stages
+
+
+def check(stage: Stage, pipeline: Pipeline) -> None:
+    """ValueError for an option, a setting, a launch file or a path that is not there."""
+    from posttrain.pipeline.stages import texts
+
+    problem = _problem_of_trainer(stage) if stage.command in TRAINER_CLASSES else ""
+    if stage.command not in (*TRAINER_CLASSES, "python"):
+        from posttrain.cli.main import build_parser
+
+        problem = _said(build_parser().parse_args, pipeline.command(stage)[1:])
+    if problem:
+        raise ValueError(f"Stage {stage.name}: {problem}")
+    if stage.launch:
+        find_shipped(stage.launch, "launch", f"Stage {stage.name}: launch")
+    for text in texts([stage.words, stage.settings]):
+        is_made = text.startswith(f"{pipeline.root}/")
+        if _LOOKS_LIKE_FILE.fullmatch(text) and not is_made and not Path(text).exists():
+            raise ValueError(f"Stage {stage.name}: {text} is not there (in {Path.cwd()}).")
+
+
+def _problem_of_trainer(stage: Stage) -> str:
+    import tempfile
+
+    import posttrain
+    from posttrain.training.config import parse_config
+
+    config: Any = getattr(posttrain, f"{TRAINER_CLASSES[stage.command][0]}Config")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(stage.settings, file)
+        file.flush()
+        return _said(
+            lambda words: parse_config(config, words, description=""), ["--config", file.name]
+        )
+
+
+def _said(parse: Any, words: list[str]) -> str:
+    """What a parser says before it gives up; "" where it does not."""
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            parse(words)
+    except SystemExit:
+        return heard.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    return ""
+
+
+def _run_stage(pipeline: Pipeline, stage: Stage, title: str) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    verdict = pipeline.verdict(stage)
+    if verdict.state == "done":
+        print(f"{title}: done ({_clock(verdict.seconds)})", flush=True)
+        return
+    print(f"{title}: {verdict.why or verdict.state}", flush=True)
+    print(f"  $ {shlex.join(pipeline.command(stage))}", flush=True)
+    console, began = Console(), time.monotonic()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def tell(line: str) -> None:
+            if console.is_terminal:
+                clock = _clock(time.monotonic() - began)
+                live.update(Text(f"  {clock}  {line}"[: console.width - 1]), refresh=True)
+
+        pipeline.run(stage, tell=tell)
+    print(f"  {_clock(time.monotonic() - began)}", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+
+
+def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
+    from posttrain.pipeline.slurm import submit
+
+    left = [s for s in stages if pipeline.verdict(s).state not in ("done", "running")]
+    words = [sys.executable, "-m", "posttrain.cli.main", "pipeline", "run", arguments.file]
+    words += ["--size", arguments.size] if arguments.size else []
+    words += ["--quick"] if arguments.quick else []
+    words += [w for pair in arguments.set for w in ("--set", pair)]
+    words += ["--out", str(pipeline.root), "--only"]
+    jobs = submit(pipeline, left, run=words, options=shlex.split(arguments.sbatch))
+    for name, job in jobs.items():
+        print(f"{name}: job {job}")
+
+
+def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "state", "time", "why")
+    for stage in pipeline.stages:
+        verdict = pipeline.verdict(stage)
+        clock = _clock(verdict.seconds) if verdict.seconds else ""
+        table.add_row(stage.name, verdict.state, clock, verdict.why)
+    Console().print(table)
+
+
+def _graph(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
+    from posttrain.report.pipeline import graph_svg
+
+    path = Path(arguments.svg or pipeline.root / "graph.svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(graph_svg(pipeline.describe()["stages"]), encoding="utf-8")
+    print(path)

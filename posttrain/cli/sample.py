@@ -1,0 +1,232 @@
+"""`posttrain sample`: several verified answers of each problem, into Parquet files; `posttrain eval
+--rescore`: stored answers judged again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.cli.eval import answering, declare_shared, stream_tasks, verifiers
+from posttrain.files import whole_file, write_json
+
+if TYPE_CHECKING:
+    from posttrain.rl.evaluate import Evaluation
+
+_SETTINGS = "part-settings.json"
+_DECIDE = (
+    "reward also reward_options samples temperature top_p max_tokens stop_strings must_end "
+    "template system seed problems part task"
+).split()
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments; imports nothing heavy."""
+    add = parser.add_argument
+    parser.description = (
+        "Draws --samples answers of each problem and writes them with their rewards, a Parquet "
+        "file for every --part problems. Start the same command again after an interruption: it "
+        "goes on behind the last part."
+    )
+    add("model", metavar="MODEL", help="embedded model, run, folder or hub id")
+    add("--task", nargs="+", required=True, metavar="ROWS", help="files of rows, or gym:NAME")
+    add("--out", required=True, metavar="DIR", help="folder of part-00000.parquet, ...")
+    add("--part", type=int, default=64, metavar="N", help="problems in a file (default: 64)")
+    declare_shared(parser, samples=8, temperature=1.0)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a line for each part."""
+    if arguments.part < 1:
+        raise ValueError(f"--part is a number of problems >= 1; got {arguments.part}.")
+    out = Path(arguments.out)
+    _continue(out, arguments)
+    rows = islice(stream_tasks(arguments), arguments.problems or None)
+    totals: Counter[str] = Counter()
+    with answering(arguments) as answer:
+        for number, part in enumerate(_parts(rows, arguments.part)):
+            path = out / f"part-{number:05d}.parquet"
+            if path.exists():
+                _check_part(path, part)
+                print(f"part {number}: is there", flush=True)
+                continue
+            began = time.perf_counter()
+            prompts, counts = answer.prompts(part, skip_long=True)
+            evaluation = answer(prompts, seed=arguments.seed * 10**9 + number)
+            _write(path, sample_rows(evaluation), part)
+            seconds = time.perf_counter() - began
+            totals["too long"] += counts["too long"]
+            print(f"part {number}: {_told(evaluation, seconds)}", flush=True)
+    if totals["too long"]:
+        print(f"{totals['too long']} problems were left out: too long for the model")
+
+
+def _parts(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while part := list(islice(rows, size)):
+        yield part
+
+
+def _told(evaluation: Evaluation, seconds: float) -> str:
+    known = [ok for row in evaluation.correct for ok in row if ok is not None]
+    tokens = [len(t.token_ids) for g in evaluation.groups for t in g.trajectories]
+    right = f"{statistics.fmean(known):.0%} right" if known else "none judged"
+    return (
+        f"{len(evaluation.groups)} problems, {right}, {statistics.fmean(tokens):.0f} tokens each, "
+        f"{sum(tokens) / seconds:.0f} tokens/s"
+    )
+
+
+def _continue(out: Path, arguments: argparse.Namespace) -> None:
+    """ValueError where the folder holds answers drawn in another way."""
+    from posttrain.training.identity import source_digest
+
+    settings = {name: getattr(arguments, name) for name in _DECIDE}
+    settings["model"] = source_digest(_final(arguments.model))
+    settings = json.loads(json.dumps(settings))
+    path = out / _SETTINGS
+    if not path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} has files that sample did not write. Give another --out.")
+        with whole_file(path) as file:
+            write_json(file, settings)
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"{out} holds answers drawn with {name} {there.get(name)!r}; now it is {value!r}. "
+                "Give another --out, or delete the folder."
+            )
+
+
+def _final(model: str) -> str:
+    final = Path(model) / "final"
+    return str(final) if final.is_dir() else model
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    from posttrain.rl.journal import digest
+
+    return digest([json.dumps(row, sort_keys=True, default=str) for row in rows])
+
+
+def _check_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow.parquet as pq
+
+    if pq.read_metadata(path).metadata[b"problems"].decode() != _digest(rows):
+        raise ValueError(
+            f"{path} holds answers to other problems: --task has changed. Give another --out."
+        )
+
+
+def _write(
+    path: Path, rows: Sequence[Mapping[str, Any]], problems: Sequence[Mapping[str, Any]]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(list(rows))
+    table = table.replace_schema_metadata({"problems": _digest(problems)})
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def sample_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One row for each answer; ``row`` is its problem's, as JSON."""
+    return [
+        {
+            "where": str(g.prompt.sample.get("_where", "")),
+            "row": json.dumps(
+                {k: v for k, v in g.prompt.sample.items() if k != "_where"}, default=str
+            ),
+            "completion": k,
+            "text": str(t.text),
+            "token_ids": t.token_ids.tolist(),
+            "logps": t.logps.tolist(),
+            "finish_reason": t.finish_reason,
+            "correct": ok,
+            "reward": t.reward,
+            "parts": [{"name": n, "value": v} for n, v in t.parts.items()],
+        }
+        for g, row in zip(evaluation.groups, evaluation.correct, strict=True)
+        for k, (t, ok) in enumerate(zip(g.trajectories, row, strict=True))
+    ]
+
+
+def rescore(arguments: argparse.Namespace) -> Evaluation:
+    """Stored answers, judged by --reward."""
+    import numpy as np
+
+    from posttrain.data.prompts import Prompt
+    from posttrain.rewards import CompletionText
+    from posttrain.rl.evaluate import Evaluation
+    from posttrain.rl.trajectory import ScoredGroup, Trajectory
+
+    problems = {r["_where"]: r for r in stream_tasks(arguments)} if arguments.task else {}
+    pairs, lengths = [], []
+    for where, answers in stored_answers(arguments.rescore):
+        sample = problems.get(where) or json.loads(answers[0].get("row") or "null")
+        if sample is None:
+            raise ValueError(
+                f"The problem {where!r} of a stored answer is not in --task. Name the file of "
+                "rows that was answered, as it was named then."
+            )
+        tokens = [a["tokens"] if "tokens" in a else len(a["token_ids"]) for a in answers]
+        texts = [
+            CompletionText(a["text"], num_tokens=n, finish_reason=a["finish_reason"] or "stop")
+            for a, n in zip(answers, tokens, strict=True)
+        ]
+        pairs.append(({**sample, "_where": where}, texts))
+        lengths.append(tokens)
+    rewards, _ = verifiers(arguments)
+    try:
+        scored = rewards.score(pairs)
+    finally:
+        rewards.close()
+    groups = [
+        ScoredGroup(
+            index=i,
+            prompt=Prompt(ids=(), sample=sample),
+            trajectories=[
+                Trajectory(
+                    seed=k,
+                    token_ids=np.zeros(n, np.int64),
+                    finish_reason=text.finish_reason,  # type: ignore[arg-type]
+                    text=text,
+                    reward=s.total,
+                    parts=s.parts,
+                    verdict=s.verdict,
+                )
+                for k, (text, n, s) in enumerate(zip(texts, lengths[i], scored[i], strict=True))
+            ],
+        )
+        for i, (sample, texts) in enumerate(pairs)
+    ]
+    correct = [
+        [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
+    ]
+    return Evaluation(groups=groups, correct=correct)
+
+
+def stored_answers(sources: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(where, answers) of each problem in files or folders of eval, sample or a run's rollouts; the
+    answers of a problem stand together in a file."""
+    from itertools import groupby
+
+    from posttrain.data.readers import read_rows
+
+    for source in sources:
+        path = Path(source)
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{source} holds no answers: it has no *.parquet.")
+        for file in files:
+            rows = (dict(row.values) for row in read_rows(str(file)))
+            for where, answers in groupby(rows, key=lambda row: row.get("where")):
+                yield str(where), list(answers)

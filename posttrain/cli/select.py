@@ -1,0 +1,107 @@
+"""`posttrain select`: answers that `posttrain sample` wrote into training rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_FILTERS = {
+    "ended": "only answers that ended by themselves",
+    "format": "only <think>...</think><answer>...</answer>",
+    "language": "only answers whose every word is of this language's script, e.g. en",
+    "min_reward": "least value of the reward --by",
+    "max_tokens": "longest answer",
+    "max_paragraph": "most characters of a paragraph",
+    "no_code": "no blocks of code",
+    "max_repeated": "largest share of repeated 3-grams of words, e.g. 0.3",
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("ended", "format", "no_code"), {"action": "store_true"}),
+    **dict.fromkeys(("min_reward", "max_repeated"), {"type": float, "metavar": "X"}),
+    **dict.fromkeys(("max_tokens", "max_paragraph"), {"type": int, "metavar": "N"}),
+    "language": {"metavar": "CODE"},
+}
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments; imports nothing heavy."""
+    add = parser.add_argument
+    parser.description = (
+        "Chooses among the answers of each problem and writes rows for sft, or pairs for dpo. What "
+        "is left out is counted by reason; empty and repeated answers always are."
+    )
+    add("samples", nargs="+", metavar="SAMPLES", help="folders or files that sample wrote")
+    add("--out", required=True, metavar="FILE", help="JSON lines")
+    takes = (
+        "correct: all right answers; shortest: the shortest right one; best: the highest reward; "
+        "pairs: the shortest right one against longer wrong ones and right ones 1.5 times as long"
+    )
+    add("--take", choices=("correct", "shortest", "best", "pairs"), default="correct", help=takes)
+    add("--by", default="", metavar="REWARD", help="for best and --min-reward (default: the sum)")
+    add(
+        "--at-most", type=int, default=0, metavar="N", help="rows of a problem (default: all, or 1)"
+    )
+    add("--system", metavar="TEXT", help="system message of the rows that have none")
+    for name, text in _FILTERS.items():
+        add(f"--{name.replace('_', '-')}", help=text, **_KINDS[name])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints what came of it."""
+    from posttrain.cli.sample import stored_answers
+    from posttrain.files import whole_file
+    from posttrain.rl.select import Filters, select
+
+    filters = Filters(**{name: getattr(arguments, name) for name in _FILTERS})
+    counts: Counter[str] = Counter()
+    problems = used = written = read = 0
+    with whole_file(Path(arguments.out)) as path, path.open("w", encoding="utf-8") as file:
+        for where, answers in stored_answers(arguments.samples):
+            if "row" not in answers[0]:
+                raise ValueError(f"{where}: these answers are not of `posttrain sample`.")
+            chosen: Any = select(
+                answers,
+                arguments.take,
+                by=arguments.by,
+                at_most=arguments.at_most,
+                filters=filters,
+                counts=counts,
+            )
+            problems, read, used = problems + 1, read + len(answers), used + bool(chosen)
+            for one in chosen:
+                row = training_row(json.loads(answers[0]["row"]), one, system=arguments.system)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+    print(f"{read:,} answers to {problems:,} problems; {used:,} problems have a row")
+    for reason, count in counts.most_common():
+        if count:
+            print(f"  {count:,} left out: {reason}")
+    print(f"wrote {written:,} rows to {arguments.out}")
+    if not written:
+        raise ValueError(
+            f"No answer of {', '.join(arguments.samples)} was chosen: see the reasons above."
+        )
+
+
+def training_row(
+    problem: Mapping[str, Any], chosen: Any, *, system: str | None = None
+) -> dict[str, Any]:
+    """A problem with its answer as a conversation, or with a pair of answers; other columns are
+    carried along."""
+    from posttrain.data.layouts import read_prompt
+
+    read = read_prompt(dict(problem))
+    prompt = list(read.prompt)
+    if system is not None and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    kept = {k: v for k, v in problem.items() if read.columns.get(k) != "used"}
+    if read.answers and "answer" not in kept:
+        kept["answer"] = read.answers[0].text
+    if isinstance(chosen, tuple):
+        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in chosen]
+        return {**kept, "prompt": prompt, "chosen": turns[0], "rejected": turns[1]}
+    return {**kept, "messages": [*prompt, {"role": "assistant", "content": chosen["text"]}]}

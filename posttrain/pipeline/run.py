@@ -1,0 +1,286 @@
+"""Runs the stages that are not done. What a stage is, how it went and why it would run again is in
+``<root>/.stages/<stage>.json``; a killed pipeline reads it and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from posttrain.files import whole_file, write_json
+from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage
+
+_MARK = "POSTTRAIN_STAGE"
+"""Environment variable of every process of a stage: a killed pipeline leaves them behind."""
+_GOES_ON = (*TRAINERS, "sample")
+"""Commands that go on in a folder that a killed one left."""
+
+
+class StageFailed(ValueError):
+    """A stage's command ended with an error; the message has the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What running the pipeline would do with a stage."""
+
+    state: str
+    """done, running, failed (both are run again and go on), waiting."""
+    why: str
+    """Why it is not done; empty if it is."""
+    seconds: float = 0.0
+
+
+class Pipeline:
+    """The stages of one file in one folder."""
+
+    def __init__(self, stages: Sequence[Stage], *, root: Path, name: str) -> None:
+        self.stages, self.root, self.name = list(stages), root, name
+        self.records = root / ".stages"
+
+    def record(self, stage: Stage) -> dict[str, Any]:
+        """What was written of it; empty: it never ran."""
+        path = self.records / f"{stage.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def verdict(self, stage: Stage) -> Verdict:
+        """From its record."""
+        record = self.record(stage)
+        if not record:
+            return Verdict("waiting", "never ran")
+        seconds = float(record["seconds"])
+        if record["identity"] != stage.identity:
+            return Verdict("waiting", _difference(record["decides"], stage.decides), seconds)
+        if record["state"] == "running":
+            is_held = self._is_held(stage)
+            why = "is being run" if is_held else "was interrupted, and goes on"
+            return Verdict("running" if is_held else "waiting", why, seconds)
+        missing = next((p for p in list(stage.outputs.values())[:1] if not p.exists()), None)
+        if record["state"] == "done" and missing:
+            return Verdict("waiting", f"{missing} is gone", seconds)
+        return Verdict(record["state"], record.get("problem", ""), seconds)
+
+    def _lock(self, stage: Stage) -> FileLock:
+        self.records.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.records / f"{stage.name}.lock")
+
+    def _is_held(self, stage: Stage) -> bool:
+        lock = self._lock(stage)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def run(self, stage: Stage, *, tell: Callable[[str], None]) -> None:
+        """To its end, unless it is done. Raises StageFailed."""
+        with self._hold(stage):
+            before, record = self.verdict(stage), self.record(stage)
+            if before.state == "done":
+                return
+            end_leftovers(stage)
+            self._make_room(stage, goes_on=record.get("identity") == stage.identity)
+            command = self.command(stage)
+            record = {
+                "identity": stage.identity,
+                "decides": stage.decides,
+                "state": "running",
+                "began": time.time(),
+                "seconds": before.seconds if record.get("identity") == stage.identity else 0.0,
+                "command": shlex.join(command),
+            }
+            self._write(stage, record)
+            began = time.monotonic()
+            problem = None
+            try:
+                problem = self._execute(stage, command, tell)
+            finally:
+                record["seconds"] += time.monotonic() - began
+                if problem is not None:
+                    record |= {"state": "failed" if problem else "done", "problem": problem}
+                self._write(stage, record)
+        if problem:
+            raise StageFailed(
+                f"Stage {stage.name} failed. What it printed is in {self.log(stage)}; its end:\n"
+                f"{problem}"
+            )
+
+    @contextmanager
+    def _hold(self, stage: Stage) -> Iterator[None]:
+        lock = self._lock(stage)
+        try:
+            lock.acquire(timeout=5)  # `status` holds it for a moment
+        except Timeout as error:
+            raise ValueError(
+                f"Stage {stage.name} of {self.root} is being run by another process. Wait for it, "
+                "or look with `posttrain pipeline status`."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make_room(self, stage: Stage, *, goes_on: bool) -> None:
+        """What an earlier, other stage of this name left is moved aside; what cannot be gone on
+        with is deleted."""
+        folder = stage.folder
+        if folder.exists() and not goes_on:
+            numbers = (n for n in range(1, 10**6) if not _aside(folder, n).exists())
+            os.rename(folder, _aside(folder, next(numbers)))
+        elif folder.exists() and stage.command not in _GOES_ON:
+            shutil.rmtree(folder)
+        if stage.command not in TRAINERS:  # those make their own
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def forget(self, stage: Stage) -> None:
+        """It is not done, whatever it was; its folder is moved aside when it runs."""
+        with self._hold(stage):
+            (self.records / f"{stage.name}.json").unlink(missing_ok=True)
+
+    def command(self, stage: Stage) -> list[str]:
+        """What is executed, after ``posttrain`` or ``python``. A trainer's settings are written
+        into a file."""
+        if stage.command in TRAINERS:
+            settings = json.loads(json.dumps(stage.settings))
+            settings.setdefault("train", {}).update(run_dir=str(self.root), name=stage.name)
+            path = self.records / f"{stage.name}.yaml"
+            with whole_file(path) as file:
+                file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            launch = ["--launch", stage.launch] if stage.launch else []
+            launch += ["--processes", str(stage.processes)] if stage.processes else []
+            command = ["posttrain", *stage.words, "--config", str(path), *launch]
+            many = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1
+            return ["srun", "--ntasks-per-node=1", *command] if many else command
+        out = OUT_OPTIONS.get(stage.command, {})
+        words = [*stage.words, *(w for o, n in out.items() for w in (o, str(stage.folder / n)))]
+        for name, value in stage.settings.items():
+            words += option(name, value)
+        return words if stage.command == "python" else ["posttrain", *words]
+
+    def log(self, stage: Stage) -> Path:
+        """All that it printed, over all tries."""
+        return self.records / f"{stage.name}.log"
+
+    def _execute(self, stage: Stage, command: list[str], tell: Callable[[str], None]) -> str:
+        """Waits for the command and tells its last line meanwhile. What went wrong, or ""."""
+        programs = {"posttrain": ["-m", "posttrain.cli.main"], "python": []}
+        if command[0] in programs:
+            command = [sys.executable, *programs[command[0]], *command[1:]]
+        environment = {**os.environ, _MARK: _mark(stage)}
+        with self.log(stage).open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                while (code := process.poll()) is None:
+                    tell(_tail(self.log(stage), 1))
+                    time.sleep(0.1)
+            finally:
+                end_leftovers(stage)
+        if code == 0:
+            missing = [str(p) for p in list(stage.outputs.values())[:1] if not p.exists()]
+            return f"it ended well, but did not write {missing[0]}" if missing else ""
+        return _tail(self.log(stage), 15) or f"exit code {code}, without a word"
+
+    def _write(self, stage: Stage, record: dict[str, Any]) -> None:
+        with whole_file(self.records / f"{stage.name}.json") as path:
+            write_json(path, record)
+        self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """Writes ``pipeline.json``, which `posttrain report` reads: every stage with its state and
+        figures."""
+        described = {"name": self.name, "stages": [self._described(s) for s in self.stages]}
+        with (
+            FileLock(self.records / ".describe.lock"),
+            whole_file(self.root / "pipeline.json") as path,
+        ):
+            write_json(path, described)
+        return described
+
+    def _described(self, stage: Stage) -> dict[str, Any]:
+        verdict = self.verdict(stage)
+        figures = stage.outputs.get("figures")
+        return {
+            "name": stage.name,
+            "command": shlex.join(stage.words),
+            "state": verdict.state,
+            "why": verdict.why,
+            "seconds": verdict.seconds,
+            "needs": stage.needs,
+            "folder": str(stage.folder.relative_to(self.root)),
+            "figures": json.loads(figures.read_text(encoding="utf-8"))
+            if verdict.state == "done" and figures and figures.exists()
+            else {},
+        }
+
+
+def option(name: str, value: Any) -> list[str]:
+    """``--max-tokens 48`` of max_tokens: 48. True: the flag alone; False: nothing; a list: several
+    values."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool) or value is None:
+        return [flag] if value else []
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
+
+
+def end_leftovers(stage: Stage) -> None:
+    """Ends every process of the stage. The caller holds its lock, so they belong to nobody."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == _mark(stage) and process.pid != os.getpid():
+                process.kill()
+                left.append(process)
+        except (psutil.Error, OSError):
+            continue
+    psutil.wait_procs(left, timeout=30)
+
+
+def _mark(stage: Stage) -> str:
+    return str(stage.folder.resolve())
+
+
+def _aside(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.old-{number}")
+
+
+def _tail(path: Path, lines: int) -> str:
+    """The last lines that say something."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [
+        f"{key} is {json.dumps(now.get(key))}, was {json.dumps(before.get(key))}"
+        if not key.startswith(("stage ", "the content of "))
+        else f"{key} is another"
+        for key in [*now, *(k for k in before if k not in now)]
+        if before.get(key) != now.get(key)
+    ]
+    more = f", and {len(changed) - 2} more" if len(changed) > 2 else ""
+    return "; ".join(changed[:2]) + more

@@ -1,0 +1,305 @@
+"""A pipeline file into stages: variables and outputs put in, and what decides each stage's result.
+
+A stage is one of posttrain's commands or a Python script. It names outputs of the stages before it
+as ``${stage.output}``, and variables as ``${name}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain.files import content_digest
+from posttrain.resolve import did_you_mean, find_shipped
+
+TRAINERS = ("sft", "dpo", "reward", "rl", "distill")
+OUT_OPTIONS: dict[str, dict[str, str]] = {
+    "merge": {"--out": "model"},
+    "sample": {"--out": "samples"},
+    "select": {"--out": "rows.jsonl"},
+    "eval": {"--out": "answers.jsonl", "--figures": "figures.json"},
+    "prep pairs": {"--out": "rows"},
+    "prep sft": {"--out": "rows"},
+    "prep difficulty": {"--out": "rows.jsonl"},
+    "prep tests": {"--out": "rows.jsonl"},
+}
+"""How each command is told where to write in its stage's folder. A trainer's folder is its run's;
+a script gets ``${out}``."""
+OUTPUTS: dict[str, dict[str, str]] = {
+    **dict.fromkeys(TRAINERS, {"model": "final", "best": "best", "run": ""}),
+    "merge": {"model": "model"},
+    "sample": {"samples": "samples"},
+    "select": {"rows": "rows.jsonl"},
+    "eval": {"answers": "answers.jsonl", "figures": "figures.json"},
+    **dict.fromkeys(("prep pairs", "prep sft"), {"train": "rows/train", "test": "rows/test"}),
+    **dict.fromkeys(("prep difficulty", "prep tests"), {"rows": "rows.jsonl"}),
+}
+"""What each command leaves there, by the name that other stages use."""
+_KEYS = "run config settings launch processes outputs needs only slurm".split()
+_NAME = re.compile(r"\$\{([^}]*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command with everything put in."""
+
+    name: str
+    words: list[str]
+    """The command and its arguments: ["eval", "runs/r1/cold_start/final"]."""
+    settings: dict[str, Any]
+    """A trainer's settings; options of any other command."""
+    launch: str = ""
+    processes: int = 0
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Options of sbatch."""
+    folder: Path
+    outputs: dict[str, Path]
+    needs: list[str]
+    """Stages whose outputs it reads."""
+    decides: dict[str, Any]
+    """Everything that its result depends on, flat: a change of any of it makes another stage."""
+
+    @property
+    def command(self) -> str:
+        """Of posttrain, or ``python``."""
+        return command_of(self.words)
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits of ``decides``."""
+        return sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def command_of(words: Sequence[str]) -> str:
+    """ "prep pairs" of ["prep", "pairs", "raw.jsonl"]."""
+    return " ".join(words[:2]) if words[:1] == ["prep"] else "".join(words[:1])
+
+
+def read_stages(
+    path: Path, *, root: Path, size: str = "", quick: bool = False, variables: Mapping[str, Any]
+) -> list[Stage]:
+    """The stages of a file for one of its sizes, in an order in which they can run. ``root``: the
+    folder that gets a folder for each; ``variables`` go before the file's. Raises ValueError with
+    what is wrong and where."""
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(text, dict) or not isinstance(text.get("stages"), dict):
+        raise ValueError(
+            f"{path} is no pipeline: it needs `stages:`, a mapping of names to stages."
+        )
+    _refuse_unknown(text, ["variables", "sizes", "settings", "stages"], where=str(path))
+    values = {"here": str(path.parent), **text.get("variables", {})}
+    values |= _of_size(text.get("sizes", {}), size, quick, path)
+    if unknown := sorted(variables.keys() - values.keys()):
+        hint = did_you_mean(unknown[0], values)
+        raise ValueError(f"{path} has no variable {unknown[0]!r}; it has {sorted(values)}.{hint}")
+    values |= variables
+    named = text["stages"]
+    wanted = {n: s for n, s in named.items() if size in (s or {}).get("only", [size])}
+    done: dict[str, Stage] = {}
+    for name, raw in wanted.items():
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"{path}: a stage's name is letters, digits and _; got {name!r}.")
+        _refuse_unknown(raw, _KEYS, where=f"{path}, stage {name}")
+        done[name] = _Resolver(name, values, done, named, text.get("settings", {}), root).stage(raw)
+    return list(done.values())
+
+
+def _of_size(sizes: Mapping[str, Any], size: str, quick: bool, path: Path) -> dict[str, Any]:
+    if bool(sizes) != bool(size) or size not in (sizes or [size]):
+        raise ValueError(f"{path} has the sizes {', '.join(sizes) or 'none'}; got --size {size!r}.")
+    chosen = dict(sizes.get(size) or {})
+    faster = chosen.pop("quick", None)
+    if quick and faster is None:
+        raise ValueError(f"{path}: size {size!r} has no `quick:`. Leave out --quick.")
+    return chosen | (faster if quick else {})
+
+
+def _refuse_unknown(given: Any, known: Sequence[str], *, where: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is a mapping with the keys {', '.join(known)}; got {given!r}.")
+    for key in given.keys() - set(known):
+        hint = did_you_mean(str(key), known)
+        raise ValueError(f"{where} has an unknown key {key!r}; known: {', '.join(known)}.{hint}")
+
+
+@dataclass
+class _Resolver:
+    """Puts values into one stage, and notes which stages they are of."""
+
+    name: str
+    values: Mapping[str, Any]
+    done: Mapping[str, Stage]
+    named: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    root: Path
+
+    def stage(self, raw: Mapping[str, Any]) -> Stage:
+        self.needs: dict[str, None] = {}
+        folder = self.root / self.name
+        run = raw.get("run")
+        if not isinstance(run, str) or not run.strip():
+            raise ValueError(
+                f"Stage {self.name} needs `run:`, a command such as 'sft'; got {run!r}."
+            )
+        words = [str(self._put_in(word)) for word in shlex.split(run)]
+        command = command_of(words)
+        if command not in OUTPUTS and command != "python":
+            known = [*OUTPUTS, "python"]
+            raise ValueError(
+                f"Stage {self.name} runs {command!r}; a stage is one of {', '.join(known)}."
+                f"{did_you_mean(command, known)}"
+            )
+        settings: dict[str, Any] = {}
+        for file in raw.get("config", []):
+            shared = self.shared[file] if file in self.shared else self._read(file)
+            settings = merged(settings, self._put_in(shared))
+        settings = merged(settings, self._put_in(raw.get("settings") or {}))
+        outputs = OUTPUTS.get(command) or self._put_in(raw.get("outputs") or {})
+        for name in raw.get("needs", []):
+            self._stage(name)
+        return Stage(
+            name=self.name,
+            words=words,
+            settings=settings,
+            launch=str(self._put_in(raw.get("launch", ""))),
+            processes=int(self._put_in(raw.get("processes", 0))),
+            slurm=self._put_in(raw.get("slurm") or {}),
+            folder=folder,
+            outputs={key: folder / place for key, place in outputs.items()},
+            needs=list(self.needs),
+            decides=self._decides(words, settings, outputs),
+        )
+
+    def _read(self, file: str) -> dict[str, Any]:
+        path = find_shipped(
+            str(self._put_in(file)), "recipes/configs", f"Stage {self.name}: config"
+        )
+        return read_yaml(str(path))
+
+    def _put_in(self, value: Any) -> Any:
+        """The value with every ``${...}`` in it replaced. A text that is nothing else becomes what
+        it names, of whatever type."""
+        if isinstance(value, Mapping):
+            return {self._put_in(k): self._put_in(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._put_in(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        if whole := _NAME.fullmatch(value):
+            return self._named(whole[1])
+        return _NAME.sub(lambda found: str(self._named(found[1])), value)
+
+    def _named(self, name: str) -> Any:
+        if name == "out":
+            return str(self.root / self.name)
+        if name in self.values:
+            return self._put_in(self.values[name])
+        stage, dot, output = name.partition(".")
+        if not dot:
+            known = ["out", *self.values, *self.done]
+            hint = did_you_mean(name, known)
+            raise ValueError(f"Stage {self.name}: there is no variable ${{{name}}}.{hint}")
+        outputs = self._stage(stage).outputs
+        if output not in outputs:
+            raise ValueError(
+                f"Stage {self.name}: ${{{name}}} is no output; {stage} has {', '.join(outputs)}."
+                f"{did_you_mean(output, outputs)}"
+            )
+        return str(outputs[output])
+
+    def _stage(self, name: str) -> Stage:
+        if name not in self.done:
+            why = "is not before it" if name in self.named else "is not there"
+            raise ValueError(
+                f"Stage {self.name} needs stage {name!r}, which {why} (in this size); before it "
+                f"are {', '.join(self.done) or 'none'}.{did_you_mean(name, self.done)}"
+            )
+        self.needs[name] = None
+        return self.done[name]
+
+    def _decides(
+        self, words: list[str], settings: dict[str, Any], outputs: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Flat. Where stages' outputs lie decides nothing, what they are does; of a file its
+        content does."""
+        inside, here = f"{self.root}/", f"{self.values['here']}/"
+        flat = {"run": shlex.join(words), **{f"settings.{k}": v for k, v in _flat(settings)}}
+        text = json.dumps(flat).replace(inside, "").replace(here, "")
+        found = {path for word in texts([words, settings]) if (path := _file(word)) is not None}
+        files = {
+            str(path).removeprefix(here): content_digest(path)
+            for path in sorted(found)
+            if not str(path).startswith(inside)
+        }
+        return {
+            **json.loads(text),
+            **({} if outputs is OUTPUTS.get(command_of(words)) else {"outputs": dict(outputs)}),
+            **{f"the content of {name}": digest for name, digest in files.items()},
+            **{f"stage {name}": self.done[name].identity for name in self.needs},
+            "version of posttrain": version("posttrain"),
+        }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings, keys too."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _file(text: str) -> Path | None:
+    """The file or folder that a setting names, or the module of ``module.function`` in this
+    folder."""
+    if not text.strip() or "\n" in text or len(text) > 1000:
+        return None
+    if os.path.exists(text):
+        return Path(text)
+    parts = text.split(".")[:-1]
+    module = (
+        Path(*parts).with_suffix(".py") if parts and all(map(str.isidentifier, parts)) else None
+    )
+    return module if module and module.is_file() else None
+
+
+def merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """``then`` over ``first``, mappings key by key; None takes a key out."""
+    result = dict(first)
+    for key, value in then.items():
+        before = result.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            result[key] = merged(before, value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """A file of settings."""
+    value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds no settings: it is a mapping of names; got {value!r}.")
+    return value
