@@ -33,7 +33,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "verifying are those of --task."
     )
     add("model", nargs="?", metavar="MODEL", help="embedded model, folder or hub id")
-    add("--figures", metavar="FILE", help="--task: the figures, JSON")
+    add("--figures", metavar="FILE", help="the figures, JSON")
     stored = "answers that eval or sample wrote, or a run's rollouts; needs no MODEL"
     add("--rescore", nargs="+", metavar="FILE", help=stored)
     add("--out", metavar="FILE", help="--task: every answer, JSON lines; else the figures, JSON")
@@ -57,6 +57,8 @@ def declare_difficulty(parser: argparse.ArgumentParser) -> None:
     add("--task", required=True, nargs="+", metavar="ROWS", help=_ROWS)
     left_out = "leave out problems that are right within N tries without reasoning (k1.5: 8)"
     add("--guess-tries", type=int, default=0, metavar="N", help=f"{left_out}; 0: none")
+    add("--max-pass-rate", type=float, default=1.0, metavar="X", help="leave out easier problems")
+    add("--min-pass-rate", type=float, default=0.0, metavar="X", help="leave out harder ones")
     suffix = "\n\nAnswer with the result only."
     add("--guess-suffix", default=suffix, help="put after the prompt for a guess")
     declare_shared(parser, samples=10, temperature=1.0)
@@ -149,19 +151,25 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
             if any(row)
         }
     lines = []
-    unjudged = 0
+    unjudged = outside = 0
     for group, correct in zip(evaluation.groups, evaluation.correct, strict=True):
         known = [ok for ok in correct if ok is not None]
         unjudged += not known
         kept = dict(group.prompt.sample)
         if known and str(kept.pop("_where")) not in guessed:
             rate = statistics.fmean(known)
+            if not arguments.min_pass_rate <= rate <= arguments.max_pass_rate:
+                outside += 1
+                continue
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
     _write(arguments.out, lines)
     print(
         f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), "
-        f"{unjudged} left out (no answer could be judged); wrote {len(lines)} to {arguments.out}"
+        f"{unjudged} left out (no answer could be judged), {outside} left out (too easy or too "
+        f"hard); wrote {len(lines)} to {arguments.out}"
     )
+    if not lines:
+        raise ValueError("No problem is left: see the counts above.")
 
 
 def _write(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -173,7 +181,7 @@ def evaluate(
     arguments: argparse.Namespace, rows: list[dict[str, Any]], *, suffix: str = ""
 ) -> Evaluation:
     """Answers and judges the rows; ``suffix`` goes after each prompt."""
-    from posttrain.trainers.rl import report_prompts
+    from posttrain.rl.rollouts import report_prompts
 
     with answering(arguments) as answer:
         prompts, counts = answer.prompts(rows, suffix=suffix)
@@ -216,9 +224,9 @@ class Answering:
 
     def _make_engine(self, compute: str) -> Any:
         from posttrain.precision import torch_dtype
+        from posttrain.rollout.engines import local_engine, vllm_engine
         from posttrain.rollout.local import LocalConfig
         from posttrain.rollout.vllm import VLLMConfig
-        from posttrain.trainers.rl import local_engine, vllm_engine
 
         arguments, shared = self._arguments, (self._policy, self._tokenizer)
         if not arguments.vllm:

@@ -31,7 +31,7 @@ def run_pairs(arguments: argparse.Namespace) -> None:
     print(f"margin {figures['margin_nats']:.3f} ± {figures['margin_nats_ci95']:.3f} nats")
     if not figures["has_reference"] and not figures["is_reward_model"]:
         print("No reference: log-probs of the model alone. Give --reference to compare with one.")
-    _write(arguments.out, figures)
+    _write(arguments, figures)
 
 
 def pair_figures(
@@ -140,10 +140,10 @@ def run_harness(arguments: argparse.Namespace) -> None:
         random_seed=arguments.seed,
     )
     print(make_table(results))
-    _write(arguments.out, {k: results[k] for k in ("results", "versions", "n-samples")})
+    _write(arguments, {k: results[k] for k in ("results", "versions", "n-samples")})
 
 
-def _write(path: str | None, figures: dict[str, Any]) -> None:
-    if path:
+def _write(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    for path in filter(None, (arguments.out, arguments.figures)):
         with whole_file(Path(path)) as file:
             file.write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")

@@ -19,6 +19,8 @@ from posttrain.cli.train import TRAINERS as TRAINER_CLASSES
 from posttrain.resolve import find_shipped
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from posttrain.pipeline.run import Pipeline
     from posttrain.pipeline.stages import Stage
 
@@ -42,6 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--only", action="append", metavar="STAGE", help="not the others; may repeat")
     add("--force", action="append", default=[], metavar="STAGE", help="also if it is done")
     add("--dry-run", action="store_true", help="check every stage, and show its command")
+    add("--jobs", type=int, default=1, metavar="N", help="stages at the same time (default: 1)")
     add("--executor", choices=("local", "slurm"), default="local", help="slurm: a job for each")
     add("--sbatch", default="", metavar="OPTIONS", help="slurm: for all, '--partition gpu'")
     graph.add_argument("--svg", metavar="FILE", help="default: graph.svg in the pipeline's folder")
@@ -100,8 +103,8 @@ def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     if arguments.executor == "slurm":
         _submit(pipeline, wanted, arguments)
         return
-    for number, stage in enumerate(wanted, start=1):
-        _run_stage(pipeline, stage, f"[{number}/{len(wanted)}] {stage.name}")
+    with Shown(pipeline, len(wanted)) as shown:
+        pipeline.run_all(wanted, jobs=arguments.jobs, tell=shown.tell)
     print(f"{pipeline.name} is done: {pipeline.root}; look at it with")
     print(f"  posttrain report {pipeline.root}")
 
@@ -163,27 +166,57 @@ def _said(parse: Any, words: list[str]) -> str:
     return ""
 
 
-def _run_stage(pipeline: Pipeline, stage: Stage, title: str) -> None:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
+class Shown:
+    """Lines for the beginnings and ends of stages; in a terminal, below them, what those that run
+    said last."""
 
-    verdict = pipeline.verdict(stage)
-    if verdict.state == "done":
-        print(f"{title}: done ({_clock(verdict.seconds)})", flush=True)
-        return
-    print(f"{title}: {verdict.why or verdict.state}", flush=True)
-    print(f"  $ {shlex.join(pipeline.command(stage))}", flush=True)
-    console, began = Console(), time.monotonic()
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    def __init__(self, pipeline: Pipeline, count: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
 
-        def tell(line: str) -> None:
-            if console.is_terminal:
-                clock = _clock(time.monotonic() - began)
-                live.update(Text(f"  {clock}  {line}"[: console.width - 1]), refresh=True)
+        self._pipeline, self._count, self._number = pipeline, count, 0
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._began: dict[str, float] = {}
+        self._lines: dict[str, str] = {}
 
-        pipeline.run(stage, tell=tell)
-    print(f"  {_clock(time.monotonic() - began)}", flush=True)
+    def __enter__(self) -> Shown:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def tell(self, stage: Stage, what: str, line: str) -> None:
+        """As ``Pipeline.run_all`` says it."""
+        verdict = self._pipeline.verdict(stage) if what != "line" else None
+        if what == "begin" and verdict:
+            self._number += 1
+            self._began[stage.name] = time.monotonic()
+            why = f"done ({_clock(verdict.seconds)})" if verdict.state == "done" else verdict.why
+            self._print(f"[{self._number}/{self._count}] {stage.name}: {why or verdict.state}")
+            if verdict.state != "done":
+                self._print(f"  $ {shlex.join(self._pipeline.command(stage))}")
+        elif what == "end":
+            self._lines.pop(stage.name, None)
+            seconds = time.monotonic() - self._began[stage.name]
+            if seconds > 0.5:
+                self._print(f"  {stage.name}: {_clock(seconds)}")
+        elif self._console.is_terminal:
+            self._lines[stage.name] = line
+            self._live.update(self._running(), refresh=True)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+    def _running(self) -> Text:
+        from rich.text import Text
+
+        width = self._console.width - 1
+        return Text("\n").join(
+            Text(f"  {_clock(time.monotonic() - self._began[name])}  {name}: {line}"[:width])
+            for name, line in list(self._lines.items())
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,32 @@ class Pipeline:
                 f"Stage {stage.name} failed. What it printed is in {self.log(stage)}; its end:\n"
                 f"{problem}"
             )
+
+    def run_all(
+        self, stages: Sequence[Stage], *, jobs: int, tell: Callable[[Stage, str, str], None]
+    ) -> None:
+        """Each after those that it needs, ``jobs`` at a time. ``tell(stage, what, line)``: what is
+        begin, line (its last) or end. After a failure nothing more begins."""
+        left = {stage.name: stage for stage in stages}
+        running: dict[Future[None], Stage] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while left or running:
+                busy = {*left, *(stage.name for stage in running.values())}
+                for stage in [s for s in left.values() if not busy.intersection(s.needs)]:
+                    if len(running) < jobs:
+                        tell(stage, "begin", "")
+                        of_stage = partial(tell, stage, "line")
+                        running[pool.submit(self.run, stage, tell=of_stage)] = left.pop(stage.name)
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    stage = running.pop(future)
+                    if future.exception() is not None:
+                        left.clear()
+                    else:
+                        tell(stage, "end", "")
+                if not left:
+                    for future in finished:
+                        future.result()
 
     @contextmanager
     def _hold(self, stage: Stage) -> Iterator[None]:

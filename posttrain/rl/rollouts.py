@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,3 +253,29 @@ def forget_journals(folder: Path, *, before: int) -> None:
     for path in folder.glob("iteration_*.jsonl"):
         if int(path.name.split("_")[1]) < before:
             path.unlink(missing_ok=True)
+
+
+_LOOKED_AT = 1000
+
+
+def report_prompts(counts: Mapping[str, Any], prompts: Sequence[Prompt], rewards: Rewards) -> None:
+    """Prints how many prompts there are, which columns were read, and answers that no verifier can
+    read (of 1,000 prompts)."""
+    used, left = (
+        ", ".join(counts["columns"].get(use, {})) or "none" for use in ("used", "for the rewards")
+    )
+    print(
+        f"{counts['kept']:,} prompts ({counts['too long']:,} left out as too long); read: "
+        f"{used}; for the rewards: {left}"
+    )
+    some = prompts[:: max(1, len(prompts) // _LOOKED_AT)][:_LOOKED_AT]
+    for name, places in rewards.unreadable([p.sample for p in some]).items():
+        if len(places) == len(some):
+            raise ValueError(
+                f"{name} can read the answer of no prompt, the first {places[0]}. Is "
+                "the answer in another column?"
+            )
+        print(
+            f"{name} cannot read the answers of {len(places):,} of {len(some):,} prompts, the "
+            f"first {places[0]}. Their completions are unscored unless they say the very same."
+        )

@@ -3,22 +3,12 @@ REINFORCE++, Kimi k1.5."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
-from posttrain.models.load import (
-    end_token_ids,
-    save_model,
-)
-from posttrain.models.policy import Policy
-from posttrain.models.reference import has_adapters
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
@@ -27,12 +17,11 @@ from posttrain.rl.batches import RolloutBatches, RolloutConfig
 from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rl.environment import Environment, SingleTurn
 from posttrain.rl.evaluate import EvaluationConfig
-from posttrain.rl.rollouts import Collector
-from posttrain.rollout.engine import Engine, SamplingConfig, check_positions
-from posttrain.rollout.handover import FolderHandover, Handover, NCCLHandover
-from posttrain.rollout.local import LocalConfig, LocalEngine
-from posttrain.rollout.receipt import probe_ids, probe_logps
-from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
+from posttrain.rl.rollouts import Collector, report_prompts
+from posttrain.rollout.engine import SamplingConfig, check_positions
+from posttrain.rollout.engines import local_engine, vllm_engine
+from posttrain.rollout.local import LocalConfig
+from posttrain.rollout.vllm import VLLMConfig
 from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
 from posttrain.training.config import TrainConfig, set_options
 from posttrain.training.identity import code_digest, source_digest
@@ -96,8 +85,6 @@ class RLConfig(BaseConfig):
     train: TrainConfig = field(default_factory=lambda: TrainConfig(name="rl"))
     """Length, cadence and place of the run; batch_size counts prompts per optimizer step"""
 
-
-_LOOKED_AT = 1000
 
 SHOWN = (
     "reward",
@@ -323,83 +310,6 @@ class RLTrainer(Trainer):
             held_out=held_out,
             evaluation=config.evaluation,
             folder=config.train.folder / "rollouts",
-        )
-
-
-def local_engine(
-    policy: Policy, tokenizer: Any, config: LocalConfig, *, compute: torch.dtype
-) -> Engine:
-    """The engine in this process; ``compute``: the dtype of training's matrix products."""
-    return LocalEngine(
-        policy,
-        compute=compute,
-        stop_ids=end_token_ids(policy.base, tokenizer),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        config=config,
-    )
-
-
-def vllm_engine(
-    policy: Policy,
-    tokenizer: Any,
-    config: VLLMConfig,
-    accelerator: Any,
-    *,
-    compute: str,
-    weights_dir: Path,
-) -> Engine:
-    """The engine of a running server, fed with the policy's weights. ``weights_dir``: for
-    ``handover: folder``, where ``config`` names none."""
-    ids = probe_ids(policy.config.get_text_config().vocab_size)
-
-    def merged() -> Any:
-        model: Any = policy.model
-        return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
-
-    handover: Handover
-    if config.handover == "nccl":
-        host, _, port = config.nccl_address.rpartition(":")
-        handover = NCCLHandover(
-            url=config.url, address=host, port=int(port), timeout_s=config.timeout_s, model=merged
-        )
-    else:
-        folder = Path(config.weights_dir) if config.weights_dir else weights_dir
-        handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
-    return VLLMEngine(
-        config,
-        handover=handover,
-        stop_ids=end_token_ids(policy.base, tokenizer),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        is_main=accelerator.is_main_process,
-        barrier=accelerator.wait_for_everyone,
-        probe=Probe(
-            ids=ids,
-            logps=lambda: probe_logps(policy.model, ids, compute=torch_dtype(compute)),
-            dtype=compute,
-        ),
-    )
-
-
-def report_prompts(counts: Mapping[str, Any], prompts: Sequence[Prompt], rewards: Rewards) -> None:
-    """Prints how many prompts there are, which columns were read, and answers that no verifier can
-    read (of 1,000 prompts)."""
-    used, left = (
-        ", ".join(counts["columns"].get(use, {})) or "none" for use in ("used", "for the rewards")
-    )
-    print(
-        f"{counts['kept']:,} prompts ({counts['too long']:,} left out as too long); read: "
-        f"{used}; for the rewards: {left}"
-    )
-    some = prompts[:: max(1, len(prompts) // _LOOKED_AT)][:_LOOKED_AT]
-    for name, places in rewards.unreadable([p.sample for p in some]).items():
-        if len(places) == len(some):
-            raise ValueError(
-                f"{name} can read the answer of no prompt, the first {places[0]}. Is "
-                "the answer in another column?"
-            )
-        print(
-            f"{name} cannot read the answers of {len(places):,} of {len(some):,} prompts, the "
-            f"first {places[0]}. Their completions are unscored unless they say the very same."
         )
 
 

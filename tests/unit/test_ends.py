@@ -14,7 +14,7 @@ from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig
 from posttrain.rl.algorithms import resolve_algorithm
 from posttrain.rollout.local import LocalConfig
-from posttrain.trainers.rl import local_engine
+from posttrain.rollout.engines import local_engine
 from tests.tiny import byte_tokenizer, model_folder
 
 
