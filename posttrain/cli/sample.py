@@ -163,7 +163,8 @@ def rescore(arguments: argparse.Namespace) -> Evaluation:
     """Stored answers, judged by --reward."""
     import numpy as np
 
-    from posttrain.data.prompts import Prompt
+    from posttrain.data.layouts import read_prompt
+    from posttrain.data.prompts import Prompt, with_answer
     from posttrain.rewards import CompletionText
     from posttrain.rl.evaluate import Evaluation
     from posttrain.rl.trajectory import ScoredGroup, Trajectory
@@ -182,7 +183,8 @@ def rescore(arguments: argparse.Namespace) -> Evaluation:
             CompletionText(a["text"], num_tokens=n, finish_reason=a["finish_reason"] or "stop")
             for a, n in zip(answers, tokens, strict=True)
         ]
-        pairs.append(({**sample, "_where": where}, texts))
+        values = {k: v for k, v in sample.items() if k != "_where"}
+        pairs.append(({**with_answer(values, read_prompt(values)), "_where": where}, texts))
         lengths.append(tokens)
     rewards, _ = verifiers(arguments)
     try:

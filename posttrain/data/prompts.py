@@ -92,8 +92,7 @@ def prompts_from_rows(
             last = asked.prompt[-1]
             asked.prompt[-1] = {**last, "content": last["content"] + suffix}
             ids = encode(asked)
-        if asked.answers and sample.get("answer") is None:
-            sample["answer"] = asked.answers[0].text
+        sample = with_answer(sample, asked)
         columns[tuple(asked.columns.items())] += 1
         if len(ids) <= config.max_prompt_length:
             prompts.append(Prompt(ids=tuple(ids), sample=sample))
@@ -105,6 +104,13 @@ def prompts_from_rows(
         )
     counts = {"read": read, "kept": len(prompts), "too long": too_long}
     return prompts, {**counts, "columns": column_counts(columns)}
+
+
+def with_answer(sample: Mapping[str, Any], asked: Sample) -> dict[str, Any]:
+    """The row as rewards look into it: the last assistant turn of a conversation is its ``answer``
+    where no column is."""
+    has_own = not asked.answers or sample.get("answer") is not None
+    return {**sample, **({} if has_own else {"answer": asked.answers[0].text})}
 
 
 class _Encoder:

@@ -124,8 +124,11 @@ class Pipeline:
     def run_all(
         self, stages: Sequence[Stage], *, jobs: int, tell: Callable[[Stage, str, str], None]
     ) -> None:
-        """Each after those that it needs, ``jobs`` at a time. ``tell(stage, what, line)``: what is
+        """Each after those that it needs, ``jobs`` at a time, which share the cores: threads that
+        spin for the same core make each other many times slower. ``tell(stage, what, line)``: what is
         begin, line (its last) or end. After a failure nothing more begins."""
+        if jobs > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         left = {stage.name: stage for stage in stages}
         running: dict[Future[None], Stage] = {}
         with ThreadPoolExecutor(jobs) as pool:

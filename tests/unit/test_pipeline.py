@@ -1,0 +1,321 @@
+"""Stages, what decides them, and what runs again: with scripts that note each time they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from posttrain.cli.main import main
+from posttrain.pipeline.run import Pipeline, StageFailed, option
+from posttrain.pipeline.slurm import job_script, submit
+from posttrain.pipeline.stages import OUTPUTS, command_of, merged, read_stages
+
+SCRIPT = """
+import argparse, pathlib, time
+p = argparse.ArgumentParser()
+p.add_argument("--out"); p.add_argument("--read", nargs="*", default=[])
+p.add_argument("--say", default=""); p.add_argument("--seconds", type=float, default=0)
+p.add_argument("--fail", action="store_true")
+a = p.parse_args()
+out = pathlib.Path(a.out); ran = out.parent / "ran.txt"
+with ran.open("a") as f: f.write(out.name + "\\n")
+time.sleep(a.seconds)
+if a.fail: raise SystemExit("no luck today")
+(out / "text.txt").write_text(a.say + "".join(pathlib.Path(r).read_text() for r in a.read))
+"""
+DIAMOND = {
+    "variables": {"word": "w", "left_word": "l"},
+    "stages": {
+        name: {
+            "run": "python ${here}/script.py",
+            "settings": {"out": "${out}", **settings},
+            "outputs": {"text": "text.txt"},
+        }
+        for name, settings in {
+            "top": {"say": "${word}"},
+            "left": {"say": "${left_word}", "read": ["${top.text}"]},
+            "right": {"say": "r", "read": ["${top.text}"]},
+            "bottom": {"read": ["${left.text}", "${right.text}"]},
+        }.items()
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def pipeline(folder: Path, text: dict = DIAMOND, **variables) -> Pipeline:
+    (folder / "p.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    root = folder / "out"
+    stages = read_stages(folder / "p.yaml", root=root, variables=variables)
+    return Pipeline(stages, root=root, name="p")
+
+
+def ran(p: Pipeline, jobs: int = 1) -> list[str]:
+    """The names of the stages that a run executes."""
+    log = p.root / "ran.txt"
+    log.unlink(missing_ok=True)
+    p.run_all(p.stages, jobs=jobs, tell=lambda *_: None)
+    return log.read_text().split() if log.exists() else []
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_stages_run_once_and_after_what_they_need(folder, jobs):
+    p = pipeline(folder)
+    order = ran(p, jobs)
+    assert sorted(order) == ["bottom", "left", "right", "top"]
+    assert order[0] == "top" and order[-1] == "bottom"
+    assert (p.root / "bottom/text.txt").read_text() == "lwrw"
+    assert ran(p, jobs) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({"left_word": "x"}, ["left", "bottom"]),
+        ({"word": "x"}, ["top", "left", "right", "bottom"]),
+        ({}, []),
+    ],
+)
+def test_a_change_runs_its_stage_and_those_that_depend_on_it(folder, change, again):
+    ran(pipeline(folder))
+    p = pipeline(folder, **change)
+    assert [s.name for s in p.stages if p.verdict(s).state != "done"] == again
+    assert ran(p) == again
+    for name in again:  # what was there is kept aside
+        assert (p.root / f"{name}.old-1/text.txt").exists()
+
+
+def test_a_stages_own_change_and_its_reason(folder):
+    ran(pipeline(folder))
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["right"]["settings"]["say"] = "R"
+    p = pipeline(folder, text)
+    why = {s.name: p.verdict(s).why for s in p.stages}
+    assert why == {
+        "top": "",
+        "left": "",
+        "right": 'settings.say is "R", was "r"',
+        "bottom": "stage right is another",
+    }
+
+
+def test_the_content_of_a_file_decides_and_its_time_does_not(folder):
+    data = folder / "data.jsonl"
+    data.write_text("1")
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["right"]["settings"]["read"].append(str(data))
+    assert len(ran(pipeline(folder, text))) == 4
+    os.utime(data)
+    assert ran(pipeline(folder, text)) == []
+    data.write_text("2")
+    assert ran(pipeline(folder, text)) == ["right", "bottom"]
+    script = folder / "script.py"
+    script.write_text(script.read_text() + "# other code\n")
+    assert len(ran(pipeline(folder, text))) == 4
+
+
+def test_a_lost_output_is_made_again(folder):
+    p = pipeline(folder)
+    ran(p)
+    (p.root / "left/text.txt").unlink()
+    assert "is gone" in p.verdict(p.stages[1]).why
+    assert ran(p) == ["left"]
+
+
+def test_a_failure_says_the_end_of_the_log_and_stops(folder):
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["left"]["settings"]["fail"] = True
+    p = pipeline(folder, text)
+    with pytest.raises(StageFailed, match="no luck today"):
+        ran(p)
+    assert [p.verdict(s).state for s in p.stages] == ["done", "failed", "waiting", "waiting"]
+    text["stages"]["left"]["settings"]["fail"] = False
+    assert ran(pipeline(folder, text)) == ["left", "right", "bottom"]
+
+
+def test_a_stage_that_writes_nothing_is_no_success(folder):
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["top"]["outputs"]["text"] = "other.txt"
+    with pytest.raises(StageFailed, match="did not write .*other.txt"):
+        ran(pipeline(folder, text))
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    base = [
+        sys.executable,
+        "-m",
+        "posttrain.cli.main",
+        "pipeline",
+        *words[:1],
+        str(folder / "p.yaml"),
+    ]
+    return [*base, "--out", str(folder / "out"), *words[1:]]
+
+
+def test_a_killed_pipeline_leaves_nothing_behind_that_disturbs(folder):
+    """The killed one's script still runs when the next one begins: it is ended first."""
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["top"]["settings"]["seconds"] = 60
+    p = pipeline(folder, text)
+    first = subprocess.Popen(command(folder, "run"), stdout=subprocess.DEVNULL)
+    while not (p.root / "ran.txt").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert p.verdict(p.stages[0]).state == "running"
+    with pytest.raises(ValueError, match="is being run by another process"):
+        p.run(p.stages[0], tell=lambda _: None)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    found = p.verdict(p.stages[0])
+    assert (found.state, found.why) == ("waiting", "was interrupted, and goes on")
+    assert left_over(p)
+    text["stages"]["top"]["settings"]["seconds"] = 0
+    p = pipeline(folder, text)
+    assert len(ran(p)) == 4
+    assert not left_over(p)
+
+
+def left_over(p: Pipeline) -> list[int]:
+    mark = f"POSTTRAIN_STAGE={(p.root / 'top').resolve()}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [int(path.parent.name)] if mark in path.read_bytes() else []
+        except OSError:
+            continue
+    return found
+
+
+def test_two_runs_at_once_are_refused_and_status_is_not(folder, capsys):
+    ran(pipeline(folder))
+    assert main(["pipeline", "status", str(folder / "p.yaml"), "--out", str(folder / "out")]) == 0
+    assert capsys.readouterr().out.count("done") == 4
+
+
+def test_force_and_only(folder, capsys):
+    p = pipeline(folder)
+    ran(p)
+    words = ["pipeline", "run", str(folder / "p.yaml"), "--out", str(folder / "out")]
+    assert main([*words, "--only", "right", "--force", "right"]) == 0
+    assert (p.root / "ran.txt").exists() is True
+    assert (p.root / "ran.txt").read_text().split()[-1] == "right"
+    assert main([*words, "--only", "rihgt"]) == 2
+    assert "Did you mean right?" in capsys.readouterr().err
+
+
+def one(**stage) -> dict:
+    return {"stages": {"a": {"run": "sft", **stage}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({}, "needs `stages:`"),
+        ({"stages": {"a": {"run": "sftt"}}}, "runs 'sftt'.*Did you mean sft"),
+        (one(setings={}), "unknown key 'setings'.*Did you mean settings"),
+        (one(settings={"model": {"name": "${modle}"}}), "no variable"),
+        (one(settings={"model": {"name": "${b.model}"}}), "needs stage 'b', which is not there"),
+        ({"stages": {"a": {"run": "eval ${b.model}"}, "b": {"run": "sft"}}}, "is not before it"),
+        ({"stages": {"a": {"run": "sft"}, "b": {"run": "eval ${a.modl}"}}}, "Did you mean model"),
+        ({"sizes": {"x": {}}, **one()}, "has the sizes x; got --size ''"),
+        ({"stages": {"a b": {"run": "sft"}}}, "name is letters"),
+        (one(config=["nowhere"]), "Stage a: config is a file, or one of"),
+    ],
+)
+def test_a_wrong_file_says_where_and_what(folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(folder, text)
+
+
+def test_a_dry_run_finds_wrong_settings_options_and_paths(folder, capsys):
+    for stage, message in [
+        ({"run": "sft", "settings": {"optimizer": {"lrr": 1}}}, "lrr"),
+        (
+            {"run": "eval smollm2-135m", "settings": {"tsak": ["x"]}},
+            "unrecognized arguments: --tsak",
+        ),
+        ({"run": "sft", "launch": "cqu"}, "Did you mean cpu"),
+        (
+            {"run": "sft", "settings": {"data": {"train": ["gone.jsonl"]}}},
+            "gone.jsonl is not there",
+        ),
+    ]:
+        pipeline(folder, {"stages": {"a": stage}})
+        words = [
+            "pipeline",
+            "run",
+            str(folder / "p.yaml"),
+            "--out",
+            str(folder / "out"),
+            "--dry-run",
+        ]
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_values_keep_their_type_and_sizes_come_before_variables(folder):
+    text = {
+        "variables": {"n": 1, "all": ["${n}", "x${n}"], "same": "${n}"},
+        "sizes": {"big": {"n": 5, "quick": {"n": 2}}},
+        "stages": {"a": {"run": "sft", "settings": {"x": "${all}", "y": "${same}"}}},
+    }
+    (folder / "p.yaml").write_text(yaml.safe_dump(text))
+    for quick, given, n in [(False, {}, 5), (True, {}, 2), (True, {"n": 9}, 9)]:
+        (a,) = read_stages(folder / "p.yaml", root=folder, size="big", quick=quick, variables=given)
+        assert a.settings == {"x": [n, f"x{n}"], "y": n}
+
+
+def test_shared_settings_are_merged_key_by_key():
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4, "c": None}}) == {
+        "a": {"b": 4},
+        "d": 3,
+    }
+
+
+def test_where_a_pipeline_lies_decides_nothing(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("elsewhere")
+    (other / "script.py").write_text(SCRIPT)
+    here, there = pipeline(folder), pipeline(other)
+    assert [s.identity for s in here.stages] == [s.identity for s in there.stages]
+
+
+def test_options_of_commands():
+    assert option("max_tokens", 4) == ["--max-tokens", "4"]
+    assert option("task", ["a", "b"]) == ["--task", "a", "b"]
+    assert option("must_end", True) == ["--must-end"]
+    assert option("must_end", False) == option("system", None) == []
+    assert option("reward_options", {"x": {"y": 1}}) == ["--reward-options", '{"x": {"y": 1}}']
+    assert command_of(["prep", "pairs", "x"]) in OUTPUTS
+
+
+def test_slurm_jobs_wait_for_what_they_need(folder, monkeypatch):
+    """sbatch is a script here that notes what it was given."""
+    given = folder / "sbatch.txt"
+    program = folder / "bin/sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\necho "$@" >> {given}\necho "$(grep -c . {given});cluster"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    p = pipeline(folder)
+    p.records.mkdir(parents=True)
+    jobs = submit(p, p.stages, run=["posttrain", "run", "--only"], options=["--partition=gpu"])
+    assert jobs == {"top": "1", "left": "2", "right": "3", "bottom": "4"}
+    lines = given.read_text().splitlines()
+    assert "--dependency" not in lines[0] and all("--partition=gpu" in line for line in lines)
+    assert "--dependency=afterok:1 " in lines[1] and "--dependency=afterok:1 " in lines[2]
+    assert "--dependency=afterok:2:3 " in lines[3]
+    script = job_script(p.stages[3], ["posttrain", "run", "--only"], log=Path("x.log"))
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=bottom\n")
+    assert script.endswith("\nposttrain run --only bottom\n")
