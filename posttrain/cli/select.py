@@ -90,18 +90,18 @@ def run(arguments: argparse.Namespace) -> None:
 def training_row(
     problem: Mapping[str, Any], chosen: Any, *, system: str | None = None
 ) -> dict[str, Any]:
-    """A problem with its answer as a conversation, or with a pair of answers; other columns are
-    carried along."""
+    """A problem with its answer as a conversation, other columns carried along; with a pair of
+    answers, what dpo reads alone."""
     from posttrain.data.layouts import read_prompt
 
     read = read_prompt(dict(problem))
     prompt = list(read.prompt)
     if system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
+    if isinstance(chosen, tuple):
+        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in chosen]
+        return {"prompt": prompt, "chosen": turns[0], "rejected": turns[1]}
     kept = {k: v for k, v in problem.items() if read.columns.get(k) != "used"}
     if read.answers and "answer" not in kept:
         kept["answer"] = read.answers[0].text
-    if isinstance(chosen, tuple):
-        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in chosen]
-        return {**kept, "prompt": prompt, "chosen": turns[0], "rejected": turns[1]}
     return {**kept, "messages": [*prompt, {"role": "assistant", "content": chosen["text"]}]}

@@ -31,6 +31,10 @@ _GOES_ON = (*TRAINERS, "sample")
 """Commands that go on in a folder that a killed one left."""
 
 
+Execute = Callable[[list[str], Path, str, Callable[[str], None]], int]
+"""(command, log, mark of the stage's processes, tell its last line) -> exit code."""
+
+
 class StageFailed(ValueError):
     """A stage's command ended with an error; the message has the end of what it printed."""
 
@@ -49,8 +53,12 @@ class Verdict:
 class Pipeline:
     """The stages of one file in one folder."""
 
-    def __init__(self, stages: Sequence[Stage], *, root: Path, name: str) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], *, root: Path, name: str, execute: Execute | None = None
+    ) -> None:
+        """``execute`` runs a command and gives its exit code (default: ``run_command``)."""
         self.stages, self.root, self.name = list(stages), root, name
+        self._execute = execute or run_command
         self.records = root / ".stages"
 
     def record(self, stage: Stage) -> dict[str, Any]:
@@ -109,8 +117,10 @@ class Pipeline:
             began = time.monotonic()
             problem = None
             try:
-                problem = self._execute(stage, command, tell)
+                code = self._execute(command, self.log(stage), _mark(stage), tell)
+                problem = self._problem(stage, code)
             finally:
+                end_leftovers(stage)
                 record["seconds"] += time.monotonic() - began
                 if problem is not None:
                     record |= {"state": "failed" if problem else "done", "problem": problem}
@@ -125,8 +135,8 @@ class Pipeline:
         self, stages: Sequence[Stage], *, jobs: int, tell: Callable[[Stage, str, str], None]
     ) -> None:
         """Each after those that it needs, ``jobs`` at a time, which share the cores: threads that
-        spin for the same core make each other many times slower. ``tell(stage, what, line)``: what is
-        begin, line (its last) or end. After a failure nothing more begins."""
+        spin for the same core make each other many times slower. ``tell(stage, what, line)``: what
+        is begin, line (its last) or end. After a failure nothing more begins."""
         if jobs > 1:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         left = {stage.name: stage for stage in stages}
@@ -206,27 +216,8 @@ class Pipeline:
         """All that it printed, over all tries."""
         return self.records / f"{stage.name}.log"
 
-    def _execute(self, stage: Stage, command: list[str], tell: Callable[[str], None]) -> str:
-        """Waits for the command and tells its last line meanwhile. What went wrong, or ""."""
-        programs = {"posttrain": ["-m", "posttrain.cli.main"], "python": []}
-        if command[0] in programs:
-            command = [sys.executable, *programs[command[0]], *command[1:]]
-        environment = {**os.environ, _MARK: _mark(stage)}
-        with self.log(stage).open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                while (code := process.poll()) is None:
-                    tell(_tail(self.log(stage), 1))
-                    time.sleep(0.1)
-            finally:
-                end_leftovers(stage)
+    def _problem(self, stage: Stage, code: int) -> str:
+        """What went wrong, or ""."""
         if code == 0:
             missing = [str(p) for p in list(stage.outputs.values())[:1] if not p.exists()]
             return f"it ended well, but did not write {missing[0]}" if missing else ""
@@ -263,6 +254,26 @@ class Pipeline:
             if verdict.state == "done" and figures and figures.exists()
             else {},
         }
+
+
+def run_command(command: list[str], log: Path, mark: str, tell: Callable[[str], None]) -> int:
+    """As a process of its own."""
+    programs = {"posttrain": ["-m", "posttrain.cli.main"], "python": []}
+    if command[0] in programs:
+        command = [sys.executable, *programs[command[0]], *command[1:]]
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, _MARK: mark},
+            start_new_session=True,
+        )
+    while (code := process.poll()) is None:
+        tell(_tail(log, 1))
+        time.sleep(0.1)
+    return code
 
 
 def option(name: str, value: Any) -> list[str]:
