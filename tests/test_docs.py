@@ -2,8 +2,8 @@
 file and link that they name exists.
 
 A page is run from top to bottom in one folder. A ```python block is a script of its own; one that
-begins with a comment such as `# my_losses.py` is also a file of that name. A block without a
-language, or with `sh`, holds commands, or none. `<!-- not run: REASON -->` before a block leaves it
+begins with a comment such as `# my_losses.py` (`# mine.yaml`) is also a file of that name. A block
+without a language, or with `sh`, holds commands, or none. `<!-- not run: REASON -->` before a block leaves it
 out. Models are tiny, runs have two steps (``tests/run_small.py``).
 """
 
@@ -168,6 +168,8 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, cache):
     for number, block in enumerate(blocks_of(page)):
         if not block.is_run:
             continue
+        if named := re.match(r"# (\w+\.yaml)\n", block.text):
+            (tmp_path / named[1]).write_text(block.text)
         if block.language == "python":
             named = re.match(r"# (\w+\.py)\n", block.text)
             path = tmp_path / (named[1] if named else f"block_{number}.py")
