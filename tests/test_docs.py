@@ -3,8 +3,8 @@ file and link that they name exists.
 
 A page is run from top to bottom in one folder. A ```python block is a script of its own; one that
 begins with a comment such as `# my_losses.py` (`# mine.yaml`) is also a file of that name. A block
-without a language, or with `sh`, holds commands, or none. `<!-- not run: REASON -->` before a block leaves it
-out. Models are tiny, runs have two steps (``tests/run_small.py``).
+without a language, or with `sh`, holds commands, or none. `<!-- not run: REASON -->` before a block
+leaves it out. Models are tiny, runs have two steps (``tests/run_small.py``).
 """
 
 from __future__ import annotations

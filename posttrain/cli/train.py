@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         "--config_file",
         str(find_shipped(arguments.launch or default, "launch", "--launch")),
         *(["--num_processes", str(processes)] if processes else []),
+        *several_machines(processes or devices or 1),
         "-m",
         "posttrain.cli.train",
         arguments.command,
@@ -60,6 +61,23 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     os.execv(sys.executable, launcher)
+
+
+def several_machines(processes: int) -> list[str]:
+    """Options of the launcher for a command that `srun` starts on each of several nodes, with
+    ``processes`` on each; none elsewhere."""
+    env = os.environ
+    nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
+    if nodes == 1 or "SLURM_PROCID" not in env or "SLURM_LAUNCH_NODE_IPADDR" not in env:
+        return []
+    options = {
+        "--num_machines": nodes,
+        "--machine_rank": env["SLURM_PROCID"],
+        "--main_process_ip": env["SLURM_LAUNCH_NODE_IPADDR"],
+        "--main_process_port": 20000 + int(env["SLURM_JOB_ID"]) % 20000,
+        "--num_processes": nodes * processes,
+    }
+    return [word for name, value in options.items() for word in (name, str(value))]
 
 
 def num_gpus() -> int:

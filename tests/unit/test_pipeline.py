@@ -319,3 +319,19 @@ def test_slurm_jobs_wait_for_what_they_need(folder, monkeypatch):
     script = job_script(p.stages[3], ["posttrain", "run", "--only"], log=Path("x.log"))
     assert script.startswith("#!/bin/bash\n#SBATCH --job-name=bottom\n")
     assert script.endswith("\nposttrain run --only bottom\n")
+
+
+def test_a_command_under_srun_finds_the_other_nodes(monkeypatch):
+    """Accepted by accelerate's own parser."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from posttrain.cli.train import several_machines
+
+    assert several_machines(8) == []
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert several_machines(8) == []  # the batch script itself
+    for name, value in {"PROCID": "1", "LAUNCH_NODE_IPADDR": "10.0.0.1", "JOB_ID": "41234"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    parsed = launch_command_parser().parse_args([*several_machines(8), "script.py"])
+    assert (parsed.num_machines, parsed.machine_rank, parsed.num_processes) == (2, 1, 16)
+    assert (parsed.main_process_ip, parsed.main_process_port) == ("10.0.0.1", 21234)
