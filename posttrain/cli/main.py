@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from posttrain.cli import chat, plan, prep, train
+from posttrain.cli import chat, plan, prep, report, train
 from posttrain.cli import eval as evaluation
 
 Declare = Callable[[argparse.ArgumentParser], None]
@@ -55,6 +55,7 @@ COMMANDS: dict[str, tuple[str, Declare, Run]] = {
     "prep": ("make training rows of raw preference data", prep.declare, prep.run),
     "plan": ("what a run's memory will be", plan.declare, plan.run),
     "eval": ("answer and verify held-out problems", evaluation.declare, evaluation.run),
+    "report": ("a page of a run, of several, or of a pipeline", report.declare, report.run),
     "chat": ("talk to a model, or to two side by side", chat.declare, chat.run),
     "merge": ("make a plain model of a LoRA adapter", _declare_merge, _run_merge),
     "version": (
