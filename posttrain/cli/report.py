@@ -19,7 +19,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Writes the page; with ``--watch`` again and again."""
     from posttrain.report.page import check_installed
-    from posttrain.report.write import is_done, write_report
+    from posttrain.report.write import is_finished, write_report
 
     check_installed()
     folders = [Path(folder) for folder in arguments.folders]
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     if watch is not None and watch <= 0:
         raise ValueError(f"--watch is a number of seconds above 0; got {watch:g}.")
     while True:
-        done = is_done(folders)
+        done = is_finished(folders)
         write_report(folders, out, reload_s=0 if done or watch is None else watch)
         print(f"wrote {out}", flush=True)
         if watch is None or done:

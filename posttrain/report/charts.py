@@ -12,7 +12,7 @@ THEME: dict[str, Any] = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "range": {"category": PALETTE},
     "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400, "tickSize": 4},
-    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260, "symbolType": "circle"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260},
     "view": {"stroke": "transparent"},
 }
 HEIGHT = 200
@@ -31,7 +31,20 @@ def encoded(rows: Rows) -> Any:
 def finished(chart: Any, *, height: int | None = HEIGHT) -> dict[str, Any]:
     """The specification, as wide as the place where it is shown."""
     more = {} if height is None else {"height": height}
-    return dict(chart.properties(width="container", **more).to_dict())
+    return plain(chart.properties(width="container", **more))
+
+
+def plain(chart: Any) -> dict[str, Any]:
+    """The specification without altair's own colours and sizes; rows of several layers once."""
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("config", None)
+    sets: list[Any] = []
+    for part in (spec, *spec.get("layer", ())):
+        values = part.get("data", {}).get("values")
+        if values is not None:
+            sets += [] if values in sets else [values]
+            part["data"] = {"name": f"rows{sets.index(values)}"}
+    return {**spec, "datasets": {f"rows{i}": values for i, values in enumerate(sets)}}
 
 
 def point_with_interval(rows: Rows) -> dict[str, Any]:
@@ -90,8 +103,12 @@ def lines(
     dashes = list(dict.fromkeys(r["dash"] for r in rows))
     base = encoded(rows)
     x = alt.X("step:Q").title("step").axis(tickMinStep=1, format="~s").scale(nice=False, padding=6)
-    axis = alt.Axis(format=".0%" if share else ".3~g")
-    y = alt.Y("value:Q").title(y_title or None).axis(axis).scale(zero=share)
+    largest = max(abs(r["value"]) for r in rows)
+    axis = alt.Axis(format="~%" if share else ".3~g" if largest >= 1e-3 else ".2~e")
+    scale = alt.Scale(zero=share)
+    if share and largest == 0:
+        scale = alt.Scale(domain=[0, 0.01])
+    y = alt.Y("value:Q").title(y_title or None).axis(axis).scale(scale)
     legend = alt.Legend(
         title=None, orient="bottom", columns=1 if max(map(len, labels)) > 22 else 2, symbolSize=60
     )
@@ -104,9 +121,10 @@ def lines(
     )
     line = base.mark_line(strokeWidth=1.6, clip=True).encode(x=x, y=y, color=colour, detail="id:N")
     line = line.encode(strokeDash=dash) if len(dashes) > 1 else line
-    held_out = "datum.held_out || datum.alone"
-    points = base.transform_filter(held_out).mark_point(filled=True, size=46, opacity=1)
-    marks = [line, points.encode(x=x, y=y, color=colour)]
+    marks = [line]
+    if any(r["dot"] for r in rows):
+        points = base.transform_filter("datum.dot").mark_point(filled=True, size=46, opacity=1)
+        marks.append(points.encode(x=x, y=y, color=colour))
     if any(r["low"] is not None for r in rows):
         bars = base.transform_filter("datum.low !== null").mark_rule(strokeWidth=1.4)
         low = alt.Y("low:Q").title(y_title or None).axis(axis)
@@ -117,7 +135,6 @@ def lines(
 def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str, Any]]:
     half = s.get("ci95") or {}
     points = thinned(s["points"])
-    alone = len(points) == 1
     label, dash = (s["run"], s["name"]) if by_run else (s["name"], "")
     said = f"{s['run']}: {s['name']}" if by_run else s["name"]
     rows = []
@@ -131,8 +148,7 @@ def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str,
                 "label": label,
                 "dash": dash,
                 "said": said,
-                "held_out": bool(s.get("held_out")),
-                "alone": alone,
+                "dot": bool(s.get("held_out")) or len(points) == 1,
                 "low": None if around is None else value - around,
                 "high": None if around is None else value + around,
             }

@@ -19,10 +19,8 @@
   async function draw(figure) {
     const spec = JSON.parse(figure.querySelector("script.spec").textContent);
     const place = figure.querySelector(".chart");
-    const config = { ...theme(), ...(spec.config || {}) };
-    delete spec.config;
     // ast: expressions are interpreted, so that the page needs no eval
-    const options = { actions: false, ast: true, renderer: "canvas", config, tooltip: { theme: dark.matches ? "dark" : "light" } };
+    const options = { actions: false, ast: true, renderer: "canvas", config: theme(), tooltip: { theme: dark.matches ? "dark" : "light" } };
     figure.drawn = vegaEmbed(place, spec, options);
     try { await figure.drawn; } catch (error) { place.textContent = "This chart could not be drawn: " + error.message; console.error(error); }
   }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from posttrain.report.charts import THEME, encoded, point_with_interval
+from posttrain.report.charts import THEME, encoded, plain, point_with_interval
 from posttrain.report.page import Html, chart, duration, join, number, page, section, table, tag
 
 Stage = Mapping[str, Any]
@@ -48,13 +48,14 @@ def stage_table(stages: Sequence[Stage], *, links: Mapping[str, str]) -> Html:
     """One line for each stage, with every figure that one of them has."""
     known = dict.fromkeys(k for s in stages for k in s.get("figures") or {})
     names = [k for k in known if not k.endswith("_ci95")]
-    header = ["stage", "command", "state", "time", *(FIGURES.get(k, plain(k)) for k in names)]
+    header = [
+        "stage",
+        "command",
+        "state",
+        "time",
+        *(FIGURES.get(k, k.replace("_", " ")) for k in names),
+    ]
     return table(header, [_line(stage, names, links) for stage in stages], numbers_from=3)
-
-
-def plain(name: str) -> str:
-    """A name of the code as words."""
-    return name.replace("_", " ")
 
 
 def _line(stage: Stage, names: Sequence[str], links: Mapping[str, str]) -> list[Any]:
@@ -206,12 +207,8 @@ def graph(stages: Sequence[Stage], *, links: Mapping[str, str] | None = None) ->
         x=x("middle"), y=y("state_y"), text="said:N"
     )
     needs = [(need, s["name"]) for s in stages for need in s.get("needs") or ()]
-    return (
-        alt.layer(*_arrows(boxes, ways, needs, x, y), box, title, state)
-        .properties(width=width, height=height)
-        .configure_view(stroke=None)
-        .to_dict()
-    )
+    parts = (*_arrows(boxes, ways, needs, x, y), box, title, state)
+    return plain(alt.layer(*parts).properties(width=width, height=height))
 
 
 def _arrows(
@@ -252,6 +249,5 @@ def graph_svg(stages: Sequence[Stage]) -> str:
     """The graph as a picture, on white."""
     import vl_convert
 
-    spec = graph(stages)
-    config = {**THEME, **spec.get("config", {}), "background": "white"}
-    return str(vl_convert.vegalite_to_svg({**spec, "config": config}))
+    spec = {**graph(stages), "config": {**THEME, "background": "white"}}
+    return str(vl_convert.vegalite_to_svg(spec))

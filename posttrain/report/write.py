@@ -10,25 +10,34 @@ from typing import Any
 
 from posttrain.report.page import write
 from posttrain.report.pipeline import pipeline_page
+from posttrain.report.run import METRICS, is_done, read_runs
+from posttrain.report.runs import runs_page
 
 PIPELINE = "pipeline.json"
 
 
 def write_report(folders: Sequence[Path], out: Path, *, reload_s: float = 0) -> None:
-    """The page of a pipeline's folder. ValueError for a folder that is none of these."""
-    (folder,) = folders
-    write(out, _pipeline(folder, out, reload_s))
+    """The page of one run or several, or of a pipeline. ValueError for any other folder."""
+    if (folders[0] / PIPELINE).exists():
+        if len(folders) > 1:
+            raise ValueError(
+                f"{folders[0]} is a pipeline; a page shows one pipeline, or several runs. Give it "
+                "alone, or give the folders of its stages."
+            )
+        write(out, _pipeline(folders[0], out, reload_s))
+    else:
+        write(out, runs_page(read_runs(folders), reload_s=reload_s))
 
 
-def is_done(folders: Sequence[Path]) -> bool:
+def is_finished(folders: Sequence[Path]) -> bool:
     """Whether nothing will be added any more."""
-    return all(_is_done(folder) for folder in folders)
+    return all(map(_is_finished, folders))
 
 
-def _is_done(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
     if (folder / PIPELINE).exists():
         return all(s["state"] in ("done", "failed") for s in _read(folder)["stages"])
-    return (folder / "final").exists()
+    return is_done(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -36,13 +45,16 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _pipeline(folder: Path, out: Path, reload_s: float) -> str:
-    """With links to the stages' reports, as seen from ``out``."""
+    """With links to the stages' reports, as seen from ``out``; those of runs are written, too."""
     found = _read(folder)
-    links = {
-        stage["name"]: os.path.relpath(report, out.parent)
-        for stage in found["stages"]
-        if (report := stage_folder(folder, stage) / "report.html").exists()
-    }
+    links = {}
+    for stage in found["stages"]:
+        own = stage_folder(folder, stage)
+        report = own / "report.html"
+        if (own / METRICS).exists() and own.resolve() != folder.resolve():
+            write(report, runs_page(read_runs([own])))
+        if own.resolve() != folder.resolve() and report.exists():
+            links[stage["name"]] = os.path.relpath(report, out.parent)
     return pipeline_page(found["name"], found["stages"], links=links, reload_s=reload_s)
 
 
