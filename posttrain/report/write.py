@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.report.page import write
 from posttrain.report.pipeline import pipeline_page
+from posttrain.report.prep import MANIFEST, prep_page
 from posttrain.report.run import METRICS, is_done, read_runs
 from posttrain.report.runs import runs_page
 
@@ -25,6 +26,8 @@ def write_report(folders: Sequence[Path], out: Path, *, reload_s: float = 0) -> 
                 "alone, or give the folders of its stages."
             )
         write(out, _pipeline(folders[0], out, reload_s))
+    elif (folders[0] / MANIFEST).exists() and len(folders) == 1:
+        write(out, prep_page(folders[0]))
     else:
         write(out, runs_page(read_runs(folders), reload_s=reload_s))
 
@@ -37,7 +40,7 @@ def is_finished(folders: Sequence[Path]) -> bool:
 def _is_finished(folder: Path) -> bool:
     if (folder / PIPELINE).exists():
         return all(s["state"] in ("done", "failed") for s in _read(folder)["stages"])
-    return is_done(folder)
+    return (folder / MANIFEST).exists() or is_done(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:
