@@ -259,6 +259,9 @@ def histogram(
     if not rows:
         return None
     sides = list(dict.fromkeys(r["side"] for r in rows))
+    axis = alt.Axis(format="~s", labelOverlap=True)
+    if x_scale == "log":
+        axis.values = sorted({r["low"] for r in rows})
     scale = alt.Scale(type=x_scale, nice=False)  # type: ignore[arg-type]
     colour = alt.Color("side:N").scale(domain=sides)
     legend = alt.Legend(title=None, orient="bottom", symbolType="square")
@@ -266,8 +269,9 @@ def histogram(
         encoded(rows)
         .mark_bar(opacity=0.55, strokeWidth=1)
         .encode(
-            x=alt.X("low:Q").title(x_title).scale(scale).axis(format="~s"),
+            x=alt.X("low:Q").title(x_title).scale(scale).axis(axis),
             x2="high:Q",
+            y2=alt.Y2Datum(0),
             y=alt.Y("count:Q").title(y_title).stack(None).axis(format="~s"),
             color=colour.legend(legend if len(sides) > 1 else None),
             tooltip=[

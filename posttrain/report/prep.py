@@ -119,5 +119,5 @@ def _row(values: Values) -> Html:
 
 
 def _said(messages: Sequence[Message]) -> Html:
-    turns = [join(tag("b", m["role"]), f" {message_text(m)}\n\n") for m in messages]
-    return tag("div", *turns, class_="text")
+    turns = [join(tag("b", m["role"]), f" {message_text(m)}") for m in messages]
+    return tag("div", Html("\n\n".join(turns)), class_="text")
