@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PALETTE = "#4269d0 #e08a00 #ff725c #3ca951 #a463f2 #1fa3a3 #e25c9b #9c6b4e #7f8794 #6b8e23".split()
+PALETTE = """
+#4269d0 #e08a00 #ff725c #3ca951 #a463f2 #1fa3a3 #e25c9b #9c6b4e #7f8794 #6b8e23 #c9372c #7fb3f0
+#d4b106 #5a4fcf
+""".split()
 """Readable on white and on black."""
 THEME: dict[str, Any] = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
@@ -84,18 +87,18 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
 def lines(
     series: Sequence[Mapping[str, Any]],
     *,
-    y_title: str = "",
-    share: bool = False,
+    unit: str = "",
     by_run: bool = False,
-    height: int = HEIGHT,
 ) -> dict[str, Any] | None:
     """Curves over steps, with all values at a step when the pointer is near. None without a point.
 
     ``series``: ``{"run", "name", "held_out", "points": [(step, value)], "ci95": {step: half}}``.
-    ``by_run``: runs have colours and names have dashes; else names have colours.
+    ``unit``: of the values; a ``share`` is shown as per cent. ``by_run``: runs have colours and
+    names have dashes; else names have colours.
     """
     import altair as alt
 
+    share, y_title = unit == "share", "" if unit == "share" else unit
     rows = [row for n, s in enumerate(series) for row in _rows_of(s, f"s{n}", by_run=by_run)]
     if not rows:
         return None
@@ -129,7 +132,7 @@ def lines(
         bars = base.transform_filter("datum.low !== null").mark_rule(strokeWidth=1.4)
         low = alt.Y("low:Q").title(y_title or None).axis(axis)
         marks.append(bars.encode(x=x, y=low, y2="high:Q", color=colour))
-    return finished(alt.layer(*marks, *_crosshair(rows, x, share)), height=height)
+    return finished(alt.layer(*marks, *_crosshair(rows, x, share)))
 
 
 def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str, Any]]:
@@ -259,7 +262,7 @@ def histogram(
     if not rows:
         return None
     sides = list(dict.fromkeys(r["side"] for r in rows))
-    axis = alt.Axis(format="~s", labelOverlap=True)
+    axis = alt.Axis(format=",~g", labelOverlap=True)
     if x_scale == "log":
         axis.values = sorted({r["low"] for r in rows})
     scale = alt.Scale(type=x_scale, nice=False)  # type: ignore[arg-type]

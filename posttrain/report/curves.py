@@ -4,94 +4,72 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from posttrain.report.charts import lines, stacked, stacked_over_steps
-from posttrain.report.page import Html, chart, join, tag
+from posttrain.report.page import Html, chart, tag
 from posttrain.report.run import Run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
+class Curve(NamedTuple):
     """A chart of all metrics whose whole name matches."""
 
     title: str
-    note: str = ""
-    unit: str = ""
-    share: bool = False
-    """The values are between 0 and 1, shown as per cent."""
     pattern: str
+    unit: str = ""
+    """of the values; ``share``: they are between 0 and 1, shown as per cent."""
+    note: str = ""
 
 
+_NATS = "nats per token"
 CURVES = (
-    Curve(title="Loss", pattern=r"(eval_(.+_)?)?loss"),
+    Curve("Loss", r"(eval_(.+_)?)?loss"),
     Curve(
-        title="Reward",
+        "Reward",
+        r"(eval_)?reward|(eval_)?reward/.+|eval_.+_reward",
         note="mean over completions; all, and by component",
-        pattern=r"(eval_)?reward|(eval_)?reward/.+|eval_.+_reward",
     ),
     Curve(
-        title="Implicit reward",
+        "Implicit reward",
+        r".*rewards(_train|_eval)?/(chosen|rejected|margins?)",
         note="of chosen and rejected answers, and their margin",
-        pattern=r".*rewards(_train|_eval)?/(chosen|rejected|margins?)",
     ),
     Curve(
-        title="Accuracy",
-        note="held out with its 95 % interval where there is one",
-        share=True,
-        pattern=r"accuracy|eval_(.+_)?(pass|cons)@\d+|.*accurac(y|ies)",
+        "Accuracy",
+        r"accuracy|eval_(.+_)?(pass|cons)@\d+|.*accurac(y|ies)",
+        "share",
+        "held out with its 95 % interval where there is one",
+    ),
+    Curve("Length", r"(eval_(.+_)?)?length(_min|_max|_of_ended)?", "tokens", "of completions"),
+    Curve(
+        "How completions end",
+        r"(eval_)?(truncated|unscored|repeated)|groups_without_signal",
+        "share",
+        "cut, repeating, not scored; groups that teach nothing",
+    ),
+    Curve("KL divergence", r"(eval_)?(kl|divergence|logratio).*", _NATS, "to reference or teacher"),
+    Curve(
+        "Entropy",
+        r"entropy_nats|surprise_nats|(eval_)?nll_nats",
+        _NATS,
+        "surprise: −log p of what was sampled, whose mean is the entropy",
     ),
     Curve(
-        title="Length",
-        note="of completions",
-        unit="tokens",
-        pattern=r"(eval_(.+_)?)?length(_min|_max|_of_ended)?",
+        "Clip fractions",
+        r"clipped(_low|_high)?|sampler_ratio_above_2",
+        "share",
+        "of trained tokens",
     ),
     Curve(
-        title="How completions end",
-        note="share that is cut, repeats itself, could not be scored; groups that teach nothing",
-        share=True,
-        pattern=r"(eval_)?(truncated|unscored|repeated)|groups_without_signal",
+        "Sampler mismatch",
+        "sampler_mismatch_nats",
+        _NATS,
+        "sampler's log-probs against trainer's",
     ),
-    Curve(
-        title="KL divergence",
-        note="to the reference, or to the teacher",
-        unit="nats per token",
-        pattern=r"(eval_)?(kl|divergence).*|(eval_)?logratio_nats",
-    ),
-    Curve(
-        title="Entropy",
-        note="of the policy; surprise is −log p of what was sampled, whose mean is the entropy",
-        unit="nats per token",
-        pattern=r"entropy_nats|surprise_nats|(eval_)?nll_nats",
-    ),
-    Curve(
-        title="Clip fractions",
-        note="share of trained tokens",
-        share=True,
-        pattern=r"clipped(_low|_high)?|sampler_ratio_above_2",
-    ),
-    Curve(
-        title="Sampler mismatch",
-        note="between the sampler's log-probs and the trainer's",
-        unit="nats per token",
-        pattern=r"sampler_mismatch_nats",
-    ),
-    Curve(title="Gradient norm", note="before clipping", pattern=r"grad_norm"),
-    Curve(title="Learning rate", pattern=r"lr"),
-    Curve(
-        title="Log-probs",
-        note="of whole answers",
-        unit="nats",
-        pattern=r".*logps(_train|_eval)?/(chosen|rejected)",
-    ),
-    Curve(
-        title="Tokens per second",
-        note="trained or sampled, by phase",
-        unit="tokens/s",
-        pattern=r"(rollout_|update_)?tokens_per_s",
-    ),
+    Curve("Gradient norm", "grad_norm", note="before clipping"),
+    Curve("Learning rate", "lr"),
+    Curve("Log-probs", r".*logps(_train|_eval)?/(chosen|rejected)", "nats", "of whole answers"),
+    Curve("Tokens per second", r"(rollout_|update_)?tokens_per_s", "tokens/s", "by phase"),
 )
 _NAMES = {
     "reward": "all",
@@ -156,11 +134,13 @@ def curves(runs: Sequence[Run]) -> tuple[Html, Html]:
         left = [n for n in left if n not in mine]
         known.append(_chart(curve, mine, runs))
     for name in left:
-        more = Curve(title=label(name).capitalize(), note=name, pattern="")
-        others.append(_chart(more, [name], runs))
-    grid = tag("div", *filter(None, known), class_="charts") if any(known) else Html("")
-    rest = tag("div", *filter(None, others), class_="charts") if any(others) else Html("")
-    return grid, rest
+        others.append(_chart(Curve(label(name).capitalize(), "", note=name), [name], runs))
+    return grid(known), grid(others)
+
+
+def grid(charts: Sequence[Html], more: str = "") -> Html:
+    """Charts side by side; nothing without one."""
+    return tag("div", *charts, class_=f"charts{more}") if any(charts) else Html("")
 
 
 def _chart(curve: Curve, names: Sequence[str], runs: Sequence[Run]) -> Html:
@@ -168,7 +148,7 @@ def _chart(curve: Curve, names: Sequence[str], runs: Sequence[Run]) -> Html:
     if curve.title == "Reward":  # a single component is all of it
         whole = [s["points"] for s in series if s["name"] == label("reward")]
         series = [s for s in series if s["name"] == label("reward") or s["points"] not in whole]
-    spec = lines(series, y_title=curve.unit, share=curve.share, by_run=len(runs) > 1)
+    spec = lines(series, unit=curve.unit, by_run=len(runs) > 1)
     return chart(spec, curve.title, curve.note)
 
 
@@ -200,7 +180,7 @@ def phases(step: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield "other", rest
 
 
-def time_charts(runs: Sequence[Run]) -> Html:
+def time_charts(runs: Sequence[Run]) -> list[Html]:
     """Seconds of each phase: in all by run, and by step of a single run."""
     total: dict[tuple[str, str], float] = {}
     by_step = []
@@ -222,10 +202,10 @@ def time_charts(runs: Sequence[Run]) -> Html:
     if len(runs) == 1 and len({r["step"] for r in by_step}) > 1:
         steps = stacked_over_steps(by_step, y_title="seconds")
         shown.append(chart(steps, "Time by step"))
-    return join(*shown)
+    return shown
 
 
-def memory_charts(runs: Sequence[Run]) -> Html:
+def memory_charts(runs: Sequence[Run]) -> list[Html]:
     """The plan by phase and item of each run, and what was measured."""
     shown = []
     for run in runs:
@@ -250,4 +230,4 @@ def memory_charts(runs: Sequence[Run]) -> Html:
         where = f"{run.name}: " if len(runs) > 1 else ""
         note = f"{where}the plan by phase and item, and the {memory.get('measured', 'peak')}"
         shown.append(chart(spec, "Memory planned and measured", note))
-    return join(*shown)
+    return shown

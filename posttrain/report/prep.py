@@ -54,9 +54,9 @@ def prep_page(folder: Path) -> str:
 
 
 def _counts(manifest: Mapping[str, Any]) -> Html:
-    rows: list[Sequence[Any]] = [
-        (_COUNTS.get(name, name.replace("_", " ")), n) for name, n in manifest["counts"].items()
-    ]
+    counts = manifest["counts"]
+    order = sorted(counts, key=lambda name: [*_COUNTS, name].index(name))
+    rows: list[Sequence[Any]] = [(_COUNTS.get(name, name), counts[name]) for name in order]
     rows += [(f"left out: {reason}", n) for reason, n in manifest["dropped"].items()]
     for use, columns in manifest["columns"].items():
         said = ", ".join(f"{name} ({n:,})" for name, n in columns.items())

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.report.curves import curves, label, memory_charts, phases, time_charts
+from posttrain.report.curves import curves, grid, label, memory_charts, phases, time_charts
 from posttrain.report.page import (
     Html,
     duration,
@@ -52,11 +52,11 @@ def runs_page(runs: Sequence[Run], *, reload_s: float = 0) -> str:
     if len(samples):
         viewer = tag("div", packed(samples.packed(names), name="packed-samples"), id="viewer")
         scripts = ["viewer.js"]
-    costs = tag("div", time_charts(runs), memory_charts(runs), class_="charts costs")
+    costs = grid([*time_charts(runs), *memory_charts(runs)], " costs")
     return page(
         " and ".join(names) if len(names) < 4 else f"{len(names)} runs",
         section("Curves", known, fold("more curves", others)),
-        section("Time and memory", costs if "<figure" in costs else None),
+        section("Time and memory", costs),
         section("Samples", viewer),
         section("Settings", *_settings(runs)),
         section("Data", *_data(runs)),

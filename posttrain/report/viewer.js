@@ -160,9 +160,9 @@
   }
   const heat = (n) => n < 0.02 ? "transparent" : `rgb(232 93 20 / ${Math.min(0.75, 0.12 + n / 6).toFixed(2)})`;
 
-  function facts(i, more) {
+  function facts(i, more = null) {
     const c = columns, parts = Object.entries(c.parts[i] || {}).map(([k, v]) => [k.split(".").pop(), v === null ? "unscored" : figure(v)]);
-    const known = [["step", c.step[i] + (c.held_out[i] ? ", held out" : "")], ["reward", c.reward[i] === null ? "unscored" : figure(c.reward[i])],
+    const known = more === null ? [["reward", c.reward[i] === null ? "unscored" : figure(c.reward[i])], ["answer", right(c.correct[i])], ["tokens", c.length[i]], ["end", c.finish[i]]] : [["step", c.step[i] + (c.held_out[i] ? ", held out" : "")], ["reward", c.reward[i] === null ? "unscored" : figure(c.reward[i])],
       ...(parts.length > 1 ? parts : []), ["answer", right(c.correct[i])], ["advantage", c.advantage[i] === null ? null : figure(c.advantage[i])],
       ["tokens", c.length[i]], ["end", c.finish[i]], ["run", data.runs.length > 1 ? data.runs[c.run[i]] : null],
       ["problems", c.problems[i].join("; ") || null], ...more];
@@ -198,7 +198,7 @@
       const mean = scored.length ? figure(scored.reduce((a, b) => a + b) / scored.length) : "unscored";
       const title = `Step ${columns.step[i]}` + (columns.held_out[i] ? ", held out" : "") + (data.runs.length > 1 ? `, ${data.runs[columns.run[i]]}` : "");
       return el("div", { class: "card" }, el("h3", {}, title), el("p", { class: "note" }, group.length === 1 ? `1 answer, reward ${mean}` : `${group.length} answers, mean reward ${mean}`),
-        group.slice(0, 16).map((k) => [facts(k, []), tokens(k)]));
+        group.slice(0, 16).map((k) => [facts(k), tokens(k)]));
     });
     shown.replaceChildren(el("h3", {}, `One prompt over training${where ? ": " + where : ""}`),
       said ? el("div", { class: "text" }, marked(said)) : "", found.some((i) => columns.count[i]) ? legend() : "", el("div", { class: "side" }, cards));
