@@ -15,7 +15,12 @@ THEME: dict[str, Any] = {
     "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "range": {"category": PALETTE},
     "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400, "tickSize": 4},
-    "legend": {"labelFontSize": 11, "titleFontSize": 11, "labelLimit": 260},
+    "legend": {
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "labelLimit": 260,
+        "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
+    },
     "view": {"stroke": "transparent"},
 }
 HEIGHT = 200
@@ -88,21 +93,22 @@ def lines(
     series: Sequence[Mapping[str, Any]],
     *,
     unit: str = "",
-    by_run: bool = False,
+    runs: Sequence[str] = (),
 ) -> dict[str, Any] | None:
     """Curves over steps, with all values at a step when the pointer is near. None without a point.
 
     ``series``: ``{"run", "name", "held_out", "points": [(step, value)], "ci95": {step: half}}``.
-    ``unit``: of the values; a ``share`` is shown as per cent. ``by_run``: runs have colours and
-    names have dashes; else names have colours.
+    ``unit``: of the values; a ``share`` is shown as per cent. ``runs``: of several runs,
+    which then have the colours, and names have dashes; else names have colours.
     """
     import altair as alt
 
+    by_run = len(runs) > 1
     share, y_title = unit == "share", "" if unit == "share" else unit
     rows = [row for n, s in enumerate(series) for row in _rows_of(s, f"s{n}", by_run=by_run)]
     if not rows:
         return None
-    labels = list(dict.fromkeys(r["label"] for r in rows))
+    labels = list(runs if by_run else dict.fromkeys(r["label"] for r in rows))
     dashes = list(dict.fromkeys(r["dash"] for r in rows))
     base = encoded(rows)
     x = alt.X("step:Q").title("step").axis(tickMinStep=1, format="~s").scale(nice=False, padding=6)

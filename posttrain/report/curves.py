@@ -73,9 +73,7 @@ CURVES = (
 )
 _NAMES = {
     "reward": "all",
-    "eval_reward": "held out, all",
     "loss": "training",
-    "eval_loss": "held out",
     "accuracy": "training",
     "length": "mean",
     "length_min": "shortest",
@@ -115,9 +113,10 @@ def is_held_out(name: str) -> bool:
 
 def label(name: str) -> str:
     """What a metric is called in its chart."""
-    if name in _NAMES:
-        return _NAMES[name]
+    said = _NAMES.get(name.removeprefix("eval_"))
     held = is_held_out(name)
+    if said is not None:
+        return said if not held else "held out" if said == "training" else f"held out, {said}"
     bare = name.removeprefix("eval_").replace("_eval/", "/").replace("_train/", "/")
     bare = re.sub(r"^(reward|rewards|logps)/", "", bare)
     bare = re.sub(r"_nats$", "", bare).replace("_", " ").replace("pass@", "pass at ")
@@ -148,7 +147,7 @@ def _chart(curve: Curve, names: Sequence[str], runs: Sequence[Run]) -> Html:
     if curve.title == "Reward":  # a single component is all of it
         whole = [s["points"] for s in series if s["name"] == label("reward")]
         series = [s for s in series if s["name"] == label("reward") or s["points"] not in whole]
-    spec = lines(series, unit=curve.unit, by_run=len(runs) > 1)
+    spec = lines(series, unit=curve.unit, runs=[run.name for run in runs])
     return chart(spec, curve.title, curve.note)
 
 

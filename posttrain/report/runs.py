@@ -54,7 +54,7 @@ def runs_page(runs: Sequence[Run], *, reload_s: float = 0) -> str:
         scripts = ["viewer.js"]
     costs = grid([*time_charts(runs), *memory_charts(runs)], " costs")
     return page(
-        " and ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        ", ".join(names) if len(names) < 4 else f"{len(names)} runs",
         section("Curves", known, fold("more curves", others)),
         section("Time and memory", costs),
         section("Samples", viewer),
@@ -70,7 +70,7 @@ def runs_page(runs: Sequence[Run], *, reload_s: float = 0) -> str:
 def _intro(runs: Sequence[Run]) -> Html:
     written = tag("p", f"Written {time.strftime('%Y-%m-%d %H:%M:%S')}", class_="note")
     if len(runs) > 1:
-        header = ["run", "", "state", "", "first", "last", "time in steps", "peak memory"]
+        header = ["run", "what", "state", "figure", "first", "last", "time in steps", "peak memory"]
         return join(table(header, [_summary(run) for run in runs], numbers_from=4), written)
     (run,) = runs
     _, what, state, name, first, last, spent, memory = _summary(run)
@@ -141,7 +141,7 @@ def _value(value: Any) -> str:
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
 
 
 def _data(runs: Sequence[Run]) -> list[Html]:

@@ -120,7 +120,7 @@
     }));
     const rows = found.slice(at, last).map((i) => el("tr", {
       "data-i": i, tabindex: 0, class: i === open ? "open" : null, onclick: () => show(i), onkeydown: (e) => { if (e.key === "Enter") show(i); },
-    }, el("td", {}, `${columns.step[i]}` + (columns.held_out[i] ? " held out" : "")), el("td", {}, columns.reward[i] === null ? "unscored" : figure(columns.reward[i])),
+    }, el("td", {}, `${columns.step[i]}` + (columns.held_out[i] ? " held out" : "") + (data.runs.length > 1 ? ", " + data.runs[columns.run[i]] : "")), el("td", {}, columns.reward[i] === null ? "unscored" : figure(columns.reward[i])),
       el("td", {}, right(columns.correct[i])), el("td", {}, figure(columns.length[i])), el("td", {}, figure(columns.finish[i])),
       el("td", { class: "said" }, text(i).slice(0, 300).replace(/\s+/g, " "))));
     list.replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, rows)));

@@ -168,7 +168,7 @@ def test_a_sample_shows_its_tokens_and_no_text_is_html(chromium, page):
         assert len(marked) == len([i for i in range(len(spans)) if i % 3 > 1])
     asked = driver.execute_script("return document.querySelector('#sample .text').textContent")
     assert asked == PROMPT
-    assert driver.title == "one and two" and not driver.find_elements("css selector", "img")
+    assert driver.title == "one, two" and not driver.find_elements("css selector", "img")
     fill(driver, run="0", held_out="0", step="1", correct="true")
     driver.execute_script("document.querySelector('#list tbody tr').click()")
     spans = driver.find_elements("css selector", "#sample .tokens [data-t]")
