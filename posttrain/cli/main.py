@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from posttrain.cli import chat, pipeline, plan, prep, sample, select, train
+from posttrain.cli import chat, pipeline, plan, prep, report, sample, select, train
 from posttrain.cli import eval as evaluation
 
 Declare = Callable[[argparse.ArgumentParser], None]
@@ -63,6 +63,7 @@ COMMANDS: dict[str, tuple[str, Declare, Run]] = {
     "prep": ("make training rows of raw preference data", prep.declare, prep.run),
     "plan": ("what a run's memory will be", plan.declare, plan.run),
     "eval": ("answer and verify held-out problems", evaluation.declare, evaluation.run),
+    "report": ("a page of a run, of several, or of a pipeline", report.declare, report.run),
     "chat": ("talk to a model, or to two side by side", chat.declare, chat.run),
     "sample": ("draw and verify several answers of each problem", sample.declare, sample.run),
     "select": ("make training rows of sampled answers", select.declare, select.run),

@@ -102,10 +102,25 @@ def run(arguments: argparse.Namespace) -> None:
     values["out"] = Path(arguments.out)
     config = PrepConfig(**{"layout": "sft", **values})
     counter = None if config.tokenizer is None else TokenCounter(config.tokenizer)
-    print_summary(prepare(config, count_tokens=counter), config.out)
+    manifest = prepare(config, count_tokens=counter)
+    print_summary(manifest, config.out, report=_write_report(config.out))
 
 
-def print_summary(manifest: dict[str, Any], out: Path) -> None:
+def _write_report(out: Path) -> Path | None:
+    """report.html beside the rows; None where the libraries of its charts are not installed."""
+    from posttrain.report.page import write
+
+    try:
+        from posttrain.report.prep import prep_page
+
+        text = prep_page(out)
+    except ImportError:
+        return None
+    write(out / "report.html", text)
+    return out / "report.html"
+
+
+def print_summary(manifest: dict[str, Any], out: Path, *, report: Path | None = None) -> None:
     """Counts in and out, by reason."""
     counts = manifest["counts"]
     print(
@@ -119,7 +134,8 @@ def print_summary(manifest: dict[str, Any], out: Path) -> None:
     for use, names in manifest["columns"].items():
         print(f"  {use}: {', '.join(f'{name} ({n:,})' for name, n in names.items())}")
     written = [f"{counts.get(f'written_{side}', 0):,} {side}" for side in ("train", "test")]
-    print(f"wrote {' and '.join(written)} rows to {out}; look at {out / 'report.html'}")
+    print(f"wrote {' and '.join(written)} rows to {out}")
+    print(f"look at {report}" if report else "for a page: pip install 'posttrain[report]'")
 
 
 def _first_rejected(out: Path) -> tuple[str, int, str]:

@@ -85,6 +85,14 @@ class DataReport:
         """Reason to number of rows left out, over the training sources."""
         return dict(sum((Counter(s.dropped) for s in self.train), Counter()))
 
+    def columns(self) -> dict[str, dict[str, int]]:
+        """``used`` and ``carried`` of all sources: {column: rows that have it}."""
+        return {
+            use: dict(sorted(sum(counters, Counter()).items()))
+            for use in ("used", "carried")
+            if any(counters := [Counter(s.columns.get(use)) for s in (*self.train, *self.eval)])
+        }
+
     def render(self) -> Table:
         """A table for the terminal."""
         from rich.markup import escape
@@ -106,11 +114,10 @@ class DataReport:
         of = f"from {self.counts()['truncated']:,} completions"
         lost = [f"{cut:,} tokens cut {of}"] if cut else []
         lost += [f"{n:,} rows dropped: {reason}" for reason, n in sorted(self.dropped().items())]
-        for use, said in (("used", "read"), ("carried", "not read, carried along")):
-            counters = (Counter(s.columns.get(use)) for s in (*self.train, *self.eval))
-            columns = sorted(sum(counters, Counter()).items())
-            listed = ", ".join(f"{name} ({n:,})" for name, n in columns)
-            lost += [escape(f"{said}: {listed}")] if listed else []
+        said = {"used": "read", "carried": "not read, carried along"}
+        for use, columns in self.columns().items():
+            listed = ", ".join(f"{name} ({n:,})" for name, n in columns.items())
+            lost.append(escape(f"{said[use]}: {listed}"))
         table.caption = "\n".join(lost) or None
         return table
 

@@ -64,6 +64,13 @@ EMBEDDED = {
 }
 
 
+def cached_folder(name: str) -> Path:
+    """Where the folder of an embedded model is once it was made."""
+    model = EMBEDDED[name]
+    version = f"{model.requirement.split('==')[1]}-r{model.revision}"
+    return cache_root(None) / "models" / f"{name}-{version}"
+
+
 def embedded_folder(name: str) -> Path:
     """The safetensors folder of an embedded model; made on the first call (about 15 s, 540 MB),
     then only looked up.
@@ -73,9 +80,7 @@ def embedded_folder(name: str) -> Path:
     """
     from filelock import FileLock
 
-    model = EMBEDDED[name]
-    version = f"{model.requirement.split('==')[1]}-r{model.revision}"
-    folder = cache_root(None) / "models" / f"{name}-{version}"
+    model, folder = EMBEDDED[name], cached_folder(name)
     if not folder.exists():
         gguf_path = _find_gguf(name, model)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -60,11 +60,15 @@ class MemoryCheck:
             _check_host(plan, processes)
         return cls(plan=plan, is_main=accelerator.is_main_process)
 
-    def finish(self, accelerator: Any, *, longest_row: int) -> None:
+    def planned(self) -> dict[str, Any]:
+        """What a run's about.json says of it: bytes by phase and item."""
+        return {} if self.plan is None else {"planned_bytes": self.plan.phases}
+
+    def finish(self, accelerator: Any, *, longest_row: int) -> dict[str, Any]:
         """Predicted against measured, in one line; where no row filled its budget, for the longest
-        one too."""
+        one too. Returns what was measured, for about.json."""
         if not self.is_main or self.plan is None:
-            return
+            return {}
         on_cuda, budget = accelerator.device.type == "cuda", self.plan.job.max_tokens
         measured, name = (
             (torch.cuda.max_memory_reserved(accelerator.device), "reserved by the CUDA allocator")
@@ -87,6 +91,7 @@ class MemoryCheck:
                 f"({error})"
             )
         print(line)
+        return {"measured_bytes": measured, "measured": name, "longest_row": longest_row}
 
 
 def _check_host(plan: MemoryPlan, processes: int) -> None:

@@ -78,6 +78,7 @@ class Evaluation:
         return [
             {
                 "where": g.prompt.sample.get("_where"),
+                "prompt_ids": list(g.prompt.ids),
                 "text": str(t.text),
                 "tokens": len(t.token_ids),
                 "finish_reason": t.finish_reason,

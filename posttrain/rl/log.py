@@ -66,6 +66,7 @@ class RolloutLog:
                 "iteration": iteration,
                 "where": str(s.prompt.sample.get("_where", "")),
                 "completion": k,
+                "prompt_ids": list(s.prompt.ids),
                 "advantage": None if group is None else mean_advantage(group.completions[k]),
                 **to_row(t),
                 "seed": f"{t.seed:016x}",

@@ -52,6 +52,7 @@ from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop, TrainResult
 from posttrain.training.optimizer import OptimizerConfig
 from posttrain.training.reference import ReferenceConfig, RunReference
+from posttrain.training.run_folder import note
 from posttrain.training.sharding import unwrapped
 from posttrain.types import Loss, LossOutput, PromptGroup
 
@@ -289,6 +290,7 @@ class Trainer:
             packing=config.packing,
             settings=to_dict(config),
             data_counts=data.counts,
+            about={"method": self.method, "memory": self._memory.planned()},
             callbacks=self._callbacks,
             compute_metrics=self._compute_metrics,
             identity={
@@ -389,7 +391,11 @@ class Trainer:
             return RunData(
                 train=data.train,
                 eval={} if data.eval is None else {"": data.eval},
-                counts={**data.report.counts(), "dropped_by": data.report.dropped()},
+                counts={
+                    **data.report.counts(),
+                    "dropped_by": data.report.dropped(),
+                    "columns": data.report.columns(),
+                },
                 sizes=data.train.sizes,
                 digest=digest_of(data.train),
             )
@@ -547,8 +553,9 @@ def run_reference(settings: ReferenceConfig, loop: Loop, **options: Any) -> RunR
 
 def report_end(result: TrainResult, memory: MemoryCheck, accelerator: Any) -> None:
     """Memory, held-out figures, and where everything is."""
-    memory.finish(accelerator, longest_row=result.longest_row)
+    measured = memory.finish(accelerator, longest_row=result.longest_row)
     if accelerator.is_main_process:
+        note(result.folder, memory=memory.planned() | measured)
         show_held_out(result)
         print(
             f"done: {result.step} steps; model in {result.final}, metrics in "

@@ -160,6 +160,8 @@ class Loop:
     """Resolved settings, saved beside every checkpoint."""
     data_counts: dict[str, Any] = field(default_factory=dict)
     """Read, kept, truncated and dropped samples; the first line of metrics.jsonl."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else the run folder's about.json says: the method, the plan of the memory."""
 
     longest_row: int = field(default=0, init=False)
     """Tokens of the longest row so far."""
@@ -180,7 +182,11 @@ class Loop:
         folder. ``batches``: what is trained, where it is sampled from the policy (``prepare``)."""
         self._sampled = batches
         with RunFolder(
-            self.train, self.accelerator, self.settings, num_steps=self.num_steps
+            self.train,
+            self.accelerator,
+            self.settings,
+            num_steps=self.num_steps,
+            about=self.about,
         ) as folder:
             return self._run(folder)
 

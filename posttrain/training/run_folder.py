@@ -1,13 +1,16 @@
 """The folder of a run: resolved settings, metrics, checkpoints, the final model. Everything in it
 survives a kill.
 
-runs/<name>/  config.yaml  metrics.jsonl  checkpoints/step_N/  final/
+runs/<name>/  config.yaml  about.json  metrics.jsonl  checkpoints/step_N/  final/
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from posttrain.files import whole_file, whole_folder
+from posttrain.files import whole_file, whole_folder, write_json
 from posttrain.training import checkpoint
 from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.metrics import read_metrics
@@ -72,14 +75,21 @@ class RunFolder:
     ValueError if it cannot be written or must not be continued."""
 
     def __init__(
-        self, train: TrainConfig, accelerator: Any, settings: dict[str, Any], *, num_steps: int
+        self,
+        train: TrainConfig,
+        accelerator: Any,
+        settings: dict[str, Any],
+        *,
+        num_steps: int,
+        about: dict[str, Any] | None = None,
     ) -> None:
+        """``about``: what about.json says beside the environment and the number of steps."""
         self.path = train.folder
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self._lock = FileLock(self.path / ".lock")  # the system releases it with the process
         self._train, self._accelerator = train, accelerator
-        self._settings = settings
+        self._settings, self._about = settings, about or {}
         self._identity: dict[str, Any] = {}
         self._fingerprint: dict[str, Any] = {
             "num_steps": num_steps,
@@ -169,6 +179,9 @@ class RunFolder:
                 self.metrics_path.unlink(missing_ok=True)
             with whole_file(self.path / "config.yaml") as file:
                 file.write_text(yaml.safe_dump(self._settings, sort_keys=False), encoding="utf-8")
+            environment = {**_machine(accelerator.device), **self._fingerprint}
+            steps = environment.pop("num_steps")
+            note(self.path, num_steps=steps, environment=environment, **self._about)
         accelerator.wait_for_everyone()
         return step
 
@@ -246,6 +259,26 @@ class RunFolder:
             },
             keep=self._train.save_total_limit,
         )
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Puts facts into the run's about.json, in the place of those of the same name."""
+    path = folder / "about.json"
+    known = json.loads(path.read_bytes()) if path.exists() else {}
+    with whole_file(path) as file:
+        write_json(file, known | facts)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Where the run is."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU, {platform.machine()}",
+        "CPU cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "version of posttrain": version("posttrain"),
+    }
 
 
 def save_whole(folder: Path, accelerator: Any, write: Callable[[Path], None]) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
 from tests.e2e.launching import check, run, run_warm, start_warm
-from tests.tiny import model_folder
+from tests.tiny import byte_tokenizer, model_folder
 
 REWARD = "tests.reward_functions"
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
@@ -115,6 +115,11 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
 
     kept = pq.read_table(sorted((tmp_path / "run" / "rollouts").glob("*.parquet"))[0]).to_pylist()
     assert len(kept) >= 64 and {"text", "reward", "advantage", "logps"} <= kept[0].keys()
+    (answer, *_) = map(json.loads, (tmp_path / "run" / "rollouts" / "held_out_000000.jsonl").open())
+    asked = byte_tokenizer().decode(answer["prompt_ids"])
+    assert asked == "<|im_start|>user\n0?<|im_end|>\n<|im_start|>assistant\n"
+    first = [row for row in kept if row["where"].endswith(":1")]
+    assert all(row["prompt_ids"] == answer["prompt_ids"] for row in first)
 
 
 def test_no_reward_changes_nothing_but_what_decays(inputs, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_a_run_writes_what_the_readme_says(tmp_path, inputs):
     assert metrics[0]["data"]["read"] == 60 and metrics[0]["data"]["dropped"] == 0
     assert [m["step"] for m in metrics if "eval_loss" in m] == [0, 3]
     assert (folder / "config.yaml").read_text().startswith("model:")
+    about = json.loads((folder / "about.json").read_text())
+    assert about["num_steps"] == 3 and about["environment"]["num_processes"] == 1
+    memory = about["memory"]
+    said = re.search(r"memory: predicted ([\d.]+) GB, measured ([\d.]+) GB", result.stdout)
+    peak = max(sum(items.values()) for items in memory["planned_bytes"].values())
+    assert (f"{peak / 1e9:.2f}", f"{memory['measured_bytes'] / 1e9:.2f}") == said.groups()
+    assert metrics[0]["data"]["columns"] == {"used": {"messages": 60}}
     assert (folder / "checkpoints" / "step_3" / "manifest.json").is_file()
     assert list(folder.rglob("events.out.tfevents*")), "tensorboard was asked for"
     assert (

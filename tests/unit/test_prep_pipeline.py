@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections import Counter
+import re
 
 import pytest
 
@@ -13,9 +13,9 @@ from posttrain.cli.main import main
 from posttrain.data import DataConfig, load_groups
 from posttrain.data.prep import PrepConfig, prepare
 from posttrain.data.prep.duplicates import near_duplicates, words
-from posttrain.data.prep.pipeline import Statistics
-from posttrain.data.prep.report import difference, length_bias
+from posttrain.data.prep.report import difference
 from posttrain.data.readers import read_file
+from posttrain.report.prep import length_bias
 from tests.tiny import byte_tokenizer
 
 
@@ -443,34 +443,37 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("posttrain.data.prep.pipeline.write_report", interrupted)
+    monkeypatch.setattr("posttrain.data.prep.pipeline._finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, [pair("p")], name="stopped")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw.jsonl"]
 
 
-def test_report_warns_of_length_bias_and_escapes(tmp_path):
-    def of(longer, pairs):
-        return Statistics(longer_chosen=Counter({True: longer, False: pairs - longer}))
+def test_length_bias_is_said_where_it_cannot_be_chance():
+    assert length_bias(80, 100) == (0.8, True)
+    assert length_bias(52, 100)[1] is False
+    assert length_bias(3, 4)[1] is False  # too few to tell
 
-    assert length_bias(of(80, 100)) == (0.8, True)
-    assert length_bias(of(52, 100))[1] is False
-    assert length_bias(of(3, 4))[1] is False  # too few to tell
-    run(
-        tmp_path,
-        [
-            pair(f"p{i} <script>", "longer than the other", "short", margin=float(i))
-            for i in range(50)
-        ],
-    )
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert (
-        "Length bias" in page
-        and "<meter" in page
-        and "<script>" not in page
-        and "&lt;script&gt;" in page
-    )
-    assert page.count("class='pair'") == 10
+
+def test_the_report_has_counts_in_words_histograms_and_ten_rows_as_text(tmp_path, capsys):
+    rows = [
+        pair(f"p{i} <script>", "longer than the other", "short", margin=float(i)) for i in range(50)
+    ]
+    path, out = write(tmp_path / "raw.jsonl", rows), tmp_path / "out"
+    assert main(["prep", "pairs", str(path), "--out", str(out)]) == 0
+    assert f"look at {out / 'report.html'}" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "Length bias." in page and "100.0% of 50 pairs" in page
+    assert "rows written for training</td>" in page and "written_train" not in page
+    specs = [json.loads(s) for s in re.findall('class="spec">(.*?)</script>', page)]
+    lengths, margins = ([r for rows in s["datasets"].values() for r in rows] for s in specs)
+    assert {(r["side"], r["low"], r["high"], r["count"]) for r in lengths} == {
+        ("chosen", 16, 32, 50),
+        ("rejected", 4, 8, 50),
+    }
+    assert sum(r["count"] for r in margins) == 50 and margins[0]["low"] == 0.0
+    assert page.count('<div class="card">') == 10 and page.count("p1 &lt;script&gt;") <= 1
+    assert not re.search(r"p\d+ <script>", page)
 
 
 def test_difference_marks_what_the_other_side_has_not():

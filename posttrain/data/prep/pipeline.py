@@ -20,12 +20,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posttrain.data.cache import file_digest
 from posttrain.data.config import PrepConfig, TokenCounter
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
 from posttrain.data.prep.duplicates import EvaluationSet, near_duplicates
-from posttrain.data.prep.report import write_report
 from posttrain.data.prep.rows import (
     CONTAMINATED,
     NEAR_DUPLICATE,
@@ -70,6 +71,21 @@ class Statistics:
         """Sums."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             mine.update(theirs)
+
+    def of_pairs(self) -> dict[str, Any]:
+        """For the manifest: lengths by bin b (2^b to 2^(b+1) - 1 characters), how often the longer
+        answer is chosen, and margins as (from, to, pairs)."""
+        sides = {"chosen": self.chosen_lengths, "rejected": self.rejected_lengths}
+        heights, edges = np.histogram(
+            list(self.margins), bins=20, weights=list(self.margins.values())
+        )
+        bins = zip(edges, edges[1:], heights, strict=False)
+        return {
+            "characters": {side: dict(sorted(found.items())) for side, found in sides.items()},
+            "pairs_of_unequal_length": self.longer_chosen.total(),
+            "longer_is_chosen": self.longer_chosen[True],
+            "margins": [(float(low), float(high), int(n)) for low, high, n in bins if self.margins],
+        }
 
     def see(self, pair: Values) -> None:
         """Counts lengths and margin of a pair that is written."""
@@ -138,11 +154,13 @@ def prepare(
             "dropped": dict(sorted(statistics.dropped.items())),
             "columns": column_counts(reading.uses),
         }
-        _finish(folder, manifest, statistics)
+        if config.layout == "pairs":
+            manifest["statistics"] = statistics.of_pairs()
+        _finish(folder, manifest)
     return manifest
 
 
-def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> None:
+def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     if not (folder / "train").exists():
         raise ValueError(
             f"No training row is left; dropped: {manifest['dropped']}. Loosen the limits."
@@ -150,7 +168,6 @@ def _finish(folder: Path, manifest: dict[str, Any], statistics: Statistics) -> N
     shutil.rmtree(folder / "spill")
     text = json.dumps(manifest, indent=1, default=str, ensure_ascii=False)
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-    write_report(folder, manifest, statistics)
 
 
 def _evaluation(config: PrepConfig) -> EvaluationSet | None:

@@ -1,0 +1,1 @@
+"""Pages for people: one HTML file of a run, of several, of a pipeline, of what prep wrote."""

@@ -1,0 +1,294 @@
+"""Charts as Vega-Lite specifications, made with altair. The page gives text and grid their colours,
+for light and for dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PALETTE = """
+#4269d0 #e08a00 #ff725c #3ca951 #a463f2 #1fa3a3 #e25c9b #9c6b4e #7f8794 #6b8e23 #c9372c #7fb3f0
+#d4b106 #5a4fcf
+""".split()
+"""Readable on white and on black."""
+THEME: dict[str, Any] = {
+    "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    "range": {"category": PALETTE},
+    "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 400, "tickSize": 4},
+    "legend": {
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "labelLimit": 260,
+        "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
+    },
+    "view": {"stroke": "transparent"},
+}
+HEIGHT = 200
+MOST_POINTS = 600
+"""Of one line; of more, each point is the mean of as many steps as needed."""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def encoded(rows: Rows) -> Any:
+    """An empty chart over rows."""
+    import altair as alt
+
+    return alt.Chart(alt.Data(values=list(rows)))
+
+
+def finished(chart: Any, *, height: int | None = HEIGHT) -> dict[str, Any]:
+    """The specification, as wide as the place where it is shown."""
+    more = {} if height is None else {"height": height}
+    return plain(chart.properties(width="container", **more))
+
+
+def plain(chart: Any) -> dict[str, Any]:
+    """The specification without altair's own colours and sizes; rows of several layers once."""
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("config", None)
+    sets: list[Any] = []
+    for part in (spec, *spec.get("layer", ())):
+        values = part.get("data", {}).get("values")
+        if values is not None:
+            sets += [] if values in sets else [values]
+            part["data"] = {"name": f"rows{sets.index(values)}"}
+    return {**spec, "datasets": {f"rows{i}": values for i, values in enumerate(sets)}}
+
+
+def point_with_interval(rows: Rows) -> dict[str, Any]:
+    """Points with names: ``accuracy`` plus and minus ``ci95`` against ``tokens``, of each
+    ``stage``."""
+    import altair as alt
+
+    base = encoded(rows).transform_calculate(
+        low="max(0, datum.accuracy - datum.ci95)", high="min(1, datum.accuracy + datum.ci95)"
+    )
+    x = alt.X("tokens:Q").title("tokens per answer").scale(zero=False, padding=60)
+    tips = [
+        alt.Tooltip("stage:N"),
+        alt.Tooltip("accuracy:Q", format=".1%"),
+        alt.Tooltip("ci95:Q", format=".1%", title="± (95 %)"),
+        alt.Tooltip("tokens:Q", format=",.4~g"),
+    ]
+    colour = alt.Color("stage:N").legend(None).scale(domain=[r["stage"] for r in rows])
+    share = alt.Y("low:Q").title("accuracy").axis(format=".0%").scale(zero=False, nice=True)
+    rule = base.mark_rule(strokeWidth=1.5).encode(x=x, y=share, y2="high:Q", color=colour)
+    point = base.mark_point(filled=True, size=80, opacity=1).encode(
+        x=x, y=alt.Y("accuracy:Q").title("accuracy"), color=colour, tooltip=tips
+    )
+    text = base.mark_text(align="left", dx=8, dy=-8, fontSize=12).encode(
+        x=x, y="accuracy:Q", text="stage:N"
+    )
+    return finished(alt.layer(rule, point, text), height=280)
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most ``MOST_POINTS`` points: means over neighbours."""
+    size = -(-len(points) // MOST_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), max(size, 1))]
+    return [(g[-1][0], sum(v for _, v in g) / len(g)) for g in groups]
+
+
+def lines(
+    series: Sequence[Mapping[str, Any]],
+    *,
+    unit: str = "",
+    runs: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """Curves over steps, with all values at a step when the pointer is near. None without a point.
+
+    ``series``: ``{"run", "name", "held_out", "points": [(step, value)], "ci95": {step: half}}``.
+    ``unit``: of the values; a ``share`` is shown as per cent. ``runs``: of several runs,
+    which then have the colours, and names have dashes; else names have colours.
+    """
+    import altair as alt
+
+    by_run = len(runs) > 1
+    share, y_title = unit == "share", "" if unit == "share" else unit
+    rows = [row for n, s in enumerate(series) for row in _rows_of(s, f"s{n}", by_run=by_run)]
+    if not rows:
+        return None
+    labels = list(runs if by_run else dict.fromkeys(r["label"] for r in rows))
+    dashes = list(dict.fromkeys(r["dash"] for r in rows))
+    base = encoded(rows)
+    x = alt.X("step:Q").title("step").axis(tickMinStep=1, format="~s").scale(nice=False, padding=6)
+    largest = max(abs(r["value"]) for r in rows)
+    axis = alt.Axis(format="~%" if share else ".3~g" if largest >= 1e-3 else ".2~e")
+    scale = alt.Scale(zero=share)
+    if share and largest == 0:
+        scale = alt.Scale(domain=[0, 0.01])
+    y = alt.Y("value:Q").title(y_title or None).axis(axis).scale(scale)
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=1 if max(map(len, labels)) > 22 else 2, symbolSize=60
+    )
+    shows_legend = len(labels) > 1 or (by_run and len(dashes) > 1)
+    colour = alt.Color("label:N").scale(domain=labels).legend(legend if shows_legend else None)
+    dash = (
+        alt.StrokeDash("dash:N")
+        .scale(domain=dashes)
+        .legend(alt.Legend(title=None, orient="bottom", columns=2) if len(dashes) > 1 else None)
+    )
+    line = base.mark_line(strokeWidth=1.6, clip=True).encode(x=x, y=y, color=colour, detail="id:N")
+    line = line.encode(strokeDash=dash) if len(dashes) > 1 else line
+    marks = [line]
+    if any(r["dot"] for r in rows):
+        points = base.transform_filter("datum.dot").mark_point(filled=True, size=46, opacity=1)
+        marks.append(points.encode(x=x, y=y, color=colour))
+    if any(r["low"] is not None for r in rows):
+        bars = base.transform_filter("datum.low !== null").mark_rule(strokeWidth=1.4)
+        low = alt.Y("low:Q").title(y_title or None).axis(axis)
+        marks.append(bars.encode(x=x, y=low, y2="high:Q", color=colour))
+    return finished(alt.layer(*marks, *_crosshair(rows, x, share)))
+
+
+def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str, Any]]:
+    half = s.get("ci95") or {}
+    points = thinned(s["points"])
+    label, dash = (s["run"], s["name"]) if by_run else (s["name"], "")
+    said = f"{s['run']}: {s['name']}" if by_run else s["name"]
+    rows = []
+    for step, value in points:
+        around = half.get(step)
+        rows.append(
+            {
+                "id": name,
+                "step": step,
+                "value": value,
+                "label": label,
+                "dash": dash,
+                "said": said,
+                "dot": bool(s.get("held_out")) or len(points) == 1,
+                "low": None if around is None else value - around,
+                "high": None if around is None else value + around,
+            }
+        )
+    return rows
+
+
+def _crosshair(rows: Rows, x: Any, share: bool) -> list[Any]:
+    """A rule at the step next to the pointer, and what every series is there. Series go by ids
+    (their names may hold dots, which Vega would read as fields of fields)."""
+    import altair as alt
+
+    named = {r["id"]: r["said"] for r in rows}
+    near = alt.selection_point(
+        fields=["step"], nearest=True, on="pointermove", empty=False, clear="pointerout"
+    )
+    digits = ".1%" if share else ".4~g"
+    tips = [alt.Tooltip("step:Q", format=",")]
+    tips += [alt.Tooltip(f"{k}:Q", title=v, format=digits) for k, v in list(named.items())[:12]]
+    shown = alt.when(near).then(alt.value(0.7)).otherwise(alt.value(0))
+    rule = (
+        encoded(rows)
+        .transform_pivot("id", value="value", groupby=["step"])
+        .mark_rule(color="#8a8f98")
+        .encode(x=x, opacity=shown, tooltip=tips)
+        .add_params(near)
+    )
+    return [rule]
+
+
+def stacked(
+    rows: Rows,
+    *,
+    x: str,
+    y: str,
+    part: str,
+    x_title: str,
+    order: Sequence[str] | None = None,
+    mark: float | None = None,
+    mark_text: str = "",
+) -> dict[str, Any] | None:
+    """Horizontal bars of parts, one for each ``y``, and a rule at ``mark``."""
+    import altair as alt
+
+    if not rows:
+        return None
+    parts = list(order or dict.fromkeys(r[part] for r in rows))
+    names = list(dict.fromkeys(r[y] for r in rows))
+    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
+    axis = alt.Axis(ticks=False, domain=False, labelLimit=150)
+    bars = (
+        encoded(rows)
+        .mark_bar(height=16)
+        .encode(
+            x=alt.X(f"{x}:Q").title(x_title).axis(format="~s"),
+            y=alt.Y(f"{y}:N").title(None).sort(names).axis(axis),
+            color=alt.Color(f"{part}:N").scale(domain=parts).legend(legend),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip(f"{y}:N", title="of"),
+                alt.Tooltip(f"{part}:N", title="part"),
+                alt.Tooltip(f"{x}:Q", title=x_title, format=",.3~g"),
+            ],
+        )
+    )
+    marks = [bars]
+    if mark is not None:
+        at = encoded([{"at": mark, "said": mark_text}])
+        rule = at.mark_rule(strokeDash=[4, 3], strokeWidth=1.6, color="#d9534f")
+        text = at.mark_text(align="right", dx=-5, dy=-4, baseline="bottom", color="#d9534f")
+        marks += [rule.encode(x="at:Q"), text.encode(x="at:Q", y=alt.value(0), text="said:N")]
+    return finished(alt.layer(*marks), height=30 * len(names) + 8)
+
+
+def stacked_over_steps(rows: Rows, *, y_title: str) -> dict[str, Any] | None:
+    """``seconds`` of each ``phase`` by ``step``: bars of few steps, areas of many."""
+    import altair as alt
+
+    if not rows:
+        return None
+    phases = list(dict.fromkeys(r["phase"] for r in rows))
+    many = len({r["step"] for r in rows}) > 40
+    base = encoded(rows)
+    kind = base.mark_area(interpolate="step") if many else base.mark_bar()
+    x = alt.X("step:Q" if many else "step:O").title("step")
+    x = x.axis(tickMinStep=1) if many else x.axis(labelAngle=0, labelOverlap=True)
+    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
+    return finished(
+        kind.encode(
+            x=x,
+            y=alt.Y("seconds:Q").title(y_title),
+            color=alt.Color("phase:N").scale(domain=phases).legend(legend),
+            tooltip=[
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("phase:N"),
+                alt.Tooltip("seconds:Q", format=".3~g"),
+            ],
+        )
+    )
+
+
+def histogram(
+    rows: Rows, *, x_title: str, y_title: str, x_scale: str = "linear"
+) -> dict[str, Any] | None:
+    """Bars from ``low`` to ``high`` of ``count``, for each ``side`` one above the other."""
+    import altair as alt
+
+    if not rows:
+        return None
+    sides = list(dict.fromkeys(r["side"] for r in rows))
+    axis = alt.Axis(format=",~g", labelOverlap=True)
+    if x_scale == "log":
+        axis.values = sorted({r["low"] for r in rows})
+    scale = alt.Scale(type=x_scale, nice=False)  # type: ignore[arg-type]
+    colour = alt.Color("side:N").scale(domain=sides)
+    legend = alt.Legend(title=None, orient="bottom", symbolType="square")
+    bars = (
+        encoded(rows)
+        .mark_bar(opacity=0.55, strokeWidth=1)
+        .encode(
+            x=alt.X("low:Q").title(x_title).scale(scale).axis(axis),
+            x2="high:Q",
+            y2=alt.Y2Datum(0),
+            y=alt.Y("count:Q").title(y_title).stack(None).axis(format="~s"),
+            color=colour.legend(legend if len(sides) > 1 else None),
+            tooltip=[
+                alt.Tooltip("side:N"),
+                alt.Tooltip("low:Q", title="from", format=",.3~g"),
+                alt.Tooltip("high:Q", title="to", format=",.3~g"),
+                alt.Tooltip("count:Q", title=y_title, format=","),
+            ],
+        )
+    )
+    return finished(bars)

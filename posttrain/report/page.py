@@ -1,0 +1,183 @@
+"""One HTML file that needs no network: text that is escaped, Vega charts, scripts known by hash."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from posttrain.files import whole_file
+from posttrain.report.charts import THEME
+
+INSTALL = "posttrain report needs altair and vl-convert: pip install 'posttrain[report]'"
+
+
+class Html(str):
+    """Text that is HTML already; all other text is escaped."""
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Html:
+    """``<name ...>children</name>``; ``class_`` is the attribute class. None and False are left
+    out."""
+    given = {k.rstrip("_").replace("_", "-"): v for k, v in attributes.items()}
+    written = "".join(
+        f' {k}="{escape(v)}"' for k, v in given.items() if v is not None and v is not False
+    )
+    return Html(f"<{name}{written}>{join(*children)}</{name}>")
+
+
+def join(*children: Any) -> Html:
+    """All children in a row; lists are flattened."""
+    parts = (
+        join(*child) if isinstance(child, (list, tuple)) else escape(child)
+        for child in children
+        if child is not None
+    )
+    return Html("".join(parts))
+
+
+def escape(value: Any) -> str:
+    """The value as text that no parser takes for HTML."""
+    if isinstance(value, Html):
+        return value
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace('"', "&quot;").replace("'", "&#39;")
+
+
+def section(title: str, *children: Any, note: str | None = None) -> Html:
+    """A part of the page with a heading that the navigation leads to; empty without children."""
+    if not any(children):
+        return Html("")
+    anchor = title.lower().replace(" ", "-")
+    return tag("section", tag("h2", title), note and tag("p", note), *children, id=anchor)
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers_from: int = 1) -> Html:
+    """A table that scrolls by itself where it is too wide. Columns from ``numbers_from`` on are
+    aligned to the right."""
+
+    def line(kind: str, cells: Sequence[Any]) -> Html:
+        sides = ["number" if i >= numbers_from else None for i in range(len(cells))]
+        return tag(
+            "tr", *(tag(kind, number(c), class_=s) for c, s in zip(cells, sides, strict=True))
+        )
+
+    body = [line("td", row) for row in rows]
+    if not body:
+        return Html("")
+    head = tag("thead", line("th", header)) if header else None
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="wide")
+
+
+def fold(title: str, *children: Any) -> Html:
+    """Shown when its title is clicked."""
+    return tag("details", tag("summary", title), *children) if any(children) else Html("")
+
+
+def chart(
+    spec: Mapping[str, Any] | None, title: str, note: str = "", *, wide: bool = False
+) -> Html:
+    """A Vega-Lite chart under its title, drawn when it comes into view; nothing without one."""
+    if spec is None:
+        return Html("")
+    inside = json_script(spec, class_="spec")
+    figure = tag("div", class_="chart", aria_label=f"chart: {title}", role="img")
+    head = tag("figcaption", tag("b", title), note and tag("span", f" {note}"))
+    return tag("figure", head, figure, inside, class_="all" if wide else None)
+
+
+def json_script(value: Any, **attributes: Any) -> Html:
+    """Data for scripts; no text in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return tag("script", Html(text), type="application/json", **attributes)
+
+
+def packed(data: bytes, *, name: str) -> Html:
+    """Bytes as an element: gzip, then base64."""
+    text = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode()
+    return tag("script", Html(text), type="application/octet-stream", id=name)
+
+
+@cache
+def _vega() -> str:
+    """vega, vega-lite and vega-embed in one script, from vl-convert."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return str(vl_convert.javascript_bundle("window.vegaEmbed=vegaEmbed;", vl_version=version))
+
+
+def _asset(name: str) -> str:
+    return (files("posttrain.report") / name).read_text(encoding="utf-8")
+
+
+def page(
+    title: str, *body: Any, intro: Any = "", scripts: Sequence[str] = (), reload_s: float = 0
+) -> str:
+    """The whole file. ``scripts``: further files of this package that run. Nothing else may run and
+    nothing may be loaded: the Content-Security-Policy has the hashes of the scripts."""
+    sources = [_vega(), _asset("page.js"), *map(_asset, scripts)]
+    sources = [text.replace("</script", "<\\/script") for text in sources]
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in sources
+    )
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+    parts = [part for part in body if part]
+    head = join(
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        tag("title", title),
+        tag("style", Html(_asset("page.css"))),
+    )
+    main = tag("main", tag("header", tag("h1", title), intro), tag("nav", id="nav"), *parts)
+    run = [tag("script", Html(s)) for s in sources]
+    theme = json_script(THEME, id="theme")
+    shown = tag("body", main, theme, *run, data_reload=reload_s or None)
+    return f'<!doctype html>\n<html lang="en">{tag("head", head)}{shown}</html>\n'
+
+
+def write(path: Path, text: str) -> None:
+    """The file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+def check_installed() -> None:
+    """ValueError where the libraries of the charts are missing."""
+    try:
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{INSTALL} ({error})") from error
+
+
+def number(value: Any, *, digits: int = 3) -> str:
+    """A figure for people: 1,234 and 0.0123, never 1e-05's exponent where it can be avoided."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value if isinstance(value, str) else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    """``2 h 05 min``, ``3 min 20 s``, ``4.1 s``."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,123 @@
+"""The page of rows that `posttrain prep` wrote: counts, lengths, margins, length bias, ten rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.messages import Message, message_text
+from posttrain.data.prep.rows import Values, parts_of
+from posttrain.report.charts import histogram
+from posttrain.report.page import Html, chart, join, page, section, table, tag
+
+MANIFEST = "manifest.json"
+SHOWN = 10
+LENGTH_BIAS = 0.1
+"""Distance of 'the longer answer is chosen' from one half that is warned about, if it is beyond
+three standard errors."""
+_COUNTS = {
+    "read": "rows read",
+    "rejected": "rows that could not be read (rejects.jsonl says why)",
+    "parsed": "rows understood",
+    "prompts": "different prompts",
+    "samples": "samples (a prompt with its answers)",
+    "dropped_samples": "samples left out",
+    "built": "rows built of the samples",
+    "written_train": "rows written for training",
+    "written_test": "rows written for testing",
+}
+_USES = {"used": "columns used", "carried": "columns carried along, not read"}
+
+
+def prep_page(folder: Path) -> str:
+    """The whole page. Rows are drawn by the seed from the first file of train/, whose prompts are
+    drawn by their hash."""
+    import pyarrow.parquet
+
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found = pyarrow.parquet.read_table(min((folder / "train").iterdir()))
+    seed = manifest["options"]["seed"]
+    drawn = random.Random(seed).sample(range(len(found)), min(SHOWN, len(found)))
+    inputs = ", ".join(i["name"] for i in manifest["inputs"])
+    return page(
+        f"{folder.resolve().name}: {manifest['options']['layout']}",
+        section("Counts", _counts(manifest)),
+        section("Lengths and margins", *_statistics(manifest.get("statistics") or {})),
+        section("Ten rows", *map(_row, found.take(drawn).to_pylist())),
+        intro=tag("p", f"Made by posttrain prep of {inputs}"),
+    )
+
+
+def _counts(manifest: Mapping[str, Any]) -> Html:
+    counts = manifest["counts"]
+    order = sorted(counts, key=lambda name: [*_COUNTS, name].index(name))
+    rows: list[Sequence[Any]] = [(_COUNTS.get(name, name), counts[name]) for name in order]
+    rows += [(f"left out: {reason}", n) for reason, n in manifest["dropped"].items()]
+    for use, columns in manifest["columns"].items():
+        said = ", ".join(f"{name} ({n:,})" for name, n in columns.items())
+        rows.append((_USES.get(use, use), said))
+    return table((), rows)
+
+
+def _statistics(found: Mapping[str, Any]) -> list[Html]:
+    """Nothing of layouts other than pairs, which have none."""
+    if not found:
+        return []
+    lengths = [
+        {"side": side, "low": 2 ** int(b), "high": 2 ** (int(b) + 1), "count": n}
+        for side, bins in found["characters"].items()
+        for b, n in bins.items()
+    ]
+    margins = [{"side": "", "low": a, "high": b, "count": n} for a, b, n in found["margins"]]
+    by_length = histogram(lengths, x_title="characters", y_title="answers", x_scale="log")
+    by_margin = histogram(margins, x_title="margin", y_title="pairs")
+    return [
+        _length_bias(found["longer_is_chosen"], found["pairs_of_unequal_length"]),
+        tag(
+            "div",
+            chart(by_length, "Length", "of chosen and rejected answers, bins of powers of two"),
+            chart(by_margin, "Margin", "score of the chosen answer less that of the rejected"),
+            class_="charts",
+        ),
+    ]
+
+
+def length_bias(longer: int, pairs: int) -> tuple[float, bool]:
+    """(share of pairs of unequal length whose longer side is chosen, whether that is far from one
+    half)."""
+    share = longer / pairs if pairs else 0.5
+    return share, abs(share - 0.5) > max(LENGTH_BIAS, 1.5 / math.sqrt(max(pairs, 1)))
+
+
+def _length_bias(longer: int, pairs: int) -> Html:
+    share, far = length_bias(longer, pairs)
+    text = (
+        f"The longer answer is the chosen one in {share:.1%} of {pairs:,} pairs of unequal length."
+    )
+    if not far:
+        return tag("p", text)
+    advice = (
+        " A model can learn length instead of quality: consider --strategy long2short, balanced "
+        "data, or a loss with a length term (r_dpo, simpo, dpo_norm)."
+    )
+    return tag("p", tag("b", "Length bias. "), text + advice, class_="warn")
+
+
+def _row(values: Values) -> Html:
+    prompt, answers = parts_of({k: v for k, v in values.items() if v is not None})
+    sides = [
+        tag("div", tag("h3", title), _said(side))
+        for title, side in itertools.islice(answers.items(), 2)
+    ]
+    place = tag("p", f"{values['source']}:{values['row']}", class_="note")
+    return tag("div", place, _said(prompt), tag("div", *sides, class_="two"), class_="card")
+
+
+def _said(messages: Sequence[Message]) -> Html:
+    turns = [join(tag("b", m["role"]), f" {message_text(m)}") for m in messages]
+    return tag("div", Html("\n\n".join(turns)), class_="text")
