@@ -241,6 +241,7 @@ def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    pipeline.describe()
     table = Table("stage", "state", "time", "why")
     for stage in pipeline.stages:
         verdict = pipeline.verdict(stage)

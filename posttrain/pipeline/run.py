@@ -159,6 +159,7 @@ class Pipeline:
                 if not left:
                     for future in finished:
                         future.result()
+        self.describe()
 
     @contextmanager
     def _hold(self, stage: Stage) -> Iterator[None]:
@@ -242,17 +243,16 @@ class Pipeline:
     def _described(self, stage: Stage) -> dict[str, Any]:
         verdict = self.verdict(stage)
         figures = stage.outputs.get("figures")
+        is_there = verdict.state == "done" and figures is not None and figures.exists()
         return {
             "name": stage.name,
-            "command": shlex.join(stage.words),
+            "command": shlex.join(stage.words).replace(f"{self.root}/", ""),
             "state": verdict.state,
             "why": verdict.why,
             "seconds": verdict.seconds,
             "needs": stage.needs,
             "folder": str(stage.folder.relative_to(self.root)),
-            "figures": json.loads(figures.read_text(encoding="utf-8"))
-            if verdict.state == "done" and figures and figures.exists()
-            else {},
+            "figures": _figures(json.loads(figures.read_text())) if is_there and figures else {},
         }
 
 
@@ -274,6 +274,26 @@ def run_command(command: list[str], log: Path, mark: str, tell: Callable[[str], 
         tell(_tail(log, 1))
         time.sleep(0.1)
     return code
+
+
+_NAMES = {
+    "eval_pass@1": "accuracy",
+    "eval_pass@1_ci95": "accuracy_ci95",
+    "accuracy": "accuracy",
+    "accuracy_ci95": "accuracy_ci95",
+    "eval_length": "mean_tokens",
+    "eval_reward/think_answer_format": "format_rate",
+    "eval_truncated": "truncated",
+    "margin_nats": "margin_nats",
+}
+
+
+def _figures(found: dict[str, Any]) -> dict[str, float]:
+    """What is compared over stages, of what `posttrain eval` wrote."""
+    named = {_NAMES[name]: value for name, value in found.items() if name in _NAMES}
+    scores = {k.partition("/")[2]: v for k, v in found.items() if k.startswith("eval_reward/")}
+    others = {k: v for k, v in scores.items() if k in ("reward_model", "llm_judge")}
+    return {**named, **others}
 
 
 def option(name: str, value: Any) -> list[str]:

@@ -109,6 +109,19 @@ def layers(stages: Sequence[Stage]) -> dict[str, int]:
     return found
 
 
+def _without_shortcuts(stages: Sequence[Stage]) -> list[Stage]:
+    """Without the needs that another need has as well, at some distance."""
+    layer = layers(stages)
+    needs = {s["name"]: list(s.get("needs") or ()) for s in stages}
+    behind: dict[str, set[str]] = {}
+    for name in sorted(needs, key=layer.__getitem__):
+        behind[name] = set(needs[name]).union(*(behind[n] for n in needs[name]))
+    return [
+        {**s, "needs": [n for n in wanted if not any(n in behind[other] for other in wanted)]}
+        for s, wanted in zip(stages, needs.values(), strict=True)
+    ]
+
+
 Box = tuple[float, float, float]
 """Left, top and height in pixels."""
 
@@ -177,6 +190,7 @@ def graph(stages: Sequence[Stage], *, links: Mapping[str, str] | None = None) ->
     """A Vega-Lite chart of the stages in layers, with arrows from what a stage needs to it."""
     import altair as alt
 
+    stages = _without_shortcuts(stages)
     boxes, ways = _positions(stages)
     nodes = [_node(stage, *boxes[stage["name"]], links or {}) for stage in stages]
     width = max(n["right"] for n in nodes)
