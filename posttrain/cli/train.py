@@ -120,7 +120,11 @@ def run_recipes(arguments: argparse.Namespace) -> None:
             )
         print(f"copied: {out / 'recipes'}, {out / 'launch'}")
         return
-    for title, folder in (("--config", "recipes/configs"), ("--launch", "launch")):
+    for title, folder in (
+        ("--config", "recipes/configs"),
+        ("--launch", "launch"),
+        ("pipeline run", "recipes/pipelines"),
+    ):
         print(title)
         for path in sorted(shipped(folder).glob("*.yaml")):
             first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from posttrain.cli.main import main
 from posttrain.pipeline.run import Pipeline, StageFailed, option
 from posttrain.pipeline.slurm import job_script, submit
 from posttrain.pipeline.stages import OUTPUTS, command_of, merged, read_stages
+from tests.e2e.launching import REPO
 
 SCRIPT = """
 import argparse, pathlib, time
@@ -335,3 +337,21 @@ def test_a_command_under_srun_finds_the_other_nodes(monkeypatch):
     parsed = launch_command_parser().parse_args([*several_machines(8), "script.py"])
     assert (parsed.num_machines, parsed.machine_rank, parsed.num_processes) == (2, 1, 16)
     assert (parsed.main_process_ip, parsed.main_process_port) == ("10.0.0.1", 21234)
+
+
+@pytest.mark.parametrize("name", ["r1", "k15", "rlhf"])
+def test_the_cluster_size_resolves_to_the_last_path(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for path in re.findall(
+        r"data/\w+/[\w.]+", (REPO / f"recipes/pipelines/{name}.yaml").read_text()
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    words = ["pipeline", "run", name, "--size", "cluster", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "--launch fsdp" in said and "--launch zero2" in said and "${" not in said
+    missing = next(tmp_path.glob("data/*/*.jsonl"))
+    missing.unlink()
+    assert main(words) == 2
+    assert f"{missing.relative_to(tmp_path)} is not there" in capsys.readouterr().err
