@@ -12,7 +12,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from posttrain.resolve import did_you_mean, import_name
+from posttrain.resolve import did_you_mean, import_name, settings
 from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.run import START_SECONDS, Outcome, WorkerPool, score_alone, score_together
@@ -36,7 +36,7 @@ class RewardError(ValueError):
     """Too many completions could not be scored, or the rewards do not fit the data."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RewardsConfig:
     """Which functions score a completion, and with what weight."""
 

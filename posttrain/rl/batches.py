@@ -18,6 +18,7 @@ from torch import nn
 
 from posttrain.data.prompts import Prompt
 from posttrain.packing.plan import count_units
+from posttrain.resolve import settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.curriculum import PromptSampler
@@ -32,7 +33,7 @@ from posttrain.training.step import Reference
 from posttrain.types import PromptGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RolloutConfig(CreditConfig):
     """How an iteration is made."""
 

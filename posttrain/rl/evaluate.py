@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.data.prompts import Prompt
+from posttrain.resolve import settings
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
@@ -19,7 +20,7 @@ from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.sharding import gather_object
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EvaluationConfig:
     """How held-out problems are answered and judged."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from posttrain.models.policy import Policy
 from posttrain.models.reference import has_adapters
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
+from posttrain.resolve import settings
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.batches import RolloutBatches, RolloutConfig
@@ -45,7 +46,7 @@ Rows = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RLConfig(BaseConfig):
     """Everything that decides a reinforcement-learning run."""
 

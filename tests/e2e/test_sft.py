@@ -195,6 +195,7 @@ def empty(path: Path) -> Path:
     ("arguments", "message"),
     [
         (["--train.batchsize", "3"], "Did you mean --train.batch_size?"),
+        (["--learning_rate", "3"], "Did you mean --optimizer.lr?"),
         (["--train.batch_size", "0"], "number of groups >= 1; got 0"),
         (["--train.precision", "fp16"], "needs a CUDA device"),
         (["--loss", "posttrain.losses.sft.sfd"], "--loss is a function of"),

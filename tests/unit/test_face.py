@@ -4,8 +4,12 @@ afterwards."""
 from __future__ import annotations
 
 import base64
+import dataclasses
+import functools
+import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -65,6 +69,45 @@ def test_every_public_name_is_there_and_importing_changes_nothing():
         "assert dict(os.environ) == before; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "kind, given, said",
+    [
+        (DPOConfig, "betta", "DPOConfig has no field 'betta'. Did you mean beta?"),
+        (
+            TrainConfig,
+            "batchsize",
+            "TrainConfig has no field 'batchsize'. Did you mean batch_size?",
+        ),
+        (SFTConfig, "learning_rate", "optimizer.lr, as in optimizer=OptimizerConfig(lr=...)?"),
+        (SFTConfig, "per_device_train_batch_size", "train.batch_size, as in train=TrainConfig("),
+        (
+            RLConfig,
+            "num_generations",
+            "rollout.group_size, as in rollout=RolloutConfig(group_size=",
+        ),
+        (SFTConfig, "rank", "model.lora.rank, as in model=ModelConfig(lora=LoraConfig(rank=...))?"),
+        (OptimizerConfig, "learning_rate", "Did you mean optimizer.lr?"),
+        (RewardConfig, "zzz", "RewardConfig has no field 'zzz'.\n"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest_field_also_of_groups(kind, given, said):
+    for build in (kind, functools.partial(dataclasses.replace, kind())):
+        with pytest.raises(TypeError) as error:
+            build(**{given: 1})
+        assert said in str(error.value) and "docs/from_trl.md" in str(error.value)
+
+
+def test_every_settings_class_says_so_and_keeps_its_signature():
+    kinds = [getattr(posttrain, n) for n in posttrain.__all__ if n.endswith("Config")]
+    for kind in kinds:
+        with pytest.raises(TypeError, match=f"{kind.__name__} has no field 'one'.*\n.*'two'"):
+            kind(one=1, two=2)
+        assert list(inspect.signature(kind).parameters) == [
+            f.name for f in dataclasses.fields(kind)
+        ]
+        assert pickle.loads(pickle.dumps(kind())) == kind()
 
 
 def test_positional_model_and_args_a_dataset_and_the_trained_model(folder, tmp_path):
