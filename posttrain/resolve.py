@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
 
 C = TypeVar("C")
 
@@ -66,6 +66,8 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
 def settings(cls: type[C]) -> type[C]:
     """A frozen keyword-only dataclass whose TypeError for unknown keywords names the nearest field,
     also of its groups, or the one that replaces an option of TRL."""
+    hints = get_type_hints(cls)  # jsonargparse would import what only type checkers need
+    cls.__annotations__ = {name: hints[name] for name in cls.__annotations__}
     cls = dataclass(frozen=True, kw_only=True)(cls)
     plain = cls.__init__
 
