@@ -7,11 +7,14 @@ import base64
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -36,7 +39,7 @@ from posttrain import (
     SFTTrainer,
     TrainConfig,
 )
-from posttrain.training.metrics import read_metrics
+from posttrain.training.metrics import MetricsLog, read_metrics
 from tests.tiny import model_folder
 
 ROWS = [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(5) for b in range(4)]
@@ -433,3 +436,44 @@ def test_push_to_hub_creates_the_repository_and_uploads_final_with_its_card(fold
     files = {v["path"]: base64.b64decode(v["content"]) for v in sent if "content" in v}
     assert files.keys() == {p.name for p in final.iterdir()} and "README.md" in files
     assert all(content == (final / name).read_bytes() for name, content in files.items())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("has_colour", [True, False])
+def test_progress_has_colours_on_a_terminal_unless_no_color_says_not(
+    monkeypatch, tmp_path, has_colour
+):
+    shown = progress(monkeypatch, tmp_path, Terminal(), NO_COLOR="" if has_colour else "1")
+    assert "2/2" in shown and "\x1b[?25l" in shown  # the bar: the cursor is hidden
+    colours = re.findall(r"\x1b\[[0-9;]*3[0-9;]*m", shown)
+    assert bool(colours) == has_colour
+
+
+def test_progress_elsewhere_is_whole_lines_without_escapes(monkeypatch, tmp_path):
+    shown = progress(monkeypatch, tmp_path, io.StringIO())
+    numbers = "  ".join(f"figure_{i} {i}.5" for i in range(20))
+    assert shown == f"step 0: {numbers}\nstep 1/2  loss 1\nstep 2/2  loss 0.5\n"
+
+
+def progress(monkeypatch, tmp_path, stdout, **environment):
+    """What two steps show on this stdout."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", "COLORTERM": "", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", stdout)
+    log = MetricsLog(
+        tmp_path / "metrics.jsonl",
+        num_steps=2,
+        start=0,
+        accelerator=SimpleNamespace(is_main_process=True, log=lambda values, step: None),
+        log_every=1,
+        shown=("loss",),
+    )
+    log.evaluation(0, {f"figure_{i}": i + 0.5 for i in range(20)})
+    for step in (1, 2):
+        log.step(step, {"loss": 1 / step, "hidden": 3.0})
+    log.close()
+    return stdout.getvalue()
