@@ -64,7 +64,7 @@ class TrainConfig:
     """A held-out figure (eval_loss, rewards_eval/accuracies); the weights with the best one are
     kept in <run_dir>/<name>/best. Lower is better where the name ends in loss. Empty: none."""
     trackers: list[str] = field(default_factory=list)
-    """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard and wandb are tested."""
+    """Experiment trackers beside metrics.jsonl, through accelerate. Tested: tensorboard, wandb."""
     self_check: bool = True
     """Compare two groups through the packed forward with the model's own forward before the first
     step, and step down to the model's own forward where they differ. Without the check nothing

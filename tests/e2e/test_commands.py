@@ -82,6 +82,7 @@ def test_the_command_is_shown_and_can_be_pasted(inputs, tmp_path):
     arguments = settings(inputs, tmp_path, "sft")
     first = check(posttrain("sft", *arguments))
     assert first.stderr == "" and "[WARNING]" not in first.stdout
+    assert "step 2/2  loss " in first.stdout and "\x1b" not in first.stdout
     shown = next(line for line in first.stdout.splitlines() if line.startswith("$ "))
     assert shown.startswith("$ accelerate launch") and "-m posttrain.cli.train sft" in shown
     command = shlex.split(shown.removeprefix("$ accelerate"))

@@ -214,18 +214,6 @@ def test_mistakes_are_one_clear_line(tmp_path, inputs, arguments, message):
     )
 
 
-def test_a_mistake_is_one_clear_line_of_a_launch_too(tmp_path, inputs):
-    """accelerate's own traceback comes after it."""
-    result = run("cpu.yaml", "sft", *options(inputs, tmp_path, "--train.batchsize", "3"))
-    assert result.returncode != 0
-    ours = result.stderr.split("subprocess.CalledProcessError")[0]
-    assert "Did you mean --train.batch_size?" in " ".join(ours.split()), ours[-1500:]
-    assert (
-        "Traceback"
-        not in ours.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [(empty, "empty"), (no_assistant, "rows.jsonl:1"), (not_json, "rows.jsonl:4")],

@@ -453,8 +453,10 @@ def test_progress_has_colours_on_a_terminal_unless_no_color_says_not(
     assert bool(colours) == has_colour
 
 
-def test_progress_elsewhere_is_whole_lines_without_escapes(monkeypatch, tmp_path):
-    shown = progress(monkeypatch, tmp_path, io.StringIO())
+@pytest.mark.parametrize(("stdout", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
+def test_progress_elsewhere_is_whole_lines_without_escapes(monkeypatch, tmp_path, stdout, term):
+    """In a pipe, and where no cursor can move."""
+    shown = progress(monkeypatch, tmp_path, stdout(), TERM=term)
     numbers = "  ".join(f"figure_{i} {i}.5" for i in range(20))
     assert shown == f"step 0: {numbers}\nstep 1/2  loss 1\nstep 2/2  loss 0.5\n"
 
