@@ -6,9 +6,40 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform, get_type_hints
+
+C = TypeVar("C")
+
+_OF_TRL = {
+    "model.name": "model_name_or_path",
+    "train.run_dir": "output_dir",
+    "train.name": "run_name",
+    "train.batch_size": "per_device_train_batch_size gradient_accumulation_steps",
+    "train.num_epochs": "num_train_epochs",
+    "train.precision": "bf16 fp16",
+    "train.log_every": "logging_steps logging_strategy",
+    "train.trackers": "report_to",
+    "train.eval_every": "eval_steps eval_strategy",
+    "train.save_every": "save_steps save_strategy",
+    "train.best_metric": "load_best_model_at_end metric_for_best_model",
+    "optimizer.lr": "learning_rate",
+    "optimizer.schedule": "lr_scheduler_type",
+    "optimizer.name": "optim",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "packing.max_tokens": "per_device_eval_batch_size auto_find_batch_size",
+    "rollout.group_size": "num_generations",
+    "rollout.updates": "generation_batch_size steps_per_generation",
+    "rollout.epochs": "num_iterations",
+    "sampling.max_tokens": "max_completion_length max_new_tokens",
+    "reference.sync_every": "sync_ref_model ref_model_sync_steps",
+    "vllm.url": "vllm_server_base_url vllm_server_host vllm_server_port",
+}
+TRL_OPTIONS = {name: ours for ours, names in _OF_TRL.items() for name in names.split()}
+"""The setting that replaces an option of TRL or transformers, for those whose name is not near."""
 
 
 def import_name(path: str, *, wanted: str) -> Any:
@@ -51,3 +82,47 @@ def find_shipped(name: str, folder: str, option: str) -> Path:
         f"{option} is a file, or one of {', '.join(known)}; got {name!r}."
         f"{did_you_mean(name, known)}"
     )
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def settings(cls: type[C]) -> type[C]:
+    """A frozen keyword-only dataclass whose TypeError for unknown keywords names the nearest field,
+    also of its groups, or the one that replaces an option of TRL."""
+    hints = get_type_hints(cls)  # jsonargparse would import what only type checkers need
+    cls.__annotations__ = {name: hints[name] for name in cls.__annotations__}
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    plain = cls.__init__
+
+    @wraps(plain)
+    def checked(self: C, *values: Any, **given: Any) -> None:
+        unknown = given.keys() - {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        if unknown:
+            spelled = dict(_spelled(cls))
+            lines = [_no_such_field(cls, n, spelled) for n in given if n in unknown]
+            page = "docs/from_trl.md lists the options of TRL with their names here."
+            raise TypeError("\n".join([*lines, page]))
+        plain(self, *values, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+def _spelled(cls: Any) -> Iterator[tuple[str, str]]:
+    """The fields of a settings class as ``beta``, those of its groups also as Python has them:
+    ``optimizer.lr``, ``optimizer=OptimizerConfig(lr=...)``."""
+    for f in fields(cls):
+        yield f.name, f.name
+        group = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(group):
+            for path, text in _spelled(group):
+                inner = text if "=" in text else f"{text}=..."
+                yield f"{f.name}.{path}", f"{f.name}={type(group).__name__}({inner})"
+
+
+def _no_such_field(cls: type, name: str, spelled: dict[str, str]) -> str:
+    paths = {path.rpartition(".")[2]: path for path in reversed(spelled)}  # the first of a name
+    near = difflib.get_close_matches(name, paths, n=1)
+    path = TRL_OPTIONS.get(name) or (paths[near[0]] if near else "")
+    python = spelled.get(path, path)
+    hint = f" Did you mean {path}{f', as in {python}' if python != path else ''}?" if path else ""
+    return f"{cls.__name__} has no field {name!r}.{hint}"

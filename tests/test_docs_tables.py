@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 from dataclasses import fields
+from operator import attrgetter
 
 import pytest
 import yaml
@@ -121,6 +122,22 @@ def test_options_of_trl_on_the_page_exist_and_none_of_its_own_is_missing(trl):
     assert not listed - known
     own = fields_of(configs) - fields_of([TrainingArguments])
     assert not (own | parameters_of(trainers)) - listed
+
+
+def test_the_setting_named_for_an_option_of_trl_is_that_of_the_page(trl):
+    from posttrain.resolve import TRL_OPTIONS
+
+    tables = page("from_trl.md").partition("## Settings of every trainer")[2]
+    pairs = {
+        (theirs, ours)
+        for cells in rows(tables.partition("## Names of losses")[0])
+        for theirs in re.findall(r"`(\w+)`", cells[0])
+        for ours in re.findall(r"`([\w.]+)`", cells[1])
+    }
+    named_elsewhere = {("model_name_or_path", "model.name")}
+    assert set(TRL_OPTIONS.items()) - pairs == named_elsewhere
+    for path in set(TRL_OPTIONS.values()):
+        attrgetter(path)(posttrain.RLConfig())
 
 
 def test_names_of_losses_are_trls(trl):

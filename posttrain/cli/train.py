@@ -6,6 +6,7 @@ The processes that it starts run this module: ``-m posttrain.cli.train METHOD SE
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import shutil
@@ -133,10 +134,16 @@ def run_recipes(arguments: argparse.Namespace) -> None:
 
 def main(method: str, arguments: list[str]) -> None:
     """One process of a run."""
+    from transformers.utils.logging import disable_progress_bar
+
     import posttrain
     from posttrain.training.config import one_line_errors, parse_config
     from posttrain.training.launch import leave_processes
 
+    # importing peft imports bitsandbytes, which misses a kernel on CPUs that only QLoRA would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     name, what = TRAINERS[method]
     config_class: Any = getattr(posttrain, f"{name}Config")
     trainer_class: Any = getattr(posttrain, f"{name}Trainer")

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from posttrain.data.row import COLUMNS
+from posttrain.resolve import settings
 
 Format = Literal[
     "auto",
@@ -36,7 +37,7 @@ def check_choice(name: str, value: str, kind: Any) -> None:
         raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {value!r}.")
 
 
-@dataclass(kw_only=True, frozen=True)
+@settings
 class DataConfig:
     """Where the rows come from and how they become prompt groups. Nothing here depends on the
     optimisation."""
@@ -152,7 +153,7 @@ TokenCounter = Callable[[Sequence[tuple[list[dict[str, Any]], Any]]], list[int]]
 processes."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PrepConfig:
     """Options of one `posttrain prep`: same input and options, same bytes."""
 

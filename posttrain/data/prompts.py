@@ -15,6 +15,7 @@ from posttrain.data.messages import located
 from posttrain.data.readers import read_rows
 from posttrain.data.report import column_counts
 from posttrain.data.row import Sample, names
+from posttrain.resolve import settings
 
 R1_ZERO_TEMPLATE = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant "
@@ -26,7 +27,7 @@ R1_ZERO_TEMPLATE = (
 """DeepSeek-AI 2025, arXiv:2501.12948 table 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PromptConfig:
     """Where prompts come from and how they become tokens."""
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from posttrain.resolve import settings
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LoraConfig:
     """Low-rank adapters: W + (alpha / rank) * B A, only A and B are trained. Hu et al. 2021,
     arXiv:2106.09685."""

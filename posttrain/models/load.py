@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from posttrain.data.chat import stop_token_ids
 from posttrain.models.adapters import LoraConfig, add_adapters, nf4, with_4bit_layers
 from posttrain.models.dropout import own_rates, without_dropout
 from posttrain.models.embedded import EMBEDDED, embedded_folder, let_weights_be_read_like_the_rest
-from posttrain.resolve import did_you_mean
+from posttrain.resolve import did_you_mean, settings
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ _TOKENS_THAT_TEXT_NEVER_HOLDS = ("image_token", "video_token", "audio_token")
 _NAMES = f"an embedded model ({', '.join(EMBEDDED)}), a local folder or a hub id"
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ModelConfig:
     """Which model is trained, and how its weights are held."""
 

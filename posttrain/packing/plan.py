@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from posttrain.packing.batch import GroupPart, PackingMode
+from posttrain.resolve import settings
 from posttrain.types import Counts, PromptGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PackingConfig:
     """How groups become micro-batches."""
 

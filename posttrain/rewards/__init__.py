@@ -17,6 +17,11 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+RIGHT = 1.0
+"""The value of a verifier from which on an answer is right. Less is partial credit, such as the
+share of the tests that a program passes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class reward:
     """Decorator that declares how a function scores: ``@reward(batched=True)``. The function itself
@@ -33,7 +38,7 @@ class reward:
     imports: tuple[str, ...] = ()
     """Modules that it imports when it is called: a worker loads them before its time starts."""
     verifies: bool = False
-    """It tells right (> 0) from wrong (0): accuracy, pass@k and the success rates of prompts are
+    """It tells right (1 or more) from wrong: accuracy, pass@k and the success rates of prompts are
     its."""
     reads_answers: bool = False
     """It gives None for samples whose own answer it cannot read, and may compare answers for

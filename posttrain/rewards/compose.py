@@ -12,8 +12,8 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from posttrain.resolve import did_you_mean, import_name
-from posttrain.rewards import CompletionText, reward
+from posttrain.resolve import did_you_mean, import_name, settings
+from posttrain.rewards import RIGHT, CompletionText, reward
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.run import START_SECONDS, Outcome, WorkerPool, score_alone, score_together
 
@@ -36,7 +36,7 @@ class RewardError(ValueError):
     """Too many completions could not be scored, or the rewards do not fit the data."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RewardsConfig:
     """Which functions score a completion, and with what weight."""
 
@@ -106,7 +106,8 @@ class Scored:
     """'name: what went wrong', for functions that failed."""
 
     verdict: float | None = None
-    """What tells right (> 0) from wrong: the value of ``Rewards.verifier``; None: not judged."""
+    """What tells right (1 or more) from wrong, the value of ``Rewards.verifier``; None: not
+    judged."""
 
 
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
@@ -224,7 +225,7 @@ class Rewards:
         asked = [({**sample, column: one}, first[other]) for one, other in pairs]
         same: dict[str, str] = {}
         for (one, other), outcome in zip(pairs, self._score_alone(name, asked), strict=True):
-            if (outcome.value or 0.0) > 0:
+            if (outcome.value or 0.0) >= RIGHT:
                 same.setdefault(other, same.get(one, one))
         return [same.get(answer, answer) for answer in said]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from posttrain.rewards import lengths, reward
+from posttrain.rewards import RIGHT, lengths, reward
 
 
 def think_answer_format(
@@ -112,7 +112,7 @@ def k15_length(
     one; 0 if all are as long.
 
     Kimi k1.5, arXiv:2501.12599 section 2.3.3; lengths within the group. ``correct_reward``: the
-    reward that tells right (> 0) from wrong; by default the first. Its weight warms up by
+    reward that tells right (1 or more) from wrong; by default the first. Its weight warms up by
     ``rewards.first_iteration``: first none, then constant for the rest of training.
     """
     right = _is_right("k15_length", scores, correct_reward)
@@ -172,7 +172,7 @@ def _is_right(name: str, scores: Scores, correct_reward: str) -> list[bool]:
         raise ValueError(
             f"{name} needs another reward that tells right from wrong; it is the only one."
         )
-    return [(score or 0.0) > 0 for score in scores[correct_reward or next(iter(scores))]]
+    return [(score or 0.0) >= RIGHT for score in scores[correct_reward or next(iter(scores))]]
 
 
 def repetition_penalty(

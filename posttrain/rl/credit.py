@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from posttrain.models.policy import in_eval_mode
+from posttrain.resolve import settings
 from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
 from posttrain.training.sharding import exchange, gather_object
 from posttrain.training.step import Reference
@@ -383,7 +384,7 @@ def all_equal(values: Sequence[float]) -> bool:
     return len(values) <= 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-12)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CreditConfig:
     """Which tokens are trained, and what is computed before the first update."""
 

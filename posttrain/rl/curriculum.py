@@ -8,13 +8,14 @@ proportional to 1 - success rate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from posttrain.resolve import settings
 
-@dataclass(frozen=True, kw_only=True)
+
+@settings
 class CurriculumConfig:
     """The order of prompts."""
 

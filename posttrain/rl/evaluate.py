@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.data.prompts import Prompt
+from posttrain.resolve import settings
+from posttrain.rewards import RIGHT
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
@@ -19,7 +21,7 @@ from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.sharding import gather_object
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class EvaluationConfig:
     """How held-out problems are answered and judged."""
 
@@ -34,7 +36,7 @@ class EvaluationConfig:
     prompts: int = 200
     """Problems (the first ones); 0: all."""
     correct_reward: str | None = None
-    """Name of the reward that tells right (> 0) from wrong. None: the one verifier among the
+    """Name of the reward that tells right (1 or more) from wrong. None: the one verifier among the
     rewards, or the only reward."""
     pass_at_powers: bool = False
     """Report pass@k for k = 2, 4, 8, ... below ``samples`` too."""
@@ -152,7 +154,7 @@ def evaluate_prompts(
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
     correct = [
-        [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
+        [None if t.verdict is None else t.verdict >= RIGHT for t in g.trajectories] for g in groups
     ]
     mine_said = {
         i: (_said(g, correct[i], collector.rewards), g.texts)

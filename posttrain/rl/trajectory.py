@@ -55,7 +55,7 @@ class Trajectory:
     parts: Mapping[str, float | None] = field(default_factory=dict)
     """What each reward function gave."""
     verdict: float | None = None
-    """What tells right (> 0) from wrong; None: not judged."""
+    """What tells right (1 or more) from wrong; None: not judged."""
     problems: Sequence[str] = ()
     """What went wrong in reward functions."""
 

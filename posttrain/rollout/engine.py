@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from posttrain.resolve import settings
 from posttrain.rollout.receipt import Receipt
 
 FinishReason = Literal["stop", "length", "repeat", "budget"]
@@ -14,7 +15,7 @@ FinishReason = Literal["stop", "length", "repeat", "budget"]
 iteration's token budget, to be continued."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SamplingConfig:
     """How completions are drawn. Training samples from the whole distribution: truncation is for
     evaluation."""

@@ -21,6 +21,7 @@ from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import Layout, Segments
 from posttrain.packing.decode import DecodeLayout
+from posttrain.resolve import settings
 from posttrain.rollout.engine import (
     FinishReason,
     OnFinished,
@@ -34,7 +35,7 @@ from posttrain.rollout.sampling import StopRule, draw
 from posttrain.rollout.weights import SamplingWeights
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LocalConfig:
     """Memory and speed of sampling in the training process; never what is sampled."""
 

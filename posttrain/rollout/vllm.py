@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, Literal
 
+from posttrain.resolve import settings
 from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
 from posttrain.rollout.handover import Handover
 from posttrain.rollout.receipt import Receipt, check_probe, check_tensors
@@ -39,7 +40,7 @@ _SEGMENT = 512
 """Tokens between two looks for repetition, which the server does not stop."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class VLLMConfig:
     """Where the server is and how patient to be with it."""
 

@@ -39,6 +39,7 @@ from posttrain.models.load import (
 from posttrain.packing.plan import PackingConfig
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
+from posttrain.resolve import settings
 from posttrain.trainers.card import before_and_after, upload, write_card
 from posttrain.training.config import TrainConfig, choose_loss, to_dict
 from posttrain.training.forward import Report
@@ -57,7 +58,7 @@ from posttrain.training.sharding import unwrapped
 from posttrain.types import Loss, LossOutput, PromptGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BaseConfig:
     """What every method's settings have."""
 

@@ -4,7 +4,7 @@ done, with or without rewards beside."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from posttrain.losses.distillation import DivergenceKind, TeacherDivergence, dis
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer
 from posttrain.models.policy import Policy
 from posttrain.models.reference import freeze
+from posttrain.resolve import settings
 from posttrain.rewards import reward
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.credit import group_normalised
@@ -24,7 +25,7 @@ from posttrain.training.identity import source_digest
 from posttrain.types import as_loss
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TeacherConfig:
     """One teacher."""
 
@@ -38,7 +39,7 @@ class TeacherConfig:
     """jensen_shannon: the teacher's share of the mixture."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DistillConfig(RLConfig):
     """Everything that decides an on-policy distillation: an RL run whose loss is a divergence."""
 
@@ -80,14 +81,14 @@ class DistillTrainer(RLTrainer):
         ]
         self._teachers = [teacher for teacher, _ in named]
         losses: list[tuple[float, TeacherDivergence]] = []
-        for number, (teacher, settings) in enumerate(named):
+        for number, (teacher, how) in enumerate(named):
             output = TeacherDivergence(
                 str(number) if len(named) > 1 else "teacher",
                 _frozen_forward(teacher),
-                kind=settings.divergence,
-                mix=settings.mix,
+                kind=how.divergence,
+                mix=how.mix,
             )
-            losses.append((settings.weight, output))
+            losses.append((how.weight, output))
         if not (config.rewards.functions or config.rewards.by_task or others.get("rewards")):
             others["rewards"] = {no_reward: 1.0}
         super().__init__(model, config=config, algorithm=_algorithm(config, losses), **others)

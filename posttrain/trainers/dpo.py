@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.table import num_labels
 from posttrain.data.tokenise import prompt_hash
 from posttrain.losses.preference_metrics import preference_metrics
+from posttrain.resolve import settings
 from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
 from posttrain.training.config import TrainConfig, set_options
 from posttrain.training.loop import Loop
@@ -25,7 +26,7 @@ from posttrain.types import Logps, Loss, LossOutput
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DPOConfig(BaseConfig):
     """Everything that decides a preference run."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from posttrain.data.config import DataConfig, Purpose
 from posttrain.losses.calibration import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.precision import PrecisionPlan, torch_dtype
+from posttrain.resolve import settings
 from posttrain.trainers.base import BaseConfig, RunData, Trainer
 from posttrain.trainers.dpo import check_feedback, every_set
 from posttrain.training.config import TrainConfig, set_options
@@ -21,7 +22,7 @@ from posttrain.training.loop import Loop
 from posttrain.types import PromptGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RewardConfig(BaseConfig):
     """Everything that decides a reward-model run."""
 

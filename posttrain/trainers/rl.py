@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from posttrain.data.prompts import Prompt, PromptConfig, load_prompts, prompts_from_rows
 from posttrain.plan.check import MemoryCheck
 from posttrain.precision import PrecisionPlan, torch_dtype
+from posttrain.resolve import settings
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.batches import RolloutBatches, RolloutConfig
@@ -34,7 +35,7 @@ Rows = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RLConfig(BaseConfig):
     """Everything that decides a reinforcement-learning run."""
 

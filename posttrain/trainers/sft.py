@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 from posttrain.data.config import Purpose
 from posttrain.losses.sft import sft
+from posttrain.resolve import settings
 from posttrain.trainers.base import BaseConfig, RunData, Trainer
 from posttrain.training.loop import Loop
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SFTConfig(BaseConfig):
     """Everything that decides an SFT run."""
 

@@ -16,11 +16,11 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from posttrain.resolve import did_you_mean, import_name
+from posttrain.resolve import TRL_OPTIONS, did_you_mean, import_name, settings
 from posttrain.types import Loss, as_loss
 
 C = TypeVar("C")
@@ -30,7 +30,7 @@ class UserFacingError(RuntimeError):
     """A run stopped on purpose; the message says why and what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainConfig:
     """Length, cadence and place of a run."""
 
@@ -64,7 +64,7 @@ class TrainConfig:
     """A held-out figure (eval_loss, rewards_eval/accuracies); the weights with the best one are
     kept in <run_dir>/<name>/best. Lower is better where the name ends in loss. Empty: none."""
     trackers: list[str] = field(default_factory=list)
-    """Experiment trackers beside metrics.jsonl, through accelerate: tensorboard, wandb, trackio."""
+    """Experiment trackers beside metrics.jsonl, through accelerate. Tested: tensorboard, wandb."""
     self_check: bool = True
     """Compare two groups through the packed forward with the model's own forward before the first
     step, and step down to the model's own forward where they differ. Without the check nothing
@@ -152,6 +152,7 @@ def _suggestion(parser: Any, message: str) -> str:
     skipped = ("help", "config", "print_config")
     known = sorted(f"--{a.dest}" for a in parser._actions if a.dest not in skipped)
     name = ".".join(filter(None, found.groups()))
+    name = TRL_OPTIONS.get(name.rpartition(".")[2], name)
     return did_you_mean(f"--{name}", known, cutoff=0.5) or " See --help for all options."
 
 

@@ -65,12 +65,15 @@ def make_accelerator(
 
     Raises UserFacingError where the processes do not become what the launch configuration asks for.
     """
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
     # CPU tensors in huge pages: a tenth less time per step. Read at the first allocation
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()
+    if not torch.accelerator.is_available():  # deepspeed, which transformers imports, would warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     asked = (n for n in ("FSDP", "DEEPSPEED") if parse_flag_from_env(f"ACCELERATE_USE_{n}"))
     sharding = next(asked, "NO")
     state = _join_processes(sharding)

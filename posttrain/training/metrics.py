@@ -154,7 +154,7 @@ class MetricsLog:
         self._say(f"step {step}: {_words(values)}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from posttrain.precision import PrecisionPlan
+from posttrain.resolve import settings
 
 Name = Literal["adamw", "adamw_8bit", "sgd", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
@@ -20,7 +20,7 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 _DEFAULT_WSD_DECAY_RATIO, _DEFAULT_MOMENTUM = 0.1, 0.9
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class OptimizerConfig:
     """The optimizer, its schedule and clipping. Every number is checked when the record is
     built."""

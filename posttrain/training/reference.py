@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from posttrain.models.reference import (
 from posttrain.models.sharding import local, mix_into, reshard, shard_frozen
 from posttrain.packing.batch import PackedBatch
 from posttrain.precision import PrecisionPlan
+from posttrain.resolve import settings
 from posttrain.training.forward import GROUPS_PER_PLAN, ForwardPlan, forward_values
 from posttrain.training.sharding import (
     broadcast_object,
@@ -45,7 +45,7 @@ from posttrain.training.step import Reference
 from posttrain.types import Forward, PromptGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ReferenceConfig:
     """Which model the policy is compared with, and when its log-probs are computed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import pty
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.cli import chat
 from posttrain.models.adapters import LoraConfig
 from posttrain.models.load import ModelConfig, load_model, save_model
 from posttrain.models.merge import load_to_answer
@@ -46,6 +49,33 @@ def test_one_turn_is_the_greedy_continuation_of_the_template(model):
     result = check(posttrain_warm("chat", str(model), *arguments))
     messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2+2"}]
     assert result.stdout.strip() == greedy(model, messages, 6).strip()
+
+
+def test_a_conversation_goes_on_until_reset_or_system_begins_another(
+    model, tmp_path, monkeypatch, capsys
+):
+    lively = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():  # else it says the same to everything
+        for weight in lively.parameters():
+            weight.mul_(5 if weight.ndim > 1 else 1)
+    lively.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    model = tmp_path
+    parser = argparse.ArgumentParser()
+    chat.declare(parser)
+    turns = ["2+2", "and 3", "/reset", "and 3", "/system Count.", "and 3", "", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(turns)))
+    chat.run(parser.parse_args([str(model), "--max-tokens", "12", "--temperature", "0"]))
+    user = [{"role": "user", "content": text} for text in ("2+2", "and 3")]
+    first = greedy(model, user[:1], 12)
+    conversations = [
+        [user[0], {"role": "assistant", "content": first}, user[1]],
+        [user[1]],
+        [{"role": "system", "content": "Count."}, user[1]],
+    ]
+    said = [first, *(greedy(model, messages, 12) for messages in conversations)]
+    assert len(set(said)) == 4, "the conversations must differ for this test to see them"
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in said)
 
 
 def test_a_run_folder_means_its_final_model_and_adapters_load_on_their_base(model, tmp_path):

@@ -78,9 +78,12 @@ def test_a_recipe_refuses_the_option_that_its_function_replaces(inputs, tmp_path
 
 
 def test_the_command_is_shown_and_can_be_pasted(inputs, tmp_path):
-    """A real launch; what it printed, typed into a shell, is the same run: complete."""
+    """A real launch; what it printed, typed into a shell, is the same run: complete. Nothing but
+    posttrain speaks: nothing is on stderr, which is no terminal."""
     arguments = settings(inputs, tmp_path, "sft")
     first = check(posttrain("sft", *arguments))
+    assert first.stderr == "" and "[WARNING]" not in first.stdout
+    assert "step 2/2  loss " in first.stdout and "\x1b" not in first.stdout
     shown = next(line for line in first.stdout.splitlines() if line.startswith("$ "))
     assert shown.startswith("$ accelerate launch") and "-m posttrain.cli.train sft" in shown
     command = shlex.split(shown.removeprefix("$ accelerate"))

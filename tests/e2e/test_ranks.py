@@ -112,7 +112,7 @@ def test_a_launch_that_would_not_shard_is_refused(tmp_path):
 
 
 def test_a_launch_option_that_would_be_ignored_is_refused(tmp_path):
-    result = run(
+    result = run_warm(
         "zero_cpu2.yaml --gradient_clipping 0.5",
         "tests/e2e/gradient_script.py",
         str(tmp_path / "out.json"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import check, run, run_warm, start_warm
+from tests.e2e.launching import check, run_warm, start_warm
 from tests.tiny import model_folder, write_rows
 
 STEPS = 30
@@ -88,7 +88,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, inputs, launch, kills
     args = arguments(inputs, tmp_path, "killed")
     for _ in range(kills):
         run_until_killed(launch, args, tmp_path / "killed", rng)
-    last = check((run if launch == "cpu.yaml" else run_warm)(launch, "sft", *args))
+    last = check(run_warm(launch, "sft", *args))
     weights, metrics = outcome(tmp_path / "killed")
     wanted_weights, wanted_metrics = outcome(tmp_path / "whole")
     assert metrics == wanted_metrics

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
-from tests.e2e.launching import check, run, run_warm, start_warm
+from tests.e2e.launching import check, run_warm, start_warm
 from tests.tiny import byte_tokenizer, model_folder
 
 REWARD = "tests.reward_functions"
@@ -103,7 +103,7 @@ def test_learns_a_bandit_from_chance(inputs, tmp_path, algorithm, more):
         "--optimizer.lr",
         "6e-3",
     )
-    result = check((run if algorithm == "grpo" else run_warm)("cpu.yaml", "rl", *arguments))
+    result = check(run_warm("cpu.yaml", "rl", *arguments))
     steps = steps_of(tmp_path / "run")
     rewards = [s["reward"] for s in steps]
     assert rewards[0] < 0.25 and statistics.median(rewards[-20:]) > 0.9, rewards
@@ -318,7 +318,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(inputs, tmp_path, laun
         time.sleep(rng.uniform(0, longest_s))
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
-    check((run if launch == "cpu" else run_warm)(f"{launch}.yaml", "rl", *arguments))
+    check(run_warm(f"{launch}.yaml", "rl", *arguments))
     assert (whole / "final" / "model.safetensors").read_bytes() == (
         cut / "final" / "model.safetensors"
     ).read_bytes()

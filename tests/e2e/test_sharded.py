@@ -65,9 +65,8 @@ def test_three_updates_are_those_of_one_process(tmp_path, kind):
 def test_the_largest_rank_holds_what_the_planner_says(inputs, tmp_path, kind):
     """To the byte, bf16, policies (SFT, DPO, RL) and reward models, whole and with adapters."""
     out = tmp_path / "states.json"
-    start = run if kind in ("zero3", "fsdp2") else run_warm
     check(
-        start(
+        run_warm(
             LAUNCH[kind],
             "tests/e2e/states_script.py",
             str(inputs[0]),

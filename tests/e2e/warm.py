@@ -21,8 +21,8 @@ from typing import Any, TextIO
 MODULES = """
 torch torch.distributed torch._dynamo numpy accelerate accelerate.data_loader datasets jsonargparse peft deepspeed psutil pyarrow.parquet
 safetensors.torch transformers transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama
-transformers.models.llama.tokenization_llama transformers.generation.utils rich.console rich.table rich.progress
-posttrain.trainers.sft posttrain.trainers.dpo posttrain.trainers.reward posttrain.trainers.rl posttrain.cli.main
+transformers.models.llama.tokenization_llama transformers.generation.utils transformers.trainer_callback rich.console rich.table rich.progress
+trl.chat_template_utils docstring_parser posttrain.trainers.sft posttrain.trainers.dpo posttrain.trainers.reward posttrain.trainers.rl posttrain.cli.main
 """
 
 

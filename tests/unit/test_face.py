@@ -4,10 +4,17 @@ afterwards."""
 from __future__ import annotations
 
 import base64
+import dataclasses
+import functools
+import inspect
+import io
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -32,7 +39,7 @@ from posttrain import (
     SFTTrainer,
     TrainConfig,
 )
-from posttrain.training.metrics import read_metrics
+from posttrain.training.metrics import MetricsLog, read_metrics
 from tests.tiny import model_folder
 
 ROWS = [{"prompt": f"{a}+{b}", "completion": str(a + b)} for a in range(5) for b in range(4)]
@@ -65,6 +72,45 @@ def test_every_public_name_is_there_and_importing_changes_nothing():
         "assert dict(os.environ) == before; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "kind, given, said",
+    [
+        (DPOConfig, "betta", "DPOConfig has no field 'betta'. Did you mean beta?"),
+        (
+            TrainConfig,
+            "batchsize",
+            "TrainConfig has no field 'batchsize'. Did you mean batch_size?",
+        ),
+        (SFTConfig, "learning_rate", "optimizer.lr, as in optimizer=OptimizerConfig(lr=...)?"),
+        (SFTConfig, "per_device_train_batch_size", "train.batch_size, as in train=TrainConfig("),
+        (
+            RLConfig,
+            "num_generations",
+            "rollout.group_size, as in rollout=RolloutConfig(group_size=",
+        ),
+        (SFTConfig, "rank", "model.lora.rank, as in model=ModelConfig(lora=LoraConfig(rank=...))?"),
+        (OptimizerConfig, "learning_rate", "Did you mean optimizer.lr?"),
+        (RewardConfig, "zzz", "RewardConfig has no field 'zzz'.\n"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest_field_also_of_groups(kind, given, said):
+    for build in (kind, functools.partial(dataclasses.replace, kind())):
+        with pytest.raises(TypeError) as error:
+            build(**{given: 1})
+        assert said in str(error.value) and "docs/from_trl.md" in str(error.value)
+
+
+def test_every_settings_class_says_so_and_keeps_its_signature():
+    kinds = [getattr(posttrain, n) for n in posttrain.__all__ if n.endswith("Config")]
+    for kind in kinds:
+        with pytest.raises(TypeError, match=f"{kind.__name__} has no field 'one'.*\n.*'two'"):
+            kind(one=1, two=2)
+        assert list(inspect.signature(kind).parameters) == [
+            f.name for f in dataclasses.fields(kind)
+        ]
+        assert pickle.loads(pickle.dumps(kind())) == kind()
 
 
 def test_positional_model_and_args_a_dataset_and_the_trained_model(folder, tmp_path):
@@ -390,3 +436,46 @@ def test_push_to_hub_creates_the_repository_and_uploads_final_with_its_card(fold
     files = {v["path"]: base64.b64decode(v["content"]) for v in sent if "content" in v}
     assert files.keys() == {p.name for p in final.iterdir()} and "README.md" in files
     assert all(content == (final / name).read_bytes() for name, content in files.items())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("has_colour", [True, False])
+def test_progress_has_colours_on_a_terminal_unless_no_color_says_not(
+    monkeypatch, tmp_path, has_colour
+):
+    shown = progress(monkeypatch, tmp_path, Terminal(), NO_COLOR="" if has_colour else "1")
+    assert "2/2" in shown and "\x1b[?25l" in shown  # the bar: the cursor is hidden
+    colours = re.findall(r"\x1b\[[0-9;]*3[0-9;]*m", shown)
+    assert bool(colours) == has_colour
+
+
+@pytest.mark.parametrize(("stdout", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
+def test_progress_elsewhere_is_whole_lines_without_escapes(monkeypatch, tmp_path, stdout, term):
+    """In a pipe, and where no cursor can move."""
+    shown = progress(monkeypatch, tmp_path, stdout(), TERM=term)
+    numbers = "  ".join(f"figure_{i} {i}.5" for i in range(20))
+    assert shown == f"step 0: {numbers}\nstep 1/2  loss 1\nstep 2/2  loss 0.5\n"
+
+
+def progress(monkeypatch, tmp_path, stdout, **environment):
+    """What two steps show on this stdout."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", "COLORTERM": "", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", stdout)
+    log = MetricsLog(
+        tmp_path / "metrics.jsonl",
+        num_steps=2,
+        start=0,
+        accelerator=SimpleNamespace(is_main_process=True, log=lambda values, step: None),
+        log_every=1,
+        shown=("loss",),
+    )
+    log.evaluation(0, {f"figure_{i}": i + 0.5 for i in range(20)})
+    for step in (1, 2):
+        log.step(step, {"loss": 1 / step, "hidden": 3.0})
+    log.close()
+    return stdout.getvalue()

@@ -374,6 +374,7 @@ def test_a_run_says_its_memory_and_is_refused_where_it_cannot_fit(tmp_path, caps
     monkeypatch.setattr(check, "available_bytes", lambda: 10**8)
     with pytest.raises(UserFacingError, match=r"needs .* GB.*--train.force true"):
         SFTTrainer(model=model, train_dataset=rows, config=config).train()
+    monkeypatch.setattr(check, "peak_rss_bytes", lambda: 10**6)  # else rows are no percent of it
     forced = replace(config, train=replace(train, force=True))
     SFTTrainer(model=model, train_dataset=rows, config=forced).train()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: ")]
@@ -415,3 +416,7 @@ def test_the_end_of_a_run_compares_the_longest_row_too(job, capsys, monkeypatch)
             assert ("longest row" in said) == (longest < 4096) and said.strip().endswith(
                 f"({100 * (error / 200e9 - 1):+.0f} %)"
             )
+        monkeypatch.setattr(check, "peak_rss_bytes", lambda: 10**15)
+        done.finish(SimpleNamespace(device=SimpleNamespace(type="cpu")), longest_row=1000)
+        assert "longest row" not in capsys.readouterr().out, "it is no percent of what was measured"
+        monkeypatch.setattr(check, "peak_rss_bytes", lambda: 200 * 10**9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from posttrain.rewards.text import (
     repetition_penalty,
     think_answer_format,
 )
+from posttrain.rl.log import rollout_metrics
 from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
@@ -554,3 +556,20 @@ def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):
         {"answer": "A"}, texts("The answer is B.", r"\boxed{\text{B}}", "**B**", "(C)")
     )
     assert letters[0] == letters[1] == letters[2] != letters[3]
+
+
+def test_partial_credit_is_no_right_answer():
+    """Three of five tests passed: 0.6 is in the mean of the reward, and in no accuracy."""
+    drawn = [
+        SimpleNamespace(
+            reward=v, verdict=v, token_ids=[1], finish_reason="stop", parts={"tests": v}
+        )
+        for v in (0.0, 0.6, 1.0, None)
+    ]
+    group = SimpleNamespace(trajectories=drawn, has_signal=lambda: True)
+    metrics = rollout_metrics([group], cost=1.0)
+    assert metrics["reward"] == metrics["reward/tests"] == pytest.approx(1.6 / 3)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    answers = [CompletionText("x" * n, num_tokens=n) for n in (1, 2, 3)]
+    bonus = k15_length(answers, {}, {"tests": [0.6, 1.0, 1.0]})
+    assert bonus == [0.0, 0.0, -0.5], "the shortest is not right, so it gets no bonus"
