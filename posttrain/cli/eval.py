@@ -99,14 +99,23 @@ def run(arguments: argparse.Namespace) -> None:
 
         return (run_pairs if arguments.pairs else run_harness)(arguments)
     if arguments.rescore:
-        from posttrain.cli.sample import rescore
-
-        evaluation, what = rescore(arguments), ", ".join(arguments.rescore)
+        evaluation, what = _rescored(arguments), ", ".join(arguments.rescore)
     elif arguments.task:
         evaluation, what = evaluate(arguments, read_tasks(arguments)), arguments.model
     else:
         raise ValueError("Evaluated on what? Give --task, --pairs, --harness or --rescore.")
     report(evaluation, what, arguments)
+
+
+def _rescored(arguments: argparse.Namespace) -> Evaluation:
+    from posttrain.rl.samples import rescore
+
+    problems = {r["_where"]: r for r in stream_tasks(arguments)} if arguments.task else {}
+    rewards, _ = verifiers(arguments)
+    try:
+        return rescore(arguments.rescore, rewards, problems)
+    finally:
+        rewards.close()
 
 
 def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> None:

@@ -1,5 +1,4 @@
-"""`posttrain sample`: several verified answers of each problem, into Parquet files; `posttrain eval
---rescore`: stored answers judged again."""
+"""`posttrain sample`: several verified answers of each problem, into Parquet files."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.eval import answering, declare_shared, stream_tasks, verifiers
+from posttrain.cli.eval import answering, declare_shared, stream_tasks
 from posttrain.files import whole_file, write_json
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a line for each part."""
+    from posttrain.rl.samples import sample_rows
+
     if arguments.part < 1:
         raise ValueError(f"--part is a number of problems >= 1; got {arguments.part}.")
     out = Path(arguments.out)
@@ -135,100 +136,3 @@ def _write(
     table = table.replace_schema_metadata({"problems": _digest(problems)})
     with whole_file(path) as partial:
         pq.write_table(table, partial, compression="zstd")
-
-
-def sample_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One row for each answer; ``row`` is its problem's, as JSON."""
-    return [
-        {
-            "where": str(g.prompt.sample.get("_where", "")),
-            "row": json.dumps(
-                {k: v for k, v in g.prompt.sample.items() if k != "_where"}, default=str
-            ),
-            "completion": k,
-            "text": str(t.text),
-            "token_ids": t.token_ids.tolist(),
-            "logps": t.logps.tolist(),
-            "finish_reason": t.finish_reason,
-            "correct": ok,
-            "reward": t.reward,
-            "parts": [{"name": n, "value": v} for n, v in t.parts.items()],
-        }
-        for g, row in zip(evaluation.groups, evaluation.correct, strict=True)
-        for k, (t, ok) in enumerate(zip(g.trajectories, row, strict=True))
-    ]
-
-
-def rescore(arguments: argparse.Namespace) -> Evaluation:
-    """Stored answers, judged by --reward."""
-    import numpy as np
-
-    from posttrain.data.layouts import read_prompt
-    from posttrain.data.prompts import Prompt, with_answer
-    from posttrain.rewards import CompletionText
-    from posttrain.rl.evaluate import Evaluation
-    from posttrain.rl.trajectory import ScoredGroup, Trajectory
-
-    problems = {r["_where"]: r for r in stream_tasks(arguments)} if arguments.task else {}
-    pairs, lengths = [], []
-    for where, answers in stored_answers(arguments.rescore):
-        sample = problems.get(where) or json.loads(answers[0].get("row") or "null")
-        if sample is None:
-            raise ValueError(
-                f"The problem {where!r} of a stored answer is not in --task. Name the file of "
-                "rows that was answered, as it was named then."
-            )
-        tokens = [a["tokens"] if "tokens" in a else len(a["token_ids"]) for a in answers]
-        texts = [
-            CompletionText(a["text"], num_tokens=n, finish_reason=a["finish_reason"] or "stop")
-            for a, n in zip(answers, tokens, strict=True)
-        ]
-        values = {k: v for k, v in sample.items() if k != "_where"}
-        pairs.append(({**with_answer(values, read_prompt(values)), "_where": where}, texts))
-        lengths.append(tokens)
-    rewards, _ = verifiers(arguments)
-    try:
-        scored = rewards.score(pairs)
-    finally:
-        rewards.close()
-    groups = [
-        ScoredGroup(
-            index=i,
-            prompt=Prompt(ids=(), sample=sample),
-            trajectories=[
-                Trajectory(
-                    seed=k,
-                    token_ids=np.zeros(n, np.int64),
-                    finish_reason=text.finish_reason,  # type: ignore[arg-type]
-                    text=text,
-                    reward=s.total,
-                    parts=s.parts,
-                    verdict=s.verdict,
-                )
-                for k, (text, n, s) in enumerate(zip(texts, lengths[i], scored[i], strict=True))
-            ],
-        )
-        for i, (sample, texts) in enumerate(pairs)
-    ]
-    correct = [
-        [None if t.verdict is None else t.verdict > 0 for t in g.trajectories] for g in groups
-    ]
-    return Evaluation(groups=groups, correct=correct)
-
-
-def stored_answers(sources: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(where, answers) of each problem in files or folders of eval, sample or a run's rollouts; the
-    answers of a problem stand together in a file."""
-    from itertools import groupby
-
-    from posttrain.data.readers import read_rows
-
-    for source in sources:
-        path = Path(source)
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"{source} holds no answers: it has no *.parquet.")
-        for file in files:
-            rows = (dict(row.values) for row in read_rows(str(file)))
-            for where, answers in groupby(rows, key=lambda row: row.get("where")):
-                yield str(where), list(answers)

@@ -52,8 +52,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints what came of it."""
-    from posttrain.cli.sample import stored_answers
     from posttrain.files import whole_file
+    from posttrain.rl.samples import stored_answers
     from posttrain.rl.select import Filters, select
 
     filters = Filters(**{name: getattr(arguments, name) for name in _FILTERS})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.report.run import Run, json_lines
+from posttrain.rewards import RIGHT
 
 MOST = 10_000
 """Samples of a page."""
@@ -155,7 +156,7 @@ def _add_iteration(found: Samples, path: Path, tokens: Tokens, *, run: int, of: 
             held_out=0,
             finish=row["finish_reason"],
             reward=row["reward"],
-            correct=None if row["verdict"] is None else row["verdict"] > 0,
+            correct=None if row["verdict"] is None else row["verdict"] >= RIGHT,
             advantage=row["advantage"],
             length=len(by_token["token_ids"][i]),
             count=len(pieces),

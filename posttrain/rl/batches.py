@@ -19,7 +19,6 @@ from torch import nn
 from posttrain.data.prompts import Prompt
 from posttrain.packing.plan import count_units
 from posttrain.resolve import settings
-from posttrain.rewards import RIGHT
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.curriculum import PromptSampler
@@ -218,8 +217,8 @@ class RolloutBatches:
 
     def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
         for s in scored:
-            known = [t.verdict for t in s.trajectories if t.verdict is not None]
-            self.sampler.update(s.index, tries=len(known), successes=sum(v >= RIGHT for v in known))
+            known = [t.is_right for t in s.trajectories if t.is_right is not None]
+            self.sampler.update(s.index, tries=len(known), successes=sum(known))
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left

@@ -12,7 +12,6 @@ from typing import Any
 
 from posttrain.data.prompts import Prompt
 from posttrain.resolve import settings
-from posttrain.rewards import RIGHT
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
@@ -153,9 +152,7 @@ def evaluate_prompts(
     buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
-    correct = [
-        [None if t.verdict is None else t.verdict >= RIGHT for t in g.trajectories] for g in groups
-    ]
+    correct = [[t.is_right for t in g.trajectories] for g in groups]
     mine_said = {
         i: (_said(g, correct[i], collector.rewards), g.texts)
         for i, g in enumerate(groups)

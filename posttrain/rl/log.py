@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.files import whole_file
-from posttrain.rewards import RIGHT
 from posttrain.rl.evaluate import Evaluation
 from posttrain.rl.trajectory import ScoredGroup, to_row
 from posttrain.types import Completion, PromptGroup
@@ -37,7 +36,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, 
     for name in dict.fromkeys(name for t in drawn for name in t.parts):
         known = [v for t in drawn if (v := t.parts.get(name)) is not None]
         metrics[f"reward/{name}"] = statistics.fmean(known) if known else math.nan
-    judged = [t.verdict >= RIGHT for t in drawn if t.verdict is not None]
+    judged = [t.is_right for t in drawn if t.is_right is not None]
     metrics["accuracy"] = statistics.fmean(judged) if judged else math.nan
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 

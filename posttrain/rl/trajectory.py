@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from posttrain.data.prompts import Prompt
-from posttrain.rewards import CompletionText
+from posttrain.rewards import RIGHT, CompletionText
 from posttrain.rl.credit import all_equal
 from posttrain.rollout.engine import FinishReason, Sampled
 from posttrain.types import ELSEWHERE, Completion, Counts, PromptGroup, Ragged
@@ -67,6 +67,11 @@ class Trajectory:
         for name, dtype in _DTYPES.items():
             setattr(self, name, np.asarray(getattr(self, name), dtype))
         self.segments = [(int(end), int(version)) for end, version in self.segments]
+
+    @property
+    def is_right(self) -> bool | None:
+        """None: not judged."""
+        return None if self.verdict is None else self.verdict >= RIGHT
 
     def extend(self, drawn: Sampled) -> None:
         """Append what an engine drew."""
