@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings = settings
     elif settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    if arguments.command == "pipeline":
+        arguments.parse = parser.parse_args  # its stages are commands
     try:
         COMMANDS[arguments.command][2](arguments)
     except (ValueError, OSError) as error:

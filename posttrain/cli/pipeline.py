@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     stages = _chosen(pipeline, [*(arguments.only or []), *arguments.force])
     for stage in pipeline.stages:
         if pipeline.verdict(stage).state != "done":
-            check(stage, pipeline)
+            check(stage, pipeline, arguments.parse)
     if arguments.dry_run:
         for stage in pipeline.stages:
             verdict = pipeline.verdict(stage)
@@ -121,15 +121,14 @@ def _chosen(pipeline: Pipeline, names: Sequence[str]) -> dict[str, Stage]:
     return stages
 
 
-def check(stage: Stage, pipeline: Pipeline) -> None:
-    """ValueError for an option, a setting, a launch file or a path that is not there."""
+def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -> None:
+    """ValueError for an option, a setting, a launch file or a path that is not there. ``parse``
+    parses posttrain's command lines."""
     from posttrain.pipeline.stages import texts
 
     problem = _problem_of_trainer(stage) if stage.command in TRAINER_CLASSES else ""
     if stage.command not in (*TRAINER_CLASSES, "python"):
-        from posttrain.cli.main import build_parser
-
-        problem = _said(build_parser().parse_args, pipeline.command(stage)[1:])
+        problem = _said(parse, pipeline.command(stage)[1:])
     if problem:
         raise ValueError(f"Stage {stage.name}: {problem}")
     if stage.launch:

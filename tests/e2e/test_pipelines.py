@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.cli.main import build_parser
 from posttrain.cli.pipeline import check
 from posttrain.cli.train import TRAINERS
 from posttrain.pipeline.run import Pipeline
@@ -76,7 +77,7 @@ def models(p: Pipeline) -> dict[str, bytes]:
 def test_from_an_empty_folder_and_killed_ten_times_to_the_same_models(name, tmp_path):
     whole = pipeline(name, tmp_path / "whole", Warm())
     for stage in whole.stages:
-        check(stage, whole)
+        check(stage, whole, build_parser().parse_args)
     whole.run_all(whole.stages, jobs=1, tell=lambda *_: None)
     described = json.loads((whole.root / "pipeline.json").read_text())["stages"]
     assert {stage["state"] for stage in described} == {"done"}
