@@ -27,13 +27,13 @@ def run(arguments: argparse.Namespace) -> None:
     watch = arguments.watch
     if watch is not None and watch <= 0:
         raise ValueError(f"--watch is a number of seconds above 0; got {watch:g}.")
-    while True:
-        done = is_finished(folders)
-        write_report(folders, out, reload_s=0 if done or watch is None else watch)
-        print(f"wrote {out}", flush=True)
-        if watch is None or done:
-            return
-        try:
-            time.sleep(watch)
-        except KeyboardInterrupt:
-            return
+    try:
+        done = False
+        while not done:
+            done = watch is None or is_finished(folders)
+            write_report(folders, out, reload_s=0 if done else watch)
+            print(f"wrote {out}", flush=True)
+            if not done:
+                time.sleep(watch)
+    except KeyboardInterrupt:
+        print()

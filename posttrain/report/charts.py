@@ -111,7 +111,10 @@ def lines(
     labels = list(runs if by_run else dict.fromkeys(r["label"] for r in rows))
     dashes = list(dict.fromkeys(r["dash"] for r in rows))
     base = encoded(rows)
-    x = alt.X("step:Q").title("step").axis(tickMinStep=1, format="~s").scale(nice=False, padding=6)
+    ticks, steps = alt.Axis(tickMinStep=1, format="~s"), {r["step"] for r in rows}
+    if max(steps) - min(steps) < 8:
+        ticks.values = list(range(int(min(steps)), int(max(steps)) + 1))
+    x = alt.X("step:Q").title("step").axis(ticks).scale(nice=False, padding=6)
     largest = max(abs(r["value"]) for r in rows)
     axis = alt.Axis(format="~%" if share else ".3~g" if largest >= 1e-3 else ".2~e")
     scale = alt.Scale(zero=share)
@@ -212,7 +215,7 @@ def stacked(
         encoded(rows)
         .mark_bar(height=16)
         .encode(
-            x=alt.X(f"{x}:Q").title(x_title).axis(format="~s"),
+            x=alt.X(f"{x}:Q").title(x_title).axis(format=",.3~g"),
             y=alt.Y(f"{y}:N").title(None).sort(names).axis(axis),
             color=alt.Color(f"{part}:N").scale(domain=parts).legend(legend),
             order=alt.Order("order:Q"),

@@ -103,7 +103,7 @@ PHASES = {
     "prepare_s": "log-probs and credit",
     "update_s": "update",
 }
-_IS_TIME = re.compile(r"step_s|.*_ci95|step|iteration|" + "|".join(PHASES))
+_NO_CURVE = re.compile(r"step_s|.*_ci95|step|iteration|" + "|".join(PHASES))
 
 
 def is_held_out(name: str) -> bool:
@@ -127,7 +127,7 @@ def curves(runs: Sequence[Run]) -> tuple[Html, Html]:
     """(the charts of ``CURVES``, those of all other metrics)."""
     names = list(dict.fromkeys(n for r in runs for s in (*r.steps, *r.held_out) for n in s))
     known, others = [], []
-    left = [n for n in names if not _IS_TIME.fullmatch(n)]
+    left = [n for n in names if not _NO_CURVE.fullmatch(n)]
     for curve in CURVES:
         mine = [n for n in left if re.fullmatch(curve.pattern, n)]
         left = [n for n in left if n not in mine]

@@ -162,7 +162,7 @@ def check_installed() -> None:
 
 
 def number(value: Any, *, digits: int = 3) -> str:
-    """A figure for people: 1,234 and 0.0123, never 1e-05's exponent where it can be avoided."""
+    """A figure for people: ``1,234``, ``0.0123``, ``–`` for None; texts stay as they are."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -195,9 +195,13 @@ def graph(stages: Sequence[Stage], *, links: Mapping[str, str] | None = None) ->
     nodes = [_node(stage, *boxes[stage["name"]], links or {}) for stage in stages]
     width = max(n["right"] for n in nodes)
     height = max(n["bottom"] for n in nodes)
-    x_scale, y_scale = alt.Scale(domain=[0, width]), alt.Scale(domain=[height, 0])
-    x = lambda f: alt.X(f"{f}:Q", scale=x_scale, axis=None)  # noqa: E731
-    y = lambda f: alt.Y(f"{f}:Q", scale=y_scale, axis=None)  # noqa: E731
+
+    def x(field: str) -> Any:
+        return alt.X(f"{field}:Q", scale=alt.Scale(domain=[0, width]), axis=None)
+
+    def y(field: str) -> Any:
+        return alt.Y(f"{field}:Q", scale=alt.Scale(domain=[height, 0]), axis=None)
+
     scale = alt.Scale(domain=list(STATES), range=[c for _, c in STATES.values()])
     paint = {
         "color": alt.Color("state:N", legend=None, scale=scale),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.report.curves import curves, grid, label, memory_charts, phases, time_charts
+from posttrain.report.curves import curves, grid, memory_charts, phases, time_charts
 from posttrain.report.page import (
     Html,
     duration,
@@ -22,7 +22,14 @@ from posttrain.report.page import (
 from posttrain.report.run import Run
 from posttrain.report.samples import read_samples
 
-_KEY_FIGURES = ("eval_pass@1", "eval_accuracy", "rewards_eval/accuracies", "eval_loss", "reward")
+_KEY_FIGURES = {
+    "eval_pass@1": "held-out accuracy",
+    "eval_accuracy": "held-out accuracy",
+    "rewards_eval/accuracies": "held-out accuracy",
+    "eval_loss": "held-out loss",
+    "reward": "reward",
+    "loss": "loss",
+}
 """What a run is judged by: the first that it has."""
 ALL = 1000
 """No column of numbers."""
@@ -99,17 +106,12 @@ def _summary(run: Run) -> list[Any]:
         run.name,
         " of ".join(filter(None, [run.about.get("method"), run.settings.get("model.name")])),
         state,
-        _said(name),
+        _KEY_FIGURES[name],
         first,
         last,
         duration(spent),
         f"{measured / 1e9:.2f} GB" if measured else None,
     ]
-
-
-def _said(name: str) -> str:
-    said = label(name)
-    return {"loss": "loss", "reward": "reward", "eval_loss": "held-out loss"}.get(name, said)
 
 
 def _figure(name: str, line: Mapping[str, Any]) -> str:

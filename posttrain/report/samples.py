@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +92,27 @@ def read_samples(runs: Sequence[Run], *, most: int = MOST) -> Samples:
         tokens = Tokens(tokenizer_of(run), found.pieces)
         answers = sorted(folder.glob("held_out_*.jsonl"))
         counts = {path: sum(1 for _ in json_lines(path)) for path in answers}
-        for path in _chosen(counts, most // (4 * len(runs))):
+        for path in _chosen(counts, most // (4 * len(runs)), of=lambda path: path.stem):
             step = int(re.findall(r"\d+", path.stem)[0])
             for row in json_lines(path):
                 _add_answer(found, row, tokens, run=number, step=step)
         iterations = sorted(folder.glob("iteration_*.parquet"))
         sizes = {path: _num_rows(path) for path in iterations}
         found.total += sum(sizes.values()) + sum(counts.values())
-        for path in _chosen(sizes, most // len(runs) - len(found)):
+        left = most // len(runs) * (number + 1) - len(found)
+        for path in _chosen(sizes, left, of=lambda path: path.stem.partition("_rank")[0]):
             _add_iteration(found, path, tokens, run=number, of=run)
     return found
 
 
-def _chosen(sizes: Mapping[Path, int], most: int) -> list[Path]:
-    """Files with at most so many rows in all, evenly spaced, the last one among them."""
-    files = list(sizes)
+def _chosen(sizes: Mapping[Path, int], most: int, of: Callable[[Path], str]) -> list[Path]:
+    """Files with at most so many rows in all: those ``of`` some iterations, evenly spaced, the last
+    one among them."""
+    groups = [list(files) for _, files in itertools.groupby(sizes, key=of)]
     every = 1
-    while every < len(files) and sum(sizes[f] for f in files[::-every]) > most:
+    while every < len(groups) and sum(sizes[f] for g in groups[::-every] for f in g) > most:
         every += 1
-    return files[::-every][::-1]
+    return [file for group in groups[::-every][::-1] for file in group]
 
 
 def _num_rows(path: Path) -> int:

@@ -39,7 +39,8 @@ def is_finished(folders: Sequence[Path]) -> bool:
 
 def _is_finished(folder: Path) -> bool:
     if (folder / PIPELINE).exists():
-        return all(s["state"] in ("done", "failed") for s in _read(folder)["stages"])
+        states = [stage["state"] for stage in _read(folder)["stages"]]
+        return set(states) == {"done"} or ("failed" in states and "running" not in states)
     return (folder / MANIFEST).exists() or is_done(folder)
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("vl_convert")
 
 from posttrain.cli.main import main
 from posttrain.report.pipeline import graph, graph_svg, layers
+from posttrain.report.write import is_finished
 
 
 def stage(name: str, *needs: str, state: str = "done", **more) -> dict:
@@ -93,6 +94,16 @@ def test_the_command_writes_table_figures_and_links(tmp_path):
     assert re.findall(r'<a href="([^"]*)">', page) == ["p/rl/report.html"]
     assert EVIL not in page and EVIL.replace("</", "\\u003c/") not in page
     assert "&lt;/script&gt;&lt;img" in page
+
+
+@pytest.mark.parametrize(
+    ("states", "finished"),
+    [("done done", True), ("done running", False), ("failed waiting", True), ("waiting", False)],
+)
+def test_a_pipeline_that_failed_and_runs_nothing_is_watched_no_longer(tmp_path, states, finished):
+    stages = [stage(str(i), state=state) for i, state in enumerate(states.split())]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"name": "mine", "stages": stages}))
+    assert is_finished([tmp_path]) == finished
 
 
 def test_only_scripts_whose_hash_the_page_has_may_run_and_nothing_may_be_loaded(tmp_path):

@@ -7,6 +7,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,15 @@ def test_of_too_many_samples_whole_iterations_are_shown_the_last_among_them(tmp_
     steps = found.columns["step"]
     assert found.total == 8 * each and len(found) <= 3 * each
     assert {steps.count(s) for s in set(steps)} == {each} and max(steps) == 8
+
+
+def test_an_iteration_of_several_processes_is_taken_whole(tmp_path):
+    folder = add_samples(run_folder(tmp_path / "run"), iterations=8, held_out=False)
+    for path in list((folder / "rollouts").glob("*.parquet")):
+        shutil.copy(path, path.with_stem(f"{path.stem}_rank1"))
+    found = read_samples([read_run(folder, "run")], most=5 * len(TEXTS))
+    steps = found.columns["step"]
+    assert {steps.count(s) for s in set(steps)} == {2 * len(TEXTS)} and len(set(steps)) == 2
 
 
 # -- the command ----------------------------------------------------------------------------------
