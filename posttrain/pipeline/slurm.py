@@ -18,6 +18,7 @@ def submit(
     ``options``: of sbatch, for all; a stage's own ``slurm:`` goes before them. Raises ValueError
     with what sbatch says."""
     jobs: dict[str, str] = {}
+    pipeline.records.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         script = pipeline.records / f"{stage.name}.sbatch"
         script.write_text(job_script(stage, run, log=pipeline.log(stage)), encoding="utf-8")

@@ -311,7 +311,6 @@ def test_slurm_jobs_wait_for_what_they_need(folder, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     p = pipeline(folder)
-    p.records.mkdir(parents=True)
     jobs = submit(p, p.stages, run=["posttrain", "run", "--only"], options=["--partition=gpu"])
     assert jobs == {"top": "1", "left": "2", "right": "3", "bottom": "4"}
     lines = given.read_text().splitlines()
