@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     except StageFailed as error:  # with lines of the stage's own
         print(f"posttrain pipeline: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("interrupted: start the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _read(arguments: argparse.Namespace) -> Pipeline:

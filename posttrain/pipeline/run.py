@@ -59,6 +59,7 @@ class Pipeline:
         """``execute`` runs a command and gives its exit code (default: ``run_command``)."""
         self.stages, self.root, self.name = list(stages), root, name
         self._execute = execute or run_command
+        self._is_interrupted = False
         self.records = root / ".stages"
 
     def record(self, stage: Stage) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Pipeline:
             problem = None
             try:
                 code = self._execute(command, self.log(stage), _mark(stage), tell)
-                problem = self._problem(stage, code)
+                problem = None if self._is_interrupted else self._problem(stage, code)
             finally:
                 end_leftovers(stage)
                 record["seconds"] += time.monotonic() - began
@@ -141,7 +142,7 @@ class Pipeline:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         left = {stage.name: stage for stage in stages}
         running: dict[Future[None], Stage] = {}
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool, self._ended_on_interrupt(running):
             while left or running:
                 busy = {*left, *(stage.name for stage in running.values())}
                 for stage in [s for s in left.values() if not busy.intersection(s.needs)]:
@@ -160,6 +161,16 @@ class Pipeline:
                     for future in finished:
                         future.result()
         self.describe()
+
+    @contextmanager
+    def _ended_on_interrupt(self, running: Mapping[Any, Stage]) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._is_interrupted = True
+            for stage in running.values():
+                end_leftovers(stage)
+            raise
 
     @contextmanager
     def _hold(self, stage: Stage) -> Iterator[None]:
@@ -246,7 +257,7 @@ class Pipeline:
         is_there = verdict.state == "done" and figures is not None and figures.exists()
         return {
             "name": stage.name,
-            "command": shlex.join(stage.words).replace(f"{self.root}/", ""),
+            "command": stage.decides["run"],
             "state": verdict.state,
             "why": verdict.why,
             "seconds": verdict.seconds,

@@ -189,6 +189,20 @@ def test_a_killed_pipeline_leaves_nothing_behind_that_disturbs(folder):
     assert not left_over(p)
 
 
+def test_ctrl_c_ends_the_stage_and_the_next_run_goes_on(folder):
+    text = json.loads(json.dumps(DIAMOND))
+    text["stages"]["top"]["settings"]["seconds"] = 60
+    p = pipeline(folder, text)
+    process = subprocess.Popen(command(folder, "run"), stdout=subprocess.DEVNULL)
+    while not (p.root / "ran.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert not left_over(p)
+    assert p.verdict(p.stages[0]).why == "was interrupted, and goes on"
+
+
 def left_over(p: Pipeline) -> list[int]:
     mark = f"POSTTRAIN_STAGE={(p.root / 'top').resolve()}".encode()
     found = []
