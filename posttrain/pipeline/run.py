@@ -125,6 +125,8 @@ class Pipeline:
                 record["seconds"] += time.monotonic() - began
                 if problem is not None:
                     record |= {"state": "failed" if problem else "done", "problem": problem}
+                if problem == "":
+                    _drop_checkpoints(stage.folder)
                 self._write(stage, record)
         if problem:
             raise StageFailed(
@@ -192,6 +194,7 @@ class Pipeline:
         with is deleted."""
         folder = stage.folder
         if folder.exists() and not goes_on:
+            _drop_checkpoints(folder)
             numbers = (n for n in range(1, 10**6) if not _aside(folder, n).exists())
             os.rename(folder, _aside(folder, next(numbers)))
         elif folder.exists() and stage.command not in _GOES_ON:
@@ -333,6 +336,12 @@ def end_leftovers(stage: Stage) -> None:
 
 def _mark(stage: Stage) -> str:
     return str(stage.folder.resolve())
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Of a finished run, or of one that is another by now: nothing goes on from them, and each is
+    several times its model."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _aside(folder: Path, number: int) -> Path:
