@@ -6,7 +6,7 @@ The reasoning task: how many words a list has. The general one: a sentence with 
 
     problems, heldout          question and answer
     short, long, formatted     demonstrations of the problems: counted once; counted, then checked
-                               up to three times; the format, with a guess in three of four
+                               up to twice; the format, with a guess in three of four
     pairs, pairs_heldout       a counted right answer against a wrong one
     general, general_heldout   prompts
     general_sft, general_pairs a good answer; a good one against one without the word
@@ -59,7 +59,7 @@ def problems(count: int, rng: random.Random) -> dict[str, list[str]]:
 
 
 def long_thought(words: list[str], rng: random.Random) -> str:
-    checks = [f"Check: {counted(words)}"] * rng.choice([0, 1, 2, 2, 3, 3])
+    checks = [f"Check: {counted(words)}"] * rng.choice([0, 1, 1, 2, 2])
     return ". ".join([counted(words), *checks])
 
 
