@@ -92,19 +92,24 @@ def declare_shared(parser: argparse.ArgumentParser, *, samples: int, temperature
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a table of figures."""
-    if not arguments.rescore and not arguments.model:
-        raise ValueError("Which model? Write `posttrain eval MODEL ...`.")
+    check_mode(arguments)
     if arguments.pairs or arguments.harness:
         from posttrain.cli.eval_sets import run_harness, run_pairs
 
         return (run_pairs if arguments.pairs else run_harness)(arguments)
     if arguments.rescore:
         evaluation, what = _rescored(arguments), ", ".join(arguments.rescore)
-    elif arguments.task:
-        evaluation, what = evaluate(arguments, read_tasks(arguments)), arguments.model
     else:
-        raise ValueError("Evaluated on what? Give --task, --pairs, --harness or --rescore.")
+        evaluation, what = evaluate(arguments, read_tasks(arguments)), arguments.model
     report(evaluation, what, arguments)
+
+
+def check_mode(arguments: argparse.Namespace) -> None:
+    """ValueError where it is not said what is evaluated, or on what."""
+    if not (arguments.task or arguments.pairs or arguments.harness or arguments.rescore):
+        raise ValueError("Evaluated on what? Give --task, --pairs, --harness or --rescore.")
+    if not arguments.rescore and not arguments.model:
+        raise ValueError("Which model? Write `posttrain eval MODEL ...`.")
 
 
 def _rescored(arguments: argparse.Namespace) -> Evaluation:
@@ -259,8 +264,13 @@ class Answering:
         arguments, config = self._arguments, self._policy.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         room = positions - arguments.max_tokens if positions else 2**31
+        if room < 1:
+            raise ValueError(
+                f"The model knows {positions} positions, and an answer may have "
+                f"{arguments.max_tokens}: no room is left for a prompt. Lower --max-tokens."
+            )
         template = PromptConfig(
-            template=arguments.template, system=arguments.system, max_prompt_length=max(room, 1)
+            template=arguments.template, system=arguments.system, max_prompt_length=room
         )
         prompts, counts = prompts_from_rows(rows, self._tokenizer, template, suffix=suffix)
         if counts["too long"] and not skip_long:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from posttrain.cli import chat, pipeline, plan, prep, report, sample, select, train
 from posttrain.cli import eval as evaluation
+from posttrain.resolve import did_you_mean
 
 Declare = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], None]
@@ -91,8 +93,30 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (text, declare, _) in COMMANDS.items():
         has_own = name in train.TRAINERS  # the settings' help is another parser's
-        declare(subparsers.add_parser(name, help=text, description=text, add_help=not has_own))
+        more: dict[str, Any] = {"add_help": not has_own, "allow_abbrev": False}
+        declare(subparsers.add_parser(name, help=text, description=text, **more))
     return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """A command line. Ends with code 2 and one line for a mistake."""
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.command in TAKE_SETTINGS:
+        arguments.settings = others
+    elif others:
+        known = {option for sub in _parsers(parser) for option in sub._option_string_actions}
+        hint = did_you_mean(others[0], known)
+        parser.error(f"unrecognized arguments: {' '.join(others)}.{hint}")
+    return arguments
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _parsers(inner)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,14 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ``POSTTRAIN_TRACEBACK=1`` shows the traceback.
     """
-    parser = build_parser()
-    arguments, settings = parser.parse_known_args(argv)
-    if arguments.command in TAKE_SETTINGS:
-        arguments.settings = settings
-    elif settings:
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    arguments = parse(argv)
     if arguments.command == "pipeline":
-        arguments.parse = parser.parse_args  # its stages are commands
+        arguments.parse = parse  # its stages are commands
     try:
         COMMANDS[arguments.command][2](arguments)
     except (ValueError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from posttrain.cli import eval as evaluation
 from posttrain.cli.train import TRAINERS as TRAINER_CLASSES
 from posttrain.resolve import find_shipped
 
@@ -42,7 +44,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         add("--out", metavar="DIR", help="default: runs/<name>-<size>")
     add = run.add_argument
     add("--only", action="append", metavar="STAGE", help="not the others; may repeat")
-    add("--force", action="append", default=[], metavar="STAGE", help="also if it is done")
+    again = "also if it is done, and all that depends on it"
+    add("--force", action="append", default=[], metavar="STAGE", help=again)
     add("--dry-run", action="store_true", help="check every stage, and show its command")
     add("--jobs", type=int, default=1, metavar="N", help="stages at the same time (default: 1)")
     add("--executor", choices=("local", "slurm"), default="local", help="slurm: a job for each")
@@ -91,24 +94,24 @@ def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     for stage in pipeline.stages:
         if pipeline.verdict(stage).state != "done":
             check(stage, pipeline, arguments.parse)
+    forced = pipeline.with_dependents(arguments.force)
     if arguments.dry_run:
         for stage in pipeline.stages:
             verdict = pipeline.verdict(stage)
-            print(f"{stage.name}: {verdict.state}{verdict.why and f' ({verdict.why})'}")
+            why = "is forced to run again" if stage in forced else verdict.why
+            print(f"{stage.name}: {'waiting' if why else verdict.state}{why and f' ({why})'}")
             print(f"  $ {shlex.join(pipeline.command(stage))}")
         return
-    for name in arguments.force:
-        pipeline.forget(stages[name])
-    if arguments.only:
-        wanted = [stages[name] for name in arguments.only]
-    else:
-        wanted = pipeline.stages
+    for stage in forced:
+        pipeline.force(stage)
+    wanted = [stages[name] for name in arguments.only] if arguments.only else pipeline.stages
     if arguments.executor == "slurm":
         _submit(pipeline, wanted, arguments)
         return
     with Shown(pipeline, len(wanted)) as shown:
         pipeline.run_all(wanted, jobs=arguments.jobs, tell=shown.tell)
-    print(f"{pipeline.name} is done: {pipeline.root}; look at it with")
+    left = [s.name for s in pipeline.stages if pipeline.verdict(s).state != "done"]
+    print(f"{pipeline.name}: {'left: ' + ', '.join(left) if left else 'done'}. Look at it with")
     print(f"  posttrain report {pipeline.root}")
 
 
@@ -125,15 +128,21 @@ def _chosen(pipeline: Pipeline, names: Sequence[str]) -> dict[str, Stage]:
 
 
 def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -> None:
-    """ValueError for an option, a setting, a launch file or a path that is not there. ``parse``
-    parses posttrain's command lines."""
+    """ValueError for an option, a setting, a reward, a launch file or a path that is not there.
+    ``parse`` parses posttrain's command lines."""
     from posttrain.pipeline.stages import texts
 
-    problem = _problem_of_trainer(stage) if stage.command in TRAINER_CLASSES else ""
-    if stage.command not in (*TRAINER_CLASSES, "python"):
-        problem = _said(parse, pipeline.command(stage)[1:])
-    if problem:
-        raise ValueError(f"Stage {stage.name}: {problem}")
+    try:
+        if stage.command in TRAINER_CLASSES:
+            _check_trainer(stage)
+        elif stage.command != "python":
+            arguments = _parsed(parse, pipeline.command(stage)[1:])
+            if stage.command == "eval":
+                evaluation.check_mode(arguments)
+            rewards = [getattr(arguments, "reward", None), *getattr(arguments, "also", [])]
+            _check_rewards([name for name in rewards if name])
+    except ValueError as error:
+        raise ValueError(f"Stage {stage.name}: {error}") from error
     if stage.launch:
         find_shipped(stage.launch, "launch", f"Stage {stage.name}: launch")
     for text in texts([stage.words, stage.settings]):
@@ -142,30 +151,39 @@ def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -
             raise ValueError(f"Stage {stage.name}: {text} is not there (in {Path.cwd()}).")
 
 
-def _problem_of_trainer(stage: Stage) -> str:
+def _check_trainer(stage: Stage) -> None:
     import tempfile
 
     import posttrain
     from posttrain.training.config import parse_config
 
-    config: Any = getattr(posttrain, f"{TRAINER_CLASSES[stage.command][0]}Config")
+    kind: Any = getattr(posttrain, f"{TRAINER_CLASSES[stage.command][0]}Config")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(stage.settings, file)
         file.flush()
-        return _said(
-            lambda words: parse_config(config, words, description=""), ["--config", file.name]
-        )
+        parse = functools.partial(parse_config, kind, description="")
+        config = _parsed(parse, ["--config", file.name])
+    if hasattr(config, "rewards"):
+        of_tasks = config.rewards.by_task.values()
+        _check_rewards([n for names in (config.rewards.functions, *of_tasks) for n in names])
 
 
-def _said(parse: Any, words: list[str]) -> str:
-    """What a parser says before it gives up; "" where it does not."""
+def _check_rewards(names: Sequence[str]) -> None:
+    from posttrain.rewards.compose import reward_function
+
+    for name in names:
+        reward_function(name)
+
+
+def _parsed(parse: Callable[[list[str]], Any], words: list[str]) -> Any:
+    """What a parser makes of the words. ValueError with what it says before it gives up."""
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
-            parse(words)
-    except SystemExit:
-        return heard.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-    return ""
+            return parse(words)
+    except SystemExit as error:
+        said = heard.getvalue().partition("error: ")[2]
+        raise ValueError(" ".join(said.split())) from error
 
 
 class Shown:

@@ -76,15 +76,15 @@ def run(arguments: argparse.Namespace) -> None:
                 row = training_row(json.loads(answers[0]["row"]), one, system=arguments.system)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
+        if not written:  # and no file
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common() if n)
+            where = ", ".join(arguments.samples)
+            raise ValueError(f"None of {read:,} answers of {where} was chosen: {reasons}.")
     print(f"{read:,} answers to {problems:,} problems; {used:,} problems have a row")
     for reason, count in counts.most_common():
         if count:
             print(f"  {count:,} left out: {reason}")
     print(f"wrote {written:,} rows to {arguments.out}")
-    if not written:
-        raise ValueError(
-            f"No answer of {', '.join(arguments.samples)} was chosen: see the reasons above."
-        )
 
 
 def training_row(

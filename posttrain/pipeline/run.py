@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,16 +73,20 @@ class Pipeline:
         if not record:
             return Verdict("waiting", "never ran")
         seconds = float(record["seconds"])
+        if not record["identity"]:
+            return Verdict("waiting", "is forced to run again", seconds)
         if record["identity"] != stage.identity:
             return Verdict("waiting", _difference(record["decides"], stage.decides), seconds)
         if record["state"] == "running":
             is_held = self._is_held(stage)
-            why = "is being run" if is_held else "was interrupted, and goes on"
+            how = "goes on" if stage.command in _GOES_ON else "starts anew"
+            why = "is being run" if is_held else f"was interrupted, and {how}"
             return Verdict("running" if is_held else "waiting", why, seconds)
         missing = next((p for p in list(stage.outputs.values())[:1] if not p.exists()), None)
         if record["state"] == "done" and missing:
             return Verdict("waiting", f"{missing} is gone", seconds)
-        return Verdict(record["state"], record.get("problem", ""), seconds)
+        problem = (record.get("problem") or "").splitlines()
+        return Verdict(record["state"], problem[-1] if problem else "", seconds)
 
     def _lock(self, stage: Stage) -> FileLock:
         self.records.mkdir(parents=True, exist_ok=True)
@@ -103,6 +107,7 @@ class Pipeline:
             before, record = self.verdict(stage), self.record(stage)
             if before.state == "done":
                 return
+            self._check_needs(stage)
             end_leftovers(stage)
             self._make_room(stage, goes_on=record.get("identity") == stage.identity)
             command = self.command(stage)
@@ -202,10 +207,28 @@ class Pipeline:
         if stage.command not in TRAINERS:  # those make their own
             folder.mkdir(parents=True, exist_ok=True)
 
-    def forget(self, stage: Stage) -> None:
+    def _check_needs(self, stage: Stage) -> None:
+        for needed in (s for s in self.stages if s.name in stage.needs):
+            verdict = self.verdict(needed)
+            if verdict.state != "done":
+                raise ValueError(
+                    f"Stage {stage.name} needs {needed.name}, which is not done: "
+                    f"{verdict.why or verdict.state}. Run it first (--only {needed.name}), or all."
+                )
+
+    def with_dependents(self, names: Collection[str]) -> list[Stage]:
+        """The stages of these names, and all that take something of them, however far."""
+        found = set(names)
+        for stage in self.stages:
+            found |= {stage.name} if found.intersection(stage.needs) else set()
+        return [stage for stage in self.stages if stage.name in found]
+
+    def force(self, stage: Stage) -> None:
         """It is not done, whatever it was; its folder is moved aside when it runs."""
-        with self._hold(stage):
-            (self.records / f"{stage.name}.json").unlink(missing_ok=True)
+        record = self.record(stage)
+        if record:
+            with self._hold(stage):
+                self._write(stage, record | {"identity": ""})
 
     def command(self, stage: Stage) -> list[str]:
         """What is executed, after ``posttrain`` or ``python``. A trainer's settings are written
@@ -263,7 +286,7 @@ class Pipeline:
             "command": stage.decides["run"],
             "state": verdict.state,
             "why": verdict.why,
-            "seconds": verdict.seconds,
+            "seconds": verdict.seconds or None,
             "needs": stage.needs,
             "folder": str(stage.folder.relative_to(self.root)),
             "figures": _figures(json.loads(figures.read_text())) if is_there and figures else {},

@@ -91,8 +91,8 @@ def read_stages(
     """The stages of a file for one of its sizes, in an order in which they can run. ``root``: the
     folder that gets a folder for each; ``variables`` go before the file's. Raises ValueError with
     what is wrong and where."""
-    text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(text, dict) or not isinstance(text.get("stages"), dict):
+    text = read_yaml(path)
+    if not isinstance(text.get("stages"), dict):
         raise ValueError(
             f"{path} is no pipeline: it needs `stages:`, a mapping of names to stages."
         )
@@ -116,7 +116,8 @@ def read_stages(
 
 def _of_size(sizes: Mapping[str, Any], size: str, quick: bool, path: Path) -> dict[str, Any]:
     if bool(sizes) != bool(size) or size not in (sizes or [size]):
-        raise ValueError(f"{path} has the sizes {', '.join(sizes) or 'none'}; got --size {size!r}.")
+        known = f"the sizes {', '.join(sizes)}: name one with --size" if sizes else "no sizes"
+        raise ValueError(f"{path} has {known}; got {f'--size {size}' if size else 'none'}.")
     chosen = dict(sizes.get(size) or {})
     faster = chosen.pop("quick", None)
     if quick and faster is None:
@@ -164,6 +165,9 @@ class _Resolver:
             shared = self.shared[file] if file in self.shared else self._read(file)
             settings = merged(settings, self._put_in(shared))
         settings = merged(settings, self._put_in(raw.get("settings") or {}))
+        taken = {option.removeprefix("--") for option in OUT_OPTIONS.get(command, {})}
+        if own := sorted(taken & settings.keys()):
+            raise ValueError(f"Stage {self.name}: {own[0]} is the pipeline's to set. Leave it out.")
         outputs = OUTPUTS.get(command) or self._put_in(raw.get("outputs") or {})
         for name in raw.get("needs", []):
             self._stage(name)
@@ -181,10 +185,9 @@ class _Resolver:
         )
 
     def _read(self, file: str) -> dict[str, Any]:
-        path = find_shipped(
-            str(self._put_in(file)), "recipes/configs", f"Stage {self.name}: config"
-        )
-        return read_yaml(str(path))
+        blocks = f" (blocks of settings: {', '.join(self.shared) or 'none'})"
+        where = f"Stage {self.name}: config{blocks}"
+        return read_yaml(find_shipped(str(self._put_in(file)), "recipes/configs", where))
 
     def _put_in(self, value: Any) -> Any:
         """The value with every ``${...}`` in it replaced. A text that is nothing else becomes what
@@ -209,7 +212,13 @@ class _Resolver:
             known = ["out", *self.values, *self.done]
             hint = did_you_mean(name, known)
             raise ValueError(f"Stage {self.name}: there is no variable ${{{name}}}.{hint}")
-        outputs = self._stage(stage).outputs
+        needed = self._stage(stage)
+        outputs = needed.outputs
+        is_kept = needed.settings.get("train", {}).get("best_metric")
+        if output == "best" and needed.command in TRAINERS and not is_kept:
+            raise ValueError(
+                f"Stage {self.name}: ${{{name}}} is there only if {stage} sets train.best_metric."
+            )
         if output not in outputs:
             raise ValueError(
                 f"Stage {self.name}: ${{{name}}} is no output; {stage} has {', '.join(outputs)}."
@@ -235,7 +244,8 @@ class _Resolver:
         inside, here = f"{self.root}/", f"{self.values['here']}/"
         flat = {"run": shlex.join(words), **{f"settings.{k}": v for k, v in _flat(settings)}}
         text = json.dumps(flat).replace(inside, "").replace(here, "")
-        found = {path for word in texts([words, settings]) if (path := _file(word)) is not None}
+        arguments = words[len(command_of(words).split()) :]
+        found = {path for word in texts([arguments, settings]) if (path := _file(word)) is not None}
         files = {
             str(path).removeprefix(here): content_digest(path)
             for path in sorted(found)
@@ -259,9 +269,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Every text in nested lists and mappings, keys too."""
+    """Every text in nested lists and mappings; of keys the dotted ones, which may be functions of a
+    file."""
     if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
+        value = [*(key for key in value if "." in str(key)), *value.values()]
     if isinstance(value, list):
         for part in value:
             yield from texts(part)
@@ -297,9 +308,25 @@ def merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_yaml(name: str) -> dict[str, Any]:
-    """A file of settings."""
-    value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of settings. ValueError where it is none, or a key stands twice."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name} holds no settings: it is a mapping of names; got {value!r}.")
+        raise ValueError(f"{path} holds no settings: it is a mapping of names; got {value!r}.")
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)

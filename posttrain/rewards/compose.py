@@ -138,7 +138,7 @@ class Rewards:
         self._functions = {name: function for name, (function, _) in given.items()}
         for terms in (config.functions, *config.by_task.values()):
             for name in terms:
-                self._functions.setdefault(name, _import(name))
+                self._functions.setdefault(name, reward_function(name))
         if not self._functions:
             raise ValueError(
                 "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
@@ -371,11 +371,14 @@ def _as_batched(function: Callable[..., Any]) -> Callable[..., Any]:
     return reward(batched=True)(call)
 
 
-def _import(name: str) -> Callable[..., Any]:
+def reward_function(name: str) -> Callable[..., Any]:
+    """A built-in one by its name, another by its dotted path. ValueError where there is none."""
     wanted = (
         f"A reward is one of {', '.join(BUILT_IN)}, or the dotted path of a function "
         "(completion, sample) -> float | None"
     )
+    if name not in BUILT_IN and "." not in name:
+        raise ValueError(f"{wanted}; got {name!r}.{did_you_mean(name, BUILT_IN)}")
     return import_name(BUILT_IN.get(name, name), wanted=wanted)
 
 

@@ -51,8 +51,8 @@ def rescore(
         sample = problems.get(where) or json.loads(answers[0].get("row") or "null")
         if sample is None:
             raise ValueError(
-                f"The problem {where!r} of a stored answer is not in --task. Name the file of "
-                "rows that was answered, as it was named then."
+                f"The answers to {where!r} are stored without their problem, and --task has no "
+                "such row. Name the file of rows that was answered, as it was named then."
             )
         tokens = [a["tokens"] if "tokens" in a else len(a["token_ids"]) for a in answers]
         texts = [

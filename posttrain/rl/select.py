@@ -44,11 +44,11 @@ class Filters:
     def reason(self, answer: Answer, by: str) -> str:
         """Why the answer is left out; empty where it is not."""
         text = CompletionText(answer["text"], num_tokens=num_tokens(answer))
+        if broken := is_broken(answer):
+            return broken
         longest = max(map(len, re.split(r"\n\s*\n", text)))
         value = value_of(answer, by)
         checks = {
-            "empty": not text.strip(),
-            "unreadable characters": "\ufffd" in text,
             "did not end by itself": self.ended and answer["finish_reason"] != "stop",
             "other format": self.format and not think_answer_format(text, {}),
             "mixed languages": self.language is not None
@@ -64,6 +64,16 @@ class Filters:
             and (value is None or value < self.min_reward),
         }
         return next((why for why, holds in checks.items() if holds), "")
+
+
+def is_broken(answer: Answer) -> str:
+    """Why nobody should train on the answer, chosen or rejected; empty where nothing is wrong."""
+    checks = {
+        "empty": not answer["text"].strip(),
+        "unreadable characters": "\ufffd" in answer["text"],
+        "repeated": answer["finish_reason"] == "repeat",
+    }
+    return next((why for why, holds in checks.items() if holds), "")
 
 
 def _repeated(text: CompletionText) -> float:
@@ -102,30 +112,25 @@ def select(
     fewest tokens. best: the one with the highest reward ``by``, the first of several; right or not.
     pairs: the shortest right answer against every longer wrong one and every right one that is more
     than 1.5 times as long (k1.5's DPO for long2short). The filters hold for what is chosen, and
-    not for what is rejected.
+    not for what is rejected, which is only never broken.
     """
+    if take == "pairs":
+        return _pairs(answers, by, at_most, filters, counts)
     fit: list[Answer] = []
-    right: list[Answer] = []
-    wrong: list[Answer] = []
     for answer in answers:
-        if take != "best" and answer["correct"] is None:
-            counts["not judged"] += 1
-            continue
-        reason = filters.reason(answer, by)
-        is_right = take == "best" or bool(answer["correct"])
-        (right if is_right else wrong).append(answer)
-        if reason or not is_right:
-            counts[reason if is_right else "wrong"] += 1
+        if take != "best" and not answer["correct"]:
+            reason = "not judged" if answer["correct"] is None else "wrong"
+        else:
+            reason = filters.reason(answer, by)
+        if not reason and take == "best" and value_of(answer, by) is None:
+            reason = "not scored"
+        if reason:
+            counts[reason] += 1
         else:
             fit.append(answer)
-    if take == "pairs":
-        return _pairs(fit, right, wrong, at_most)
     if take == "shortest":
         fit.sort(key=num_tokens)
     elif take == "best":
-        unscored = [a for a in fit if value_of(a, by) is None]
-        counts["not scored"] += len(unscored)
-        fit = [a for a in fit if value_of(a, by) is not None]
         fit.sort(key=lambda a: -(value_of(a, by) or 0.0))
     limit = at_most or (len(fit) if take == "correct" else 1)
     counts["another was taken"] += len(fit[limit:])
@@ -133,12 +138,24 @@ def select(
 
 
 def _pairs(
-    fit: Sequence[Answer], right: Sequence[Answer], wrong: Sequence[Answer], at_most: int
+    answers: Sequence[Answer], by: str, at_most: int, filters: Filters, counts: Counter[str]
 ) -> list[tuple[Answer, Answer]]:
+    whole: list[Answer] = []
+    for answer in answers:
+        reason = "not judged" if answer["correct"] is None else is_broken(answer)
+        if reason:
+            counts[reason] += 1
+        else:
+            whole.append(answer)
+    fit = [a for a in whole if a["correct"] and not filters.reason(a, by)]
     if not fit:
+        counts["of a problem without a right answer that fits"] += len(whole)
         return []
     shortest = min(fit, key=num_tokens)
     length = num_tokens(shortest)
-    rejected = [a for a in wrong if num_tokens(a) > length]
-    rejected += [a for a in right if num_tokens(a) > LONGER * length]
-    return [(shortest, a) for a in rejected][: at_most or None]
+    longer = [a for a in whole if num_tokens(a) > (LONGER if a["correct"] else 1) * length]
+    longer.sort(key=lambda a: bool(a["correct"]))
+    counts["not longer than the shortest right one"] += len(whole) - 1 - len(longer)
+    taken = longer[: at_most or None]
+    counts["another was taken"] += len(longer) - len(taken)
+    return [(shortest, a) for a in taken]

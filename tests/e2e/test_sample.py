@@ -89,7 +89,7 @@ def test_stored_answers_are_judged_again(place, capsys):
     assert main(["eval", "--rescore", str(place / "scored"), "--reward", "numeric_answer"]) == 0
     assert "4 problems, 3 answers of each" in capsys.readouterr().out
     assert main(["eval", "--rescore", str(answers), "--reward", "numeric_answer"]) == 2
-    assert "is not in --task" in capsys.readouterr().err
+    assert "stored without their problem" in capsys.readouterr().err
 
 
 def test_an_average_of_models_is_that_of_their_float32_weights(place, capsys):

@@ -181,7 +181,7 @@ def test_a_killed_pipeline_leaves_nothing_behind_that_disturbs(folder):
     first.send_signal(signal.SIGKILL)
     first.wait()
     found = p.verdict(p.stages[0])
-    assert (found.state, found.why) == ("waiting", "was interrupted, and goes on")
+    assert (found.state, found.why) == ("waiting", "was interrupted, and starts anew")
     assert left_over(p)
     text["stages"]["top"]["settings"]["seconds"] = 0
     p = pipeline(folder, text)
@@ -200,7 +200,7 @@ def test_ctrl_c_ends_the_stage_and_the_next_run_goes_on(folder):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert not left_over(p)
-    assert p.verdict(p.stages[0]).why == "was interrupted, and goes on"
+    assert p.verdict(p.stages[0]).why == "was interrupted, and starts anew"
 
 
 def left_over(p: Pipeline) -> list[int]:
@@ -220,15 +220,43 @@ def test_two_runs_at_once_are_refused_and_status_is_not(folder, capsys):
     assert capsys.readouterr().out.count("done") == 4
 
 
-def test_force_and_only(folder, capsys):
+def test_force_runs_a_stage_and_all_that_depends_on_it(folder, capsys):
     p = pipeline(folder)
     ran(p)
+    (p.root / "ran.txt").unlink()
     words = ["pipeline", "run", str(folder / "p.yaml"), "--out", str(folder / "out")]
-    assert main([*words, "--only", "right", "--force", "right"]) == 0
-    assert (p.root / "ran.txt").exists() is True
-    assert (p.root / "ran.txt").read_text().split()[-1] == "right"
+    assert main([*words, "--force", "right", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("is forced to run again") == 2
+    assert not (p.root / "ran.txt").exists()
+    assert main([*words, "--force", "right"]) == 0
+    assert (p.root / "ran.txt").read_text().split() == ["right", "bottom"]
+    assert "p: done" in capsys.readouterr().out
+
+
+def test_only_refuses_what_needs_a_stage_that_is_not_done(folder, capsys):
+    """Else it would be done with the old input, and its record would say that it is the new."""
+    ran(pipeline(folder))
+    words = ["pipeline", "run", str(folder / "p.yaml"), "--out", str(folder / "out")]
+    changed = [*words, "--set", "word=new"]
+    assert main([*changed, "--only", "left"]) == 2
+    assert "Stage left needs top, which is not done: settings.say" in capsys.readouterr().err
+    assert main([*changed, "--only", "top", "--only", "left"]) == 0
+    assert "p: left: right, bottom" in capsys.readouterr().out
+    assert (folder / "out/left/text.txt").read_text() == "lnew"
     assert main([*words, "--only", "rihgt"]) == 2
     assert "Did you mean right?" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_called_as_an_option_decides_nothing(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = {"stages": {"a": {"run": "sample m", "settings": {"samples": 4, "task": ["t.jsonl"]}}}}
+    before = pipeline(folder, text).stages[0].decides
+    for name in ("samples", "sample", "task"):
+        (folder / name).mkdir()
+        (folder / name / "x").write_text("x")
+    assert pipeline(folder, text).stages[0].decides == before
+    (folder / "t.jsonl").write_text("{}")
+    assert "the content of t.jsonl" in pipeline(folder, text).stages[0].decides
 
 
 def one(**stage) -> dict:
@@ -245,9 +273,18 @@ def one(**stage) -> dict:
         (one(settings={"model": {"name": "${b.model}"}}), "needs stage 'b', which is not there"),
         ({"stages": {"a": {"run": "eval ${b.model}"}, "b": {"run": "sft"}}}, "is not before it"),
         ({"stages": {"a": {"run": "sft"}, "b": {"run": "eval ${a.modl}"}}}, "Did you mean model"),
-        ({"sizes": {"x": {}}, **one()}, "has the sizes x; got --size ''"),
+        ({"sizes": {"x": {}}, **one()}, "has the sizes x: name one with --size; got none"),
         ({"stages": {"a b": {"run": "sft"}}}, "name is letters"),
-        (one(config=["nowhere"]), "Stage a: config is a file, or one of"),
+        (one(settings={"model": "${out}"}, stages=1), "unknown key 'stages'"),
+        (
+            {"stages": {"a": {"run": "sft"}, "b": {"run": "eval ${a.best}"}}},
+            "sets train.best_metric",
+        ),
+        ({"stages": {"a": {"run": "eval x", "settings": {"out": "y"}}}}, "out is the pipeline's"),
+        (
+            one(config=["nowhere"]),
+            "Stage a: config .blocks of settings: none. is a file, or one of",
+        ),
     ],
 )
 def test_a_wrong_file_says_where_and_what(folder, text, message):
@@ -255,8 +292,26 @@ def test_a_wrong_file_says_where_and_what(folder, text, message):
         pipeline(folder, text)
 
 
+def test_broken_yaml_and_a_key_that_stands_twice(folder):
+    for text, message in [
+        ("stages: [a, b", "is no valid YAML"),
+        ("stages:\n  a: {run: sft}\n  a: {run: dpo}\n", "the key 'a' stands twice"),
+        ("- a", "holds no settings"),
+    ]:
+        (folder / "p.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_stages(folder / "p.yaml", root=folder, variables={})
+
+
 def test_a_dry_run_finds_wrong_settings_options_and_paths(folder, capsys):
     for stage, message in [
+        ({"run": "sft", "settings": {"data": {"train": "a text"}}}, "Expected a <class 'list'>"),
+        ({"run": "eval smollm2-135m"}, "Evaluated on what?"),
+        ({"run": "eval m", "settings": {"task": ["x"], "reward": "exact_anwser"}}, "exact_answer?"),
+        (
+            {"run": "eval m", "settings": {"task": ["x"], "max_token": 3}},
+            "Did you mean --max-tokens",
+        ),
         ({"run": "sft", "settings": {"optimizer": {"lrr": 1}}}, "lrr"),
         (
             {"run": "eval smollm2-135m", "settings": {"tsak": ["x"]}},

@@ -69,6 +69,12 @@ def test_pairs_of_long2short():
     pairs, _ = taken(answers, "pairs")
     assert sorted(pairs) == [(10, 11), (10, 16), (10, 40)]
     assert taken(answers, "pairs", at_most=1)[0] == [(10, 11)]
+    assert taken(answers, "pairs")[1] == {
+        "not longer than the shortest right one": 3,
+        "not judged": 1,
+    }
+    broken = [answer(20, False, "5\ufffd"), answer(30, False, " "), answer(40, False, "wrong")]
+    assert taken([answer(10, True), *broken], "pairs")[0] == [(10, 40)]
     assert taken([answer(3, False), answer(5, False)], "pairs")[0] == []
 
 
@@ -96,9 +102,8 @@ def test_each_filter_counts_its_reason(filters, text, reason):
 def test_what_did_not_end_or_repeats_is_left_out():
     cut, looped = answer(3, True, finish_reason="length"), answer(4, True, finish_reason="repeat")
     assert taken([cut, looped], "correct") == ([3], {"repeated": 1})
-    assert taken([cut, looped], "correct", filters=Filters(ended=True))[1] == {
-        "did not end by itself": 2
-    }
+    ended = taken([cut, looped], "correct", filters=Filters(ended=True))[1]
+    assert ended == {"did not end by itself": 1, "repeated": 1}
 
 
 def test_rows_keep_what_the_problem_says():
@@ -138,4 +143,5 @@ def test_the_command_writes_rows_that_sft_reads_and_says_what_it_left_out(tmp_pa
     assert read_prompt(row).answers[0].text == "fine"
     pq.write_table(pa.Table.from_pylist(rows[1:2]), tmp_path / "part-00000.parquet")
     assert main(["select", str(tmp_path), "--out", str(out)]) == 2
-    assert "No answer" in capsys.readouterr().err
+    assert "None of 1 answers" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 1  # as it was
