@@ -71,7 +71,7 @@ def point_with_interval(rows: Rows) -> dict[str, Any]:
         alt.Tooltip("tokens:Q", format=",.4~g"),
     ]
     colour = alt.Color("stage:N").legend(None).scale(domain=[r["stage"] for r in rows])
-    share = alt.Y("low:Q").title("accuracy").axis(format=".0%").scale(zero=False, nice=True)
+    share = alt.Y("low:Q").title("accuracy").axis(format="~%").scale(zero=False, nice=True)
     rule = base.mark_rule(strokeWidth=1.5).encode(x=x, y=share, y2="high:Q", color=colour)
     point = base.mark_point(filled=True, size=80, opacity=1).encode(
         x=x, y=alt.Y("accuracy:Q").title("accuracy"), color=colour, tooltip=tips
