@@ -193,7 +193,11 @@ def test_ctrl_c_ends_the_stage_and_the_next_run_goes_on(folder):
     text = json.loads(json.dumps(DIAMOND))
     text["stages"]["top"]["settings"]["seconds"] = 60
     p = pipeline(folder, text)
-    process = subprocess.Popen(command(folder, "run"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(folder, "run"),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # what runs in the background of a shell ignores SIGINT, and so do its children
     while not (p.root / "ran.txt").exists():
         assert process.poll() is None
         time.sleep(0.05)

@@ -20,6 +20,7 @@ from posttrain.rewards.text import (
     think_answer_format,
 )
 from posttrain.rl.log import rollout_metrics
+from posttrain.rl.trajectory import Trajectory
 from tests.unit.completion_texts import texts
 
 HERE = "tests.reward_functions"
@@ -561,8 +562,8 @@ def test_votes_are_counted_by_the_tasks_own_verifier(rewards_of):
 def test_partial_credit_is_no_right_answer():
     """Three of five tests passed: 0.6 is in the mean of the reward, and in no accuracy."""
     drawn = [
-        SimpleNamespace(
-            reward=v, verdict=v, token_ids=[1], finish_reason="stop", parts={"tests": v}
+        Trajectory(
+            seed=0, reward=v, verdict=v, token_ids=[1], finish_reason="stop", parts={"tests": v}
         )
         for v in (0.0, 0.6, 1.0, None)
     ]
