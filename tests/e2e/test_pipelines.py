@@ -82,7 +82,7 @@ def test_from_an_empty_folder_and_killed_ten_times_to_the_same_models(name, tmp_
     described = json.loads((whole.root / "pipeline.json").read_text())["stages"]
     assert {stage["state"] for stage in described} == {"done"}
     scores = [s["figures"] for s in described if s["name"].startswith("eval_")]
-    assert scores and all(0 <= s["eval_pass@1"] <= 1 and s["eval_length"] > 0 for s in scores)
+    assert scores and all(0 <= s["accuracy"] <= 1 and s["mean_tokens"] > 0 for s in scores)
 
     execute = Warm(kills=KILLS, seed=sum(map(ord, name)))
     killed = pipeline(name, tmp_path / "killed", execute)
