@@ -44,12 +44,15 @@ def run(arguments: argparse.Namespace) -> None:
     devices = num_gpus()
     default = "cpu" if devices == 0 else "gpu" if devices == 1 else "ddp"
     processes = arguments.processes or (devices if devices > 1 and not arguments.launch else None)
+    launch = find_shipped(arguments.launch or default, "launch", "--launch")
+    if devices == 0:
+        _share_cores(launch, processes)
     command = [
         "accelerate",
         "launch",
         "--quiet",  # else a message of ours is followed by a trace of the launcher
         "--config_file",
-        str(find_shipped(arguments.launch or default, "launch", "--launch")),
+        str(launch),
         *(["--num_processes", str(processes)] if processes else []),
         *several_machines(processes or devices or 1),
         "-m",
@@ -62,6 +65,16 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     os.execv(sys.executable, launcher)
+
+
+def _share_cores(launch: Path, processes: int | None) -> None:
+    """As many threads as accelerate would choose, and warn of, unless the user chose."""
+    import psutil
+    import yaml
+
+    count = processes or yaml.safe_load(launch.read_text(encoding="utf-8")).get("num_processes", 1)
+    threads = (psutil.cpu_count(logical=False) or 1) // int(count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
 
 def several_machines(processes: int) -> list[str]:
