@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "posttrain"
 LAYERS = [
     {"resolve"},
-    {"types", "precision", "files"},
+    {"types", "precision", "files", "blocks"},
     {"losses", "data", "packing"},
     {"models"},
     {"rollout", "rewards"},

@@ -14,7 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from posttrain.blocks import blocks
 from posttrain.types import Logps, Loss, LossOutput
 
 if TYPE_CHECKING:
@@ -43,19 +45,55 @@ def divergence(
             f"A divergence is one of {', '.join(get_args(DivergenceKind))}, with 0 < mix < 1; got "
             f"{kind!r} and {mix}."
         )
-    size = min(student_CV.shape[-1], teacher_CV.shape[-1])
-    log_s = torch.log_softmax(student_CV[..., :size], -1)
-    log_t = torch.log_softmax(teacher_CV[..., :size].to(log_s), -1)
-    if kind == "reverse_kl":
-        return _kl(log_s, log_t)
+    return _Divergence.apply(student_CV, teacher_CV, kind, mix)
+
+
+class _Divergence(torch.autograd.Function):
+    """Values and gradient to the student's logits z at once, block by block: beside the logits of
+    both nothing of their size is held. With E the mean over S, every d/dz but forward_kl's (s - t)
+    is s * (g - E[g]): g = log s - log t, or (1 - mix) (log s - log m)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student_CV: Tensor, teacher_CV: Tensor, kind: DivergenceKind, mix: float
+    ) -> Tensor:
+        size = min(student_CV.shape[-1], teacher_CV.shape[-1])
+        values_C = student_CV.new_empty(student_CV.shape[:-1])
+        needed = ctx.needs_input_grad[0]
+        slopes_CV = torch.zeros_like(student_CV) if needed else None
+        for rows in blocks(student_CV):
+            log_s = torch.log_softmax(student_CV[rows, :size], -1)
+            log_t = torch.log_softmax(teacher_CV[rows, :size].to(log_s), -1)
+            values_C[rows], slope = _values_and_slope(log_s, log_t, kind, mix)
+            if slopes_CV is not None:
+                slopes_CV[rows, :size] = slope
+        if slopes_CV is not None:
+            ctx.save_for_backward(slopes_CV)
+        return values_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_C: Tensor) -> Any:  # type: ignore[override]
+        (slopes_CV,) = ctx.saved_tensors
+        return slopes_CV * grad_C[..., None], None, None, None
+
+
+def _values_and_slope(
+    log_s: Tensor, log_t: Tensor, kind: DivergenceKind, mix: float
+) -> tuple[Tensor, Tensor]:
+    s = log_s.exp()
     if kind == "forward_kl":
-        return _kl(log_t, log_s)
-    log_m = torch.logaddexp(log_t + math.log(mix), log_s + math.log1p(-mix))
-    return mix * _kl(log_t, log_m) + (1 - mix) * _kl(log_s, log_m)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+        t = log_t.exp()
+        return (t * (log_t - log_s)).sum(-1), s - t
+    if kind == "reverse_kl":
+        g = log_s - log_t
+        of_teacher: Tensor | float = 0.0
+    else:
+        log_m = torch.logaddexp(log_t + math.log(mix), log_s + math.log1p(-mix))
+        g = (1 - mix) * (log_s - log_m)
+        of_teacher = mix * (log_t.exp() * (log_t - log_m)).sum(-1)
+    mean = (s * g).sum(-1)
+    return of_teacher + mean, s * (g - mean[..., None])
 
 
 class TeacherDivergence:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.blocks import blocks, slices
 from posttrain.types import Ragged
 
 if TYPE_CHECKING:
@@ -58,11 +59,6 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale=scale, softcap=next((cap for cap in caps if cap), None))
 
 
-CPU_BLOCK_ELEMENTS = 2**21
-"""On a CPU the softmax of a chunk runs in blocks of about this many logits (8 MiB of float32): they
-stay in the cache."""
-
-
 class _ChunkedLogps(torch.autograd.Function):
     """logps_T = log_softmax(transform(hidden W^T + b))[target], chunk by chunk, softmax in at least
     float32."""
@@ -83,9 +79,9 @@ class _ChunkedLogps(torch.autograd.Function):
         out = torch.promote_types(compute, torch.float32)
         logps_T = torch.empty(targets_T.shape, dtype=out, device=hidden_TH.device)
         lse_T = torch.empty_like(logps_T)
-        for part in _chunks(targets_T.shape[0], chunk):
+        for part in slices(targets_T.shape[0], chunk):
             logits = _logits(hidden_TH[part].to(compute), weight, bias_V)
-            for rows in _blocks(logits):
+            for rows in blocks(logits):
                 here = slice(part.start + rows.start, part.start + rows.stop)
                 block = _only_kept(transform.apply(logits[rows].to(out)), kept, here)
                 lse_T[here] = torch.logsumexp(block, dim=-1)
@@ -103,7 +99,7 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V) if need_bias else None
-        for part in _chunks(targets_T.shape[0], ctx.chunk):
+        for part in slices(targets_T.shape[0], ctx.chunk):
             hidden = hidden_TH[part].to(ctx.compute)
             grad = _logits(hidden, weight, bias_V)
             _logits_to_gradient(grad, part, targets_T, lse_T, grad_T, ctx.transform, ctx.kept)
@@ -114,22 +110,6 @@ class _ChunkedLogps(torch.autograd.Function):
             if need_weight:
                 grad_weight = _add_matmul(grad_weight, grad, hidden, weight_VH.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _chunks(total: int, size: int) -> list[slice]:
-    """As many slices as ``size`` asks for, all of about the same length: a short last one would
-    cost a whole pass over W."""
-    count = -(-total // size)
-    ends = [total * (i + 1) // count for i in range(count)]
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _blocks(logits: Tensor) -> list[slice]:
-    """Rows of a chunk whose softmax is computed at once."""
-    rows = logits.shape[0]
-    if logits.device.type != "cpu":
-        return [slice(0, rows)]
-    return _chunks(rows, max(1, CPU_BLOCK_ELEMENTS // logits.shape[1]))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,7 +147,7 @@ def _logits_to_gradient(
 ) -> None:
     """Overwrites a chunk's logits with d(sum grad * logp)/d(logits): grad * ([v = target] -
     softmax_v) * transform'."""
-    for rows in _blocks(logits):
+    for rows in blocks(logits):
         raw, here = logits[rows], slice(part.start + rows.start, part.start + rows.stop)
         block = transform.apply(raw.to(lse_T.dtype))
         slope = _transform_slope(block, transform)

@@ -67,6 +67,8 @@ class Job:
     reference: tuple[Parameter, ...] = field(default=(), repr=False)
     """A frozen model beside the policy; empty where there is none, it is cached, or it is the base
     under adapters."""
+    teachers: tuple[nn.Module, ...] = field(default=(), repr=False)
+    """Of a distillation, on the meta device; their parameters are in ``reference``."""
     reference_moves: bool = False
     """TR-DPO: kept as precise as the policy."""
     scoring: Scoring | None = None
@@ -137,6 +139,7 @@ class Job:
             gathered=self.sharding != "whole",
             device=self.device,
             temperature=self.temperature,
+            teachers=self.teachers,
             every_layer=every_layer,
         )
         return trace(self.model, setting)
@@ -211,8 +214,10 @@ def job_of(
             reference = tuple(parameters_of(other))
         elif not any(".lora_" in p.name for p in parameters):
             reference = parameters
-    for teacher in getattr(config, "teachers", ()):  # frozen beside the student, as a reference is
-        reference += tuple(parameters_of(meta_model(ModelConfig(name=teacher.model), precision)))
+    named = [ModelConfig(name=teacher.model) for teacher in getattr(config, "teachers", ())]
+    teachers = tuple(meta_model(teacher, precision) for teacher in named)
+    for teacher in teachers:  # frozen beside the student, as a reference is
+        reference += tuple(parameters_of(teacher))
     job = Job(
         method=method,
         model=model,
@@ -225,6 +230,7 @@ def job_of(
         optimizer=config.optimizer.name,
         offload=frozenset({"optimizer"}) if config.optimizer.offload else frozenset(),
         reference=reference,
+        teachers=teachers,
         reference_moves=wants_reference and bool(config.reference.sync_every or reference_every),
     )
     return _with_sampling(job, config, longest_prompt) if method == "rl" else job

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from posttrain import blocks
+from posttrain.losses.distillation import TeacherDivergence, distillation
 from posttrain.losses.policy import clipped
 from posttrain.losses.preference import dpo
 from posttrain.losses.reward import bradley_terry
@@ -33,6 +35,7 @@ from posttrain.models import logprobs
 from posttrain.models.dropout import base_model
 from posttrain.models.heads import Scorer
 from posttrain.models.policy import Policy, plain_attention
+from posttrain.models.reference import freeze
 from posttrain.packing import attention
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import PackingConfig, plan_step
@@ -185,6 +188,8 @@ class Setting:
     device: Device = "cpu"
     """Whose dtype rules and fused attention are applied."""
     temperature: float = 1.0
+    teachers: tuple[nn.Module, ...] = field(default=(), repr=False)
+    """Models on the meta device whose logits the student's are compared with (distillation)."""
     trains: bool = True
     """False: the forward alone, without gradients."""
     every_layer: bool = False
@@ -248,7 +253,8 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
     count = len(kinds) if setting.every_layer else _enough(kinds)
     live = LiveStorages(vocabulary=model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     with ExitStack() as rules:
-        rules.enter_context(mock.patch.object(logprobs, "_chunks", _few_chunks))
+        for place in (blocks, logprobs):
+            rules.enter_context(mock.patch.object(place, "slices", _few_slices))
         for place, name, value in _CUDA_RULES if setting.device == "cuda" else ():
             rules.enter_context(mock.patch.object(place, name, value))
         rules.enter_context(FakeTensorMode())
@@ -261,6 +267,9 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
         )
         policy.train(setting.trains)
         live.watch(policy)
+        teachers = [_teacher(t, policy, compute, setting) for t in setting.teachers]
+        for teacher in teachers:
+            live.watch(teacher)
         for p in policy.parameters() if setting.trains else ():
             if p.requires_grad:
                 p.grad = torch.empty_like(p)
@@ -269,7 +278,7 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
             _mark_layers(live, decoder_layers(twin)[1])  # type: ignore[index]
         casts = precision.compute != precision.weight and not setting.gathered
         with live:
-            _run(policy, setting, _OneDevice(compute if casts else None))
+            _run(policy, setting, teachers, _OneDevice(compute if casts else None))
     live.mark("done")
     segments = live.segments[:-1]
     if count < len(kinds) and len({s.name for s in segments}) < len(segments):
@@ -277,7 +286,16 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
     return _replay(segments, kinds, count)
 
 
-def _run(policy: Any, setting: Setting, accelerator: _OneDevice) -> None:
+def _teacher(model: nn.Module, policy: Policy, compute: torch.dtype, setting: Setting) -> Policy:
+    """A frozen model with the first layers: without gradients each leaves no more than the last."""
+    with _cut(model, decoder_layers(model), 2):
+        twin = twin_of(model)
+    return freeze(policy.around(twin, device_type=setting.device), compute=compute)
+
+
+def _run(
+    policy: Any, setting: Setting, teachers: Sequence[Policy], accelerator: _OneDevice
+) -> None:
     """The only call of the step. The reference is a frozen model whose forward holds less."""
     mode, budget = policy.forward_mode.mode, setting.packing.max_tokens
     completions = 1 if mode == "single" else setting.completions
@@ -291,6 +309,9 @@ def _run(policy: Any, setting: Setting, accelerator: _OneDevice) -> None:
     if setting.method == "dpo":
         reference = lambda _, batch: torch.zeros(batch.predictor_T.shape[0])  # noqa: E731
     loss = LOSSES[setting.method]
+    if teachers:
+        forwards = [lambda _, batch, t=t: t.head_input(batch) for t in teachers]
+        loss = distillation([(1.0, TeacherDivergence(str(i), f)) for i, f in enumerate(forwards)])
     step_gradient(accelerator, policy, groups, plan, loss, mode=mode, reference=reference)
 
 
@@ -484,9 +505,9 @@ def _set_checkpointing(model: Any, wanted: bool) -> None:
         base.activation_checkpointing_disable()
 
 
-def _few_chunks(total: int, size: int, *, chunks: Any = logprobs._chunks) -> list[slice]:
+def _few_slices(total: int, size: int, *, slices: Any = blocks.slices) -> list[slice]:
     """The first two and the last: what others hold is what the second one does."""
-    every = chunks(total, size)
+    every = slices(total, size)
     return every[:2] + every[2:][-1:]
 
 
@@ -511,7 +532,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Ten
 
 _CUDA_RULES: tuple[tuple[Any, str, Any], ...] = (
     (attention, "CPU_FLOAT32_KEYS", 0),
-    (logprobs, "CPU_BLOCK_ELEMENTS", 2**62),
+    (blocks, "CPU_BLOCK_ELEMENTS", 2**62),
     (attention, "why_not_flex", lambda *_, **__: None),
     (attention.flex, "attend", _fused),
     (torch.nn.functional, "scaled_dot_product_attention", _fused),

@@ -12,6 +12,7 @@ from torch import nn
 from posttrain.losses.combine import weighted_sum
 from posttrain.losses.distillation import DivergenceKind, TeacherDivergence, distillation
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer
+from posttrain.models.logprobs import compute_dtype
 from posttrain.models.policy import Policy
 from posttrain.models.reference import freeze
 from posttrain.resolve import settings
@@ -150,12 +151,13 @@ def _frozen_forward(model: str | nn.Module) -> Callable[[Any, Any], Any]:
     def forward(student: Policy, batch: Any) -> Any:
         if "teacher" not in made:
             device = batch.input_ids_L.device
-            dtype = next(student.parameters()).dtype
-            loaded = model
-            if isinstance(loaded, str):
-                loaded = load_model(ModelConfig(name=loaded), dtype=dtype)
+            weight = next(student.parameters())
+            loaded, compute = model, None
+            if isinstance(loaded, str):  # a loaded one is the user's: its weights stay as they are
+                loaded = load_model(ModelConfig(name=loaded), dtype=weight.dtype)
+                compute = compute_dtype(weight)
             policy = Policy.around(student, loaded.to(device), device_type=device.type)
-            made["teacher"] = freeze(policy)
+            made["teacher"] = freeze(policy, compute=compute)
         return made["teacher"].head_input(batch)
 
     return forward

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain.losses.distillation import TeacherDivergence, distillation
 from posttrain.losses.policy import clipped
 from posttrain.losses.preference import dpo
 from posttrain.losses.reward import bradley_terry
@@ -23,6 +24,7 @@ from posttrain.plan.price import memory_plan
 from posttrain.plan.states import parameters_of
 from posttrain.plan.trace import LiveStorages, worst_case
 from posttrain.precision import PRECISIONS, torch_dtype
+from posttrain.trainers.distill import _frozen_forward
 from posttrain.training.config import TrainConfig
 from posttrain.training.launch import make_accelerator
 from posttrain.training.loop import Loop
@@ -95,6 +97,12 @@ def other_precisions():
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries_have_made_their_own_tensors(tmp_path_factory):
+    """At the first run of a process, for good: they are in no plan."""
+    measured(tmp_path_factory.mktemp("first"), llama(), "sft", "fp32")
+
+
 class NoTokenizer:
     chat_template = eos_token_id = None
 
@@ -126,11 +134,15 @@ def build(config, method, precision, lora, checkpointing):
     return model
 
 
-def planned(config, method, precision, *, lora=None, checkpointing=False):
+def planned(config, method, precision, *, lora=None, checkpointing=False, teacher=None):
     plan = PRECISIONS[precision]
     with torch.device("meta"):
         model = build(config, method, plan, lora, checkpointing)
+        teachers = () if teacher is None else (build(teacher, "rl", plan, None, False),)
     parameters = tuple(parameters_of(model))
+    reference = parameters if method == "dpo" and lora is None else ()
+    for other in teachers:
+        reference += tuple(parameters_of(other))
     job = Job(
         method=method,
         model=model,
@@ -139,12 +151,13 @@ def planned(config, method, precision, *, lora=None, checkpointing=False):
         packing=PACKING,
         completions=COMPLETIONS[method],
         checkpointing=checkpointing,
-        reference=parameters if method == "dpo" and lora is None else (),
+        reference=reference,
+        teachers=teachers,
     )
     return memory_plan(job).live_bytes
 
 
-def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=False):
+def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=False, loss=None):
     """Through the real loop: accelerate's wrappers, the real reference, two steps of two rows."""
     accelerator, plan = make_accelerator(precision=precision, project_dir=tmp_path)
     live = LiveStorages()
@@ -156,7 +169,7 @@ def measured(tmp_path, config, method, precision, *, lora=None, checkpointing=Fa
             precision=plan,
             model=build(config, method, plan, lora, checkpointing),
             tokenizer=NoTokenizer(),
-            loss=LOSSES[method],
+            loss=loss or LOSSES[method],
             batches=lambda _: groups,
             num_steps=2,
             train=TrainConfig(run_dir=str(tmp_path), max_steps=2, self_check=False),
@@ -220,6 +233,21 @@ def test_planned_is_what_the_real_loop_holds(
     found = measured(tmp_path, config, method, precision, lora=lora, checkpointing=checkpointing)
     plan = planned(config, method, precision, lora=lora, checkpointing=checkpointing)
     assert found - plan == left_out(config, method, precision, lora=lora)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_planned_is_what_a_distillation_holds(tmp_path, precision):
+    """A teacher of another shape: its weights, and the logits of both."""
+    config, teacher = llama(), llama(hidden_size=48, intermediate_size=64, num_hidden_layers=6)
+    with torch.device("meta"):
+        buffers = build(teacher, "rl", PRECISIONS[precision], None, False).buffers()
+    build(teacher, "rl", PRECISIONS["fp32"], None, False).save_pretrained(tmp_path / "teacher")
+    output = TeacherDivergence("teacher", _frozen_forward(str(tmp_path / "teacher")))
+    loss = distillation([(1.0, output)])
+    found = measured(tmp_path / "run", config, "rl", precision, loss=loss)
+    plan = planned(config, "rl", precision, teacher=teacher)
+    left = left_out(config, "rl", precision) + sum(b.nbytes for b in buffers)
+    assert found - plan == left
 
 
 def test_the_peak_is_that_of_torchs_own_tracker():
