@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from posttrain.precision import PrecisionPlan, resolve_precision
 from posttrain.training.config import UserFacingError
 
@@ -34,6 +36,24 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+class FreedMemory:
+    """Gives kept memory back once it has grown by a tenth over the first steps: with lengths that
+    differ from step to step, the holes between blocks do (by half in 24 steps of RL)."""
+
+    def __init__(self) -> None:
+        self._checks, self._usual = 0, 0
+
+    def check(self) -> None:
+        """Between two steps."""
+        resident = psutil.Process().memory_info().rss
+        self._checks += 1
+        if self._checks <= 3:  # the first step makes the moments
+            self._usual = resident
+        elif resident > 1.1 * self._usual:
+            with suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int) -> None:

@@ -28,6 +28,7 @@ from posttrain.training import sharding
 from posttrain.training.callbacks import Callbacks
 from posttrain.training.config import TrainConfig, flat_settings
 from posttrain.training.forward import ForwardPlan, Report, batch_mean, evaluate
+from posttrain.training.launch import FreedMemory
 from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import (
     OptimizerConfig,
@@ -174,6 +175,7 @@ class Loop:
         self._is_prepared = False
         self._sampled: Batches | None = None
         self._callbacks: Callbacks | None = None
+        self._freed = FreedMemory()
         self.loss = as_loss(self.loss)
         self.eval_loss = self.eval_loss and as_loss(self.eval_loss)
 
@@ -374,6 +376,7 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
+        self._freed.check()
         batch = (
             StepBatch(groups=self.batches(step - 1))
             if self._sampled is None

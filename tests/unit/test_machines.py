@@ -90,6 +90,29 @@ def test_without_glibc_nothing_is_told_to_its_heap(lacks, monkeypatch):
     assert asked == ["libc.so.6"]
 
 
+def test_holes_between_blocks_go_back_once_they_have_grown():
+    """1 GB of blocks of 4 MiB is freed but for small ones between them."""
+    script = """
+import psutil, torch
+from posttrain.training.launch import FreedMemory, keep_freed_memory
+keep_freed_memory()
+freed = FreedMemory()
+for _ in range(3):
+    freed.check()
+rss = lambda: psutil.Process().memory_info().rss
+before, large, small = rss(), [], []
+for _ in range(250):
+    large.append(torch.ones(2**20))
+    small.append(torch.ones(2**10))
+del large
+held = rss()
+assert held - before > 9e8, (before, held)
+freed.check()
+assert rss() - before < 1e8, (before, held, rss())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_limit_of_a_cgroup_of_version_1_counts(tmp_path):
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("123456789\n")
