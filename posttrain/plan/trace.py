@@ -287,8 +287,9 @@ def _peaks(model: nn.Module, setting: Setting) -> list[tuple[str, Counter[str]]]
 
 
 def _teacher(model: nn.Module, policy: Policy, compute: torch.dtype, setting: Setting) -> Policy:
-    """A frozen model with the first layers: without gradients each leaves no more than the last."""
-    with _cut(model, decoder_layers(model), 2):
+    """A frozen model with the first layers: without gradients those after them leave no more."""
+    stack = decoder_layers(model)
+    with _cut(model, stack, 0 if stack is None else _enough(kinds_of(model, stack[1]))):
         twin = twin_of(model)
     return freeze(policy.around(twin, device_type=setting.device), compute=compute)
 
