@@ -4,7 +4,7 @@ trained: one sample in colours, and whether any end is ever trained."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from posttrain.types import PromptGroup
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from posttrain.data.tokenise import Encoded
 
 PROMPT_FILLS = "prompt fills max_length"
 OVERLONG = "longer than max_length"
@@ -29,7 +31,7 @@ def column_counts(seen: Mapping[tuple[tuple[str, str], ...], int]) -> dict[str, 
     return {use: dict(sorted(names.items())) for use, names in sorted(counts.items())}
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(kw_only=True)
 class SourceReport:
     """Counts of one source. num_read = num_kept + the sum of dropped."""
 
@@ -50,15 +52,33 @@ class SourceReport:
     """Prompt and completion tokens of the kept rows."""
     num_trained_tokens: int = 0
     """Tokens of the kept rows under the loss mask."""
-    layouts: dict[str, int] = field(default_factory=dict)
+    layouts: dict[str, int] = field(default_factory=Counter)
     """Layout to the number of rows that were read so."""
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=Counter)
     """Reason to number of rows left out."""
     columns: dict[str, dict[str, int]] = field(default_factory=dict)
     """``used`` and ``carried``: {column: rows that have it}; keys of messages and answers as
     ``messages.key``."""
     from_cache: bool = False
     """Whether the tokens were read from the cache."""
+
+    def counted(self, results: Iterable[Encoded]) -> Iterator[PromptGroup]:
+        """The groups of the kept rows; every row is counted."""
+        columns: Counter[tuple[tuple[str, str], ...]] = Counter()
+        for result in results:
+            self.num_read += 1
+            self.layouts[result.layout] += 1
+            columns[result.columns] += 1
+            if result.group is None:
+                self.dropped[result.reason] += 1
+                continue
+            self.num_kept += 1
+            self.num_truncated += result.num_cut_tokens > 0
+            self.num_cut_tokens += result.num_cut_tokens
+            self.num_tokens += result.group.num_tokens_shared
+            self.num_trained_tokens += result.group.num_trained
+            yield result.group
+        self.columns = column_counts(columns)
 
 
 @dataclass(kw_only=True, frozen=True)
