@@ -127,8 +127,9 @@ def print_summary(manifest: dict[str, Any], out: Path, *, report: Path | None = 
         f"{counts['read']:,} rows read, {counts['rejected']:,} bad, {counts['prompts']:,} prompts"
     )
     if counts["rejected"]:
-        file, row, reason = _first_rejected(out)
-        print(f"  bad rows are in {out / 'rejects.jsonl'}; the first, {file}:{row}: {reason}")
+        with (out / "rejects.jsonl").open(encoding="utf-8") as lines:
+            first = "{file}:{row}: {reason}".format(**json.loads(next(lines)))
+        print(f"  bad rows are in {out / 'rejects.jsonl'}; the first, {first}")
     for reason, n in manifest["dropped"].items():
         print(f"  {n:,} dropped: {reason}")
     for use, names in manifest["columns"].items():
@@ -136,12 +137,6 @@ def print_summary(manifest: dict[str, Any], out: Path, *, report: Path | None = 
     written = [f"{counts.get(f'written_{side}', 0):,} {side}" for side in ("train", "test")]
     print(f"wrote {' and '.join(written)} rows to {out}")
     print(f"look at {report}" if report else "for a page: pip install 'posttrain[report]'")
-
-
-def _first_rejected(out: Path) -> tuple[str, int, str]:
-    with (out / "rejects.jsonl").open(encoding="utf-8") as lines:
-        first = json.loads(next(lines))
-    return first["file"], first["row"], first["reason"]
 
 
 def _renamings(pairs: Sequence[str]) -> dict[str, str] | None:
