@@ -128,12 +128,11 @@ def load_groups(
         set_chat_template(tokenizer, config.chat_template)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
     digest = tokenizer_digest(tokenizer)
-    loaded = [
-        [_load_source(source, encode, digest, progress) for source in sources]
-        for sources in (config.train, config.eval)
-    ]
-    train_parts, eval_parts = ([part for part, _ in side] for side in loaded)
-    train_reports, eval_reports = ([report for _, report in side] for side in loaded)
+    sources = [*config.train, *config.eval]
+    loaded = [_load_source(source, encode, digest, progress) for source in sources]
+    parts, reports = [part for part, _ in loaded], [report for _, report in loaded]
+    num_train = len(config.train)
+    train_parts, eval_parts = parts[:num_train], parts[num_train:]
     if config.eval_fraction:
         train_parts, eval_parts = _hold_out(train_parts, config.eval_fraction, config.seed)
     train = GroupDataset(train_parts)
@@ -141,8 +140,8 @@ def load_groups(
     if purpose != "reward":
         check_stop_trained(train, encode.encoder.stop_ids)
     report = DataReport(
-        train=train_reports,
-        eval=eval_reports,
+        train=reports[:num_train],
+        eval=reports[num_train:],
         num_train_rows=len(train),
         num_eval_rows=len(evaluation or ()),
     )
