@@ -137,35 +137,31 @@ class Rewards:
                 "rewards.functions."
             )
         self._weights = config.functions | {name: weight for name, (_, weight) in given.items()}
-        self._functions = {name: function for name, (function, _) in given.items()}
+        self.functions = {name: function for name, (function, _) in given.items()}
+        """All that score, by name."""
         for terms in (config.functions, *config.by_task.values()):
             for name in terms:
-                self._functions.setdefault(name, reward_function(name))
-        if not self._functions:
+                self.functions.setdefault(name, reward_function(name))
+        if not self.functions:
             raise ValueError(
                 "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
             )
-        if correct_reward is not None and correct_reward not in self._functions:
+        if correct_reward is not None and correct_reward not in self.functions:
             raise ValueError(
-                f"evaluation.correct_reward is one of the rewards {', '.join(self._functions)}; "
+                f"evaluation.correct_reward is one of the rewards {', '.join(self.functions)}; "
                 f"got {correct_reward!r}."
             )
-        self._declared = {name: reward.of(f) for name, f in self._functions.items()}
+        self._declared = {name: reward.of(f) for name, f in self.functions.items()}
         for name, options in config.options.items():
-            _check_options(name, self._functions[name], options)
+            _check_options(name, self.functions[name], options)
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
         self._seen: list[tuple[Mapping[str, Any], Sequence[Scored]]] = []
         self._iteration = -1
 
     @property
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        """All that score, by name."""
-        return self._functions
-
-    @property
     def names(self) -> list[str]:
         """Of the functions, in the order in which they run."""
-        return sorted(self._functions, key=lambda name: self._declared[name].grouped)
+        return sorted(self.functions, key=lambda name: self._declared[name].grouped)
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -255,7 +251,7 @@ class Rewards:
 
     def _run(self, name: str, wanted: Sequence[tuple[Group, Sequence[Found]]]) -> list[Outcome]:
         """The outcomes of the groups' completions, in their order."""
-        function = partial(self._functions[name], **self.config.options.get(name, {}))
+        function = partial(self.functions[name], **self.config.options.get(name, {}))
         pairs = [(sample, text) for (sample, texts), _ in wanted for text in texts]
         timeout_s = self.config.timeout_s
         if self._declared[name].grouped:
@@ -272,7 +268,7 @@ class Rewards:
     def _score_alone(
         self, name: str, pairs: Sequence[tuple[Mapping[str, Any], CompletionText]]
     ) -> list[Outcome]:
-        function, options = self._functions[name], self.config.options.get(name, {})
+        function, options = self.functions[name], self.config.options.get(name, {})
         path = _dotted_path(function)
         if path is None or inspect.iscoroutinefunction(function):
             calls = [partial(function, text, sample, **options) for sample, text in pairs]
