@@ -176,7 +176,7 @@ def groups_from_rows(
         warnings.warn(
             f"Of the rows in memory not all are trained on whole: {report.num_read} rows, "
             f"{report.num_truncated} cut to data.max_length={config.max_length}, dropped: "
-            f"{dict(report.dropped)}.",
+            f"{report.dropped}.",
             stacklevel=2,
         )
     if purpose != "reward":
@@ -217,7 +217,7 @@ def _checked(report: SourceReport, config: DataConfig) -> SourceReport:
     if not report.num_kept:
         raise ValueError(
             f"{report.source}: no row is left to train on: {report.num_read} read, dropped: "
-            f"{dict(report.dropped)}. Raise --data.max_length (now {config.max_length})."
+            f"{report.dropped}. Raise --data.max_length (now {config.max_length})."
         )
     return report
 

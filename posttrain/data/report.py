@@ -52,9 +52,9 @@ class SourceReport:
     """Prompt and completion tokens of the kept rows."""
     num_trained_tokens: int = 0
     """Tokens of the kept rows under the loss mask."""
-    layouts: dict[str, int] = field(default_factory=Counter)
+    layouts: dict[str, int] = field(default_factory=dict)
     """Layout to the number of rows that were read so."""
-    dropped: dict[str, int] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     """Reason to number of rows left out."""
     columns: dict[str, dict[str, int]] = field(default_factory=dict)
     """``used`` and ``carried``: {column: rows that have it}; keys of messages and answers as
@@ -63,14 +63,15 @@ class SourceReport:
     """Whether the tokens were read from the cache."""
 
     def counted(self, results: Iterable[Encoded]) -> Iterator[PromptGroup]:
-        """The groups of the kept rows; every row is counted."""
-        columns: Counter[tuple[tuple[str, str], ...]] = Counter()
+        """The groups of the kept rows. The counts are complete after the last."""
+        layouts, dropped = Counter[str](), Counter[str]()
+        columns = Counter[tuple[tuple[str, str], ...]]()
         for result in results:
             self.num_read += 1
-            self.layouts[result.layout] += 1
+            layouts[result.layout] += 1
             columns[result.columns] += 1
             if result.group is None:
-                self.dropped[result.reason] += 1
+                dropped[result.reason] += 1
                 continue
             self.num_kept += 1
             self.num_truncated += result.num_cut_tokens > 0
@@ -78,6 +79,7 @@ class SourceReport:
             self.num_tokens += result.group.num_tokens_shared
             self.num_trained_tokens += result.group.num_trained
             yield result.group
+        self.layouts, self.dropped = dict(layouts), dict(dropped)
         self.columns = column_counts(columns)
 
 
