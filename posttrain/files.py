@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,12 @@ from typing import Any
 def write_json(path: Path, value: Any) -> None:
     """Indented."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A row in each line; what JSON does not know is written as text."""
+    lines = (json.dumps(row, default=str) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.cli.eval import load_here
+
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message, /quit ends"
 
 
@@ -127,17 +129,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _load(name: str) -> Speaker:
-    from accelerate import PartialState
-
-    from posttrain.models.merge import load_to_answer
-    from posttrain.precision import default_precision, torch_dtype
-
-    device = PartialState().device
-    dtype = torch_dtype(default_precision(device.type).compute)
-    model, tokenizer = load_to_answer(name, dtype=dtype)
+    model, tokenizer, _ = load_here(name)
     if tokenizer.chat_template is None:
         raise ValueError(f"{name} has no chat template, so it knows no turns. Train it on chats.")
-    return Speaker(name=name, model=model.to(device), tokenizer=tokenizer)
+    return Speaker(name=name, model=model, tokenizer=tokenizer)
 
 
 def _turns(prompt: str | None) -> Iterator[str]:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.files import write_json
+from posttrain.files import write_json, write_json_lines
 
 if TYPE_CHECKING:
     from posttrain.data.prompts import Prompt
@@ -117,10 +117,8 @@ def _rescored(arguments: argparse.Namespace) -> Evaluation:
 
     problems = {r["_where"]: r for r in stream_tasks(arguments)} if arguments.task else {}
     rewards, _ = verifiers(arguments)
-    try:
+    with closing(rewards):
         return rescore(arguments.rescore, rewards, problems)
-    finally:
-        rewards.close()
 
 
 def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> None:
@@ -145,7 +143,7 @@ def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> 
         table.add_row(name.removeprefix("eval_"), text)
     Console().print(table)
     if arguments.out:
-        _write(arguments.out, evaluation.rows())
+        write_json_lines(Path(arguments.out), evaluation.rows())
 
 
 def run_difficulty(arguments: argparse.Namespace) -> None:
@@ -176,17 +174,12 @@ def run_difficulty(arguments: argparse.Namespace) -> None:
                 outside += 1
                 continue
             lines.append({**kept, "pass_rate": rate, "difficulty": 1 - rate})
-    _write(arguments.out, lines)
+    write_json_lines(Path(arguments.out), lines)
     print(
         f"{len(evaluation.groups)} problems, {len(guessed)} left out (a guess was right), "
         f"{unjudged} left out (no answer could be judged), {outside} left out (too easy or too "
         f"hard); wrote {len(lines)} to {arguments.out}"
     )
-
-
-def _write(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(line, default=str) + "\n" for line in lines)
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def evaluate(
@@ -195,20 +188,24 @@ def evaluate(
     """Answers and judges the rows; ``suffix`` goes after each prompt."""
     from posttrain.rl.rollouts import report_prompts
 
-    with answering(arguments) as answer:
+    with closing(Answering(arguments)) as answer:
         prompts, counts = answer.prompts(rows, suffix=suffix)
         report_prompts(counts, prompts, answer.rewards)
         return answer(prompts, seed=arguments.seed)
 
 
-@contextmanager
-def answering(arguments: argparse.Namespace) -> Iterator[Answering]:
-    """Loads the model; ends the rewards' workers."""
-    answer = Answering(arguments)
-    try:
-        yield answer
-    finally:
-        answer.rewards.close()
+def load_here(name: str) -> tuple[Any, Any, Any]:
+    """(model to answer with, in the precision of this process's device and on it; its tokenizer;
+    the device)."""
+    from accelerate import PartialState
+
+    from posttrain.models.merge import load_to_answer
+    from posttrain.precision import default_precision, torch_dtype
+
+    device = PartialState().device
+    dtype = torch_dtype(default_precision(device.type).compute)
+    model, tokenizer = load_to_answer(name, dtype=dtype)
+    return model.to(device), tokenizer, device  # type: ignore[arg-type]
 
 
 class Answering:
@@ -217,22 +214,20 @@ class Answering:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from accelerate import PartialState
 
-        from posttrain.models.merge import load_to_answer
         from posttrain.models.policy import Policy
         from posttrain.packing.plan import PackingConfig
-        from posttrain.precision import default_precision, torch_dtype
+        from posttrain.precision import default_precision
 
         self._arguments, self._state = arguments, PartialState()
-        device = self._state.device
         self.rewards, self._reward = verifiers(arguments)
-        compute = default_precision(device.type).compute
-        model, self._tokenizer = load_to_answer(arguments.model, dtype=torch_dtype(compute))
-        self._policy = Policy(
-            model.to(device),  # type: ignore[arg-type]
-            PackingConfig(max_tokens=8192),
-            device_type=device.type,
-        )
-        self._engine = self._make_engine(compute)
+        model, self._tokenizer, device = load_here(arguments.model)
+        packing = PackingConfig(max_tokens=8192)
+        self._policy = Policy(model, packing, device_type=device.type)
+        self._engine = self._make_engine(default_precision(device.type).compute)
+
+    def close(self) -> None:
+        """Ends the rewards' workers."""
+        self.rewards.close()
 
     def _make_engine(self, compute: str) -> Any:
         from posttrain.precision import torch_dtype

@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.cli.eval import load_here
 from posttrain.files import whole_file
 
 if TYPE_CHECKING:
@@ -123,15 +124,8 @@ def run_harness(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--harness needs lm-evaluation-harness ({error}): pip install 'posttrain[harness]'."
         ) from error
-    from accelerate import PartialState
-
-    from posttrain.models.merge import load_to_answer
-    from posttrain.precision import default_precision, torch_dtype
-
-    device = PartialState().device
-    dtype = torch_dtype(default_precision(device.type).compute)
-    model, tokenizer = load_to_answer(arguments.model, dtype=dtype)
-    wrapped = HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=8)
+    model, tokenizer, _ = load_here(arguments.model)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     results = simple_evaluate(
         model=wrapped,
         tasks=arguments.harness.split(","),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from posttrain.cli import eval as evaluation
-from posttrain.cli.train import TRAINERS as TRAINER_CLASSES
+from posttrain.cli.train import TRAINERS, classes_of
 from posttrain.resolve import find_shipped
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -
     from posttrain.pipeline.stages import texts
 
     try:
-        if stage.command in TRAINER_CLASSES:
+        if stage.command in TRAINERS:
             _check_trainer(stage)
         elif stage.command != "python":
             arguments = _parsed(parse, pipeline.command(stage)[1:])
@@ -154,10 +154,9 @@ def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -
 def _check_trainer(stage: Stage) -> None:
     import tempfile
 
-    import posttrain
     from posttrain.training.config import parse_config
 
-    kind: Any = getattr(posttrain, f"{TRAINER_CLASSES[stage.command][0]}Config")
+    kind, _ = classes_of(stage.command)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(stage.settings, file)
         file.flush()

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.cli.train import classes_of
 from posttrain.resolve import find_shipped
 
 if TYPE_CHECKING:
@@ -27,45 +28,24 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "Any other option is a setting of the run, e.g. --model.name DIR or "
         "--packing.max_tokens 4096."
     )
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        help="settings of a run: a file, or a shipped name (dpo_smollm2)",
-    )
-    parser.add_argument(
-        "--method", choices=METHODS, help="kind of run (default: found from the settings)"
-    )
-    parser.add_argument(
-        "--devices", type=int, metavar="N", help="data-parallel processes (default: 1)"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="default: cuda if it is here or --device-memory is given",
-    )
-    parser.add_argument(
-        "--device-memory", metavar="SIZE", help="of one device, e.g. 80GB (default: this machine's)"
-    )
-    parser.add_argument(
-        "--zero",
-        metavar="STAGES",
-        help="ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1",
-    )
-    parser.add_argument(
-        "--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2"
-    )
-    parser.add_argument("--offload", choices=("optimizer",), help="optimizer state in host memory")
-    parser.add_argument(
-        "--solve",
-        choices=("max-tokens", "min-devices", "cheapest-zero"),
-        help="ask the other way round",
-    )
-    parser.add_argument(
-        "--traced",
-        action="store_true",
-        help="also trace every layer on one device, where the plan replays the first ones",
-    )
-    parser.add_argument("--json", action="store_true", help="print bytes of everything")
+    add = parser.add_argument
+    file = "settings of a run: a file, or a shipped name (dpo_smollm2)"
+    add("config", metavar="CONFIG", help=file)
+    add("--method", choices=METHODS, help="kind of run (default: found from the settings)")
+    add("--devices", type=int, metavar="N", help="data-parallel processes (default: 1)")
+    where = "default: cuda if it is here or --device-memory is given"
+    add("--device", choices=("cpu", "cuda"), help=where)
+    memory = "of one device, e.g. 80GB (default: this machine's)"
+    add("--device-memory", metavar="SIZE", help=memory)
+    stages = "ZeRO stages, e.g. 0,1,2,3 (3: FSDP2); default: all if N > 1"
+    add("--zero", metavar="STAGES", help=stages)
+    add("--deepspeed", action="store_true", help="stage 3 by DeepSpeed instead of FSDP2")
+    add("--offload", choices=("optimizer",), help="optimizer state in host memory")
+    questions = ("max-tokens", "min-devices", "cheapest-zero")
+    add("--solve", choices=questions, help="ask the other way round")
+    traced = "also trace every layer on one device, where the plan replays the first ones"
+    add("--traced", action="store_true", help=traced)
+    add("--json", action="store_true", help="print bytes of everything")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -109,7 +89,8 @@ def _devices_and_kinds(arguments: argparse.Namespace) -> tuple[int, list[Kind]]:
     devices = arguments.devices or 1
     third: Kind = "zero3" if arguments.deepspeed else "fsdp2"
     kinds: dict[str, Kind] = {"0": "whole", "1": "zero1", "2": "zero2", "3": third}
-    stages = arguments.zero.split(",") if arguments.zero else list(kinds if devices > 1 else "0")
+    is_open = devices > 1 or arguments.solve == "min-devices"
+    stages = arguments.zero.split(",") if arguments.zero else list(kinds if is_open else "0")
     if devices < 1 or not set(stages) <= set(kinds):
         raise ValueError(
             "--devices must be >= 1 and --zero a list of ZeRO stages such as 0,1,2,3; got "
@@ -144,8 +125,7 @@ def _solve(
             for s, n in answers.items()
         ]
     else:
-        third: Kind = "zero3" if arguments.deepspeed else "fsdp2"
-        for kind in kinds if arguments.zero else ("whole", "zero1", "zero2", third):
+        for kind in kinds:
             answers[str(ZERO_STAGE[kind])] = price.min_devices(job, limit, sharding=kind)
         lines = [
             f"ZeRO-{s}: {n} devices" if n else f"ZeRO-{s}: no number of devices is enough"
@@ -217,20 +197,13 @@ def _longest_prompt(config: Any) -> int | None:
 def _parse(method: str, path: str, settings: list[str]) -> tuple[Any, Any]:
     """The settings as the recipe reads them, and its trainer, which checks them against each
     other."""
-    from importlib import import_module
-
     from posttrain.training.config import parse_config
 
-    name = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "rl": "RL"}[method]
-    module = import_module(f"posttrain.trainers.{method}")
-    if method == "rl" and "teachers" in _said(path, settings):
-        name, module = "Distill", import_module("posttrain.trainers.distill")
-    config = parse_config(
-        getattr(module, f"{name}Config"),
-        ["--config", path, *settings],
-        description=f"settings of a {method} run",
-    )
-    return config, getattr(module, f"{name}Trainer")(config=config)
+    is_distillation = method == "rl" and "teachers" in _said(path, settings)
+    config_class, trainer_class = classes_of("distill" if is_distillation else method)
+    words = ["--config", path, *settings]
+    config = parse_config(config_class, words, description=f"settings of a {method} run")
+    return config, trainer_class(config=config)
 
 
 def find_method(path: str, settings: list[str]) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     values["columns"] = _renamings(values["columns"] or ())
     values["out"] = Path(arguments.out)
     config = PrepConfig(**{"layout": "sft", **values})
-    counter = None if config.tokenizer is None else TokenCounter(config.tokenizer)
+    counter = None if config.tokenizer is None else partial(count_tokens, config.tokenizer)
     manifest = prepare(config, count_tokens=counter)
     print_summary(manifest, config.out, report=_write_report(config.out))
 
@@ -127,8 +128,9 @@ def print_summary(manifest: dict[str, Any], out: Path, *, report: Path | None = 
         f"{counts['read']:,} rows read, {counts['rejected']:,} bad, {counts['prompts']:,} prompts"
     )
     if counts["rejected"]:
-        file, row, reason = _first_rejected(out)
-        print(f"  bad rows are in {out / 'rejects.jsonl'}; the first, {file}:{row}: {reason}")
+        with (out / "rejects.jsonl").open(encoding="utf-8") as lines:
+            first = "{file}:{row}: {reason}".format(**json.loads(next(lines)))
+        print(f"  bad rows are in {out / 'rejects.jsonl'}; the first, {first}")
     for reason, n in manifest["dropped"].items():
         print(f"  {n:,} dropped: {reason}")
     for use, names in manifest["columns"].items():
@@ -136,12 +138,6 @@ def print_summary(manifest: dict[str, Any], out: Path, *, report: Path | None = 
     written = [f"{counts.get(f'written_{side}', 0):,} {side}" for side in ("train", "test")]
     print(f"wrote {' and '.join(written)} rows to {out}")
     print(f"look at {report}" if report else "for a page: pip install 'posttrain[report]'")
-
-
-def _first_rejected(out: Path) -> tuple[str, int, str]:
-    with (out / "rejects.jsonl").open(encoding="utf-8") as lines:
-        first = json.loads(next(lines))
-    return first["file"], first["row"], first["reason"]
 
 
 def _renamings(pairs: Sequence[str]) -> dict[str, str] | None:
@@ -155,27 +151,22 @@ def _renamings(pairs: Sequence[str]) -> dict[str, str] | None:
     return dict(pair.split("=", 1) for pair in pairs) or None
 
 
-class TokenCounter:
-    """Conversations to lengths in tokens under a tokenizer's chat template; loads it when first
-    called, in each process."""
+def count_tokens(name: str, conversations: Sequence[tuple[list[dict[str, Any]], Any]]) -> list[int]:
+    """Lengths of conversations in tokens under the chat template of the tokenizer ``name``, which
+    is loaded once in each process."""
+    tokenizer = _tokenizer(name)
+    if tokenizer.chat_template is None:
+        texts = ["\n".join(message_text(m) for m in c) for c, _ in conversations]
+    else:
+        texts = [
+            tokenizer.apply_chat_template(c, tools=tools, tokenize=False)
+            for c, tools in conversations
+        ]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._tokenizer: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_name": self._name, "_tokenizer": None}
+@cache
+def _tokenizer(name: str) -> Any:
+    from posttrain.models.load import ModelConfig, load_tokenizer
 
-    def __call__(self, conversations: Sequence[tuple[list[dict[str, Any]], Any]]) -> list[int]:
-        if self._tokenizer is None:
-            from posttrain.models.load import ModelConfig, load_tokenizer
-
-            self._tokenizer = load_tokenizer(ModelConfig(name=self._name))
-        if self._tokenizer.chat_template is None:
-            texts = ["\n".join(message_text(m) for m in c) for c, _ in conversations]
-        else:
-            texts = [
-                self._tokenizer.apply_chat_template(c, tools=tools, tokenize=False)
-                for c, tools in conversations
-            ]
-        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return load_tokenizer(ModelConfig(name=name))

@@ -4,7 +4,6 @@ reward of code."""
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections import Counter
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from posttrain.files import write_json_lines
 
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "--cases-column": ("inputs", "list of standard inputs (default: inputs)"),
@@ -73,8 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
                 tests = [{"stdin": cases[i], "stdout": text} for i, text in found.items()]
                 num_tests += len(tests)
                 kept.append({**row.values, "tests": tests})
-    lines = (json.dumps(line, default=str) + "\n" for line in kept)
-    Path(arguments.out).write_text("".join(lines), encoding="utf-8")
+    write_json_lines(Path(arguments.out), kept)
     print(
         f"{len(rows)} problems with {num_cases} inputs; wrote {len(kept)} problems with "
         f"{num_tests} tests to {arguments.out}"

@@ -8,11 +8,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.eval import answering, declare_shared, stream_tasks
+from posttrain.cli.eval import Answering, declare_shared, stream_tasks
 from posttrain.files import whole_file, write_json
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     _continue(out, arguments)
     rows = islice(stream_tasks(arguments), arguments.problems or None)
     totals: Counter[str] = Counter()
-    with answering(arguments) as answer:
+    with closing(Answering(arguments)) as answer:
         for number, part in enumerate(_parts(rows, arguments.part)):
             path = out / f"part-{number:05d}.parquet"
             if path.exists():

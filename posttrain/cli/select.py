@@ -9,21 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_FILTERS = {
-    "ended": "only answers that ended by themselves",
-    "format": "only <think>...</think><answer>...</answer>",
-    "language": "only answers whose every word is of this language's script, e.g. en",
-    "min_reward": "least value of the reward --by",
-    "max_tokens": "longest answer",
-    "max_paragraph": "most characters of a paragraph",
-    "no_code": "no blocks of code",
-    "max_repeated": "largest share of repeated 3-grams of words, e.g. 0.3",
-}
-_KINDS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ended", "format", "no_code"), {"action": "store_true"}),
-    **dict.fromkeys(("min_reward", "max_repeated"), {"type": float, "metavar": "X"}),
-    **dict.fromkeys(("max_tokens", "max_paragraph"), {"type": int, "metavar": "N"}),
-    "language": {"metavar": "CODE"},
+_NUMBER, _COUNT = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
+_FLAG, _CODE = {"action": "store_true"}, {"metavar": "CODE"}
+_FILTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "ended": (_FLAG, "only answers that ended by themselves"),
+    "format": (_FLAG, "only <think>...</think><answer>...</answer>"),
+    "language": (_CODE, "only answers whose every word is of this language's script, e.g. en"),
+    "min_reward": (_NUMBER, "least value of the reward --by"),
+    "max_tokens": (_COUNT, "longest answer"),
+    "max_paragraph": (_COUNT, "most characters of a paragraph"),
+    "no_code": (_FLAG, "no blocks of code"),
+    "max_repeated": (_NUMBER, "largest share of repeated 3-grams of words, e.g. 0.3"),
 }
 
 
@@ -46,8 +42,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--at-most", type=int, default=0, metavar="N", help="rows of a problem (default: all, or 1)"
     )
     add("--system", metavar="TEXT", help="system message of the rows that have none")
-    for name, text in _FILTERS.items():
-        add(f"--{name.replace('_', '-')}", help=text, **_KINDS[name])
+    for name, (kind, text) in _FILTERS.items():
+        add(f"--{name.replace('_', '-')}", help=text, **kind)
 
 
 def run(arguments: argparse.Namespace) -> None:

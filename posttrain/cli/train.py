@@ -145,11 +145,18 @@ def run_recipes(arguments: argparse.Namespace) -> None:
             print(f"  {path.stem:20} {first}")
 
 
+def classes_of(method: str) -> tuple[Any, Any]:
+    """Its settings and its trainer."""
+    import posttrain
+
+    name, _ = TRAINERS[method]
+    return getattr(posttrain, f"{name}Config"), getattr(posttrain, f"{name}Trainer")
+
+
 def main(method: str, arguments: list[str]) -> None:
     """One process of a run."""
     from transformers.utils.logging import disable_progress_bar
 
-    import posttrain
     from posttrain.training.config import one_line_errors, parse_config
     from posttrain.training.launch import leave_processes
 
@@ -157,10 +164,8 @@ def main(method: str, arguments: list[str]) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
-    name, what = TRAINERS[method]
-    config_class: Any = getattr(posttrain, f"{name}Config")
-    trainer_class: Any = getattr(posttrain, f"{name}Trainer")
-    config = parse_config(config_class, arguments, description=what)
+    config_class, trainer_class = classes_of(method)
+    config = parse_config(config_class, arguments, description=TRAINERS[method][1])
     with one_line_errors():
         trainer_class(config=config).train()
     leave_processes()

@@ -55,14 +55,9 @@ def cache_key(
         content = [f"{source.name}:{source.config}[{config.split}] {loaded._fingerprint}"]
     else:  # with the suffix: the same bytes read as CSV are other rows
         content = [f"{''.join(p.suffixes[-2:]).lower()} {file_digest(p)}" for p in source]
-    options = {
-        "format": config.format,
-        "purpose": purpose,
-        "columns": config.columns,
-        "carry": sorted(config.carry),
-        "max_length": config.max_length,
-        "overlong": config.overlong,
-    }
+    chosen = ("format", "columns", "max_length", "overlong")
+    options = {name: getattr(config, name) for name in chosen}
+    options |= {"purpose": purpose, "carry": sorted(config.carry)}
     decisive = [ENCODING_VERSION, content, tokenizer, encoder.template, encoder.mask_from, options]
     return _digest(decisive)[:32]
 

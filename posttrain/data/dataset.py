@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from posttrain.data.cache import (
 )
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.data.layouts import SAME
 from posttrain.data.mixture import mixed64
 from posttrain.data.readers import HubSource, Row, carried_by_prep, read_rows, resolve
-from posttrain.data.report import DataReport, SourceReport, check_stop_trained, column_counts
+from posttrain.data.report import DataReport, SourceReport, check_stop_trained
 from posttrain.data.table import schema, to_group, to_record
-from posttrain.data.tokenise import Encoded, RowEncoder, check_layout, encode_rows
+from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows
 from posttrain.types import PromptGroup
 
 _BATCH_ROWS = 4096  # rows of a record batch on disk
@@ -128,15 +126,13 @@ def load_groups(
         )
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
-    _check_format(config, purpose)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
     digest = tokenizer_digest(tokenizer)
-    loaded = [
-        [_load_source(source, encode, digest, progress) for source in sources]
-        for sources in (config.train, config.eval)
-    ]
-    train_parts, eval_parts = ([part for part, _ in side] for side in loaded)
-    train_reports, eval_reports = ([report for _, report in side] for side in loaded)
+    sources = [*config.train, *config.eval]
+    loaded = [_load_source(source, encode, digest, progress) for source in sources]
+    parts, reports = [part for part, _ in loaded], [report for _, report in loaded]
+    num_train = len(config.train)
+    train_parts, eval_parts = parts[:num_train], parts[num_train:]
     if config.eval_fraction:
         train_parts, eval_parts = _hold_out(train_parts, config.eval_fraction, config.seed)
     train = GroupDataset(train_parts)
@@ -144,8 +140,8 @@ def load_groups(
     if purpose != "reward":
         check_stop_trained(train, encode.encoder.stop_ids)
     report = DataReport(
-        train=train_reports,
-        eval=eval_reports,
+        train=reports[:num_train],
+        eval=reports[num_train:],
         num_train_rows=len(train),
         num_eval_rows=len(evaluation or ()),
     )
@@ -169,16 +165,14 @@ def groups_from_rows(
         raise ValueError(
             "rows are a list of objects, one per row; got one object. Write [{...}, ...]."
         )
-    _check_format(config, purpose)
     encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
-    tally = _Tally()
+    report = SourceReport(source="<memory>", mask_from=encode.encoder.mask_from)
     numbered = enumerate(rows, start=1)
     placed = (Row(file="<memory>", row_number=i, values=r) for i, r in numbered)
-    groups = list(tally.groups(map(encode, placed)))
-    if not tally.counts["num_read"]:
+    groups = list(report.counted(map(encode, placed)))
+    if not report.num_read:
         raise ValueError("No rows were given: nothing to train on. Pass at least one.")
-    report = tally.report("<memory>", encode)
-    if report.num_truncated or report.dropped:
+    if _checked(report, config).num_truncated or report.dropped:
         warnings.warn(
             f"Of the rows in memory not all are trained on whole: {report.num_read} rows, "
             f"{report.num_truncated} cut to data.max_length={config.max_length}, dropped: "
@@ -218,53 +212,14 @@ def _load_source(
     return Part(table=table, files=files, rows=np.arange(len(table)), key=key), report
 
 
-def _check_format(config: DataConfig, purpose: Purpose) -> None:
-    """A layout that is set must be one of the purpose."""
-    if config.format != "auto":
-        try:
-            check_layout(SAME.get(config.format, config.format), purpose)
-        except ValueError as error:
-            raise ValueError(
-                f"data.format={config.format}: {error}. Leave it at auto, or use the trainer that "
-                "these rows are for."
-            ) from error
-
-
-@dataclass(kw_only=True)
-class _Tally:
-    """Counts rows on their way."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    layouts: Counter[str] = field(default_factory=Counter)
-    columns: Counter[tuple[tuple[str, str], ...]] = field(default_factory=Counter)
-
-    def groups(self, results: Iterable[Encoded]) -> Iterable[PromptGroup]:
-        """Those of the kept rows."""
-        for result in results:
-            self.counts["num_read"] += 1
-            self.layouts[result.layout] += 1
-            self.columns[result.columns] += 1
-            if result.group is None:
-                self.dropped[result.reason] += 1
-                continue
-            self.counts["num_kept"] += 1
-            self.counts["num_truncated"] += result.num_cut_tokens > 0
-            self.counts["num_cut_tokens"] += result.num_cut_tokens
-            self.counts["num_tokens"] += result.group.num_tokens_shared
-            self.counts["num_trained_tokens"] += result.group.num_trained
-            yield result.group
-
-    def report(self, source: str, encode: RowEncoder) -> SourceReport:
-        """ValueError if no row is left."""
-        if not self.counts["num_kept"]:
-            raise ValueError(
-                f"{source}: no row is left to train on: {self.counts['num_read']} read, dropped: "
-                f"{dict(self.dropped)}. Raise --data.max_length (now {encode.config.max_length})."
-            )
-        counts: dict[str, Any] = {"layouts": dict(self.layouts), "dropped": dict(self.dropped)}
-        counts |= {**self.counts, "columns": column_counts(self.columns)}
-        return SourceReport(source=source, mask_from=encode.encoder.mask_from, **counts)
+def _checked(report: SourceReport, config: DataConfig) -> SourceReport:
+    """ValueError if no row is left."""
+    if not report.num_kept:
+        raise ValueError(
+            f"{report.source}: no row is left to train on: {report.num_read} read, dropped: "
+            f"{report.dropped}. Raise --data.max_length (now {config.max_length})."
+        )
+    return report
 
 
 def _write(
@@ -273,13 +228,14 @@ def _write(
     """Writes the kept rows and returns the manifest's entries."""
     import pyarrow as pa
 
-    columns, tally = schema(), _Tally()
+    columns = schema()
+    report = SourceReport(source=source, mask_from=encode.encoder.mask_from)
     numbers = {name: i for i, name in enumerate(files)}
-    records = (to_record(group, numbers) for group in tally.groups(results))
+    records = (to_record(group, numbers) for group in report.counted(results))
     with path.open("wb") as file, pa.ipc.new_stream(file, columns) as writer:
         while batch := list(itertools.islice(records, _BATCH_ROWS)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
-    return {"report": vars(tally.report(source, encode))}
+    return {"report": vars(_checked(report, encode.config))}
 
 
 def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:

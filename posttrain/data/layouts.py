@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from posttrain.data.messages import (
@@ -56,6 +55,7 @@ KNOWN = (
 )
 _STEMS = ("response", "answer", "output", "completion", "conversation", "human_ref", "assistant")
 _ENDS = (("_a", "_b"), ("_A", "_B"), ("_0", "_1"), ("_1", "_2"), ("1", "2"))
+_SCORE_OF = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_reward")
 _WINS, _LOSES, _TIES, _BOTH_BAD = (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)
 _MISREAD = (KeyError, TypeError, AttributeError, IndexError, RecursionError)
 """What a value of a kind that no layout has raises where it is read."""
@@ -303,7 +303,7 @@ def _pairs(row: Columns) -> Sample:
     if columns is None:
         return _compared(row, *row.needs(_alternatives(row), "chosen and rejected"))
     sides = _read_sides(row, [row.use(n) for n in columns])
-    scores = [row.number(*_score_names(n)) for n in columns]
+    scores = [row.number(*(form.format(n) for form in _SCORE_OF)) for n in columns]
     sample = _sample(sides, order=_WINS, scores=scores, of=f"order {' > '.join(columns)}")
     sample.margin, weight = row.number("margin"), row.number("weight")
     if min(weight or 0, sample.margin or 0) < 0:
@@ -313,12 +313,6 @@ def _pairs(row: Columns) -> Sample:
         )
     sample.weight = 1.0 if weight is None else weight
     return sample
-
-
-@cache
-def _score_names(side: str) -> list[str]:
-    forms = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_reward")
-    return [form.format(side) for form in forms]
 
 
 def _compared(row: Columns, stem: str, *ends: str) -> Sample:
@@ -489,10 +483,6 @@ def _read_sides(row: Columns, values: Sequence[Any]) -> Sides:
     return prompt, rest, False
 
 
-def _stripped(message: Message) -> str:
-    return message["content"].strip()
-
-
 def _plainer(messages: list[Message]) -> list[Message]:
     return [m for m in messages if m["role"] != "system"]
 
@@ -510,7 +500,8 @@ def _shared(row: Columns, sides: list[list[Message]]) -> list[Message]:
     while shared < longest and all(s[shared] == sides[0][shared] for s in sides):
         shared += 1
     prompt = sides[0][:shared]
-    if given and (len(given) > 1 or given[0]["content"].strip() not in map(_stripped, prompt)):
+    said = [m["content"].strip() for m in prompt]
+    if given and (len(given) > 1 or given[0]["content"].strip() not in said):
         raise ValueError(
             f"the prompt {short(given[-1]['content'])} is not in the turns that the answers share"
         )

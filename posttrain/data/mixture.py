@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-_EPOCH, _DATASET = (
-    0,
-    1,
-)  # first word of a random stream's key: order of an epoch, order inside a dataset
+# first word of a random stream's key: order of an epoch, order inside a dataset
+_EPOCH, _DATASET = 0, 1
 
 
 def batch_indices(

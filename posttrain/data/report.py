@@ -4,7 +4,7 @@ trained: one sample in colours, and whether any end is ever trained."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from posttrain.types import PromptGroup
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from posttrain.data.tokenise import Encoded
 
 PROMPT_FILLS = "prompt fills max_length"
 OVERLONG = "longer than max_length"
@@ -29,7 +31,7 @@ def column_counts(seen: Mapping[tuple[tuple[str, str], ...], int]) -> dict[str, 
     return {use: dict(sorted(names.items())) for use, names in sorted(counts.items())}
 
 
-@dataclass(kw_only=True, frozen=True)
+@dataclass(kw_only=True)
 class SourceReport:
     """Counts of one source. num_read = num_kept + the sum of dropped."""
 
@@ -59,6 +61,26 @@ class SourceReport:
     ``messages.key``."""
     from_cache: bool = False
     """Whether the tokens were read from the cache."""
+
+    def counted(self, results: Iterable[Encoded]) -> Iterator[PromptGroup]:
+        """The groups of the kept rows. The counts are complete after the last."""
+        layouts, dropped = Counter[str](), Counter[str]()
+        columns = Counter[tuple[tuple[str, str], ...]]()
+        for result in results:
+            self.num_read += 1
+            layouts[result.layout] += 1
+            columns[result.columns] += 1
+            if result.group is None:
+                dropped[result.reason] += 1
+                continue
+            self.num_kept += 1
+            self.num_truncated += result.num_cut_tokens > 0
+            self.num_cut_tokens += result.num_cut_tokens
+            self.num_tokens += result.group.num_tokens_shared
+            self.num_trained_tokens += result.group.num_trained
+            yield result.group
+        self.layouts, self.dropped = dict(layouts), dict(dropped)
+        self.columns = column_counts(columns)
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -17,30 +17,21 @@ def schema() -> Any:
     ``label`` -1, 0 or 1."""
     import pyarrow as pa
 
-    ids = pa.list_(pa.int32())
-    pair = pa.struct(
-        [
-            ("chosen", pa.int32()),
-            ("rejected", pa.int32()),
-            ("margin", pa.float64()),
-            ("weight", pa.float64()),
-        ]
-    )
-    return pa.schema(
-        [
-            ("prompt_ids", ids),
-            ("completion_ids", pa.list_(ids)),
-            ("loss_mask", pa.list_(pa.list_(pa.uint8()))),
-        ]
-        + [
-            ("pairs", pa.list_(pair)),
-            ("label", pa.list_(pa.int8())),
-            ("file", pa.int32()),
-            ("row", pa.int64()),
-        ]
-        + [("prompt_hash", pa.uint64()), ("num_tokens", pa.int32()), ("longest", pa.int32())]
-        + [("num_pairs", pa.int32()), ("num_labels", pa.int32())]
-    )
+    number, ids = pa.int32(), pa.list_(pa.int32())
+    sides = {"chosen": number, "rejected": number}
+    pair = pa.struct(sides | {"margin": pa.float64(), "weight": pa.float64()})
+    columns = {
+        "prompt_ids": ids,
+        "completion_ids": pa.list_(ids),
+        "loss_mask": pa.list_(pa.list_(pa.uint8())),
+        "pairs": pa.list_(pair),
+        "label": pa.list_(pa.int8()),
+        "file": number,
+        "row": pa.int64(),
+        "prompt_hash": pa.uint64(),
+    }
+    counts = ("num_tokens", "longest", "num_pairs", "num_labels")
+    return pa.schema(columns | dict.fromkeys(counts, number))
 
 
 def to_record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.data.layouts import read_sample
+from posttrain.data.layouts import SAME, read_sample
 from posttrain.data.messages import Message, is_trained, located
 from posttrain.data.readers import Row
 from posttrain.data.report import ALL_TIED, OVERLONG, PROMPT_FILLS, SAME_SIDES
@@ -84,6 +84,18 @@ class RowEncoder:
     purpose: Purpose = "sft"
     """``reward`` adds a score slot to every completion and trains nothing else. Default sft."""
 
+    def __post_init__(self) -> None:
+        """A layout that is set must be one of the purpose."""
+        name = self.config.format
+        if name != "auto":
+            try:
+                check_layout(SAME.get(name, name), self.purpose)
+            except ValueError as error:
+                raise ValueError(
+                    f"data.format={name}: {error}. Leave it at auto, or use the trainer that "
+                    "these rows are for."
+                ) from error
+
     def __call__(self, row: Row) -> Encoded:
         """ValueError naming file and row for a row that cannot be trained on, or is too long under
         overlong=error."""
@@ -98,37 +110,8 @@ class RowEncoder:
 
     def encode(self, sample: Sample, meta: dict[str, Any]) -> Encoded:
         """The same for what was read."""
-        if self.purpose == "sft":
-            encoded = fit(self._group(sample, sample.answers[0].messages, meta), self.config)
-        else:
-            encoded = fit(self._compare(sample, meta), self.config, scored=self.purpose == "reward")
-        return replace(encoded, layout=sample.layout, columns=tuple(sample.columns.items()))
-
-    def _group(
-        self,
-        sample: Sample,
-        answer: list[Message],
-        meta: dict[str, Any],
-        *,
-        trains_prompt: bool = True,
-    ) -> PromptGroup:
-        """Prompt and answer; an assistant's message is trained unless its weight is 0."""
-        if self.encoder.template is None and sample.is_text:
-            return self.encoder.encode_text(
-                sample.prompt[0]["content"], answer[0]["content"], meta=meta
-            )
-        messages = [*sample.prompt, *answer]
-        first = 0 if trains_prompt else len(sample.prompt)
-        trained = [i >= first and is_trained(m) for i, m in enumerate(messages)]
-        clean = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
-        return self.encoder.encode(clean, trained=trained, tools=sample.tools, meta=meta)
-
-    def _compare(self, sample: Sample, meta: dict[str, Any]) -> PromptGroup:
-        """Every completion after the prompt they share; a template that writes the prompt in two
-        ways is a ValueError."""
-        encoded = [
-            self._group(sample, a.messages, meta, trains_prompt=False) for a in sample.answers
-        ]
+        answers = sample.answers[:1] if self.purpose == "sft" else sample.answers
+        encoded = [self._group(sample, answer.messages, meta) for answer in answers]
         prompt = encoded[0].prompt_ids
         if any(not np.array_equal(group.prompt_ids, prompt) for group in encoded):
             raise ValueError(
@@ -136,15 +119,30 @@ class RowEncoder:
                 "different completions, so it is not one prompt. Put {% generation %} markers "
                 "into the template and pass it with --data.chat_template."
             )
-        is_labelled = sample.layout == "labelled"
-        completions = [
-            g.completions[0].with_columns(label=0 if a.label is None else 1 if a.label else -1)
-            if is_labelled
-            else g.completions[0]
-            for g, a in zip(encoded, sample.answers, strict=True)
-        ]
-        pairs = [] if is_labelled else compared_pairs(sample)
-        return PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta=meta)
+        completions = [group.completions[0] for group in encoded]
+        pairs = None
+        if self.purpose != "sft" and sample.layout == "labelled":
+            labels = [{None: 0, True: 1, False: -1}[answer.label] for answer in answers]
+            both = zip(completions, labels, strict=True)
+            completions, pairs = [c.with_columns(label=label) for c, label in both], []
+        elif self.purpose != "sft":
+            pairs = compared_pairs(sample)
+        group = PromptGroup(prompt_ids=prompt, completions=completions, pairs=pairs, meta=meta)
+        fitted = fit(group, self.config, scored=self.purpose == "reward")
+        return replace(fitted, layout=sample.layout, columns=tuple(sample.columns.items()))
+
+    def _group(self, sample: Sample, answer: list[Message], meta: dict[str, Any]) -> PromptGroup:
+        """Prompt and answer; an assistant's message is trained unless its weight is 0. Of a
+        comparison's prompt nothing is."""
+        if self.encoder.template is None and sample.is_text:
+            return self.encoder.encode_text(
+                sample.prompt[0]["content"], answer[0]["content"], meta=meta
+            )
+        messages = [*sample.prompt, *answer]
+        first = 0 if self.purpose == "sft" else len(sample.prompt)
+        trained = [i >= first and is_trained(m) for i, m in enumerate(messages)]
+        clean = [{k: v for k, v in m.items() if k != "weight"} for m in messages]
+        return self.encoder.encode(clean, trained=trained, tools=sample.tools, meta=meta)
 
 
 def compared_pairs(sample: Sample) -> list[Pair]:
@@ -182,51 +180,45 @@ def fit(group: PromptGroup, config: DataConfig, *, scored: bool = False) -> Enco
     nothing is: a reward model reads the whole text, and every completion gets the slot in which its
     score is read.
     """
-    completions = [
-        c if scored else _until_last_trained(c, len(c.token_ids)) for c in group.completions
-    ]
-    length = len(group.prompt_ids) + max(len(c.token_ids) for c in completions)
-    cut = 0
+    completions = [_cut(c, len(c.token_ids), scored) for c in group.completions]
+    length, num_cut = len(group.prompt_ids) + max(len(c.token_ids) for c in completions), 0
     if length > config.max_length:
-        advice = f"{length} tokens, more than data.max_length={config.max_length}"
         if config.overlong == "error":
             raise ValueError(
-                f"{group.where}: {advice}. Raise --data.max_length, shorten the row, or set "
-                "--data.overlong truncate or drop."
+                f"{group.where}: {length} tokens, more than data.max_length={config.max_length}. "
+                "Raise --data.max_length, shorten the row, or set --data.overlong truncate or drop."
             )
+        if config.overlong == "drop":
+            return Encoded(group=None, reason=OVERLONG)
         room = config.max_length - len(group.prompt_ids)
-        if config.overlong == "drop" or room < 1:
-            return Encoded(
-                group=None, reason=OVERLONG if config.overlong == "drop" else PROMPT_FILLS
-            )
-        whole = sum(len(c.token_ids) for c in completions)
-        completions = [
-            _head(c, room) if scored else _until_last_trained(c, room) for c in completions
-        ]
-        cut = whole - sum(len(c.token_ids) for c in completions)
-    if group.pairs is not None and any(
+        if room < 1:
+            return Encoded(group=None, reason=PROMPT_FILLS)
+        whole, completions = completions, [_cut(c, room, scored) for c in completions]
+        num_cut = sum(len(c.token_ids) for c in whole) - sum(len(c.token_ids) for c in completions)
+    if any(
         np.array_equal(completions[p.chosen].token_ids, completions[p.rejected].token_ids)
-        for p in group.pairs
+        for p in group.pairs or ()
     ):
         return Encoded(group=None, reason=SAME_SIDES)
-    if (
-        group.pairs is not None
-        and not group.pairs
-        and not any(c.columns.get("label") for c in completions)
-    ):
+    if group.pairs == [] and not any(c.columns.get("label") for c in completions):
         return Encoded(group=None, reason=ALL_TIED)
     if scored:
         completions = [
             replace(c, token_ids=[*c.token_ids, SCORE_SLOT], loss_mask=[0] * len(c.token_ids) + [1])
             for c in completions
         ]
-    return Encoded(group=replace(group, completions=completions), num_cut_tokens=cut)
+    return Encoded(group=replace(group, completions=completions), num_cut_tokens=num_cut)
 
 
-def _head(completion: Completion, limit: int) -> Completion:
-    return replace(
-        completion, token_ids=completion.token_ids[:limit], loss_mask=completion.loss_mask[:limit]
-    )
+def _cut(completion: Completion, limit: int, scored: bool) -> Completion:
+    """At most ``limit`` tokens and, unless it is scored, none after the last trained one. The first
+    token is trained, so one is left."""
+    ids, mask = completion.token_ids, completion.loss_mask
+    end = min(limit, len(ids))
+    while not scored and not mask[end - 1]:
+        end -= 1
+    whole = end == len(ids)
+    return completion if whole else replace(completion, token_ids=ids[:end], loss_mask=mask[:end])
 
 
 def encode_rows(rows: Iterable[Row], encode: RowEncoder, *, num_proc: int) -> Iterator[Encoded]:
@@ -249,15 +241,6 @@ def prompt_hash(group: PromptGroup) -> int:
         hashlib.blake2b(np.asarray(group.prompt_ids, "<i4").tobytes(), digest_size=8).digest(),
         "little",
     )
-
-
-def _until_last_trained(completion: Completion, limit: int) -> Completion:
-    """At most ``limit`` tokens, and none after the last trained one. The first token is trained, so
-    one is left."""
-    end = min(limit, len(completion.token_ids))
-    while not completion.loss_mask[end - 1]:
-        end -= 1
-    return completion if end == len(completion.token_ids) else _head(completion, end)
 
 
 _worker: RowEncoder | None = None

@@ -112,6 +112,8 @@ class Scored:
 
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""
+Found = tuple[dict[str, float | None], list[str]]
+"""(what the functions gave for a completion, by name; problems)"""
 Weighted = tuple[Callable[..., Any], float]
 """(reward function, weight)"""
 
@@ -135,35 +137,31 @@ class Rewards:
                 "rewards.functions."
             )
         self._weights = config.functions | {name: weight for name, (_, weight) in given.items()}
-        self._functions = {name: function for name, (function, _) in given.items()}
+        self.functions = {name: function for name, (function, _) in given.items()}
+        """All that score, by name."""
         for terms in (config.functions, *config.by_task.values()):
             for name in terms:
-                self._functions.setdefault(name, reward_function(name))
-        if not self._functions:
+                self.functions.setdefault(name, reward_function(name))
+        if not self.functions:
             raise ValueError(
                 "There is no reward. Set --rewards.functions '{math_answer: 1.0}', or by_task."
             )
-        if correct_reward is not None and correct_reward not in self._functions:
+        if correct_reward is not None and correct_reward not in self.functions:
             raise ValueError(
-                f"evaluation.correct_reward is one of the rewards {', '.join(self._functions)}; "
+                f"evaluation.correct_reward is one of the rewards {', '.join(self.functions)}; "
                 f"got {correct_reward!r}."
             )
-        self._declared = {name: reward.of(f) for name, f in self._functions.items()}
+        self._declared = {name: reward.of(f) for name, f in self.functions.items()}
         for name, options in config.options.items():
-            _check_options(name, self._functions[name], options)
+            _check_options(name, self.functions[name], options)
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
         self._seen: list[tuple[Mapping[str, Any], Sequence[Scored]]] = []
         self._iteration = -1
 
     @property
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
-        """All that score, by name."""
-        return self._functions
-
-    @property
     def names(self) -> list[str]:
         """Of the functions, in the order in which they run."""
-        return sorted(self._functions, key=lambda name: self._declared[name].grouped)
+        return sorted(self.functions, key=lambda name: self._declared[name].grouped)
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -232,41 +230,36 @@ class Rewards:
     def score(self, groups: Sequence[Group], *, iteration: int = 0) -> list[list[Scored]]:
         """[group][completion]. Raises RewardError when more than ``max_unscored`` of the
         iteration's have no total."""
-        parts: list[list[dict[str, float | None]]] = [[{} for _ in texts] for _, texts in groups]
-        problems: list[list[list[str]]] = [[[] for _ in texts] for _, texts in groups]
+        found: list[list[Found]] = [[({}, []) for _ in texts] for _, texts in groups]
         for name in self.names:
-            of = [g for g, (sample, _) in enumerate(groups) if name in self.weights_of(sample)]
-            if not of:
-                continue
-            outcomes = iter(self._run(name, [groups[g] for g in of], [parts[g] for g in of]))
-            for g in of:
-                for k, text in enumerate(groups[g][1]):
+            both = zip(groups, found, strict=True)
+            wanted = [(group, row) for group, row in both if name in self.weights_of(group[0])]
+            outcomes = iter(self._run(name, wanted) if wanted else ())
+            for (_, texts), row in wanted:
+                for text, (values, problems) in zip(texts, row, strict=True):
                     outcome = next(outcomes)
-                    parts[g][k][name] = self._value(name, outcome, text)
+                    values[name] = self._value(name, outcome, text)
                     if outcome.problem is not None:
-                        problems[g][k].append(f"{name}: {outcome.problem}")
+                        problems.append(f"{name}: {outcome.problem}")
         scored = [
-            [self._scored(sample, *found, iteration) for found in zip(values, errors, strict=True)]
-            for (sample, _), values, errors in zip(groups, parts, problems, strict=True)
+            [self._scored(sample, *one, iteration) for one in row]
+            for (sample, _), row in zip(groups, found, strict=True)
         ]
         _warn(groups, scored)
         self._check_unscored(groups, scored, iteration)
         return scored
 
-    def _run(
-        self, name: str, groups: Sequence[Group], parts: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> list[Outcome]:
-        """The outcomes of the groups' completions, in their order. ``parts``: [group][completion]
-        {name: what the functions before gave}."""
-        function = partial(self._functions[name], **self.config.options.get(name, {}))
-        pairs = [(sample, text) for sample, texts in groups for text in texts]
+    def _run(self, name: str, wanted: Sequence[tuple[Group, Sequence[Found]]]) -> list[Outcome]:
+        """The outcomes of the groups' completions, in their order."""
+        function = partial(self.functions[name], **self.config.options.get(name, {}))
+        pairs = [(sample, text) for (sample, texts), _ in wanted for text in texts]
         timeout_s = self.config.timeout_s
         if self._declared[name].grouped:
-            calls = [
-                partial(function, texts, sample, {n: [part[n] for part in row] for n in row[0]})
-                for (sample, texts), row in zip(groups, parts, strict=True)
-            ]
-            return score_together(calls, [len(texts) for _, texts in groups], timeout_s)
+            calls = []
+            for (sample, texts), row in wanted:
+                before = {n: [values[n] for values, _ in row] for n in row[0][0]}
+                calls.append(partial(function, texts, sample, before))
+            return score_together(calls, [len(texts) for (_, texts), _ in wanted], timeout_s)
         if self._declared[name].batched:
             call = partial(function, [text for _, text in pairs], [sample for sample, _ in pairs])
             return score_together([call], [len(pairs)], START_SECONDS + timeout_s * len(pairs))
@@ -275,7 +268,7 @@ class Rewards:
     def _score_alone(
         self, name: str, pairs: Sequence[tuple[Mapping[str, Any], CompletionText]]
     ) -> list[Outcome]:
-        function, options = self._functions[name], self.config.options.get(name, {})
+        function, options = self.functions[name], self.config.options.get(name, {})
         path = _dotted_path(function)
         if path is None or inspect.iscoroutinefunction(function):
             calls = [partial(function, text, sample, **options) for sample, text in pairs]
