@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.cli.eval import load_here
-
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message, /quit ends"
 
 
@@ -129,6 +127,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _load(name: str) -> Speaker:
+    from posttrain.models.merge import load_here
+
     model, tokenizer, _ = load_here(name)
     if tokenizer.chat_template is None:
         raise ValueError(f"{name} has no chat template, so it knows no turns. Train it on chats.")

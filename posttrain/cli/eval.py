@@ -127,6 +127,8 @@ def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> 
     from rich.table import Table
 
     metrics = evaluation.metrics(powers=arguments.pass_at_powers)
+    if arguments.reward == "reward_model":  # a score says nothing of right and wrong
+        metrics = {name: value for name, value in metrics.items() if "@" not in name}
     each = {len(row) for row in evaluation.correct}
     answers = "1 answer" if each == {1} else f"{'-'.join(map(str, sorted(each)))} answers"
     print(f"{what}: {len(evaluation.groups)} problems, {answers} of each")
@@ -135,7 +137,7 @@ def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> 
     table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
-    interval = metrics.pop("eval_pass@1_ci95")
+    interval = metrics.pop("eval_pass@1_ci95", 0.0)
     for name, value in metrics.items():
         is_share = "@" in name or name in ("eval_truncated", "eval_unscored")
         text = f"{value:.1%}" if is_share else f"{value:.3f}"
@@ -194,26 +196,13 @@ def evaluate(
         return answer(prompts, seed=arguments.seed)
 
 
-def load_here(name: str) -> tuple[Any, Any, Any]:
-    """(model to answer with, in the precision of this process's device and on it; its tokenizer;
-    the device)."""
-    from accelerate import PartialState
-
-    from posttrain.models.merge import load_to_answer
-    from posttrain.precision import default_precision, torch_dtype
-
-    device = PartialState().device
-    dtype = torch_dtype(default_precision(device.type).compute)
-    model, tokenizer = load_to_answer(name, dtype=dtype)
-    return model.to(device), tokenizer, device  # type: ignore[arg-type]
-
-
 class Answering:
     """A model with its engine and rewards, as the command line says: ``answer(prompts)``."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from accelerate import PartialState
 
+        from posttrain.models.merge import load_here
         from posttrain.models.policy import Policy
         from posttrain.packing.plan import PackingConfig
         from posttrain.precision import default_precision

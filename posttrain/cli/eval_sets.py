@@ -10,7 +10,6 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.eval import load_here
 from posttrain.files import whole_file
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def run_harness(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--harness needs lm-evaluation-harness ({error}): pip install 'posttrain[harness]'."
         ) from error
+    from posttrain.models.merge import load_here
+
     model, tokenizer, _ = load_here(arguments.model)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     results = simple_evaluate(

@@ -134,14 +134,16 @@ def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -
 
     try:
         if stage.command in TRAINERS:
-            _check_trainer(stage)
+            _check_trainer(stage, pipeline)
         elif stage.command != "python":
             arguments = _parsed(parse, pipeline.command(stage)[1:])
             if stage.command == "eval":
                 evaluation.check_mode(arguments)
+            models = getattr(arguments, "models", [getattr(arguments, "model", None)])
+            _check_models([name for name in models if name], pipeline)
             rewards = [getattr(arguments, "reward", None), *getattr(arguments, "also", [])]
             _check_rewards([name for name in rewards if name])
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"Stage {stage.name}: {error}") from error
     if stage.launch:
         find_shipped(stage.launch, "launch", f"Stage {stage.name}: launch")
@@ -151,7 +153,7 @@ def check(stage: Stage, pipeline: Pipeline, parse: Callable[[list[str]], Any]) -
             raise ValueError(f"Stage {stage.name}: {text} is not there (in {Path.cwd()}).")
 
 
-def _check_trainer(stage: Stage) -> None:
+def _check_trainer(stage: Stage, pipeline: Pipeline) -> None:
     import tempfile
 
     from posttrain.training.config import parse_config
@@ -162,9 +164,21 @@ def _check_trainer(stage: Stage) -> None:
         file.flush()
         parse = functools.partial(parse_config, kind, description="")
         config = _parsed(parse, ["--config", file.name])
+    named = [config.model, *getattr(config, "teachers", ())]
+    _check_models([m.model if hasattr(m, "model") else m.name for m in named], pipeline)
     if hasattr(config, "rewards"):
         of_tasks = config.rewards.by_task.values()
         _check_rewards([n for names in (config.rewards.functions, *of_tasks) for n in names])
+
+
+def _check_models(names: Sequence[str], pipeline: Pipeline) -> None:
+    from posttrain.models.embedded import EMBEDDED
+    from posttrain.models.load import resolve_source
+
+    for name in names:
+        is_made = name.startswith(f"{pipeline.root}/")
+        if not is_made and name not in EMBEDDED:  # which would be unpacked
+            resolve_source(name)
 
 
 def _check_rewards(names: Sequence[str]) -> None:

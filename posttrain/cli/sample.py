@@ -38,6 +38,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--task", nargs="+", required=True, metavar="ROWS", help="files of rows, or gym:NAME")
     add("--out", required=True, metavar="DIR", help="folder of part-00000.parquet, ...")
     add("--part", type=int, default=64, metavar="N", help="problems in a file (default: 64)")
+    add("--figures", metavar="FILE", help="accuracy, length and cut-off answers, as JSON")
     declare_shared(parser, samples=8, temperature=1.0)
 
 
@@ -67,6 +68,21 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"part {number}: {_told(evaluation, seconds)}", flush=True)
     if totals["too long"]:
         print(f"{totals['too long']} problems were left out: too long for the model")
+    if arguments.figures:
+        write_json(Path(arguments.figures), _figures(arguments.out))
+
+
+def _figures(out: str) -> dict[str, float]:
+    """Of all parts, those of earlier starts too, by the names that `posttrain eval` uses."""
+    from posttrain.rl.samples import stored_answers
+
+    drawn = [a for _, answers in stored_answers([out]) for a in answers]
+    judged = [a["correct"] for a in drawn if a["correct"] is not None]
+    return {
+        **({"eval_pass@1": statistics.fmean(judged)} if judged else {}),
+        "eval_length": statistics.fmean(len(a["token_ids"]) for a in drawn),
+        "eval_truncated": statistics.fmean(a["finish_reason"] == "length" for a in drawn),
+    }
 
 
 def _parts(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -36,6 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "correct: all right answers; shortest: the shortest right one; best: the highest reward; "
         "pairs: the shortest right one against longer wrong ones and right ones 1.5 times as long"
     )
+    add("--figures", metavar="FILE", help="answers, rows and reasons as counted, as JSON")
     add("--take", choices=("correct", "shortest", "best", "pairs"), default="correct", help=takes)
     add("--by", default="", metavar="REWARD", help="for best and --min-reward (default: the sum)")
     add(
@@ -48,7 +49,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints what came of it."""
-    from posttrain.files import whole_file
+    from posttrain.files import whole_file, write_json
     from posttrain.rl.samples import stored_answers
     from posttrain.rl.select import Filters, select
 
@@ -81,6 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
         if count:
             print(f"  {count:,} left out: {reason}")
     print(f"wrote {written:,} rows to {arguments.out}")
+    if arguments.figures:
+        write_json(
+            Path(arguments.figures), {"answers": read, "rows": written, "left out": dict(counts)}
+        )
 
 
 def training_row(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.files import refuse_filled, whole_folder
 from posttrain.models.heads import load_reward_model
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
+from posttrain.precision import default_precision, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,17 @@ def _plain_source(name: str) -> str:
     if is_adapter:
         return str(_read_adapter_config(folder)["base_model_name_or_path"])
     return str(folder) if folder.is_dir() else name
+
+
+def load_here(name: str) -> tuple[Any, PreTrainedTokenizerBase, torch.device]:
+    """(a model that answers, in the precision of this process's device and on it; its tokenizer;
+    the device)."""
+    from accelerate import PartialState
+
+    device = PartialState().device
+    dtype = torch_dtype(default_precision(device.type).compute)
+    model, tokenizer = load_to_answer(name, dtype=dtype)
+    return model.to(device), tokenizer, device  # type: ignore[arg-type]
 
 
 def load_to_answer(

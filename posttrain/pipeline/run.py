@@ -322,11 +322,13 @@ _NAMES = {
     "eval_reward/think_answer_format": "format_rate",
     "eval_truncated": "truncated",
     "margin_nats": "margin_nats",
+    "answers": "answers",
+    "rows": "rows",
 }
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
-    """What is compared over stages, of what `posttrain eval` wrote."""
+    """What is compared over stages, of what eval, sample and select wrote."""
     named = {_NAMES[name]: value for name, value in found.items() if name in _NAMES}
     scores = {k.partition("/")[2]: v for k, v in found.items() if k.startswith("eval_reward/")}
     others = {k: v for k, v in scores.items() if k in ("reward_model", "llm_judge")}

@@ -25,8 +25,8 @@ from posttrain.resolve import did_you_mean, find_shipped
 TRAINERS = ("sft", "dpo", "reward", "rl", "distill")
 OUT_OPTIONS: dict[str, dict[str, str]] = {
     "merge": {"--out": "model"},
-    "sample": {"--out": "samples"},
-    "select": {"--out": "rows.jsonl"},
+    "sample": {"--out": "samples", "--figures": "figures.json"},
+    "select": {"--out": "rows.jsonl", "--figures": "figures.json"},
     "eval": {"--out": "answers.jsonl", "--figures": "figures.json"},
     "prep pairs": {"--out": "rows"},
     "prep sft": {"--out": "rows"},
@@ -38,8 +38,8 @@ a script gets ``${out}``."""
 OUTPUTS: dict[str, dict[str, str]] = {
     **dict.fromkeys(TRAINERS, {"model": "final", "best": "best", "run": ""}),
     "merge": {"model": "model"},
-    "sample": {"samples": "samples"},
-    "select": {"rows": "rows.jsonl"},
+    "sample": {"samples": "samples", "figures": "figures.json"},
+    "select": {"rows": "rows.jsonl", "figures": "figures.json"},
     "eval": {"answers": "answers.jsonl", "figures": "figures.json"},
     **dict.fromkeys(("prep pairs", "prep sft"), {"train": "rows/train", "test": "rows/test"}),
     **dict.fromkeys(("prep difficulty", "prep tests"), {"rows": "rows.jsonl"}),

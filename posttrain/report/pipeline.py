@@ -71,20 +71,20 @@ def _line(stage: Stage, names: Sequence[str], links: Mapping[str, str]) -> list[
 def _figure(value: Any, half_width: float | None, name: str) -> str:
     if value is None:
         return "–"
-    if name in ("accuracy", "format_rate"):
+    if name in ("accuracy", "format_rate", "truncated"):
         interval = "" if half_width is None else f" ± {100 * half_width:.1f}"
         return f"{100 * value:.1f}{interval} %"
     return number(value) + ("" if half_width is None else f" ± {number(half_width)}")
 
 
 def _trade(stages: Sequence[Stage]) -> Html:
-    """Accuracy against tokens, where at least one stage has both."""
+    """Accuracy against tokens, where at least one stage was evaluated on held-out problems."""
     rows = []
     for stage in stages:
         found = stage.get("figures") or {}
         accuracy, tokens = found.get("accuracy"), found.get("mean_tokens")
-        if accuracy is not None and tokens is not None:
-            half = found.get("accuracy_ci95") or 0.0
+        half = found.get("accuracy_ci95")
+        if None not in (accuracy, tokens, half):
             row = {"stage": stage["name"], "tokens": tokens, "accuracy": accuracy, "ci95": half}
             rows.append(row)
     note = "held-out accuracy with its 95 % interval, against tokens per answer"

@@ -45,12 +45,20 @@ def test_a_killed_one_goes_on_to_the_same_answers(place, capsys):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert main(words(place, "killed")) == 0
+    figures = place / "figures.json"
+    assert main(words(place, "killed", "--figures", str(figures))) == 0
     assert "part 0: is there" in capsys.readouterr().out
     for number in range(3):
         name = f"part-{number:05d}.parquet"
         whole, killed = (pq.read_table(place / at / name) for at in ("whole", "killed"))
         assert whole.equals(killed)
+    parts = sorted((place / "whole").glob("*.parquet"))
+    drawn = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert json.loads(figures.read_text()) == {
+        "eval_pass@1": sum(row["correct"] for row in drawn) / 36,
+        "eval_length": sum(len(row["token_ids"]) for row in drawn) / 36,
+        "eval_truncated": sum(row["finish_reason"] == "length" for row in drawn) / 36,
+    }
     table = pq.read_table(place / "whole/part-00000.parquet").to_pylist()
     assert len(table) == 12 and {row["completion"] for row in table} == {0, 1, 2}
     assert all(len(row["token_ids"]) == len(row["logps"]) for row in table)

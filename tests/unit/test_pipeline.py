@@ -311,6 +311,9 @@ def test_a_dry_run_finds_wrong_settings_options_and_paths(folder, capsys):
     for stage, message in [
         ({"run": "sft", "settings": {"data": {"train": "a text"}}}, "Expected a <class 'list'>"),
         ({"run": "eval smollm2-135m"}, "Evaluated on what?"),
+        ({"run": "eval smolm2-135m", "settings": {"task": ["x"]}}, "Did you mean smollm2-135m"),
+        ({"run": "sft", "settings": {"model": {"name": "./gone"}}}, "'./gone' does not exist"),
+        ({"run": "merge ./gone smollm2-135m"}, "'./gone' does not exist"),
         ({"run": "eval m", "settings": {"task": ["x"], "reward": "exact_anwser"}}, "exact_answer?"),
         (
             {"run": "eval m", "settings": {"task": ["x"], "max_token": 3}},

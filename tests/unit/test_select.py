@@ -136,7 +136,13 @@ def test_the_command_writes_rows_that_sft_reads_and_says_what_it_left_out(tmp_pa
     rows = [{k: v for k, v in row.items() if k != "parts"} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "part-00000.parquet")
     out = tmp_path / "rows.jsonl"
-    assert main(["select", str(tmp_path), "--out", str(out)]) == 0
+    figures = tmp_path / "figures.json"
+    assert main(["select", str(tmp_path), "--out", str(out), "--figures", str(figures)]) == 0
+    assert json.loads(figures.read_text()) == {
+        "answers": 3,
+        "rows": 1,
+        "left out": {"wrong": 2, "another was taken": 0},
+    }
     said = capsys.readouterr().out
     assert "3 answers to 2 problems; 1 problems have a row" in said and "2 left out: wrong" in said
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
