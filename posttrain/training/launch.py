@@ -47,13 +47,14 @@ class FreedMemory:
 
     def check(self) -> None:
         """Between two steps."""
-        resident = psutil.Process().memory_info().rss
+        process = psutil.Process()
         self._checks += 1
         if self._checks <= 3:  # the first step makes the moments
-            self._usual = resident
-        elif resident > 1.1 * self._usual:
+            self._usual = process.memory_info().rss
+        elif process.memory_info().rss > 1.1 * self._usual:
             with suppress(OSError, AttributeError):  # another C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
+            self._usual = max(self._usual, process.memory_info().rss)  # what is in use has grown
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int) -> None:
