@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
 
 
 class FreedMemory:
-    """Gives kept memory back once it has grown by a tenth over the first steps: with lengths that
+    """Gives kept memory back once it has grown by a twentieth over the first steps: with lengths that
     differ from step to step, the holes between blocks do (by half in 24 steps of RL)."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class FreedMemory:
         self._checks += 1
         if self._checks <= 3:  # the first step makes the moments
             self._usual = process.memory_info().rss
-        elif process.memory_info().rss > 1.1 * self._usual:
+        elif process.memory_info().rss > 1.05 * self._usual:
             with suppress(OSError, AttributeError):  # another C library
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             self._usual = max(self._usual, process.memory_info().rss)  # what is in use has grown
