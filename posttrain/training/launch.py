@@ -39,8 +39,8 @@ def keep_freed_memory() -> None:
 
 
 class FreedMemory:
-    """Gives kept memory back once it has grown by a twentieth over the first steps: with lengths that
-    differ from step to step, the holes between blocks do (by half in 24 steps of RL)."""
+    """Gives kept memory back once it has grown by a twentieth over the first steps: with lengths
+    that differ from step to step, the holes between blocks do (by half in 24 steps of RL)."""
 
     def __init__(self) -> None:
         self._checks, self._usual = 0, 0
