@@ -94,6 +94,7 @@ def add_samples(path: Path, *, iterations: int = 2, held_out: bool = True) -> Pa
             "tokens": 5,
             "finish_reason": "stop",
             "correct": True,
+            "reward": 1.0,
             "rewards": {"my.right": 1.0},
         }
         for text in ("held out answer", EVIL)

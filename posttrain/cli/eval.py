@@ -212,11 +212,14 @@ class Answering:
         model, self._tokenizer, device = load_here(arguments.model)
         packing = PackingConfig(max_tokens=8192)
         self._policy = Policy(model, packing, device_type=device.type)
+        self._handed: tempfile.TemporaryDirectory[str] | None = None
         self._engine = self._make_engine(default_precision(device.type).compute)
 
     def close(self) -> None:
-        """Ends the rewards' workers."""
+        """Ends the rewards' workers; deletes what a server was handed."""
         self.rewards.close()
+        if self._handed is not None:
+            self._handed.cleanup()
 
     def _make_engine(self, compute: str) -> Any:
         from posttrain.precision import torch_dtype
@@ -228,12 +231,13 @@ class Answering:
         if not arguments.vllm:
             config = LocalConfig(max_rows=arguments.max_rows)
             return local_engine(*shared, config, compute=torch_dtype(compute))
+        self._handed = tempfile.TemporaryDirectory(prefix="posttrain_weights_")
         engine = vllm_engine(
             *shared,
             VLLMConfig(url=arguments.vllm, concurrency=arguments.max_rows),
             self._state,
             compute=compute,
-            weights_dir=Path(tempfile.mkdtemp(prefix="posttrain_weights_")),
+            weights_dir=Path(self._handed.name),
         )
         engine.refresh(0)
         return engine
@@ -256,7 +260,9 @@ class Answering:
         template = PromptConfig(
             template=arguments.template, system=arguments.system, max_prompt_length=room
         )
-        prompts, counts = prompts_from_rows(rows, self._tokenizer, template, suffix=suffix)
+        prompts, counts = prompts_from_rows(
+            rows, self._tokenizer, template, suffix=suffix, may_be_none=skip_long
+        )
         if counts["too long"] and not skip_long:
             raise ValueError(
                 f"{counts['too long']} of {counts['read']} problems have more than {room} tokens; "

@@ -259,7 +259,14 @@ def _clock(seconds: float) -> str:
 def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
     from posttrain.pipeline.slurm import submit
 
-    left = [s for s in stages if pipeline.verdict(s).state not in ("done", "running")]
+    states = {s.name: pipeline.verdict(s).state for s in pipeline.stages}
+    left = [s for s in stages if states[s.name] not in ("done", "running")]
+    for stage in left:
+        if running := [name for name in stage.needs if states[name] == "running"]:
+            raise ValueError(
+                f"Stage {stage.name} needs {running[0]}, which is being run now: a job cannot be "
+                "told to wait for it. Submit again when it is done, or name other stages (--only)."
+            )
     words = [sys.executable, "-m", "posttrain.cli.main", "pipeline", "run", arguments.file]
     words += ["--size", arguments.size] if arguments.size else []
     words += ["--quick"] if arguments.quick else []
@@ -272,6 +279,7 @@ def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespa
 
 def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     pipeline.describe()
@@ -279,11 +287,14 @@ def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     for stage in pipeline.stages:
         verdict = pipeline.verdict(stage)
         clock = _clock(verdict.seconds) if verdict.seconds else ""
-        table.add_row(stage.name, verdict.state, clock, verdict.why)
+        table.add_row(stage.name, verdict.state, clock, escape(verdict.why))
     Console().print(table)
 
 
 def _graph(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
+    from posttrain.report.page import check_installed
+
+    check_installed()
     from posttrain.report.pipeline import graph_svg
 
     path = Path(arguments.svg or pipeline.root / "graph.svg")

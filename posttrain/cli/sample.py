@@ -61,10 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             began = time.perf_counter()
             prompts, counts = answer.prompts(part, skip_long=True)
+            totals["too long"] += counts["too long"]
+            if not prompts:
+                continue
             evaluation = answer(prompts, seed=arguments.seed * 10**9 + number)
             _write(path, sample_rows(evaluation), part)
             seconds = time.perf_counter() - began
-            totals["too long"] += counts["too long"]
             print(f"part {number}: {_told(evaluation, seconds)}", flush=True)
     if totals["too long"]:
         print(f"{totals['too long']} problems were left out: too long for the model")

@@ -78,7 +78,12 @@ def load_prompts(
 
 
 def prompts_from_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, config: PromptConfig, *, suffix: str = ""
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    config: PromptConfig,
+    *,
+    suffix: str = "",
+    may_be_none: bool = False,
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """The same for rows in memory; ``suffix`` goes after what the last message says."""
     columns: Counter[tuple[tuple[str, str], ...]] = Counter()
@@ -98,7 +103,7 @@ def prompts_from_rows(
         if len(ids) <= config.max_prompt_length:
             prompts.append(Prompt(ids=tuple(ids), sample=sample))
     too_long = read - len(prompts)
-    if not prompts:
+    if not prompts and not may_be_none:
         raise ValueError(
             f"No prompt is left of {read} rows ({too_long} longer than data.max_prompt_length="
             f"{config.max_prompt_length}). Give data.train, or raise the limit."

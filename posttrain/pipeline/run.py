@@ -82,9 +82,9 @@ class Pipeline:
             how = "goes on" if stage.command in _GOES_ON else "starts anew"
             why = "is being run" if is_held else f"was interrupted, and {how}"
             return Verdict("running" if is_held else "waiting", why, seconds)
-        missing = next((p for p in list(stage.outputs.values())[:1] if not p.exists()), None)
+        missing = _missing(stage)
         if record["state"] == "done" and missing:
-            return Verdict("waiting", f"{missing} is gone", seconds)
+            return Verdict("waiting", f"{missing[0]} is gone", seconds)
         problem = (record.get("problem") or "").splitlines()
         return Verdict(record["state"], problem[-1] if problem else "", seconds)
 
@@ -130,9 +130,9 @@ class Pipeline:
                 record["seconds"] += time.monotonic() - began
                 if problem is not None:
                     record |= {"state": "failed" if problem else "done", "problem": problem}
-                if problem == "":
-                    _drop_checkpoints(stage.folder)
                 self._write(stage, record)
+                if problem == "" and stage.command in TRAINERS:
+                    _drop_checkpoints(stage.folder)
         if problem:
             raise StageFailed(
                 f"Stage {stage.name} failed. What it printed is in {self.log(stage)}; its end:\n"
@@ -148,6 +148,7 @@ class Pipeline:
         if jobs > 1:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         left = {stage.name: stage for stage in stages}
+        error: BaseException | None = None
         running: dict[Future[None], Stage] = {}
         with ThreadPoolExecutor(jobs) as pool, self._ended_on_interrupt(running):
             while left or running:
@@ -160,14 +161,14 @@ class Pipeline:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     stage = running.pop(future)
-                    if future.exception() is not None:
-                        left.clear()
-                    else:
+                    if future.exception() is None:
                         tell(stage, "end", "")
-                if not left:
-                    for future in finished:
-                        future.result()
+                    else:
+                        error = error or future.exception()
+                        left.clear()
         self.describe()
+        if error is not None:
+            raise error
 
     @contextmanager
     def _ended_on_interrupt(self, running: Mapping[Any, Stage]) -> Iterator[None]:
@@ -175,8 +176,10 @@ class Pipeline:
             yield
         except KeyboardInterrupt:
             self._is_interrupted = True
-            for stage in running.values():
-                end_leftovers(stage)
+            while not all(future.done() for future in running):  # one may be about to begin
+                for stage in running.values():
+                    end_leftovers(stage)
+                time.sleep(0.05)
             raise
 
     @contextmanager
@@ -199,7 +202,8 @@ class Pipeline:
         with is deleted."""
         folder = stage.folder
         if folder.exists() and not goes_on:
-            _drop_checkpoints(folder)
+            if stage.command in TRAINERS:
+                _drop_checkpoints(folder)
             numbers = (n for n in range(1, 10**6) if not _aside(folder, n).exists())
             os.rename(folder, _aside(folder, next(numbers)))
         elif folder.exists() and stage.command not in _GOES_ON:
@@ -257,7 +261,7 @@ class Pipeline:
     def _problem(self, stage: Stage, code: int) -> str:
         """What went wrong, or ""."""
         if code == 0:
-            missing = [str(p) for p in list(stage.outputs.values())[:1] if not p.exists()]
+            missing = _missing(stage)
             return f"it ended well, but did not write {missing[0]}" if missing else ""
         return _tail(self.log(stage), 15) or f"exit code {code}, without a word"
 
@@ -280,7 +284,8 @@ class Pipeline:
     def _described(self, stage: Stage) -> dict[str, Any]:
         verdict = self.verdict(stage)
         figures = stage.outputs.get("figures")
-        is_there = verdict.state == "done" and figures is not None and figures.exists()
+        is_ours = stage.command in ("eval", "sample", "select")  # a script's may be anything
+        is_there = is_ours and verdict.state == "done" and figures is not None and figures.exists()
         return {
             "name": stage.name,
             "command": stage.decides["run"],
@@ -325,6 +330,12 @@ _NAMES = {
     "answers": "answers",
     "rows": "rows",
 }
+
+
+def _missing(stage: Stage) -> list[Path]:
+    """Outputs that are not there, but for those that not every run of its command has."""
+    optional = {"best", "test"} if stage.command != "python" else set()
+    return [p for n, p in stage.outputs.items() if n not in optional and not p.exists()]
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:

@@ -47,5 +47,9 @@ def job_script(stage: Stage, run: Sequence[str], *, log: Path) -> str:
         "requeue": True,
         **stage.slurm,
     }
-    lines = [f"#SBATCH --{k}" if v is True else f"#SBATCH --{k}={v}" for k, v in options.items()]
+    given = {k: v for k, v in options.items() if v is not None and v is not False}
+    lines = [
+        f"#SBATCH --{k}" if v is True else f"#SBATCH --{k}={shlex.quote(str(v))}"
+        for k, v in given.items()
+    ]
     return "\n".join(["#!/bin/bash", *lines, "", shlex.join([*run, stage.name]), ""])

@@ -104,12 +104,16 @@ def read_stages(
         raise ValueError(f"{path} has no variable {unknown[0]!r}; it has {sorted(values)}.{hint}")
     values |= variables
     named = text["stages"]
-    wanted = {n: s for n, s in named.items() if size in (s or {}).get("only", [size])}
+    for name, raw in named.items():
+        _refuse_unknown(raw, _KEYS, where=f"{path}, stage {name}")
+        for key in ("config", "needs", "only"):
+            if not isinstance(raw.get(key, []), list):
+                raise ValueError(f"{path}, stage {name}: {key} is a list; got {raw[key]!r}.")
+    wanted = {n: s for n, s in named.items() if size in s.get("only", [size])}
     done: dict[str, Stage] = {}
     for name, raw in wanted.items():
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"{path}: a stage's name is letters, digits and _; got {name!r}.")
-        _refuse_unknown(raw, _KEYS, where=f"{path}, stage {name}")
         done[name] = _Resolver(name, values, done, named, text.get("settings", {}), root).stage(raw)
     return list(done.values())
 
@@ -146,6 +150,7 @@ class _Resolver:
 
     def stage(self, raw: Mapping[str, Any]) -> Stage:
         self.needs: dict[str, None] = {}
+        self._open: set[str] = set()
         folder = self.root / self.name
         run = raw.get("run")
         if not isinstance(run, str) or not run.strip():
@@ -206,7 +211,12 @@ class _Resolver:
         if name == "out":
             return str(self.root / self.name)
         if name in self.values:
-            return self._put_in(self.values[name])
+            if name in self._open:
+                raise ValueError(f"{self.values['here']}: the variable {name} names itself.")
+            self._open.add(name)
+            value = self._put_in(self.values[name])
+            self._open.remove(name)
+            return value
         stage, dot, output = name.partition(".")
         if not dot:
             known = ["out", *self.values, *self.done]
@@ -243,7 +253,7 @@ class _Resolver:
         content does."""
         inside, here = f"{self.root}/", f"{self.values['here']}/"
         flat = {"run": shlex.join(words), **{f"settings.{k}": v for k, v in _flat(settings)}}
-        text = json.dumps(flat).replace(inside, "").replace(here, "")
+        text = json.dumps(flat, ensure_ascii=False).replace(inside, "").replace(here, "")
         arguments = words[len(command_of(words).split()) :]
         found = {path for word in texts([arguments, settings]) if (path := _file(word)) is not None}
         files = {

@@ -123,12 +123,11 @@ def _num_rows(path: Path) -> int:
 
 def _add_answer(found: Samples, row: Mapping[str, Any], tokens: Tokens, **known: Any) -> None:
     parts = {k: v for k, v in (row.get("rewards") or {}).items()}
-    judged = [v for v in parts.values() if v is not None]
     found.add(
         prompt=(str(row.get("where") or ""), tokens.text(row.get("prompt_ids"))),
         held_out=1,
         finish=row.get("finish_reason"),
-        reward=sum(judged) if judged else None,
+        reward=row.get("reward"),
         correct=row.get("correct"),
         advantage=None,
         length=row.get("tokens"),

@@ -84,6 +84,7 @@ class Evaluation:
                 "tokens": len(t.token_ids),
                 "finish_reason": t.finish_reason,
                 "correct": ok,
+                "reward": t.reward,
                 "rewards": dict(t.parts),
             }
             for g, row in zip(self.groups, self.correct, strict=True)

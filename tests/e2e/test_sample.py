@@ -65,6 +65,17 @@ def test_a_killed_one_goes_on_to_the_same_answers(place, capsys):
     assert [p["name"] for p in table[0]["parts"]] == ["numeric_answer", "think_answer_format"]
 
 
+def test_a_part_of_problems_that_are_all_too_long_is_left_out(place, capsys):
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()[:5]]
+    rows[-1]["messages"][0]["content"] = "9" * 600
+    (place / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = words(place, "long")
+    asked[asked.index("--task") + 1] = str(place / "long.jsonl")
+    assert main(asked) == 0
+    assert "1 problems were left out: too long" in capsys.readouterr().out
+    assert [p.name for p in (place / "long").glob("*.parquet")] == ["part-00000.parquet"]
+
+
 def test_other_settings_or_problems_are_refused(place, capsys):
     assert main(words(place, "first", "--problems", "4")) == 0
     assert main(words(place, "first", "--problems", "4", "--temperature", "0.5")) == 2

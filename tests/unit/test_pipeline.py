@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,45 @@ def test_the_content_of_a_file_decides_and_its_time_does_not(folder):
     script = folder / "script.py"
     script.write_text(script.read_text() + "# other code\n")
     assert len(ran(pipeline(folder, text))) == 4
+
+
+WRITES = """
+import sys, pathlib
+out = pathlib.Path(sys.argv[2])
+(out / "checkpoints").mkdir()
+(out / "checkpoints/model.txt").write_text("kept")
+(out / "figures.png").write_bytes(b"\\x89PNG")
+"""
+
+
+def test_outputs_of_a_script_are_its_own(folder):
+    """What it calls checkpoints stays, figures are no JSON, and all of them must be there."""
+    (folder / "writes.py").write_text(WRITES)
+    outputs = {"model": "checkpoints/model.txt", "figures": "figures.png"}
+    run = {"run": f"python {folder}/writes.py", "settings": {"out": "${out}"}, "outputs": outputs}
+    p = pipeline(folder, {"stages": {"a": run}})
+    p.run(p.stages[0], tell=lambda _: None)
+    assert p.verdict(p.stages[0]).state == "done"
+    (p.root / "a/figures.png").unlink()
+    assert "figures.png is gone" in p.verdict(p.stages[0]).why
+    more = {"stages": {"a": run | {"outputs": outputs | {"table": "table.csv"}}}}
+    p = pipeline(folder, more)
+    with pytest.raises(StageFailed, match="did not write .*table.csv"):
+        p.run(p.stages[0], tell=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"stages": {"a": "sft"}}, "stage a is a mapping"),
+        ({"stages": {"a": {"run": "sft", "only": "tiny"}}}, "only is a list; got 'tiny'"),
+        ({"stages": {"a": {"run": "sft", "needs": "b"}}}, "needs is a list"),
+        ({"variables": {"m": "${m}"}, "stages": {"a": {"run": "eval ${m}"}}}, "m names itself"),
+    ],
+)
+def test_files_that_are_no_pipeline(folder, text, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(folder, text)
 
 
 def test_a_lost_output_is_made_again(folder):
@@ -376,6 +416,15 @@ def test_options_of_commands():
     assert option("must_end", False) == option("system", None) == []
     assert option("reward_options", {"x": {"y": 1}}) == ["--reward-options", '{"x": {"y": 1}}']
     assert command_of(["prep", "pairs", "x"]) in OUTPUTS
+
+
+def test_options_of_sbatch_are_quoted_and_left_out_where_they_are_off(folder):
+    (stage, *_) = pipeline(folder).stages
+    stage = replace(stage, slurm={"requeue": False, "qos": None, "exclusive": True})
+    script = job_script(stage, ["run"], log=Path("my runs/top.log"))
+    assert "#SBATCH --output='my runs/top.slurm.log'\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert "requeue" not in script and "qos" not in script
 
 
 def test_slurm_jobs_wait_for_what_they_need(folder, monkeypatch):
