@@ -6,7 +6,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -126,3 +126,12 @@ def _no_such_field(cls: type, name: str, spelled: dict[str, str]) -> str:
     python = spelled.get(path, path)
     hint = f" Did you mean {path}{f', as in {python}' if python != path else ''}?" if path else ""
     return f"{cls.__name__} has no field {name!r}.{hint}"
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(optimizer.lr, value) of nested settings."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{before}{name}.")
+        else:
+            yield before + name, value

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -263,7 +264,10 @@ class Pipeline:
         if code == 0:
             missing = _missing(stage)
             return f"it ended well, but did not write {missing[0]}" if missing else ""
-        return _tail(self.log(stage), 15) or f"exit code {code}, without a word"
+        said = _tail(self.log(stage), 15)
+        if code < 0:  # e.g. for want of memory
+            return f"{said}\nended by {signal.Signals(-code).name}".lstrip()
+        return said or f"exit code {code}, without a word"
 
     def _write(self, stage: Stage, record: dict[str, Any]) -> None:
         with whole_file(self.records / f"{stage.name}.json") as path:

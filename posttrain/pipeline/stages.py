@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from posttrain.files import content_digest
-from posttrain.resolve import did_you_mean, find_shipped
+from posttrain.resolve import did_you_mean, find_shipped, flat
 
 TRAINERS = ("sft", "dpo", "reward", "rl", "distill")
 OUT_OPTIONS: dict[str, dict[str, str]] = {
@@ -252,8 +252,8 @@ class _Resolver:
         """Flat. Where stages' outputs lie decides nothing, what they are does; of a file its
         content does."""
         inside, here = f"{self.root}/", f"{self.values['here']}/"
-        flat = {"run": shlex.join(words), **{f"settings.{k}": v for k, v in _flat(settings)}}
-        text = json.dumps(flat, ensure_ascii=False).replace(inside, "").replace(here, "")
+        named = {"run": shlex.join(words), **{f"settings.{k}": v for k, v in flat(settings)}}
+        text = json.dumps(named, ensure_ascii=False).replace(inside, "").replace(here, "")
         arguments = words[len(command_of(words).split()) :]
         found = {path for word in texts([arguments, settings]) if (path := _file(word)) is not None}
         files = {
@@ -268,14 +268,6 @@ class _Resolver:
             **{f"stage {name}": self.done[name].identity for name in self.needs},
             "version of posttrain": version("posttrain"),
         }
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -46,8 +47,7 @@ def escape(value: Any) -> str:
     """The value as text that no parser takes for HTML."""
     if isinstance(value, Html):
         return value
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace('"', "&quot;").replace("'", "&#39;")
+    return html.escape(str(value))
 
 
 def section(title: str, *children: Any, note: str | None = None) -> Html:

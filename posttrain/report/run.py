@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from posttrain.resolve import flat
+
 METRICS = "metrics.jsonl"
 
 
@@ -107,12 +109,3 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(value, dict):
             yield value
-
-
-def flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(optimizer.lr, value) of nested settings."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{before}{name}.")
-        else:
-            yield before + name, value

@@ -56,10 +56,8 @@ class Filters:
             "too long": self.max_tokens is not None and num_tokens(answer) > self.max_tokens,
             "long paragraphs": self.max_paragraph is not None and longest > self.max_paragraph,
             "code blocks": self.no_code and "```" in text,
-            "repeated": answer["finish_reason"] == "repeat"
-            or (
-                self.max_repeated is not None and -repetition_penalty(text, {}) > self.max_repeated
-            ),
+            "repeated": self.max_repeated is not None
+            and -repetition_penalty(text, {}) > self.max_repeated,
             "low reward": self.min_reward is not None
             and (value is None or value < self.min_reward),
         }
@@ -74,10 +72,6 @@ def is_broken(answer: Answer) -> str:
         "repeated": answer["finish_reason"] == "repeat",
     }
     return next((why for why, holds in checks.items() if holds), "")
-
-
-def _repeated(text: CompletionText) -> float:
-    return -repetition_penalty(text, {})
 
 
 def num_tokens(answer: Answer) -> int:

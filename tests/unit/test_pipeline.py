@@ -168,6 +168,13 @@ def test_files_that_are_no_pipeline(folder, text, message):
         pipeline(folder, text)
 
 
+def test_a_stage_that_is_killed_says_by_what(folder):
+    (folder / "dies.py").write_text("import os; os.kill(os.getpid(), 9)")
+    p = pipeline(folder, {"stages": {"a": {"run": f"python {folder}/dies.py"}}})
+    with pytest.raises(StageFailed, match="ended by SIGKILL"):
+        p.run(p.stages[0], tell=lambda _: None)
+
+
 def test_a_lost_output_is_made_again(folder):
     p = pipeline(folder)
     ran(p)
