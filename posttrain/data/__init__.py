@@ -1,7 +1,6 @@
 """Files of rows to prompt groups: read, normalise, apply the chat template with an exact loss mask,
 cache, mix."""
 
-# ruff: noqa: F401 - imported from here by whoever needs rows, groups or prompts
 from posttrain.data.chat import (
     ChatEncoder,
     encode_conversation,
@@ -21,3 +20,27 @@ from posttrain.data.report import (
 )
 from posttrain.data.row import Answer, Sample
 from posttrain.data.stream import StreamedGroups
+
+__all__ = [
+    "Answer",
+    "ChatEncoder",
+    "Sample",
+    "DataConfig",
+    "DataReport",
+    "GroupDataset",
+    "Row",
+    "GroupData",
+    "SourceReport",
+    "StreamedGroups",
+    "batch_indices",
+    "check_stop_trained",
+    "encode_conversation",
+    "groups_from_rows",
+    "highlight_sample",
+    "load_groups",
+    "read_prompt",
+    "read_rows",
+    "read_sample",
+    "set_chat_template",
+    "stop_token_ids",
+]

@@ -323,6 +323,8 @@ def dialogue(text: str) -> list[Message]:
     """The turns of such a text. One space or line break after the colon is not content; an empty
     last turn is left out."""
     pieces = _SPEAKER.split(f"\n\n{checked(text).lstrip()}")
+    if pieces[0] or len(pieces) < 4:
+        raise ValueError("not a dialogue of \n\nHuman: and \n\nAssistant: turns, from its start")
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [
         {"role": roles[who], "content": after_colon(said).rstrip()}
