@@ -82,6 +82,12 @@ def put_in_place(source: Path, target: Path) -> None:
 _BLOCKS, _BLOCK = 64, 4096
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def content_digest(path: Path, only: str = "*") -> str:
     """12 hex digits of a file, or of the files of a folder with their names. Of weights
     (.safetensors) 64 evenly spaced blocks are read: training changes every block."""

@@ -10,7 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 C = TypeVar("C")
 
@@ -86,8 +94,9 @@ def find_shipped(name: str, folder: str, option: str) -> Path:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def settings(cls: type[C]) -> type[C]:
-    """A frozen keyword-only dataclass whose TypeError for unknown keywords names the nearest field,
-    also of its groups, or the one that replaces an option of TRL."""
+    """A frozen keyword-only dataclass. TypeError for an unknown keyword names the nearest field,
+    also of its groups, or the one that replaces an option of TRL; ValueError for a value that is
+    none of a Literal's lists them."""
     hints = get_type_hints(cls)  # jsonargparse would import what only type checkers need
     cls.__annotations__ = {name: hints[name] for name in cls.__annotations__}
     cls = dataclass(frozen=True, kw_only=True)(cls)
@@ -101,6 +110,11 @@ def settings(cls: type[C]) -> type[C]:
             lines = [_no_such_field(cls, n, spelled) for n in given if n in unknown]
             page = "docs/from_trl.md lists the options of TRL with their names here."
             raise TypeError("\n".join([*lines, page]))
+        for name, value in given.items():
+            known = get_args(hints[name]) if get_origin(hints[name]) is Literal else (value,)
+            if value not in known:
+                listed = ", ".join(map(str, known))
+                raise ValueError(f"{cls.__name__}.{name} is one of {listed}; got {value!r}.")
         plain(self, *values, **given)
 
     cls.__init__ = checked  # type: ignore[method-assign, assignment]

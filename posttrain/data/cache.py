@@ -21,7 +21,7 @@ from typing import Any
 from posttrain.data.chat import ChatEncoder
 from posttrain.data.config import DataConfig
 from posttrain.data.readers import HubSource, load_hub
-from posttrain.files import whole_folder, write_json
+from posttrain.files import file_digest, whole_folder, write_json
 
 ENCODING_VERSION = 4
 """Raise when the same rows would become different tokens or another file layout."""
@@ -60,12 +60,6 @@ def cache_key(
     options |= {"purpose": purpose, "carry": sorted(config.carry)}
     decisive = [ENCODING_VERSION, content, tokenizer, encoder.template, encoder.mask_from, options]
     return _digest(decisive)[:32]
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of the file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

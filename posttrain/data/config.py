@@ -4,10 +4,10 @@ output of `posttrain prep`."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from posttrain.data.row import COLUMNS
 from posttrain.resolve import settings
@@ -31,10 +31,13 @@ whose completions are scored."""
 Overlong = Literal["truncate", "drop", "error"]
 
 
-def check_choice(name: str, value: str, kind: Any) -> None:
-    """ValueError if the value is none of the Literal's."""
-    if value not in get_args(kind):
-        raise ValueError(f"{name} is one of {', '.join(get_args(kind))}; got {value!r}.")
+def check_columns(columns: Mapping[str, str] | None, example: str) -> None:
+    """ValueError where a renaming leads to a name that no layout reads."""
+    unknown = sorted(set(columns or ()) - set(COLUMNS))
+    if unknown:
+        raise ValueError(
+            f"columns: {unknown} belong to no format. Known: {', '.join(COLUMNS)}. Write {example}."
+        )
 
 
 @settings
@@ -100,8 +103,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_sources()
-        check_choice("data.format", self.format, Format)
-        check_choice("data.overlong", self.overlong, Overlong)
         if self.max_length < 2:
             raise ValueError(
                 "data.max_length counts prompt and completion tokens, at least one of each; got "
@@ -109,12 +110,8 @@ class DataConfig:
             )
         if self.num_proc < 1:
             raise ValueError(f"data.num_proc is a number of processes >= 1; got {self.num_proc}.")
-        unknown = sorted(set(self.columns or ()) - set(COLUMNS))
-        if unknown:
-            raise ValueError(
-                f"data.columns: {unknown} belong to no format. Known: {', '.join(COLUMNS)}. Write "
-                "--data.columns '{prompt: question, completion: answer}', yours on the right."
-            )
+        example = "--data.columns '{prompt: question, completion: answer}', yours on the right"
+        check_columns(self.columns, example)
 
     def _check_sources(self) -> None:
         for name, sources in (("train", self.train), ("eval", self.eval)):
@@ -161,7 +158,7 @@ class PrepConfig:
     """Files (JSONL, JSON, CSV, each also .gz; Parquet), folders, hub ids."""
     out: Path
     """Folder to write; must not exist or be empty."""
-    format: str = "auto"
+    format: Format = "auto"
     """A layout of ``posttrain.data.layouts``; auto: from each row's columns."""
     columns: dict[str, str] | None = None
     """{column of a layout: column of the files}."""
@@ -219,9 +216,7 @@ class PrepConfig:
             raise ValueError(
                 "--max-tokens and --tokenizer belong together: give both, or --max-chars."
             )
-        check_choice("--strategy", self.strategy, Strategy)
-        check_choice("--layout", self.layout, Layout)
-        check_choice("--format", self.format, Format)
+        check_columns(self.columns, "--columns prompt=question completion=answer")
 
     def recorded(self) -> dict[str, Any]:
         """Options for the manifest: all that decide the output, and not where it is or how many

@@ -13,15 +13,15 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from posttrain.models.dropout import base_model
 from posttrain.precision import PrecisionPlan, bytes_per_element
+from posttrain.training.optimizer import OptimizerName
 from posttrain.training.sharding import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, Kind, Offload
 
-OptimizerName = Literal["adamw", "adamw_8bit", "sgd", "adafactor"]
 ZERO_STAGE: dict[Kind, int] = {"whole": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": 3}
 ZERO_PAPER = PrecisionPlan(
     name="zero-paper",

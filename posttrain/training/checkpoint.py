@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from posttrain.files import put_in_place, sync, whole_file, write_json
+from posttrain.files import file_digest, put_in_place, sync, whole_file, write_json
 from posttrain.models.sharding import local, reshard
 from posttrain.training import sharding
 from posttrain.training.config import UserFacingError
@@ -126,7 +126,7 @@ def damage(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {entry['bytes']}"
-            if _sha256(folder / name) != entry["sha256"]:
+            if file_digest(folder / name) != entry["sha256"]:
                 return f"the sha256 of {name} is not the manifest's"
         steps = [manifest["step"], _read_json(folder / _STATE)["step"]]
     except FileNotFoundError as error:
@@ -174,9 +174,9 @@ def _prepare(temp: Path) -> None:
 def _publish(temp: Path, final: Path, state: Mapping[str, Any]) -> None:
     write_json(temp / _STATE, state)
     files = {
-        path.relative_to(temp).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(temp.rglob("*"))
-        if path.is_file()
+        p.relative_to(temp).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+        for p in sorted(temp.rglob("*"))
+        if p.is_file()
     }
     write_json(temp / _MANIFEST, {"step": state["step"], "files": files})
     sync(temp)
@@ -236,11 +236,6 @@ def _explain(error: Exception | None, temp: Path, final: Path) -> str:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_state(

@@ -422,7 +422,7 @@ def test_warmup_as_a_ratio() -> None:
         ({"eps": 0.0}, "eps must be"),
         (
             {"schedule": "cosin"},
-            "schedule must be one of constant, linear, cosine, wsd; got 'cosin'",
+            "OptimizerConfig.schedule is one of constant, linear, cosine, wsd; got 'cosin'",
         ),
         ({"warmup_steps": -1}, "warmup_steps must be"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be"),

@@ -173,7 +173,7 @@ def test_8_bit_moments_take_two_bytes_and_a_quarter_thousandth_of_scales() -> No
     [
         (
             {"name": "adam"},
-            "optimizer.name must be one of adamw, adamw_8bit, sgd, adafactor; got 'adam'",
+            "OptimizerConfig.name is one of adamw, adamw_8bit, sgd, adafactor; got 'adam'",
         ),
         ({"momentum": 0.9}, "momentum=0.9 would be ignored by optimizer.name='adamw'"),
         ({"name": "sgd", "momentum": 1.0}, r"momentum must be finite and in \[0, 1\)"),

@@ -537,3 +537,22 @@ def test_what_was_carried_along_in_prep_is_carried_along_in_training(tmp_path, c
     assert len(groups) == 8
     assert main(["prep", "pairs", str(source), "--out", str(tmp_path / "c"), "--columns", "x"]) == 2
     assert "--columns takes OURS=YOURS" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "prep",
+                "pairs",
+                str(source),
+                "--out",
+                str(tmp_path / "c"),
+                "--columns",
+                "ask=question",
+            ]
+        )
+        == 2
+    )
+    assert "columns: ['ask'] belong to no format" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match="PrepConfig.near_duplicates is one of off, split, drop; got 'keep'"
+    ):
+        PrepConfig(inputs=[str(source)], out=tmp_path / "c", near_duplicates="keep")  # type: ignore[arg-type]

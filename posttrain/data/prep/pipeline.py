@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.data.cache import file_digest
 from posttrain.data.config import PrepConfig, TokenCounter
 from posttrain.data.layouts import read_sample
 from posttrain.data.messages import checked, message_text
@@ -39,7 +38,7 @@ from posttrain.data.prep.rows import (
 from posttrain.data.readers import HubSource, Row, read_file, read_rows, resolve
 from posttrain.data.report import column_counts
 from posttrain.data.row import Answer, Sample
-from posttrain.files import refuse_filled, whole_folder
+from posttrain.files import file_digest, refuse_filled, whole_folder
 
 _PARTITION_BYTES = 16 * 2**20
 _MAX_PARTITIONS = 256
