@@ -4,6 +4,9 @@ used."""
 # ruff: noqa: F401 - editors and type checkers find the names here, __getattr__ at run time
 from __future__ import annotations
 
+import ast
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
         hinge,
         ipo,
         ipo_avg,
+        kto,
         nca,
         nll_chosen,
         orpo,
@@ -48,7 +52,6 @@ if TYPE_CHECKING:
     )
     from posttrain.losses.reward import bradley_terry
     from posttrain.losses.sft import sft
-    from posttrain.losses.unpaired import kto
     from posttrain.models.adapters import LoraConfig
     from posttrain.models.load import ModelConfig
     from posttrain.packing.plan import PackingConfig
@@ -124,50 +127,15 @@ if TYPE_CHECKING:
         loss,
     )
 
-_NAMES = {
-    "data": "DataConfig",
-    "data.prompts": "PromptConfig",
-    "losses.distillation": "distillation",
-    "losses.policy": "clipped reinforce cispo gspo mirror_descent gmpo sapo vespo clip_cov kl_cov "
-    "objective",
-    "losses.preference": "dpo cdpo robust ipo ipo_avg hinge dpo_norm simpo orpo cpo bco "
-    "apo_zero apo_down exo nca sppo rpo nll_chosen dpop r_dpo discopop",
-    "losses.reward": "bradley_terry",
-    "losses.sft": "sft",
-    "losses.unpaired": "kto",
-    "models.adapters": "LoraConfig",
-    "models.load": "ModelConfig",
-    "packing.plan": "PackingConfig",
-    "rewards": "reward CompletionText",
-    "rewards.answers": "math_answer numeric_answer exact_answer choice_answer gym_answer",
-    "rewards.code": "code_tests",
-    "rewards.compose": "RewardsConfig",
-    "rewards.model": "reward_model llm_judge",
-    "rewards.text": "think_answer_format language_consistency k15_length overlong_penalty "
-    "cosine_length repetition_penalty",
-    "rl.algorithms": "Algorithm GRPO R1 DR_GRPO DAPO GSPO CISPO GMPO SAPO VESPO MAXRL GDPO "
-    "CLIP_COV KL_COV RLOO REINFORCE_PP REINFORCE_PP_BASELINE KIMI_K15 DISTILL ALGORITHMS",
-    "rl.batches": "RolloutConfig",
-    "rl.credit": "Credit Rollout credit",
-    "rl.curriculum": "CurriculumConfig",
-    "rl.environment": "Environment SingleTurn",
-    "rl.evaluate": "EvaluationConfig",
-    "rollout.engine": "SamplingConfig",
-    "rollout.local": "LocalConfig",
-    "rollout.vllm": "VLLMConfig",
-    "trainers.distill": "DistillConfig DistillTrainer TeacherConfig",
-    "trainers.dpo": "DPOConfig DPOTrainer",
-    "trainers.reward": "RewardConfig RewardTrainer",
-    "trainers.rl": "RLConfig RLTrainer",
-    "trainers.sft": "SFTConfig SFTTrainer",
-    "training.config": "TrainConfig",
-    "training.forward": "Evaluated",
-    "training.optimizer": "OptimizerConfig",
-    "training.reference": "ReferenceConfig",
-    "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair "
-    "PromptGroup as_loss loss",
-}
-_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
+
+def _homes() -> dict[str, str]:
+    """{name: module} of the imports above, which only type checkers run."""
+    found = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    imports = [n for n in found if isinstance(n, ast.ImportFrom)]
+    return {n.name: str(i.module) for i in imports for n in i.names if "posttrain" in str(i.module)}
+
+
+_HOME = _homes()
 __all__ = list(_HOME)
 
 
@@ -175,8 +143,6 @@ def __getattr__(name: str) -> Any:
     """Imports a public name from where it lives: `import posttrain` itself takes no time."""
     if name not in _HOME:
         raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -10,12 +10,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+import posttrain
+from posttrain.losses import preference
 from posttrain.losses.policy import clipped, mirror_descent, objective
-from posttrain.losses.unpaired import kto
+from posttrain.losses.preference import kto
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import credit
 from posttrain.types import Completion, Logps, LossOutput, LossTerm, PromptGroup, loss
 from tests.helpers import plain_logps, plain_states
+
+PREFERENCE = {
+    name: found
+    for name, found in vars(preference).items()
+    if name in posttrain.__all__ and found.__module__ == preference.__name__
+}
+"""Every public loss on comparisons, by name."""
 
 
 @credit(tokens=True, reference=True)

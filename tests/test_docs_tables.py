@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 import posttrain
-from posttrain.losses import policy, preference
+from posttrain.losses import policy
 from posttrain.rl.algorithms import ALGORITHMS, Algorithm
 from posttrain.types import Loss, as_loss
 from tests.e2e.launching import REPO
+from tests.losses_for_tests import PREFERENCE
 
 
 def page(name):
@@ -63,8 +64,7 @@ def effective(algorithm):
 def test_every_loss_is_in_the_table_with_its_true_defaults():
     text = page("losses.md").partition("## Distillation")[0]
     of_pages = by_name(text, 3)
-    public = {name: getattr(preference, name) for name in preference.__all__}
-    public |= {name: getattr(posttrain, name) for name in ("bradley_terry", "sft")}
+    public = PREFERENCE | {name: getattr(posttrain, name) for name in ("bradley_terry", "sft")}
     assert of_pages == {name: options(loss) for name, loss in public.items()}
     of_policies = {n for n, value in vars(policy).items() if isinstance(value, Loss)}
     others = {"objective", "distillation", "loss", "as_loss"}
@@ -74,8 +74,7 @@ def test_every_loss_is_in_the_table_with_its_true_defaults():
 
 def test_losses_without_a_reference_are_those_that_the_page_names():
     line = re.search(r"Without a reference: (.*?)\.", page("losses.md"))
-    public = {name: getattr(preference, name) for name in preference.__all__}
-    found = {name for name, loss in public.items() if not as_loss(loss).reference}
+    found = {name for name, loss in PREFERENCE.items() if not as_loss(loss).reference}
     assert set(re.findall(r"`(\w+)`", line[1])) == found
 
 

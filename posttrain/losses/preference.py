@@ -9,43 +9,18 @@ tokens of the completion, and h = w - l. |y| counts trained tokens. Losses witho
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from posttrain.losses.divergence import Divergence, divergence_gap, mean_divergence_gap
-from posttrain.losses.preference_metrics import reward_metrics
-from posttrain.losses.unpaired import kto
-from posttrain.types import Logps, LossOutput, loss
+from posttrain.types import BatchStatistic, Logps, LossOutput, PromptGroup, loss
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = [
-    "apo_down",
-    "apo_zero",
-    "bco",
-    "cdpo",
-    "cpo",
-    "discopop",
-    "dpo",
-    "dpo_norm",
-    "dpop",
-    "exo",
-    "hinge",
-    "ipo",
-    "ipo_avg",
-    "kto",
-    "nca",
-    "nll_chosen",
-    "orpo",
-    "r_dpo",
-    "robust",
-    "rpo",
-    "simpo",
-    "sppo",
-]
 
 
 def dpo(
@@ -346,6 +321,122 @@ def discopop(
     return _pairs(-logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(logsigmoid(x / tau) - x))
 
 
+# ---- single labelled answers
+
+
+def mismatched_groups(groups: Sequence[PromptGroup]) -> list[PromptGroup]:
+    """Each group's prompt with the answers of the next group (cyclically) that has another prompt;
+    [] where all have one."""
+    every, count, made = list(groups), len(groups), []
+    for i, group in enumerate(every):
+        others = (every[(i + k) % count] for k in range(1, count))
+        other = next(
+            (o for o in others if not np.array_equal(o.prompt_ids, group.prompt_ids)), None
+        )
+        if other is not None:
+            made.append(replace(group, completions=other.completions, pairs=()))
+    return made
+
+
+STATISTIC = BatchStatistic(
+    groups=mismatched_groups, items=lambda logps: logps.logratio_S[logps.num_tokens_S > 0]
+)
+
+
+@loss(couples_completions=False, statistic=STATISTIC)
+def kto(
+    logps: Logps,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> LossOutput:
+    """lambda_D (1 - sigmoid(beta (r - z0))) for desirable answers, lambda_U (1 - sigmoid(beta (z0 -
+    r))) for undesirable ones.
+
+    Ethayarajh et al. 2024, arXiv:2402.01306 eq. 8, with r = log pi(y|x) - log pi_ref(y|x). z0 =
+    max(0, mean of r over answers to *other* prompts of the global batch; 0 where it has one prompt
+    only), a constant without gradient: an estimate of KL(pi || pi_ref). Items of answers without
+    label are 0 (the mean still counts them). Choose lambda_D n_D / (lambda_U n_U) in [1, 3/2]
+    (section 4.2). At pi = pi_ref, z0 = 0 and every item is lambda / 2.
+    """
+    if not (desirable_weight >= 0 and undesirable_weight >= 0):
+        raise ValueError(
+            f"kto needs weights >= 0; got desirable_weight={desirable_weight}, "
+            f"undesirable_weight={undesirable_weight}."
+        )
+    if not beta > 0 or logps.batch_mean is None:
+        raise ValueError(
+            "kto needs beta > 0 and the statistic z0 of the global batch; got "
+            f"beta={beta}, z0={logps.batch_mean}."
+        )
+    r_S, z0 = logps.logratio_S, logps.batch_mean.detach().clamp(min=0)
+    good = desirable_weight * torch.sigmoid(-beta * (r_S - z0))
+    bad = undesirable_weight * torch.sigmoid(-beta * (z0 - r_S))
+    label_S, zero = logps.by_completion("label"), torch.zeros_like(r_S)
+    items = torch.where(label_S > 0, good, torch.where(label_S < 0, bad, zero))
+    reward = (beta * r_S).detach()
+    metrics = {
+        "rewards_train/chosen": reward[label_S > 0],
+        "rewards_train/rejected": reward[label_S < 0],
+        "kl_estimate_nats": z0,
+    }
+    return LossOutput(items=items, unit="completion", metrics=metrics)
+
+
+# ---- what the losses share
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+"""f-divergences in place of the reverse KL of DPO: f'(u) of the ratio u = pi / pi_ref instead of
+log u. Wang et al. 2023, arXiv:2309.16240, table 1. With f' the implicit reward is beta * f'(u), and
+the gap of a pair is f'(u_w) - f'(u_l). The constants of f' cancel in the gap, except where each
+side is divided by its own length: all are such that f'(1) = 0, so a pair has gap 0 at pi = pi_ref
+in either case."""
+
+
+def f_prime(logratio: Tensor, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+    """f'(u), u = exp(logratio), with f'(1) = 0.
+
+    reverse_kl: log u; forward_kl: 1 - 1 / u; js_divergence: log(2u / (1 + u)); alpha_divergence: (1
+    - u^-alpha) / alpha, which tends to log u as alpha -> 0 and is forward_kl at alpha = 1. Raises
+    ValueError for another name or alpha = 0.
+
+    An exponent is cut at half of the dtype's range (40 nats in float32): beyond, 1 / u and its
+    square would be infinite and the gradient of a saturated loss inf * 0. There f' is constant.
+    """
+    if divergence == "reverse_kl":
+        return logratio
+    if divergence == "forward_kl":
+        return _one_minus_exp(-logratio)
+    if divergence == "js_divergence":
+        return torch.nn.functional.logsigmoid(logratio) + math.log(2)
+    if divergence == "alpha_divergence" and alpha != 0:
+        return _one_minus_exp(-alpha * logratio) / alpha
+    raise ValueError(
+        "f_divergence is reverse_kl, forward_kl, js_divergence or alpha_divergence (with alpha != "
+        f"0: its limit is reverse_kl); got {divergence!r}, alpha={alpha}."
+    )
+
+
+def divergence_gap(logps: Logps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+    """[B] f'(u_w) - f'(u_l); for reverse_kl the log-ratio gap h itself."""
+    chosen = f_prime(logps.chosen_logratio_B, divergence, alpha=alpha)
+    return chosen - f_prime(logps.rejected_logratio_B, divergence, alpha=alpha)
+
+
+def mean_divergence_gap(logps: Logps, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+    """[B] f'(u_w) / |y_w| - f'(u_l) / |y_l|; for reverse_kl w / |y_w| - l / |y_l|."""
+    chosen = f_prime(logps.chosen_logratio_B, divergence, alpha=alpha) / logps.chosen_length_B
+    return (
+        chosen
+        - f_prime(logps.rejected_logratio_B, divergence, alpha=alpha) / logps.rejected_length_B
+    )
+
+
+def _one_minus_exp(x: Tensor) -> Tensor:
+    return -torch.expm1(x.clamp(max=0.45 * math.log(torch.finfo(x.dtype).max)))
+
+
 def _pairs(items_B: Tensor, *, rewards: tuple[Tensor, Tensor] | None = None) -> LossOutput:
     """``rewards``: of chosen and rejected, where the loss compares others than beta times the
     log-ratios (or log-probs)."""
@@ -386,3 +477,34 @@ def _check_smoothing(value: Any) -> None:
         raise ValueError(
             f"label_smoothing is the probability of a wrong label, in [0, 0.5); got {value}."
         )
+
+
+# ---- metrics
+
+
+def preference_metrics(logps: Logps, *, beta: float) -> dict[str, Tensor]:
+    """[B] each, detached: rewards_train/{chosen,rejected,accuracies,margins},
+    logps_train/{chosen,rejected}.
+
+    The implicit reward is beta (log pi - log pi_ref) (Rafailov et al. 2023, arXiv:2305.18290 eq.
+    5), beta log pi without a reference. An accuracy is strict: 0 where the two rewards are equal,
+    as at the start.
+    """
+    reward_S = (logps.logps_S if logps.reference_T is None else logps.logratio_S) * beta
+    return {
+        **reward_metrics(logps.of_chosen(reward_S), logps.of_rejected(reward_S)),
+        "logps_train/chosen": logps.chosen_logps_B.detach(),
+        "logps_train/rejected": logps.rejected_logps_B.detach(),
+    }
+
+
+def reward_metrics(chosen_B: Tensor, rejected_B: Tensor) -> dict[str, Tensor]:
+    """The rewards under their names. A loss whose implicit reward is not beta (log pi - log pi_ref)
+    gives its own."""
+    chosen, rejected = chosen_B.detach(), rejected_B.detach()
+    return {
+        "rewards_train/chosen": chosen,
+        "rewards_train/rejected": rejected,
+        "rewards_train/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards_train/margins": chosen - rejected,
+    }

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from posttrain.losses.combine import weighted_sum
 from posttrain.losses.distillation import DivergenceKind, TeacherDivergence, distillation
+from posttrain.losses.reduce import weighted_sum
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer
 from posttrain.models.logprobs import compute_dtype
 from posttrain.models.policy import Policy

@@ -15,7 +15,7 @@ from posttrain.data import StreamedGroups, batch_indices
 from posttrain.data.config import DataConfig, Purpose
 from posttrain.data.table import num_labels
 from posttrain.data.tokenise import prompt_hash
-from posttrain.losses.preference_metrics import preference_metrics
+from posttrain.losses.preference import preference_metrics
 from posttrain.resolve import settings
 from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
 from posttrain.training.config import TrainConfig, set_options

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.losses.calibration import pair_report
+from posttrain.losses.reward import pair_report
 from posttrain.models.heads import Scorer, load_reward_model
 from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.resolve import settings
@@ -74,7 +74,7 @@ class RewardTrainer(Trainer):
 
 
 def held_out_report(groups: Sequence[PromptGroup], scores: Mapping[Ref, float]) -> dict[str, float]:
-    """``losses.calibration.pair_report`` over all pairs of the groups; lengths are tokens of the
+    """``losses.reward.pair_report`` over all pairs of the groups; lengths are tokens of the
     completion."""
     pairs = [(g, pair) for g in range(len(groups)) for pair in groups[g].trained_pairs]
     lengths = {(g, k): len(groups[g].completions[k].token_ids) - 1 for g, k in scores}

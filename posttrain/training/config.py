@@ -224,7 +224,7 @@ def resolve_loss(path: str, options: dict[str, Any], *, home: str = "posttrain.l
     ]
     if len(bound) == 1 and bound[0][0] == 1.0:
         return bound[0][1]
-    from posttrain.losses.combine import weighted_sum
+    from posttrain.losses.reduce import weighted_sum
 
     return weighted_sum(bound)
 

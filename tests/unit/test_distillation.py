@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.losses.combine import weighted_sum
 from posttrain.losses.distillation import TeacherDivergence, distillation, divergence
 from posttrain.losses.policy import clipped
+from posttrain.losses.reduce import weighted_sum
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig, plan_step, row_tokens
 from posttrain.training.step import step_gradient

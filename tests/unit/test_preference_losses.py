@@ -13,11 +13,8 @@ import pytest
 import torch
 
 from posttrain.losses import preference
-from posttrain.losses.combine import weighted_sum
-from posttrain.losses.divergence import f_prime
-from posttrain.losses.preference_metrics import preference_metrics
-from posttrain.losses.reduce import reduce_term
-from posttrain.losses.unpaired import mismatched_groups
+from posttrain.losses.preference import f_prime, mismatched_groups, preference_metrics
+from posttrain.losses.reduce import reduce_term, weighted_sum
 from posttrain.packing.plan import count_units
 from posttrain.types import (
     BatchStatistic,
@@ -29,6 +26,7 @@ from posttrain.types import (
     PromptGroup,
     as_loss,
 )
+from tests.losses_for_tests import PREFERENCE
 from tests.unit.preference_batches import batch_of, one_pair
 
 # w = +2, l = -1, beta = 0.1, epsilon = 0.1, |y_w| = 10, |y_l| = 20, log-probs -20 and -50
@@ -376,7 +374,7 @@ def test_extreme_log_probs_stay_finite_and_exact():
     assert torch.isfinite(value("orpo", certain)).all()
 
 
-@pytest.mark.parametrize("name", [n for n in preference.__all__ if n != "kto"])
+@pytest.mark.parametrize("name", [n for n in PREFERENCE if n != "kto"])
 @pytest.mark.parametrize(
     ("w", "l"), [(600.0, -600.0), (-600.0, 600.0), (0.0, -150.0), (-150.0, 0.0), (1e-6, 0.0)]
 )
@@ -500,8 +498,8 @@ def test_bad_options_are_refused():
             batch_of([[2.0]], reference=[[0.0]], labels=[[True]], mean=0.0),
             undesirable_weight=-1.0,
         )
-    for name in preference.__all__:
-        if "beta" in inspect.signature(getattr(preference, name)).parameters:
+    for name, loss in PREFERENCE.items():
+        if "beta" in inspect.signature(loss).parameters:
             with pytest.raises(ValueError, match="beta"):
                 value(name, logps, beta=0.0)
     for name in ("cdpo", "robust", "exo"):

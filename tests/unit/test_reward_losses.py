@@ -9,9 +9,8 @@ import math
 import pytest
 import torch
 
-from posttrain.losses.calibration import expected_calibration_error, pair_report, pearson
 from posttrain.losses.reduce import reduce_term
-from posttrain.losses.reward import bradley_terry
+from posttrain.losses.reward import bradley_terry, expected_calibration_error, pair_report, pearson
 from posttrain.packing.plan import count_units
 from posttrain.types import Completion, Pair, PromptGroup
 from tests.unit.preference_batches import batch_of

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from posttrain.losses import preference
-from posttrain.losses.combine import weighted_sum
-from posttrain.losses.preference_metrics import preference_metrics
-from posttrain.losses.reduce import reduce_term
+from posttrain.losses.preference import preference_metrics
+from posttrain.losses.reduce import reduce_term, weighted_sum
 from posttrain.losses.reward import bradley_terry
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
