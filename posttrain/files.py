@@ -82,6 +82,14 @@ def put_in_place(source: Path, target: Path) -> None:
 _BLOCKS, _BLOCK = 64, 4096
 
 
+def cache_root(configured: str | None) -> Path:
+    """What is configured, else $POSTTRAIN_CACHE, else ``posttrain`` in $XDG_CACHE_HOME or
+    ~/.cache."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    chosen = configured or os.environ.get("POSTTRAIN_CACHE") or user_cache / "posttrain"
+    return Path(chosen).expanduser()
+
+
 def file_digest(path: Path) -> str:
     """sha256 of the file's bytes."""
     with path.open("rb") as file:

@@ -1,6 +1,7 @@
 """Files of rows to prompt groups: read, normalise, apply the chat template with an exact loss mask,
 cache, mix."""
 
+from posttrain.data.batches import StreamedGroups, batch_indices
 from posttrain.data.chat import (
     ChatEncoder,
     encode_conversation,
@@ -10,7 +11,6 @@ from posttrain.data.chat import (
 from posttrain.data.config import DataConfig
 from posttrain.data.dataset import GroupData, GroupDataset, groups_from_rows, load_groups
 from posttrain.data.layouts import read_prompt, read_sample
-from posttrain.data.mixture import batch_indices
 from posttrain.data.readers import Row, read_rows
 from posttrain.data.report import (
     DataReport,
@@ -19,7 +19,6 @@ from posttrain.data.report import (
     highlight_sample,
 )
 from posttrain.data.row import Answer, Sample
-from posttrain.data.stream import StreamedGroups
 
 __all__ = [
     "Answer",

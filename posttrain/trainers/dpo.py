@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain.data import StreamedGroups, batch_indices
 from posttrain.data.config import DataConfig, Purpose
-from posttrain.data.table import num_labels
+from posttrain.data.dataset import num_labels
 from posttrain.data.tokenise import prompt_hash
 from posttrain.losses.preference import preference_metrics
 from posttrain.resolve import settings

@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from posttrain.data.cache import cache_root
-from posttrain.data.table import sequence_key
-from posttrain.files import whole_file
+from posttrain.data.tokenise import sequence_key
+from posttrain.files import cache_root, whole_file
 from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.models.reference import (
     adapters_off,

@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 from posttrain.data import DataConfig, load_groups
-from posttrain.data import cache as data_cache
 from posttrain.data import dataset as data_dataset
 from tests.unit.data_tokenizers import (
     CHATML,
@@ -126,11 +125,11 @@ def test_another_template_or_vocabulary_misses_and_padding_state_does_not(
 
 def test_a_damaged_cache_is_written_again(config, encoded_rows):
     good = everything(load(config).train)
-    (folder,) = data_cache.cache_folder(config).iterdir()
-    tokens = folder / data_cache.TOKENS
+    (folder,) = data_dataset.cache_folder(config).iterdir()
+    tokens = folder / data_dataset.TOKENS
     tokens.write_bytes(tokens.read_bytes()[:-10])
     assert everything(load(config).train) == good and len(encoded_rows) == 40
-    (folder / data_cache.MANIFEST).write_text("{")
+    (folder / data_dataset.MANIFEST).write_text("{")
     assert everything(load(config).train) == good and len(encoded_rows) == 60
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
@@ -139,7 +138,7 @@ def test_a_failed_run_leaves_nothing_behind(config, tmp_path):
     path = write(tmp_path / "bad.jsonl", [*pairs(3), {"prompt": "a", "completion": " "}])
     with pytest.raises(ValueError, match=r"bad\.jsonl:4: an assistant turn is empty"):
         load(config, train=[path])
-    assert list(data_cache.cache_folder(config).iterdir()) == []
+    assert list(data_dataset.cache_folder(config).iterdir()) == []
 
 
 def _load_in_process(config, barrier, results):
@@ -159,20 +158,20 @@ def test_two_processes_at_once_read_the_same_and_leave_one_folder(config):
     for p in processes:
         p.join()
     assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 20
-    assert len(list(data_cache.cache_folder(config).iterdir())) == 1
+    assert len(list(data_dataset.cache_folder(config).iterdir())) == 1
 
 
 def test_the_first_of_two_writers_wins(tmp_path):
     folder = tmp_path / "key"
 
     def slow(path):
-        data_cache.publish(folder, lambda p: {"by": p.write_bytes(b"fast") and "fast"})
+        data_dataset.publish(folder, lambda p: {"by": p.write_bytes(b"fast") and "fast"})
         path.write_bytes(b"slow!")
         return {"by": "slow"}
 
-    assert data_cache.publish(folder, slow)["by"] == "fast"
-    assert (folder / data_cache.TOKENS).read_bytes() == b"fast"
-    assert data_cache.read_manifest(folder)["by"] == "fast"
+    assert data_dataset.publish(folder, slow)["by"] == "fast"
+    assert (folder / data_dataset.TOKENS).read_bytes() == b"fast"
+    assert data_dataset.read_manifest(folder)["by"] == "fast"
     assert [p.name for p in tmp_path.iterdir()] == ["key"]
 
 
@@ -185,11 +184,11 @@ def test_a_cache_folder_that_cannot_be_written_is_an_error_with_advice(config, t
 def test_the_cache_folder_follows_option_then_environment_then_user_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("POSTTRAIN_CACHE", raising=False)
-    assert data_cache.cache_folder(DataConfig()) == tmp_path / "xdg" / "posttrain" / "data"
+    assert data_dataset.cache_folder(DataConfig()) == tmp_path / "xdg" / "posttrain" / "data"
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "env"))
-    assert data_cache.cache_folder(DataConfig()) == tmp_path / "env" / "data"
+    assert data_dataset.cache_folder(DataConfig()) == tmp_path / "env" / "data"
     assert (
-        data_cache.cache_folder(DataConfig(cache_dir=str(tmp_path / "own")))
+        data_dataset.cache_folder(DataConfig(cache_dir=str(tmp_path / "own")))
         == tmp_path / "own" / "data"
     )
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from posttrain.data import DataConfig, encode_conversation, groups_from_rows
-from posttrain.data import cache as data_cache
+from posttrain.data import dataset as data_dataset
 from tests.unit.data_tokenizers import (
     NO_END,
     byte_level,
@@ -174,7 +174,7 @@ def test_if_every_row_is_dropped_the_run_stops(long_rows):
         match=r"long\.jsonl: no row is left to train on: 6 read, dropped: .*'prompt fills max_length': 6.*now 5",
     ):
         load(long_rows, max_length=5)
-    assert not [p for p in (data_cache.cache_folder(long_rows)).iterdir()]
+    assert not [p for p in (data_dataset.cache_folder(long_rows)).iterdir()]
 
 
 def test_if_every_completion_is_cut_no_stop_is_trained_and_the_run_stops(config):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from posttrain.data import batch_indices
-from posttrain.data.mixture import _epoch_order
+from posttrain.data.batches import _epoch_order
 
 
 def epoch(n_steps, first=0, **options):

@@ -1,13 +1,24 @@
-"""Which rows a step trains: a pure function of (seed, step), so that a resumed run goes on exactly
-where it stopped."""
+"""Which rows a step trains: of data sets a pure function of (seed, step), so that a resumed run
+goes on exactly where it stopped; of a stream (``datasets.IterableDataset``, a generator behind
+``__iter__``) the next ones, read once and in order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from posttrain.data.chat import ChatEncoder
+from posttrain.data.config import DataConfig, Purpose
+from posttrain.data.readers import Row
+from posttrain.data.tokenise import RowEncoder, digest_of_groups
+from posttrain.types import PromptGroup
 
 # first word of a random stream's key: order of an epoch, order inside a dataset
 _EPOCH, _DATASET = 0, 1
@@ -106,3 +117,83 @@ def mixed64(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _permutation(size: int, *key: int) -> np.ndarray[Any, Any]:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(size)
+
+
+class StreamedGroups:
+    """Batches of a stream, one step after the other, tokenised as they come.
+
+    Every rank reads the whole stream. At its end it begins anew (an epoch). ``check`` is called
+    with every batch before it is trained. A resumed run reads again what was trained and compares
+    it: a ValueError where the stream gives other rows.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        config: DataConfig,
+        purpose: Purpose,
+        batch_size: int,
+        check: Callable[[list[PromptGroup]], None],
+    ) -> None:
+        self._rows, self._batch_size, self._check = rows, batch_size, check
+        self._encode = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose=purpose)
+        self._groups = self._read()
+        self._step, self._batch = -1, list[PromptGroup]()
+        self._digest = hashlib.sha256()
+        self.dropped = 0
+
+    def batch(self, step: int) -> list[PromptGroup]:
+        """The groups of a step: the last one asked for, or the next."""
+        if step != self._step:
+            if step != self._step + 1:
+                raise ValueError(
+                    f"A stream goes forward: step {step} was asked for after step {self._step}."
+                )
+            self._batch = [next(self._groups) for _ in range(self._batch_size)]
+            self._check(self._batch)
+            self._digest.update(digest_of_groups(self._batch).encode())
+            self._step = step
+        return self._batch
+
+    def _read(self) -> Iterator[PromptGroup]:
+        epoch = 0
+        while True:
+            kept = 0
+            for number, values in enumerate(self._rows, start=1):
+                found = self._encode(Row(file="<stream>", row_number=number, values=values))
+                if found.group is None:
+                    self.dropped += 1
+                    if self.dropped == 1:
+                        warnings.warn(
+                            f"Row {number} of the stream is left out: {found.reason}. Further ones "
+                            "are left out without a word.",
+                            stacklevel=2,
+                        )
+                    continue
+                kept += 1
+                yield found.group
+            if not kept:
+                again = (
+                    " when it was read again: an iterator can be read only once" if epoch else ""
+                )
+                raise ValueError(f"The stream of training rows gave no row to train on{again}.")
+            epoch += 1
+
+    def write(self, folder: Path, *, is_main: bool) -> None:
+        """How far the stream was read, and a digest of it, into a checkpoint."""
+        if is_main:
+            state = {"steps": self._step + 1, "digest": self._digest.hexdigest()[:16]}
+            (folder / "stream.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def read(self, folder: Path) -> None:
+        """Reads the stream up to where the checkpoint was."""
+        state = json.loads((folder / "stream.json").read_bytes())
+        for step in range(self._step + 1, state["steps"]):
+            self.batch(step)
+        if self._digest.hexdigest()[:16] != state["digest"]:
+            raise ValueError(
+                f"The stream gives other rows than those of the first {state['steps']} steps of "
+                "this run. Give the same stream, or start anew: --train.resume restart."
+            )
