@@ -19,7 +19,7 @@ from posttrain.models.policy import in_eval_mode
 from posttrain.packing.batch import GroupPart, PackedBatch, PackingMode, pack
 from posttrain.packing.plan import StepPlan, plan_step
 from posttrain.training.sharding import exchange, gather_object
-from posttrain.training.step import Reference, Totals, loss_share
+from posttrain.training.step import Reference, Totals, loss_share, widest
 from posttrain.types import Completion, Counts, Forward, Logps, Loss, PromptGroup
 
 GROUPS_PER_PLAN = 256
@@ -133,10 +133,8 @@ def batch_mean(
     statistic = loss.statistic
     if statistic is None:
         return None
-    total = torch.zeros(
-        2, dtype=torch.float64 if plan.accelerator.device.type != "mps" else torch.float32
-    )
-    total = total.to(plan.accelerator.device)
+    device = plan.accelerator.device
+    total = torch.zeros(2, dtype=widest(device), device=device)
     dtype = torch.float32
     made = list(statistic.groups(groups))
     longest = max(

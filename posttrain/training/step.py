@@ -56,6 +56,11 @@ class StepResult:
     finite."""
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(kw_only=True)
 class Totals:
     """Sums of a step or an evaluation on this rank, reduced over ranks once at its end."""
@@ -66,12 +71,8 @@ class Totals:
 
     @classmethod
     def on(cls, device: torch.device) -> Totals:
-        """Nothing yet; in float64 where the device has it."""
-        return cls(
-            loss=torch.zeros(
-                (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-            )
-        )
+        """Nothing yet."""
+        return cls(loss=torch.zeros((), dtype=widest(device), device=device))
 
     def add(self, share: Tensor, metrics: dict[str, Tensor]) -> None:
         """What ``loss_share`` gave."""
@@ -84,13 +85,7 @@ class Totals:
     def over_ranks(self, accelerator: Any) -> tuple[float, dict[str, float]]:
         """(sum of the shares, means of the metrics), in one collective. A rank with only dummies
         has no metrics, so names come from all ranks."""
-        names = sorted(
-            {
-                name
-                for rank_names in gather_object(accelerator, list(self.sums))
-                for name in rank_names
-            }
-        )
+        names = sorted(set().union(*gather_object(accelerator, list(self.sums))))
         zero = self.loss.new_zeros(())
         sums = [self.sums.get(name, zero) for name in names]
         sizes = [zero + self.sizes.get(name, 0) for name in names]
@@ -392,7 +387,7 @@ def _clip(accelerator: Any, policy: nn.Module, max_grad_norm: float) -> float:
         else torch.zeros((), device=accelerator.device)
     )
     if kind(accelerator) != "whole":  # disjoint parts
-        square = norm.to(torch.float64 if accelerator.device.type != "mps" else norm.dtype).square()
+        square = norm.to(widest(accelerator.device)).square()
         norm = accelerator.reduce(square, reduction="sum").sqrt()
     if max_grad_norm > 0:
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
