@@ -262,7 +262,7 @@ class Loop:
         while not is_end:
             step += 1
             callbacks.step_begins(step)
-            values = self._step(step)
+            values = self.step(step)
             metrics.step(step, values)
             callbacks.step_ended(step, values)
             last = {"step": step, **values, **{k: v for k, v in last.items() if is_held_out(k)}}
@@ -373,7 +373,7 @@ class Loop:
         every = (self.reference, state, keeps, self.stream)
         return [extra for extra in every if extra is not None]
 
-    def _step(self, step: int) -> dict[str, Any]:
+    def step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
         self._freed.check()

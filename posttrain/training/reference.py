@@ -93,7 +93,8 @@ class RunReference:
         self._load_other = load_other
         self._groups = groups
         self._show_progress = show_progress
-        self._frozen: Policy | None = None
+        self.frozen: Policy | None = None
+        """The frozen policy; None where adapters are switched off, or a cache is read."""
         self._cache: ReferenceCache | None = None
         self._policy: Policy | None = None
         self._compute = getattr(torch, precision.compute)
@@ -114,12 +115,12 @@ class RunReference:
             model = self._load_other()
             if not shards_weights(accelerator):
                 model.to(self._device)
-            self._frozen = freeze(
+            self.frozen = freeze(
                 policy.around(model, device_type=self._device.type), compute=self._held_in
             )
         elif not self._base_is_reference and not self._config.cache:
-            self._frozen = frozen_copy(policy, compute=self._held_in)
-        if self._frozen is not None and is_deepspeed(accelerator):
+            self.frozen = frozen_copy(policy, compute=self._held_in)
+        if self.frozen is not None and is_deepspeed(accelerator):
             if self._config.sync_every and self._precision.load_dtype != torch.float32:
                 raise ValueError(
                     "reference.sync_every would average in bfloat16, the dtype of DeepSpeed's "
@@ -127,31 +128,31 @@ class RunReference:
                     "(launch/fsdp.yaml) or DDP."
                 )
             for p in (
-                self._frozen.parameters()
+                self.frozen.parameters()
             ):  # as the engine does with the policy; buffers (rotary frequencies) stay
                 p.data = p.data.to(self._precision.load_dtype)
         if self._config.cache:
-            self._digest = weights_digest((self._frozen or policy).model)
+            self._digest = weights_digest((self.frozen or policy).model)
 
     def start(self, policy: nn.Module, plan: ForwardPlan) -> None:
         """After ``build`` and accelerate, before the first step and before a checkpoint is read."""
         self._policy = unwrapped(policy)
-        if self._frozen is not None:
-            self._frozen.follow(self._policy)
-        self._is_sharded = self._frozen is not None and shards_weights(plan.accelerator)
-        if self._frozen is not None and self._is_sharded:
+        if self.frozen is not None:
+            self.frozen.follow(self._policy)
+        self._is_sharded = self.frozen is not None and shards_weights(plan.accelerator)
+        if self.frozen is not None and self._is_sharded:
             compute = None if is_deepspeed(plan.accelerator) else self._compute
             shard_frozen(
-                self._frozen,
+                self.frozen,
                 self._device,
-                layer_names=self._frozen._no_split_modules or (),
+                layer_names=self.frozen._no_split_modules or (),
                 compute=compute,
             )
         if self._config.cache:
             # before the first step the policy is its own reference: the cache needs no copy
             live = (
                 self._live
-                if self._frozen is not None or self._base_is_reference
+                if self.frozen is not None or self._base_is_reference
                 else self._policy_itself
             )
             weights = f"{self._digest} {self._compute}"
@@ -163,7 +164,7 @@ class RunReference:
                 weights=weights,
                 show_progress=self._show_progress,
             )
-            self._frozen = None
+            self.frozen = None
 
     @property
     def _held_in(self) -> torch.dtype | None:
@@ -174,10 +175,10 @@ class RunReference:
     def num_bytes(self) -> int:
         """Memory of the reference's own weights; 0 where the base under adapters or a cache is
         read."""
-        if self._frozen is None:
+        if self.frozen is None:
             return 0
-        reshard(self._frozen)
-        return sum(local(p).numel() * p.element_size() for p in self._frozen.parameters())
+        reshard(self.frozen)
+        return sum(local(p).numel() * p.element_size() for p in self.frozen.parameters())
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
@@ -187,8 +188,8 @@ class RunReference:
         return self._live(groups, batch)
 
     def _live(self, _: Sequence[PromptGroup], batch: PackedBatch) -> Tensor:
-        if self._frozen is not None:
-            return self._frozen(batch).logps_T
+        if self.frozen is not None:
+            return self.frozen(batch).logps_T
         assert self._policy is not None
         with adapters_off(self._policy.model):
             return self._policy(batch).logps_T
@@ -202,17 +203,17 @@ class RunReference:
     def after_step(self, step: int, policy: nn.Module) -> None:
         """TR-DPO's soft update, equation 4 of the paper, after every ``sync_every``-th optimizer
         step."""
-        if not self._config.sync_every or step % self._config.sync_every or self._frozen is None:
+        if not self._config.sync_every or step % self._config.sync_every or self.frozen is None:
             return
         assert self._policy is not None
-        mix_into(self._frozen, self._policy, self._config.sync_mix)
+        mix_into(self.frozen, self._policy, self._config.sync_mix)
 
     def _parts(self) -> dict[str, Tensor]:
         """A moving reference's own weights, or this process's part of them."""
-        if not self._config.sync_every or self._frozen is None:
+        if not self._config.sync_every or self.frozen is None:
             return {}
-        reshard(self._frozen)
-        return {n: local(p).detach() for n, p in self._frozen.named_parameters()}
+        reshard(self.frozen)
+        return {n: local(p).detach() for n, p in self.frozen.named_parameters()}
 
     @property
     def _file(self) -> str:

@@ -97,8 +97,8 @@ class Watch:
             reference = self.loop.reference
             frozen = (
                 []
-                if reference is None or reference._frozen is None
-                else reference._frozen.parameters()
+                if reference is None or reference.frozen is None
+                else reference.frozen.parameters()
             )
             self.held = {
                 "weights": bytes_of([*parameters, *scales]),

@@ -125,7 +125,7 @@ def test_fp32_master_weights_learn_what_bf16_weights_lose() -> None:
             OptimizerConfig(lr=1e-4, schedule="constant"),
             1000,
         )
-        losses = [loop._step(step)["loss"] for step in range(1, 1001)]
+        losses = [loop.step(step)["loss"] for step in range(1, 1001)]
         weights = torch.cat(
             [p.detach().float() for n, p in model.named_parameters() if "norm" in n]
         )
@@ -178,10 +178,10 @@ def snapshot(loop: Loop) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_overflowing_step_changes_nothing_and_halves_the_scale(name: str) -> None:
     loop, loss, scaler = scaled_loop(2.0**16, name=name, interval=2)
-    assert loop._step(1).keys().isdisjoint({"skipped_step"})
+    assert loop.step(1).keys().isdisjoint({"skipped_step"})
     before = snapshot(loop)
     loss.factor = 1e36
-    metrics = loop._step(2)
+    metrics = loop.step(2)
     after = snapshot(loop)
     assert metrics["skipped_step"] == 1 and not math.isfinite(metrics["grad_norm"])
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -189,7 +189,7 @@ def test_an_overflowing_step_changes_nothing_and_halves_the_scale(name: str) -> 
     loss.factor = 1.0
     scales = []
     for step in range(3, 7):
-        assert "skipped_step" not in loop._step(step)
+        assert "skipped_step" not in loop.step(step)
         scales.append(scaler.get_scale())
     assert scales == [2.0**15, 2.0**16, 2.0**16, 2.0**17]  # doubled after every second good step
     assert loop.schedule.last_epoch == 5 and not torch.equal(
@@ -203,7 +203,7 @@ def test_a_gradient_that_overflows_at_every_scale_stops_the_run() -> None:
     with pytest.raises(
         NonFiniteError, match="Step 1: the gradient overflows at every loss scale down to 1"
     ):
-        loop._step(1)
+        loop.step(1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -213,7 +213,7 @@ def test_norm_and_clipped_update_are_the_same_under_every_loss_scale(name: str) 
     seen = []
     for scale in (1.0, 8.0, 2.0**16):
         loop, _, _ = scaled_loop(scale, name=name, fp16=False, max_grad_norm=0.5)
-        norms = [loop._step(step)["grad_norm"] for step in (1, 2)]
+        norms = [loop.step(step)["grad_norm"] for step in (1, 2)]
         seen.append((norms, snapshot(loop)))
         AcceleratorState._reset_state(True)
     plain = loop_of(
@@ -225,7 +225,7 @@ def test_norm_and_clipped_update_are_the_same_under_every_loss_scale(name: str) 
         OptimizerConfig(name=name, lr=1e-2, schedule="linear", max_grad_norm=0.5),
         20,
     )
-    seen.append(([plain._step(step)["grad_norm"] for step in (1, 2)], snapshot(plain)))
+    seen.append(([plain.step(step)["grad_norm"] for step in (1, 2)], snapshot(plain)))
     assert min(seen[0][0]) > 0.5  # clipping took part
     for norms, held in seen[1:]:
         assert norms == seen[0][0]
@@ -240,7 +240,7 @@ def test_under_fp16_the_scale_saves_small_gradients() -> None:
         AcceleratorState._reset_state(True)
         loop, loss, _ = scaled_loop(scale, fp16=fp16, max_grad_norm=0.0)
         loss.factor = 1e-6
-        return float(loop._step(1)["grad_norm"])
+        return float(loop.step(1)["grad_norm"])
 
     exact = norm(1.0, fp16=False)
     assert norm(2.0**16) == pytest.approx(exact, rel=0.02)

@@ -63,7 +63,7 @@ def test_a_frozen_copy_stays_when_the_policy_moves():
     frozen = values(reference)
     assert all(torch.equal(frozen[ref], before[ref]) for ref in before)
     assert any(float((after[ref] - before[ref]).abs().max()) > 0.01 for ref in before)
-    assert not any(p.requires_grad for p in reference._frozen.parameters())
+    assert not any(p.requires_grad for p in reference.frozen.parameters())
 
 
 def test_adapters_off_is_a_separate_copy_of_the_base():
@@ -141,7 +141,7 @@ def test_a_moving_reference_is_the_stated_average_and_survives_a_checkpoint(tmp_
     change(model)
     reference.after_step(1, policy)
     name = "model.layers.0.mlp.up_proj.weight"
-    frozen = dict(reference._frozen.model.named_parameters())
+    frozen = dict(reference.frozen.model.named_parameters())
     assert torch.equal(frozen[name], old[name])
     reference.after_step(2, policy)
     new = dict(model.named_parameters())
@@ -151,7 +151,7 @@ def test_a_moving_reference_is_the_stated_average_and_survives_a_checkpoint(tmp_
     resumed.read(tmp_path)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(resumed._frozen.parameters(), reference._frozen.parameters(), strict=True)
+        for a, b in zip(resumed.frozen.parameters(), reference.frozen.parameters(), strict=True)
     )
 
 

@@ -113,9 +113,9 @@ class NoTokenizer:
 class MeasuredLoop(Loop):
     """Peak of live storages of the last step, when the moments exist."""
 
-    def _step(self, step):
+    def step(self, step):
         self.live.mark("step", step)
-        return super()._step(step)
+        return super().step(step)
 
 
 COMPLETIONS = {"sft": 1, "reward": 2, "dpo": 2, "rl": 8}
