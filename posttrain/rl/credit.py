@@ -26,7 +26,7 @@ from posttrain.types import Completion, Declared, Forward, PromptGroup
 
 if TYPE_CHECKING:
     from posttrain.rl.algorithms import Algorithm
-    from posttrain.rl.trajectory import ScoredGroup
+    from posttrain.rl.trajectory import TrajectoryGroup
 
 Scores = Sequence[Sequence[float | None]]
 """[group][completion] rewards; None: could not be scored. Such a completion is in no statistic and
@@ -371,7 +371,7 @@ class CreditConfig:
 
 
 def trained_groups(
-    scored: Sequence[ScoredGroup],
+    scored: Sequence[TrajectoryGroup],
     *,
     algorithm: Algorithm,
     config: CreditConfig,
@@ -401,8 +401,8 @@ def trained_groups(
     )
     rollouts = [
         [
-            _rollout(s, k, measured[g], groups[g], known.get((g, k), {}))
-            for k in range(len(s.trajectories))
+            _rollout(s, k, measured[g].completions[k], c.num_trained > 0, known.get((g, k), {}))
+            for k, c in enumerate(groups[g].completions)
         ]
         for g, s in enumerate(scored)
     ]
@@ -428,7 +428,7 @@ def trained_groups(
 
 
 def _group(
-    scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False
+    scored: TrajectoryGroup, config: CreditConfig, version: int, *, measured: bool = False
 ) -> PromptGroup:
     """``measured``: completions that are scored but not trained have a loss mask too."""
     completions = []
@@ -455,22 +455,22 @@ def _group(
 
 
 def _rollout(
-    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, known: dict[str, Any]
+    scored: TrajectoryGroup, k: int, measured: Completion, is_trained: bool, known: dict[str, Any]
 ) -> Rollout:
-    trajectory, completion = scored.trajectories[k], measured.completions[k]
-    none = np.zeros(0) if not completion.num_trained else None
+    trajectory = scored.trajectories[k]
+    none = np.zeros(0) if not measured.num_trained else None
     return Rollout(
         reward=trajectory.reward,
         parts=trajectory.parts,
         weights=scored.weights,
         finish_reason=str(trajectory.finish_reason),
-        is_trained=group.completions[k].num_trained > 0,
+        is_trained=is_trained,
         **{"logps": none, "reference_logps": none, **known},
     )
 
 
 def _known(
-    scored: Sequence[ScoredGroup],
+    scored: Sequence[TrajectoryGroup],
     groups: Sequence[PromptGroup],
     *,
     credit: Credit,
@@ -514,7 +514,7 @@ def _known(
 
 
 def _said(
-    scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup]
+    scored: Sequence[TrajectoryGroup], groups: Sequence[PromptGroup]
 ) -> dict[Ref, dict[str, Any]]:
     """Token ids and text of the completions that this rank holds."""
     return {
