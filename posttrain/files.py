@@ -58,6 +58,17 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this file."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def refuse_filled(out: Path) -> None:
     """ValueError unless ``out`` does not exist, or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import WRAPPER_ASSIGNMENTS, cached_property
 from inspect import Parameter, signature
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -512,25 +512,13 @@ class LossOutput:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Loss:
-    """A function ``logps -> LossOutput`` and what the step must know of it. ``@loss(...)`` makes
-    one; a plain function is taken to need a reference and to couple the completions of a group,
-    which is exact for every loss and only slower."""
+class Declared:
+    """A function with keyword options, called in its place; subclasses say what must be known of
+    it."""
 
-    function: Callable[..., LossOutput]
-    reference: bool = True
-    """Whether it reads ``reference_T``."""
-    couples_completions: bool = True
-    """Whether an item depends on more than one completion. Groups over the token budget are cut
-    between completions only for losses that do not."""
-    outputs: tuple[Any, ...] = ()
-    """What the forward computes beside log-probs: names (``entropy``) or ``Output`` objects."""
-    statistic: BatchStatistic | None = None
-    """What is averaged over the global batch before the first item."""
+    function: Callable[..., Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword options of the function that are set."""
-    implicit_beta: float | None = None
-    """Scale of the rewards that are logged; None: the function's own ``beta``, else 0.1."""
 
     def __post_init__(self) -> None:
         wrap(self, self.function)
@@ -540,15 +528,43 @@ class Loss:
         """The function's name."""
         return str(vars(self)["__qualname__"])
 
-    def __call__(self, logps: Any, **options: Any) -> LossOutput:
-        """The function's result for one micro-batch."""
-        return self.function(logps, **{**self.options, **options})
+    def __call__(self, given: Any, **options: Any) -> Any:
+        """The function's result with its options, and with more that are given here."""
+        return self.function(given, **{**self.options, **options})
 
     @property
     def accepts(self) -> set[str]:
         """Names of its keyword options."""
         found = signature(self.function).parameters.values()
         return {p.name for p in found if p.kind is Parameter.KEYWORD_ONLY}
+
+    def with_options(self, **options: Any) -> Self:
+        """The same with more options set. ValueError for one that it does not have."""
+        if unknown := sorted(set(options) - self.accepts):
+            raise ValueError(
+                f"{self.name} has no option {unknown[0]!r}; it has "
+                f"{', '.join(sorted(self.accepts)) or 'none'}."
+            )
+        return replace(self, options={**self.options, **options}) if options else self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss(Declared):
+    """A function ``logps -> LossOutput`` and what the step must know of it. ``@loss(...)`` makes
+    one; a plain function is taken to need a reference and to couple the completions of a group,
+    which is exact for every loss and only slower."""
+
+    reference: bool = True
+    """Whether it reads ``reference_T``."""
+    couples_completions: bool = True
+    """Whether an item depends on more than one completion. Groups over the token budget are cut
+    between completions only for losses that do not."""
+    outputs: tuple[Any, ...] = ()
+    """What the forward computes beside log-probs: names (``entropy``) or ``Output`` objects."""
+    statistic: BatchStatistic | None = None
+    """What is averaged over the global batch before the first item."""
+    implicit_beta: float | None = None
+    """Scale of the rewards that are logged; None: the function's own ``beta``, else 0.1."""
 
     @property
     def beta(self) -> float:
@@ -557,15 +573,6 @@ class Loss:
             return self.implicit_beta
         parameter = signature(self.function).parameters.get("beta")
         return float(self.options.get("beta", 0.1 if parameter is None else parameter.default))
-
-    def with_options(self, **options: Any) -> Loss:
-        """The same loss with more options set. ValueError for one that it does not have."""
-        if unknown := sorted(set(options) - self.accepts):
-            raise ValueError(
-                f"{self.name} has no option {unknown[0]!r}; it has "
-                f"{', '.join(sorted(self.accepts)) or 'none'}."
-            )
-        return replace(self, options={**self.options, **options}) if options else self
 
 
 def wrap(wrapper: Any, function: Callable[..., Any]) -> None:

@@ -334,7 +334,7 @@ def test_the_snippets_of_algorithms_give_what_they_say():
     assert made["MINE"].needs_reference and not made["GREEDY"].needs_reference
     logps, reference = np.array([-1.0, -2.0]), np.array([-1.5, -2.0])
     rollout = Rollout(reward=1.0, logps=logps, reference_logps=reference)
-    ((shaped,),) = made["MINE"].columns([[rollout]])
+    ((shaped,),) = made["MINE"].credit.columns([[rollout]])
     assert shaped["advantage"].tolist() == pytest.approx([0.995, 1.0])
     calm = made["calm"]
     assert isinstance(calm, Loss) and calm.outputs == ("entropy",) and not calm.reference

@@ -293,7 +293,6 @@ class Answering:
             accelerator=self._state,
             engine=self._engine,
             rewards=self.rewards,
-            prompts=prompts,
             environment=SingleTurn(self._tokenizer, self._engine.stop_ids),
             sampling=SamplingConfig(
                 max_tokens=arguments.max_tokens, stop_strings=arguments.stop_strings

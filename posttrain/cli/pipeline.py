@@ -292,12 +292,10 @@ def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
 
 
 def _graph(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
-    from posttrain.report.page import check_installed
-
-    check_installed()
-    from posttrain.report.pipeline import graph_svg
+    from posttrain.report.pipeline import graph
 
     path = Path(arguments.svg or pipeline.root / "graph.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(graph_svg(pipeline.describe()["stages"]), encoding="utf-8")
+    svg = graph(pipeline.describe()["stages"], {}, style="background: white")
+    path.write_text(svg, encoding="utf-8")
     print(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -19,7 +20,6 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Writes the page; with ``--watch`` again and again."""
     from posttrain.report.page import check_installed
-    from posttrain.report.write import is_finished, write_report
 
     check_installed()
     folders = [Path(folder) for folder in arguments.folders]
@@ -28,12 +28,34 @@ def run(arguments: argparse.Namespace) -> None:
     if watch is not None and watch <= 0:
         raise ValueError(f"--watch is a number of seconds above 0; got {watch:g}.")
     try:
-        done = False
-        while not done:
-            done = watch is None or is_finished(folders)
-            write_report(folders, out, reload_s=0 if done else watch)
-            print(f"wrote {out}", flush=True)
-            if not done:
-                time.sleep(watch)
+        while not _write(folders, out, watch):
+            time.sleep(watch)
     except KeyboardInterrupt:
         print()
+
+
+def _write(folders: Sequence[Path], out: Path, watch: float | None) -> bool:
+    """The page of these folders. Returns whether nothing will be added to it."""
+    from posttrain.report.page import write
+    from posttrain.report.pipeline import PIPELINE, is_finished, pipeline_page
+    from posttrain.report.prep import MANIFEST, prep_page
+    from posttrain.report.run import is_done, read_runs
+    from posttrain.report.runs import runs_page
+
+    first, is_last = folders[0], watch is None
+    if (first / MANIFEST).exists() and len(folders) == 1:
+        is_last, text = True, prep_page(first)
+    elif not (first / PIPELINE).exists():
+        is_last = is_last or all(map(is_done, folders))
+        text = runs_page(read_runs(folders), reload_s=None if is_last else watch)
+    elif len(folders) > 1:
+        raise ValueError(
+            f"{first} is a pipeline; a page shows one pipeline, or several runs. Give it "
+            "alone, or give the folders of its stages."
+        )
+    else:
+        is_last = is_last or is_finished(first)
+        text = pipeline_page(first, out, reload_s=None if is_last else watch)
+    write(out, text)
+    print(f"wrote {out}", flush=True)
+    return is_last

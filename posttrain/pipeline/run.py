@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 import yaml
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from posttrain.files import whole_file, write_json
+from posttrain.files import is_locked, whole_file, write_json
 from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage
 
 _MARK = "POSTTRAIN_STAGE"
@@ -79,7 +79,7 @@ class Pipeline:
         if record["identity"] != stage.identity:
             return Verdict("waiting", _difference(record["decides"], stage.decides), seconds)
         if record["state"] == "running":
-            is_held = self._is_held(stage)
+            is_held = is_locked(self._lock(stage))
             how = "goes on" if stage.command in _GOES_ON else "starts anew"
             why = "is being run" if is_held else f"was interrupted, and {how}"
             return Verdict("running" if is_held else "waiting", why, seconds)
@@ -89,18 +89,8 @@ class Pipeline:
         problem = (record.get("problem") or "").splitlines()
         return Verdict(record["state"], problem[-1] if problem else "", seconds)
 
-    def _lock(self, stage: Stage) -> FileLock:
-        self.records.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.records / f"{stage.name}.lock")
-
-    def _is_held(self, stage: Stage) -> bool:
-        lock = self._lock(stage)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+    def _lock(self, stage: Stage) -> Path:
+        return self.records / f"{stage.name}.lock"
 
     def run(self, stage: Stage, *, tell: Callable[[str], None]) -> None:
         """To its end, unless it is done. Raises StageFailed."""
@@ -183,20 +173,15 @@ class Pipeline:
                 time.sleep(0.05)
             raise
 
-    @contextmanager
-    def _hold(self, stage: Stage) -> Iterator[None]:
-        lock = self._lock(stage)
+    def _hold(self, stage: Stage) -> AcquireReturnProxy:
+        """The stage's lock, until the end of a ``with``."""
         try:
-            lock.acquire(timeout=5)  # `status` holds it for a moment
+            return FileLock(self._lock(stage)).acquire(timeout=5)  # others look for a moment
         except Timeout as error:
             raise ValueError(
                 f"Stage {stage.name} of {self.root} is being run by another process. Wait for it, "
                 "or look with `posttrain pipeline status`."
             ) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _make_room(self, stage: Stage, *, goes_on: bool) -> None:
         """What an earlier, other stage of this name left is moved aside; what cannot be gone on

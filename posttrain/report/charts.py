@@ -36,15 +36,10 @@ def encoded(rows: Rows) -> Any:
     return alt.Chart(alt.Data(values=list(rows)))
 
 
-def finished(chart: Any, *, height: int | None = HEIGHT) -> dict[str, Any]:
-    """The specification, as wide as the place where it is shown."""
-    more = {} if height is None else {"height": height}
-    return plain(chart.properties(width="container", **more))
-
-
-def plain(chart: Any) -> dict[str, Any]:
-    """The specification without altair's own colours and sizes; rows of several layers once."""
-    spec: dict[str, Any] = chart.to_dict()
+def finished(chart: Any, *, height: int = HEIGHT) -> dict[str, Any]:
+    """The specification, as wide as the place where it is shown, without altair's own colours and
+    sizes; rows of several layers once."""
+    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
     spec.pop("config", None)
     sets: list[Any] = []
     for part in (spec, *spec.get("layer", ())):
@@ -55,20 +50,23 @@ def plain(chart: Any) -> dict[str, Any]:
     return {**spec, "datasets": {f"rows{i}": values for i, values in enumerate(sets)}}
 
 
-def point_with_interval(rows: Rows) -> dict[str, Any]:
-    """Points with names: ``accuracy`` plus and minus ``ci95`` against ``tokens``, of each
+def point_with_interval(rows: Rows) -> dict[str, Any] | None:
+    """Points with names: ``accuracy`` with its interval against ``mean_tokens``, of each
     ``stage``."""
     import altair as alt
 
+    if not rows:
+        return None
     base = encoded(rows).transform_calculate(
-        low="max(0, datum.accuracy - datum.ci95)", high="min(1, datum.accuracy + datum.ci95)"
+        low="max(0, datum.accuracy - datum.accuracy_ci95)",
+        high="min(1, datum.accuracy + datum.accuracy_ci95)",
     )
-    x = alt.X("tokens:Q").title("tokens per answer").scale(zero=False, padding=60)
+    x = alt.X("mean_tokens:Q").title("tokens per answer").scale(zero=False, padding=60)
     tips = [
         alt.Tooltip("stage:N"),
         alt.Tooltip("accuracy:Q", format=".1%"),
-        alt.Tooltip("ci95:Q", format=".1%", title="± (95 %)"),
-        alt.Tooltip("tokens:Q", format=",.4~g"),
+        alt.Tooltip("accuracy_ci95:Q", format=".1%", title="± (95 %)"),
+        alt.Tooltip("mean_tokens:Q", format=",.4~g", title="tokens"),
     ]
     colour = alt.Color("stage:N").legend(None).scale(domain=[r["stage"] for r in rows])
     share = alt.Y("low:Q").title("accuracy").axis(format="~%").scale(zero=False, nice=True)

@@ -50,12 +50,12 @@ def escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-def section(title: str, *children: Any, note: str | None = None) -> Html:
+def section(title: str, *children: Any) -> Html:
     """A part of the page with a heading that the navigation leads to; empty without children."""
     if not any(children):
         return Html("")
     anchor = title.lower().replace(" ", "-")
-    return tag("section", tag("h2", title), note and tag("p", note), *children, id=anchor)
+    return tag("section", tag("h2", title), *children, id=anchor)
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], *, numbers_from: int = 1) -> Html:
@@ -119,7 +119,11 @@ def _asset(name: str) -> str:
 
 
 def page(
-    title: str, *body: Any, intro: Any = "", scripts: Sequence[str] = (), reload_s: float = 0
+    title: str,
+    *body: Any,
+    intro: Any = "",
+    scripts: Sequence[str] = (),
+    reload_s: float | None = None,
 ) -> str:
     """The whole file. ``scripts``: further files of this package that run. Nothing else may run and
     nothing may be loaded: the Content-Security-Policy has the hashes of the scripts."""
@@ -142,7 +146,7 @@ def page(
     main = tag("main", tag("header", tag("h1", title), intro), tag("nav", id="nav"), *parts)
     run = [tag("script", Html(s)) for s in sources]
     theme = json_script(THEME, id="theme")
-    shown = tag("body", main, theme, *run, data_reload=reload_s or None)
+    shown = tag("body", main, theme, *run, data_reload=reload_s)
     return f'<!doctype html>\n<html lang="en">{tag("head", head)}{shown}</html>\n'
 
 

@@ -1,17 +1,26 @@
 """A pipeline for people: the graph of its stages, accuracy and length by stage.
 
-A stage is plain values: ``{"name", "command", "state", "seconds", "needs", "folder", "figures"}``.
+A stage is plain values, as ``pipeline.json`` has them: ``{"name", "command", "state", "seconds",
+"needs", "folder", "figures"}``.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from posttrain.report.charts import THEME, encoded, plain, point_with_interval
-from posttrain.report.page import Html, chart, duration, join, number, page, section, table, tag
+from posttrain.files import is_locked
+from posttrain.report.charts import THEME, point_with_interval
+from posttrain.report.page import Html, chart, duration, number, page, section, table, tag, write
+from posttrain.report.run import METRICS, read_runs
+from posttrain.report.runs import runs_page
 
+PIPELINE = "pipeline.json"
 Stage = Mapping[str, Any]
 STATES = {
     "done": ("✓", "#3ca951"),
@@ -20,7 +29,7 @@ STATES = {
     "waiting": ("○", "#9498a0"),
 }
 """Sign and colour of each state."""
-_WIDTH, _HEIGHT, _GAP_HEIGHT, _GAP_X, _GAP_Y = 168, 50, 8, 46, 18
+_WIDTH, _HEIGHT, _LANE, _GAP_X, _GAP_Y = 168, 50, 8, 46, 18
 FIGURES = {
     "accuracy": "accuracy",
     "mean_tokens": "tokens per answer",
@@ -28,44 +37,68 @@ FIGURES = {
 }
 
 
-def pipeline_page(
-    name: str, stages: Sequence[Stage], *, links: Mapping[str, str], reload_s: float = 0
-) -> str:
-    """The whole page. ``links``: addresses of the stages' own reports by their name."""
-    counts = [sum(s["state"] == state for s in stages) for state in STATES]
-    said = ", ".join(f"{n} {state}" for n, state in zip(counts, STATES, strict=True) if n)
-    spent = duration(sum(s.get("seconds") or 0 for s in stages))
+def pipeline_page(folder: Path, out: Path, *, reload_s: float | None = None) -> str:
+    """The whole page, with links to the stages' own as seen from ``out``; those of runs are
+    written, too."""
+    described = _read(folder)
+    name, stages = described["name"], described["stages"]
+    links: dict[str, str] = {}
+    for stage in stages:
+        own = folder / stage["folder"]
+        report = own / "report.html"
+        if (own / METRICS).exists() and _is_behind(report, own):
+            write(report, runs_page(read_runs([own])))
+        if report.exists():
+            links[stage["name"]] = os.path.relpath(report, out.parent)
+    counts = {state: sum(s["state"] == state for s in stages) for state in STATES}
+    said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    spent = duration(sum(s["seconds"] or 0 for s in stages))
     return page(
         name,
-        section("Stages", chart(graph(stages, links=links), "Stages", "state and time", wide=True)),
+        section("Stages", tag("figure", tag("div", graph(stages, links), class_="chart"))),
         section("Results", stage_table(stages, links=links), _trade(stages)),
         intro=tag("p", f"A pipeline of {len(stages)} stages: {said}; {spent} of work."),
         reload_s=reload_s,
     )
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether nothing will be added any more: all is done, or a stage failed or was killed, and
+    none is being run."""
+    stages = _read(folder)["stages"]
+    states = {stage["state"] for stage in stages}
+    running = (s["name"] for s in stages if s["state"] == "running")
+    if any(is_locked(folder / ".stages" / f"{name}.lock") for name in running):
+        return False
+    return states == {"done"} or not states.isdisjoint(("failed", "running"))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / PIPELINE).read_text(encoding="utf-8")))
+
+
+def _is_behind(report: Path, run: Path) -> bool:
+    """Whether the run wrote metrics or its model after its page."""
+    written = [p.stat().st_mtime for p in (run / METRICS, run / "final") if p.exists()]
+    return not report.exists() or report.stat().st_mtime < max(written)
+
+
 def stage_table(stages: Sequence[Stage], *, links: Mapping[str, str]) -> Html:
     """One line for each stage, with every figure that one of them has."""
-    known = dict.fromkeys(k for s in stages for k in s.get("figures") or {})
+    known = dict.fromkeys(k for s in stages for k in s["figures"])
     names = [k for k in known if not k.endswith("_ci95")]
-    header = [
-        "stage",
-        "command",
-        "state",
-        "time",
-        *(FIGURES.get(k, k.replace("_", " ")) for k in names),
-    ]
+    header = ["stage", "command", "state", "time"]
+    header += [FIGURES.get(k, k.replace("_", " ")) for k in names]
     return table(header, [_line(stage, names, links) for stage in stages], numbers_from=3)
 
 
 def _line(stage: Stage, names: Sequence[str], links: Mapping[str, str]) -> list[Any]:
-    found = stage.get("figures") or {}
-    link = links.get(stage["name"])
+    found, link = stage["figures"], links.get(stage["name"])
     title = tag("a", stage["name"], href=link) if link else stage["name"]
     sign, _ = STATES[stage["state"]]
     state = tag("span", f"{sign} {stage['state']}", class_=f"state {stage['state']}")
     figures = [_figure(found.get(k), found.get(f"{k}_ci95"), k) for k in names]
-    return [title, tag("code", stage["command"]), state, duration(stage.get("seconds")), *figures]
+    return [title, tag("code", stage["command"]), state, duration(stage["seconds"]), *figures]
 
 
 def _figure(value: Any, half_width: float | None, name: str) -> str:
@@ -78,194 +111,110 @@ def _figure(value: Any, half_width: float | None, name: str) -> str:
 
 
 def _trade(stages: Sequence[Stage]) -> Html:
-    """Accuracy against tokens, where at least one stage was evaluated on held-out problems."""
-    rows = []
-    for stage in stages:
-        found = stage.get("figures") or {}
-        accuracy, tokens = found.get("accuracy"), found.get("mean_tokens")
-        half = found.get("accuracy_ci95")
-        if None not in (accuracy, tokens, half):
-            row = {"stage": stage["name"], "tokens": tokens, "accuracy": accuracy, "ci95": half}
-            rows.append(row)
+    """Accuracy against tokens of the stages that were evaluated on held-out problems."""
+    wanted = {"accuracy", "accuracy_ci95", "mean_tokens"}
+    rows = [{"stage": s["name"], **s["figures"]} for s in stages if wanted <= s["figures"].keys()]
     note = "held-out accuracy with its 95 % interval, against tokens per answer"
-    spec = point_with_interval(rows) if rows else None
-    return join(chart(spec, "Accuracy and length", note, wide=True))
+    return chart(point_with_interval(rows), "Accuracy and length", note, wide=True)
 
 
-def layers(stages: Sequence[Stage]) -> dict[str, int]:
-    """Layer of each stage: the longest way to it. ValueError for a need that is no stage, or a
-    circle."""
-    needs = {s["name"]: list(s.get("needs") or ()) for s in stages}
-    unknown = sorted({n for wanted in needs.values() for n in wanted} - needs.keys())
-    if unknown:
-        raise ValueError(f"Stages need {', '.join(unknown)}, but there are {', '.join(needs)}.")
-    found: dict[str, int] = {}
-    while len(found) < len(needs):
-        ready = [n for n, w in needs.items() if n not in found and set(w) <= found.keys()]
-        if not ready:
-            left = ", ".join(n for n in needs if n not in found)
-            raise ValueError(f"Stages that need one another in a circle, or behind one: {left}.")
-        found |= {n: max((found[w] + 1 for w in needs[n]), default=0) for n in ready}
-    return found
+Thing = str | tuple[str, str, int]
+"""A stage, or a lane: where an arrow (need, stage) goes through a column between the two."""
+Place = tuple[float, float]
+"""Left end and middle, in pixels."""
 
 
-def _without_shortcuts(stages: Sequence[Stage]) -> list[Stage]:
-    """Without the needs that another need has as well, at some distance."""
-    layer = layers(stages)
-    needs = {s["name"]: list(s.get("needs") or ()) for s in stages}
+def graph(stages: Sequence[Stage], links: Mapping[str, str], *, style: str | None = None) -> Html:
+    """SVG of the stages in columns, with arrows from what a stage needs to it; without those to a
+    stage that is needed by another of its needs as well."""
+    column: dict[Thing, int] = {}
     behind: dict[str, set[str]] = {}
-    for name in sorted(needs, key=layer.__getitem__):
-        behind[name] = set(needs[name]).union(*(behind[n] for n in needs[name]))
-    return [
-        {**s, "needs": [n for n in wanted if not any(n in behind[other] for other in wanted)]}
-        for s, wanted in zip(stages, needs.values(), strict=True)
-    ]
-
-
-Box = tuple[float, float, float]
-"""Left, top and height in pixels."""
-
-
-def _positions(stages: Sequence[Stage]) -> tuple[dict[str, Box], dict[tuple[str, str], list[Box]]]:
-    """Boxes of the stages, and of each arrow the gaps that it goes through in the layers between.
-    In a layer, things are ordered as what they need is."""
-    layer = layers(stages)
-    columns: list[list[Any]] = [[] for _ in range(max(layer.values(), default=-1) + 1)]
-    before: dict[Any, list[Any]] = {}
-    for stage in stages:
-        name, needs = stage["name"], list(stage.get("needs") or ())
-        columns[layer[name]].append(name)
-        before[name] = [
-            (n, name, layer[name] - 1) if layer[name] - layer[n] > 1 else n for n in needs
-        ]
+    ways: list[list[Thing]] = []
+    for stage in stages:  # each comes after all that it needs
+        name, needs = stage["name"], stage["needs"]
+        column[name] = max((column[n] + 1 for n in needs), default=0)
+        behind[name] = set(needs).union(*(behind[n] for n in needs))
         for need in needs:
-            for i in range(layer[need] + 1, layer[name]):
-                columns[i].append((need, name, i))
-                before[need, name, i] = [need if layer[need] == i - 1 else (need, name, i - 1)]
-    boxes: dict[Any, Box] = {}
-    tall = {thing: _HEIGHT if isinstance(thing, str) else _GAP_HEIGHT for thing in before}
-    total = [sum(tall[t] for t in c) + _GAP_Y * (len(c) - 1) for c in columns]
-    for i, column in enumerate(columns):
-        top = (max(total) - total[i]) / 2
+            if not any(need in behind[other] for other in needs):
+                between = range(column[need] + 1, column[name])
+                ways.append([need, *((need, name, i) for i in between), name])
+    column |= {lane: lane[2] for way in ways for lane in way if not isinstance(lane, str)}
+    places = _places(column, ways)
+    middles = [y for _, y in places.values()]
+    top, bottom = min(middles), max(middles)
+    width = max(column.values()) * (_WIDTH + _GAP_X) + _WIDTH + 4
+    height = bottom - top + _HEIGHT + 4
+    boxes = [_box(s, places[s["name"]], links.get(s["name"])) for s in stages]
+    return tag(
+        "svg",
+        [_arrow(way, [places[thing] for thing in way]) for way in ways],
+        boxes,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"-2 {top - _HEIGHT / 2 - 2} {width} {height}",
+        width=width,
+        height=height,
+        font_family=THEME["font"],
+        style=style,
+    )
 
-        def height(thing: Any) -> float:
-            wanted = [boxes[b][1] + boxes[b][2] / 2 for b in before[thing]]
-            return sum(wanted) / max(len(wanted), 1)
 
-        for thing in sorted(column, key=height):
-            boxes[thing] = (i * (_WIDTH + _GAP_X), top, tall[thing])
-            top += tall[thing] + _GAP_Y
-    ways: dict[tuple[str, str], list[Box]] = {}
-    for thing, box in boxes.items():
-        if not isinstance(thing, str):
-            ways.setdefault(thing[:2], []).append(box)
-    return {t: b for t, b in boxes.items() if isinstance(t, str)}, ways
+def _places(column: Mapping[Thing, int], ways: Sequence[Sequence[Thing]]) -> dict[Thing, Place]:
+    """In a column, things are ordered as what they need is."""
+    before: dict[Thing, list[Thing]] = {thing: [] for thing in column}
+    for way in ways:
+        for here, there in pairwise(way):
+            before[there].append(here)
+    places: dict[Thing, Place] = {}
+    for i in range(max(column.values()) + 1):
+        things = [thing for thing, own in column.items() if own == i]
+        things.sort(key=lambda thing: fmean([places[b][1] for b in before[thing]] or [0.0]))
+        tall = {thing: _HEIGHT if isinstance(thing, str) else _LANE for thing in things}
+        top = -(sum(tall.values()) + _GAP_Y * (len(tall) - 1)) / 2
+        for thing, height in tall.items():
+            places[thing] = (i * (_WIDTH + _GAP_X), top + height / 2)
+            top += height + _GAP_Y
+    return places
+
+
+def _arrow(way: Sequence[Thing], places: Sequence[Place]) -> Html:
+    (x, y), *stops = places
+    line = f"M{x + _WIDTH} {y}"
+    for x, there in stops:
+        bend = x - _GAP_X / 2
+        line += f"H{bend - 12}C{bend} {y} {bend} {there} {bend + 12} {there}"
+        y = there
+    line += f"H{x - 2}m-6 -4l6 4l-6 4"
+    title = tag("title", f"{way[0]} → {way[-1]}")
+    return tag("path", title, d=line, fill="none", stroke="#8a8f98", stroke_width=1.5)
+
+
+def _box(stage: Stage, place: Place, link: str | None) -> Html:
+    (x, y), name, seconds = place, stage["name"], stage["seconds"]
+    sign, colour = STATES[stage["state"]]
+    took = "" if seconds is None else f", {duration(seconds)}"
+    text = {"x": x + _WIDTH / 2, "text_anchor": "middle", "fill": "currentColor"}
+    return tag(
+        "a" if link else "g",
+        tag("title", f"{name}: {stage['command']}"),
+        tag(
+            "rect",
+            x=x,
+            y=y - _HEIGHT / 2,
+            width=_WIDTH,
+            height=_HEIGHT,
+            rx=7,
+            fill=colour,
+            fill_opacity=0.16,
+            stroke=colour,
+            stroke_width=1.5,
+        ),
+        tag("text", _short(name), y=y - 4, font_size=13, font_weight=600, **text),
+        tag(
+            "text", f"{sign} {stage['state']}{took}", y=y + 14, font_size=11.5, opacity=0.8, **text
+        ),
+        href=link,
+    )
 
 
 def _short(text: str, most: int = 23) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _node(
-    stage: Stage, left: float, top: float, height: float, links: Mapping[str, str]
-) -> dict[str, Any]:
-    state, seconds = stage["state"], stage.get("seconds")
-    took = "" if seconds is None else f", {duration(seconds)}"
-    return {
-        "left": left,
-        "right": left + _WIDTH,
-        "top": top,
-        "bottom": top + height,
-        "middle": left + _WIDTH / 2,
-        "name_y": top + 17,
-        "state_y": top + 35,
-        "label": _short(stage["name"]),
-        "said": f"{STATES[state][0]} {state}{took}",
-        "link": links.get(stage["name"]),
-        **{key: stage[key] for key in ("name", "state", "command")},
-    }
-
-
-def graph(stages: Sequence[Stage], *, links: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A Vega-Lite chart of the stages in layers, with arrows from what a stage needs to it."""
-    import altair as alt
-
-    stages = _without_shortcuts(stages)
-    boxes, ways = _positions(stages)
-    nodes = [_node(stage, *boxes[stage["name"]], links or {}) for stage in stages]
-    width = max(n["right"] for n in nodes)
-    height = max(n["bottom"] for n in nodes)
-
-    def x(field: str) -> Any:
-        return alt.X(f"{field}:Q", scale=alt.Scale(domain=[0, width]), axis=None)
-
-    def y(field: str) -> Any:
-        return alt.Y(f"{field}:Q", scale=alt.Scale(domain=[height, 0]), axis=None)
-
-    scale = alt.Scale(domain=list(STATES), range=[c for _, c in STATES.values()])
-    paint = {
-        "color": alt.Color("state:N", legend=None, scale=scale),
-        "stroke": alt.Stroke("state:N", legend=None, scale=scale),
-    }
-    base = encoded(nodes)
-    tips = [alt.Tooltip(f"{k}:N", title=t) for k, t in (("name", "stage"), ("command",) * 2)]
-    box = base.mark_rect(cornerRadius=7, fillOpacity=0.16, strokeWidth=1.5).encode(
-        x=x("left"),
-        x2="right",
-        y=y("top"),
-        y2="bottom",
-        tooltip=tips,
-        href="link:N",
-        **paint,
-    )
-    title = base.mark_text(fontWeight=600, fontSize=13).encode(
-        x=x("middle"), y=y("name_y"), text="label:N", href="link:N", tooltip=tips
-    )
-    state = base.mark_text(fontSize=11.5, opacity=0.8).encode(
-        x=x("middle"), y=y("state_y"), text="said:N"
-    )
-    needs = [(need, s["name"]) for s in stages for need in s.get("needs") or ()]
-    parts = (*_arrows(boxes, ways, needs, x, y), box, title, state)
-    return plain(alt.layer(*parts).properties(width=width, height=height))
-
-
-def _arrows(
-    boxes: Mapping[str, Box],
-    ways: Mapping[tuple[str, str], Sequence[Box]],
-    needs: Any,
-    x: Any,
-    y: Any,
-) -> list[Any]:
-    """Bent lines, and the heads where they end."""
-    lines, heads = [], []
-    for need, name in needs:
-        stops = [boxes[need], *ways.get((need, name), ()), boxes[name]]
-        points: list[tuple[float, float]] = []
-        for here, there in pairwise(stops):
-            y0, y1 = here[1] + here[2] / 2, there[1] + there[2] / 2
-            x0, x1 = here[0] + _WIDTH, there[0] - (7 if there is stops[-1] else 0)
-            middle = (x0 + x1) / 2
-            points += [(x0, y0), (middle - 10, y0), (middle + 10, y1), (x1, y1)]
-        edge = {"edge": f"{need} → {name}"}
-        lines += [{**edge, "n": n, "px": a, "py": b} for n, (a, b) in enumerate(points)]
-        heads.append({"px": points[-1][0] + 1, "py": points[-1][1]})
-    if not lines:
-        return []
-    line = encoded(lines).mark_line(
-        color="#8a8f98", strokeWidth=1.5, interpolate="monotone", opacity=0.9
-    )
-    head = encoded(heads).mark_point(
-        shape="triangle-right", filled=True, size=70, color="#8a8f98", opacity=1
-    )
-    return [
-        line.encode(x=x("px"), y=y("py"), detail="edge:N", order="n:Q"),
-        head.encode(x=x("px"), y=y("py")),
-    ]
-
-
-def graph_svg(stages: Sequence[Stage]) -> str:
-    """The graph as a picture, on white."""
-    import vl_convert
-
-    spec = {**graph(stages), "config": {**THEME, "background": "white"}}
-    return str(vl_convert.vegalite_to_svg(spec))

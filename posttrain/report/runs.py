@@ -50,7 +50,7 @@ _USES = {
 }
 
 
-def runs_page(runs: Sequence[Run], *, reload_s: float = 0) -> str:
+def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
     """The whole page."""
     samples = read_samples(runs)
     names = [run.name for run in runs]

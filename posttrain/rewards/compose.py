@@ -99,12 +99,11 @@ not a broken reward."""
 class Scored:
     """One completion's reward."""
 
-    total: float | None
+    reward: float | None
     """Weighted sum; None if one of its functions gave None."""
     parts: Mapping[str, float | None]
     problems: tuple[str, ...] = ()
     """'name: what went wrong', for functions that failed."""
-
     verdict: float | None = None
     """What tells right (1 or more) from wrong, the value of ``Rewards.verifier``; None: not
     judged."""
@@ -295,7 +294,7 @@ class Rewards:
                 total = None if value is None or total is None else total + weight * value
         verifier = self.verifier(sample)  # of another task: the total tells right from wrong
         verdict = None if verifier is None else parts.get(verifier, total)
-        return Scored(total=total, parts=parts, problems=tuple(problems), verdict=verdict)
+        return Scored(reward=total, parts=parts, problems=tuple(problems), verdict=verdict)
 
     def _check_unscored(
         self, groups: Sequence[Group], scored: Sequence[Sequence[Scored]], iteration: int
@@ -305,7 +304,7 @@ class Rewards:
         self._iteration = iteration
         self._seen += [(sample, row) for (sample, _), row in zip(groups, scored, strict=True)]
         count = sum(len(row) for _, row in self._seen)
-        unscored = [(sample, s) for sample, row in self._seen for s in row if s.total is None]
+        unscored = [(sample, s) for sample, row in self._seen for s in row if s.reward is None]
         if len(self._seen) >= MIN_PROMPTS and len(unscored) > self.config.max_unscored * count:
             sample, first = unscored[0]
             raise RewardError(

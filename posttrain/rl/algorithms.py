@@ -10,7 +10,6 @@ it is split into mini-batches.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from posttrain.losses import policy
 from posttrain.resolve import did_you_mean, import_name
 from posttrain.rl.credit import (
     Credit,
-    Rollouts,
     batch_normalised,
     covariant_tokens,
     decoupled,
@@ -86,17 +84,10 @@ class Algorithm:
 
     @property
     def credit(self) -> Credit:
-        """``advantages`` with what it needs."""
+        """``advantages`` with its options; a plain function is given the rewards."""
         given = self.advantages
-        return given if isinstance(given, Credit) else Credit(function=given, of_rewards=True)
-
-    def needs(self, what: Literal["policy", "reference", "tokens"]) -> bool:
-        """Whether credit reads the tokens, or the log-probs of ``what`` before the first update."""
-        return self.credit.reads(what, self.advantage_options)
-
-    def columns(self, rollouts: Rollouts) -> list[list[dict[str, Any] | None]]:
-        """[group][completion] what the loss reads; None: not trained."""
-        return self.credit.columns(rollouts, **self.advantage_options)
+        declared = given if isinstance(given, Credit) else Credit(function=given, of_rewards=True)
+        return declared.with_options(**self.advantage_options)
 
     @property
     def objective(self) -> Loss:
@@ -119,7 +110,7 @@ class Algorithm:
     @property
     def needs_reference(self) -> bool:
         """Whether anything reads the reference."""
-        return self.beta > 0 or self.needs("reference")
+        return self.beta > 0 or self.credit.reads("reference")
 
 
 GRPO = Algorithm(name="grpo", advantages=group_normalised, loss=policy.clipped, beta=0.04)
@@ -222,7 +213,7 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     loss); one that none has is an error, never ignored.
     """
     algorithm = ALGORITHMS.get(name) or _import_algorithm(name)
-    of_loss, of_advantages = as_loss(algorithm.loss).accepts, _keywords(algorithm.credit)
+    of_loss, of_advantages = as_loss(algorithm.loss).accepts, algorithm.credit.accepts
     fixed = {"name", "advantages", "loss", "loss_options", "advantage_options"}
     own = {f.name for f in fields(Algorithm)} - fixed - of_advantages
     known = of_loss | of_advantages | own
@@ -255,8 +246,3 @@ def _import_algorithm(name: str) -> Algorithm:
     if not isinstance(found, Algorithm):
         raise ValueError(f"{name} is not an Algorithm but a {type(found).__name__}.")
     return found
-
-
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters
-    return {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -21,11 +21,11 @@ from posttrain.packing.plan import count_units
 from posttrain.resolve import settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
-from posttrain.rl.curriculum import PromptSampler
+from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
 from posttrain.rl.log import RolloutLog, rollout_metrics
-from posttrain.rl.rollouts import Collector, RolloutBuffer, Timing, forget_journals, open_journal
-from posttrain.rl.trajectory import ScoredGroup, from_row, to_row
+from posttrain.rl.rollouts import Collector, RolloutBuffer, forget_journals, open_journal
+from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
 from posttrain.training.forward import ForwardPlan
 from posttrain.training.loop import StepBatch
@@ -79,7 +79,8 @@ class RolloutBatches:
     batch_size: int
     """Prompts per optimizer step."""
     seed: int
-    sampler: PromptSampler
+    prompts: Sequence[Prompt]
+    curriculum: CurriculumConfig
     collector: Collector
     policy: nn.Module
     reference: Reference | None
@@ -93,7 +94,9 @@ class RolloutBatches:
         self._step = self._iteration = 0
         self._pending: list[StepBatch] = []
         collector, names = self.collector, self.collector.rewards.names
-        self._buffer = RolloutBuffer(ranks=collector.accelerator.num_processes)
+        self._buffer = RolloutBuffer(self.prompts, ranks=collector.accelerator.num_processes)
+        samples = [p.sample for p in self.prompts]
+        self._sampler = PromptSampler(self.curriculum, samples, seed=self.seed)
         if collector.sampling.truncates and not collector.engine.returns_kept_ids:
             raise UserFacingError(
                 "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
@@ -127,7 +130,8 @@ class RolloutBatches:
 
     def _iterate(self, *, version: int) -> list[StepBatch]:
         self.collector.engine.refresh(version)
-        self.collector.timing = Timing()
+        spent = self.collector.spent
+        spent.clear()
         scored, rejected = self._collect()
         began = time.perf_counter()
         groups = trained_groups(
@@ -146,13 +150,12 @@ class RolloutBatches:
             self._log.show(scored, iteration=self._iteration)
         drawn = [*scored, *rejected]
         metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored))
-        timing = self.collector.timing
         timed = {
-            "rollout_s": timing.rollout_s,
-            "reward_s": timing.reward_s,
+            "rollout_s": spent["rollout_s"],
+            "reward_s": spent["reward_s"],
             "prepare_s": prepare_s,
-            "rollout_tokens_per_s": timing.tokens / max(timing.rollout_s, 1e-9),
-            "scores_per_s": sum(len(s.trajectories) for s in drawn) / max(timing.reward_s, 1e-9),
+            "rollout_tokens_per_s": spent["tokens"] / max(spent["rollout_s"], 1e-9),
+            "scores_per_s": sum(len(s.trajectories) for s in drawn) / max(spent["reward_s"], 1e-9),
         }
         batches = self._mini_batches([g for g in groups if g.num_trained])
         if not batches:
@@ -169,11 +172,11 @@ class RolloutBatches:
         )
         return batches
 
-    def _collect(self) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
+    def _collect(self) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
         """(groups to train, groups that dynamic sampling leaves out)."""
         wanted = self.batch_size * self.config.updates
-        kept: list[ScoredGroup] = []
-        rejected: list[ScoredGroup] = []
+        kept: list[TrajectoryGroup] = []
+        rejected: list[TrajectoryGroup] = []
         begun = 0
         limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
         journal = open_journal(
@@ -185,7 +188,7 @@ class RolloutBatches:
         try:
             while True:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
-                picked = self.sampler.next(fresh, iteration=self._iteration) if fresh else []
+                picked = self._sampler.next(fresh, iteration=self._iteration) if fresh else []
                 self._buffer.begin(
                     picked,
                     iteration=self._iteration,
@@ -215,10 +218,10 @@ class RolloutBatches:
             kept, rejected = rejected[-wanted:], rejected[:-wanted]
         return kept, rejected
 
-    def _learn_rates(self, scored: Sequence[ScoredGroup]) -> None:
+    def _learn_rates(self, scored: Sequence[TrajectoryGroup]) -> None:
         for s in scored:
             known = [t.is_right for t in s.trajectories if t.is_right is not None]
-            self.sampler.update(s.index, tries=len(known), successes=sum(known))
+            self._sampler.update(s.index, tries=len(known), successes=sum(known))
 
     def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left
@@ -270,7 +273,7 @@ class RolloutBatches:
         return {
             "step": self._step,
             "iteration": self._iteration,
-            "sampler": self.sampler.state_dict(),
+            "sampler": self._sampler.state_dict(),
             "buffer": self._buffer.state_dict(),
             "pending": to_row(self._pending),
         }
@@ -278,7 +281,7 @@ class RolloutBatches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, also after a trip through JSON."""
         self._step, self._iteration = int(state["step"]), int(state["iteration"])
-        self.sampler.load_state_dict(state["sampler"])
+        self._sampler.load_state_dict(state["sampler"])
         self._buffer.load_state_dict(state["buffer"])
         self._pending = [from_row(StepBatch, batch) for batch in state["pending"]]
 

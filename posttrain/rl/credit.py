@@ -7,9 +7,11 @@ and makes prompt groups of scored trajectories.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,11 +22,11 @@ from posttrain.resolve import settings
 from posttrain.training.forward import Compute, ForwardPlan, Ref, forward_values
 from posttrain.training.sharding import exchange, gather_object
 from posttrain.training.step import Reference
-from posttrain.types import Completion, Forward, PromptGroup, wrap
+from posttrain.types import Completion, Declared, Forward, PromptGroup
 
 if TYPE_CHECKING:
     from posttrain.rl.algorithms import Algorithm
-    from posttrain.rl.trajectory import ScoredGroup
+    from posttrain.rl.trajectory import TrajectoryGroup
 
 Scores = Sequence[Sequence[float | None]]
 """[group][completion] rewards; None: could not be scored. Such a completion is in no statistic and
@@ -66,7 +68,7 @@ Rollouts = Sequence[Sequence[Rollout]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Credit:
+class Credit(Declared):
     """A function from an iteration's rollouts to columns, and what it needs first.
 
     ``function(rollouts, **options)`` gives for [group][completion] an advantage: a number, an array
@@ -75,7 +77,6 @@ class Credit:
     alone.
     """
 
-    function: Callable[..., Any]
     of_rewards: bool = False
     """The function gets [group][completion] rewards in place of rollouts."""
     policy: bool | str = False
@@ -85,38 +86,62 @@ class Credit:
     tokens: bool = False
     """Whether it reads ``Rollout.token_ids`` or ``text``: every rank is then sent those of all."""
 
-    def __post_init__(self) -> None:
-        wrap(self, self.function)
-
-    def __call__(self, rollouts: Any, **options: Any) -> Any:
-        """Call the function, whatever it is given."""
-        return self.function(rollouts, **options)
-
-    def columns(self, rollouts: Rollouts, **options: Any) -> list[list[dict[str, Any] | None]]:
+    def columns(self, rollouts: Rollouts) -> list[list[dict[str, Any] | None]]:
         """[group][completion] columns; None: not trained."""
-        given = [[r.reward for r in group] for group in rollouts] if self.of_rewards else rollouts
         return [
             [
                 None if a is None else dict(a) if isinstance(a, Mapping) else {"advantage": a}
                 for a in group
             ]
-            for group in self.function(given, **options)
+            for group in self(rewards_of(rollouts) if self.of_rewards else rollouts)
         ]
 
-    def reads(
-        self, what: Literal["policy", "reference", "tokens"], options: Mapping[str, Any]
-    ) -> bool:
-        """Whether the log-probs of ``what``, or the tokens, are needed with these options."""
+    def reads(self, what: Literal["policy", "reference", "tokens"]) -> bool:
+        """Whether the tokens, or the log-probs of ``what`` before the first update, are needed with
+        its options."""
         declared = getattr(self, what)
-        if not isinstance(declared, str):
-            return bool(declared)
-        return bool(options.get(declared, signature(self.function).parameters[declared].default))
+        if isinstance(declared, str):
+            default = signature(self.function).parameters[declared].default
+            declared = self.options.get(declared, default)
+        return bool(declared)
 
 
 def credit(**declared: Any) -> Callable[[Callable[..., Any]], Credit]:
     """``@credit(policy=True, reference=True)`` above a function of rollouts; ``of_rewards=True``
     above one of rewards."""
     return lambda function: Credit(function=function, **declared)
+
+
+def rewards_of(rollouts: Rollouts) -> list[list[float | None]]:
+    """[group][completion] rewards."""
+    return [[r.reward for r in group] for group in rollouts]
+
+
+def _of_known(
+    scores: Sequence[float | None], advantages: Callable[[list[float]], list[float]]
+) -> list[float | None]:
+    """``advantages`` of the scores that are not None, which stay None; exactly 0 where they are all
+    equal."""
+    known = [r for r in scores if r is not None]
+    found = iter([0.0] * len(known) if all_equal(known) else advantages(known))
+    return [None if r is None else next(found) for r in scores]
+
+
+def all_equal(values: Sequence[float]) -> bool:
+    """Whether rewards are the same but for rounding (weighted sums of equal rewards differ by 1e-16
+    in another order)."""
+    return len(values) <= 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-12)
+
+
+def _normalised(scores: Sequence[float | None], std: str, std_epsilon: float) -> list[float | None]:
+    def normalised(known: list[float]) -> list[float]:
+        mean, scale = fmean(known), 1.0
+        if std != "none":
+            squares = math.fsum((r - mean) ** 2 for r in known)
+            scale = math.sqrt(squares / (len(known) - (std == "sample"))) + std_epsilon
+        return [(r - mean) / scale for r in known]
+
+    return _of_known(scores, normalised)
 
 
 @credit(of_rewards=True)
@@ -139,40 +164,44 @@ def group_normalised(
 
 
 @credit(of_rewards=True)
+def batch_normalised(
+    scores: Scores, *, baseline: Literal["none", "group"] = "none", std_epsilon: float = 1e-8
+) -> Advantages:
+    """(r - mean) / std over the whole batch; with baseline "group" the group's mean is taken off
+    first.
+
+    Hu et al. 2025 (REINFORCE++ and REINFORCE++-baseline), arXiv:2501.03262.
+    """
+    centred = scores if baseline == "none" else group_normalised(scores, std="none")
+    flat = iter(_normalised([r for group in centred for r in group], "population", std_epsilon))
+    return [[next(flat) for _ in group] for group in centred]
+
+
+@credit(of_rewards=True)
 def leave_one_out(scores: Scores) -> Advantages:
     """r_i - mean of the others in its group. Ahmadian et al. 2024 (RLOO), arXiv:2402.14740 eq. 7. 0
     for a completion alone."""
-    result: Advantages = []
-    for group in scores:
-        known = [r for r in group if r is not None]
-        k = len(known)
-        mean = math.fsum(known) / max(k, 1)
-        equal = all_equal(known)
-        result.append(
-            [
-                None if r is None else 0.0 if k < 2 or equal else k / (k - 1) * (r - mean)
-                for r in group
-            ]
-        )
-    return result
+
+    def less_others(known: list[float]) -> list[float]:
+        k, mean = len(known), fmean(known)
+        return [k / (k - 1) * (r - mean) for r in known]
+
+    return [_of_known(group, less_others) for group in scores]
 
 
 @credit(policy="beta", reference="beta")
 def leave_one_out_less_kl(rollouts: Rollouts, *, beta: float = 0.03) -> Advantages:
     """``leave_one_out`` of the rewards less beta times the completion's summed KL to the reference.
     Ahmadian et al. 2024 (RLOO), arXiv:2402.14740 section 3."""
-    return leave_one_out(less_kl(rollouts, beta))
-
-
-def less_kl(rollouts: Rollouts, beta: float) -> list[list[float | None]]:
-    """Rewards less beta times the KL to the reference, summed over the completion."""
-    return [
+    return leave_one_out(
         [
-            None if r.reward is None else r.reward - (beta * math.fsum(r.kl) if beta else 0.0)
-            for r in group
+            [
+                None if r.reward is None else r.reward - (beta * math.fsum(r.kl) if beta else 0.0)
+                for r in group
+            ]
+            for group in rollouts
         ]
-        for group in rollouts
-    ]
+    )
 
 
 @credit(policy="beta", reference="beta")
@@ -185,9 +214,7 @@ def token_returns(
     Hu et al. 2025 (REINFORCE++), arXiv:2501.03262 eq. 6 and 8, with discount 1.
     """
     if not beta:
-        return batch_normalised(
-            [[r.reward for r in group] for group in rollouts], std_epsilon=std_epsilon
-        )
+        return batch_normalised(rewards_of(rollouts), std_epsilon=std_epsilon)
     returns = [
         None
         if r.reward is None or not r.is_trained
@@ -210,17 +237,43 @@ def mean_normalised(scores: Scores) -> Advantages:
     log P(right), to the order that a group's size allows, in place of P(right). ValueError for a
     negative reward: its mean is no success rate.
     """
-    result: Advantages = []
-    for group in scores:
-        known = [r for r in group if r is not None]
-        if known and min(known) < 0:
-            raise ValueError(
-                f"maxrl divides by the mean reward: rewards are >= 0; got {min(known)}."
-            )
-        mean = math.fsum(known) / max(len(known), 1)
-        flat = not known or mean == 0 or all_equal(known)
-        result.append([None if r is None else 0.0 if flat else (r - mean) / mean for r in group])
-    return result
+    least = min((r for group in scores for r in group if r is not None), default=0.0)
+    if least < 0:
+        raise ValueError(f"maxrl divides by the mean reward: rewards are >= 0; got {least}.")
+
+    def relative(known: list[float]) -> list[float]:
+        mean = fmean(known)
+        return [(r - mean) / mean for r in known]
+
+    return [_of_known(group, relative) for group in scores]
+
+
+@credit(of_rewards=True)
+def mirror_baseline(
+    scores: Scores, *, baseline: Literal["mean", "log_mean_exp"] = "mean", tau: float = 1.0
+) -> Advantages:
+    """r - b within each group: b the mean reward, or tau log((1/k) sum exp(r / tau)), an estimate
+    of tau log Z.
+
+    Kimi k1.5, arXiv:2501.12599 section 2.3.2. The estimate goes to the mean for tau to infinity and
+    to the maximum for tau to 0.
+    """
+    if baseline not in ("mean", "log_mean_exp") or not tau > 0:
+        raise ValueError(
+            f"baseline is mean or log_mean_exp, with tau > 0; got {baseline!r} and {tau}."
+        )
+
+    def less_baseline(known: list[float]) -> list[float]:
+        b = fmean(known) if baseline == "mean" else log_mean_exp(known, tau=tau)
+        return [r - b for r in known]
+
+    return [_of_known(group, less_baseline) for group in scores]
+
+
+def log_mean_exp(values: Sequence[float], *, tau: float) -> float:
+    """tau log((1/k) sum_j exp(r_j / tau)), without overflow."""
+    top = max(values)
+    return top + tau * math.log(fmean(math.exp((v - top) / tau) for v in values))
 
 
 @credit()
@@ -234,7 +287,7 @@ def decoupled(rollouts: Rollouts, *, std_epsilon: float = 1e-4) -> Advantages:
     sums: list[list[float | None]] = []
     for group in rollouts:
         total = [0.0] * len(group)
-        for name, weight in (group[0].weights if group else {}).items():
+        for name, weight in group[0].weights.items():
             part = _normalised([r.parts.get(name) for r in group], "sample", std_epsilon)
             total = [t + weight * (a or 0.0) for t, a in zip(total, part, strict=True)]
         sums.append([None if r.reward is None else t for r, t in zip(group, total, strict=True)])
@@ -260,18 +313,16 @@ def covariant_tokens(
     each micro-batch under the weights of its update; here it is that of the whole iteration before
     its first update: the same for one update, and the same however the batch is split.
     """
-    scores = [[r.reward if r.is_trained else None for r in group] for group in rollouts]
-    advantages = group_normalised([[r.reward for r in group] for group in rollouts], std=std)
+    advantages = group_normalised(rewards_of(rollouts), std=std)
+    pairs = [list(zip(*both, strict=True)) for both in zip(rollouts, advantages, strict=True)]
     trained = [
-        (r.logps, a)
-        for group, row, known in zip(rollouts, advantages, scores, strict=True)
-        for r, a, score in zip(group, row, known, strict=True)
-        if score is not None
+        (r.logps, np.full(len(r.logps), a))
+        for group in pairs
+        for r, a in group
+        if a is not None and r.is_trained
     ]
-    sizes = [len(logps) for logps, _ in trained]
-    logps = np.concatenate([p for p, _ in trained]) if trained else np.zeros(0)
-    by_token = np.repeat([a for _, a in trained], sizes) if trained else np.zeros(0)
-    covariance = (logps - logps.mean()) * (by_token - by_token.mean()) if trained else logps
+    logps, by_token = map(np.concatenate, zip(*trained, strict=True))
+    covariance = (logps - logps.mean()) * (by_token - by_token.mean())
     count = max(1, int(share * len(covariance)))
     if pick == "largest":
         chosen = np.argsort(-covariance, kind="stable")[:count]
@@ -280,13 +331,13 @@ def covariant_tokens(
         chosen = np.random.default_rng([seed, len(covariance)]).permutation(inside)[:count]
     mask = np.zeros(len(covariance))
     mask[chosen] = 1.0
-    parts = iter(np.split(mask, np.cumsum(sizes)[:-1]))
+    parts = iter(np.split(mask, np.cumsum([len(x) for x, _ in trained])[:-1]))
     return [
         [
-            None if a is None else {"advantage": a, "covariant": 0.0 if s is None else next(parts)}
-            for a, s in zip(row, known, strict=True)
+            a if a is None else {"advantage": a, "covariant": next(parts) if r.is_trained else 0.0}
+            for r, a in group
         ]
-        for row, known in zip(advantages, scores, strict=True)
+        for group in pairs
     ]
 
 
@@ -299,89 +350,11 @@ def sampled_reverse_kl(rollouts: Rollouts, *, reward_weight: float = 0.0) -> lis
     (thinkingmachines.ai/blog/on-policy-distillation). ``losses.distillation`` is exact over the
     vocabulary and has less variance.
     """
-    rewards = group_normalised([[r.reward for r in group] for group in rollouts])
+    rewards = group_normalised(rewards_of(rollouts))
     return [
-        [
-            None if r.reward is None else reward_weight * (a or 0.0) - r.kl
-            for r, a in zip(group, row, strict=True)
-        ]
-        for group, row in zip(rollouts, rewards, strict=True)
+        [None if a is None else reward_weight * a - r.kl for r, a in zip(*both, strict=True)]
+        for both in zip(rollouts, rewards, strict=True)
     ]
-
-
-@credit(of_rewards=True)
-def batch_normalised(
-    scores: Scores, *, baseline: Literal["none", "group"] = "none", std_epsilon: float = 1e-8
-) -> Advantages:
-    """(r - mean) / std over the whole batch; with baseline "group" the group's mean is taken off
-    first.
-
-    Hu et al. 2025 (REINFORCE++ and REINFORCE++-baseline), arXiv:2501.03262.
-    """
-    centred = (
-        [list(g) for g in scores] if baseline == "none" else group_normalised(scores, std="none")
-    )
-    known = [r for group in centred for r in group if r is not None]
-    if not known:
-        return [[None for _ in group] for group in centred]
-    mean = math.fsum(known) / len(known)
-    deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in known) / len(known))
-    if all_equal(known):
-        return [[None if r is None else 0.0 for r in group] for group in centred]
-    return [
-        [None if r is None else (r - mean) / (deviation + std_epsilon) for r in group]
-        for group in centred
-    ]
-
-
-@credit(of_rewards=True)
-def mirror_baseline(
-    scores: Scores, *, baseline: Literal["mean", "log_mean_exp"] = "mean", tau: float = 1.0
-) -> Advantages:
-    """r - b within each group: b the mean reward, or tau log((1/k) sum exp(r / tau)), an estimate
-    of tau log Z.
-
-    Kimi k1.5, arXiv:2501.12599 section 2.3.2. The estimate goes to the mean for tau to infinity and
-    to the maximum for tau to 0.
-    """
-    if baseline not in ("mean", "log_mean_exp") or not tau > 0:
-        raise ValueError(
-            f"baseline is mean or log_mean_exp, with tau > 0; got {baseline!r} and {tau}."
-        )
-    if baseline == "mean":
-        return group_normalised(scores, std="none")
-    result: Advantages = []
-    for group in scores:
-        known = [r for r in group if r is not None]
-        b = log_mean_exp(known, tau=tau) if known else 0.0
-        result.append([None if r is None else 0.0 if all_equal(known) else r - b for r in group])
-    return result
-
-
-def log_mean_exp(values: Sequence[float], *, tau: float) -> float:
-    """tau log((1/k) sum_j exp(r_j / tau)), without overflow."""
-    top = max(values)
-    return top + tau * math.log(math.fsum(math.exp((v - top) / tau) for v in values) / len(values))
-
-
-def _normalised(group: Sequence[float | None], std: str, std_epsilon: float) -> list[float | None]:
-    known = [r for r in group if r is not None]
-    if not known or all_equal(known):
-        return [None if r is None else 0.0 for r in group]
-    mean = math.fsum(known) / len(known)
-    scale = 1.0
-    if std != "none":
-        scale = (
-            math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (len(known) - (std == "sample")))
-            + std_epsilon
-        )
-    return [None if r is None else (r - mean) / scale for r in group]
-
-
-def all_equal(values: Sequence[float]) -> bool:
-    """Whether rewards are the same but for rounding (weighted sums of equal rewards differ by 1e-16
-    in another order)."""
-    return len(values) <= 1 or math.isclose(min(values), max(values), rel_tol=1e-12, abs_tol=1e-12)
 
 
 @settings
@@ -398,7 +371,7 @@ class CreditConfig:
 
 
 def trained_groups(
-    scored: Sequence[ScoredGroup],
+    scored: Sequence[TrajectoryGroup],
     *,
     algorithm: Algorithm,
     config: CreditConfig,
@@ -414,14 +387,13 @@ def trained_groups(
     groups = [_group(s, config, version) for s in scored]
     if not any(group.num_trained for group in groups):
         return groups  # all unscored or cut: the iteration says so
-    # the reward of a completion that is scored but not trained may have its KL taken off, too
-    measured = groups
-    if algorithm.needs("reference"):
+    credit, measured = algorithm.credit, groups
+    if credit.reads("reference"):  # taken off the reward of what is scored and not trained, too
         measured = [_group(s, config, version, measured=True) for s in scored]
     known = _known(
         scored,
         measured,
-        algorithm=algorithm,
+        credit=credit,
         proximal=proximal,
         policy=policy,
         reference=reference,
@@ -429,12 +401,12 @@ def trained_groups(
     )
     rollouts = [
         [
-            _rollout(s, k, measured[g], groups[g], known.get((g, k), {}))
-            for k in range(len(s.trajectories))
+            _rollout(s, k, measured[g].completions[k], c.num_trained > 0, known.get((g, k), {}))
+            for k, c in enumerate(groups[g].completions)
         ]
         for g, s in enumerate(scored)
     ]
-    columns = algorithm.columns(rollouts)
+    columns = credit.columns(rollouts)
 
     def credited(g: int, k: int, completion: Completion) -> Completion:
         given = columns[g][k]
@@ -456,7 +428,7 @@ def trained_groups(
 
 
 def _group(
-    scored: ScoredGroup, config: CreditConfig, version: int, *, measured: bool = False
+    scored: TrajectoryGroup, config: CreditConfig, version: int, *, measured: bool = False
 ) -> PromptGroup:
     """``measured``: completions that are scored but not trained have a loss mask too."""
     completions = []
@@ -464,16 +436,13 @@ def _group(
         is_masked = config.mask_truncated and trajectory.finish_reason == "length" and not measured
         old = 0 if config.keep_old_segments else trajectory.tokens_before(version)
         mask = trajectory.trained & (np.arange(len(trajectory.token_ids)) >= old)
-        columns: dict[str, Any] = {}
-        if len(trajectory.logps):  # else another rank holds it
-            columns["sampler_logps"] = trajectory.logps
-        if trajectory.kept_ids is not None:
-            columns["kept_ids"] = trajectory.kept_ids
+        given = {"sampler_logps": trajectory.logps, "kept_ids": trajectory.kept_ids}
         completions.append(
             Completion(
                 token_ids=trajectory.token_ids,
                 loss_mask=mask & (trajectory.reward is not None and not is_masked),
-                columns=columns,
+                # another rank may hold them
+                columns={name: x for name, x in given.items() if x is not None and len(x)},
             )
         )
     file, _, row = str(scored.prompt.sample.get("_where", "")).rpartition(":")
@@ -486,25 +455,25 @@ def _group(
 
 
 def _rollout(
-    scored: ScoredGroup, k: int, measured: PromptGroup, group: PromptGroup, known: dict[str, Any]
+    scored: TrajectoryGroup, k: int, measured: Completion, is_trained: bool, known: dict[str, Any]
 ) -> Rollout:
-    trajectory, completion = scored.trajectories[k], measured.completions[k]
-    none = np.zeros(0) if not completion.num_trained else None
+    trajectory = scored.trajectories[k]
+    none = np.zeros(0) if not measured.num_trained else None
     return Rollout(
         reward=trajectory.reward,
         parts=trajectory.parts,
         weights=scored.weights,
         finish_reason=str(trajectory.finish_reason),
-        is_trained=group.completions[k].num_trained > 0,
+        is_trained=is_trained,
         **{"logps": none, "reference_logps": none, **known},
     )
 
 
 def _known(
-    scored: Sequence[ScoredGroup],
+    scored: Sequence[TrajectoryGroup],
     groups: Sequence[PromptGroup],
     *,
-    algorithm: Algorithm,
+    credit: Credit,
     proximal: bool,
     policy: nn.Module,
     reference: Reference | None,
@@ -514,55 +483,38 @@ def _known(
     completions of all ranks what the credit reads, of this rank's own what is kept of them."""
     accelerator = plan.accelerator
     computes: dict[str, Compute] = {}
-    read_by_credit = algorithm.needs("policy") or algorithm.needs("reference")
+    read_by_credit = credit.reads("policy") or credit.reads("reference")
     if proximal or read_by_credit:
         computes["logps"] = lambda _, batch: policy(batch)
-    if algorithm.needs("reference"):
+    if credit.reads("reference"):
         assert reference is not None
         computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
     ranks: list[dict[Ref, dict[str, Any]]] = []
     if computes:
-        mine = _computed(plan, policy, groups, computes)
-        if read_by_credit:
-            ranks += gather_object(accelerator, mine)
-        else:
-            ranks += exchange(
-                accelerator,
-                [
-                    {ref: v for ref, v in mine.items() if scored[ref[0]].rank == rank}
-                    for rank in range(accelerator.num_processes)
-                ],
-            )
-    if algorithm.needs("tokens"):
+        with in_eval_mode(policy):
+            values = forward_values(plan, plan.deliver(groups), list(computes.values()))
+        by_rank: list[dict[Ref, dict[str, Any]]] = [{} for _ in range(accelerator.num_processes)]
+        for ref in values[0]:
+            by_rank[scored[ref[0]].rank][ref] = {
+                name: found[ref].logps_T.double().cpu().numpy()
+                for name, found in zip(computes, values, strict=True)
+            }
+        ranks += (
+            gather_object(accelerator, dict(ChainMap(*by_rank)))
+            if read_by_credit
+            else exchange(accelerator, by_rank)
+        )
+    if credit.reads("tokens"):
         ranks += gather_object(accelerator, _said(scored, groups))
     known: dict[Ref, dict[str, Any]] = {}
-    for values in ranks:
-        for ref, value in values.items():
+    for found in ranks:
+        for ref, value in found.items():
             known.setdefault(ref, {}).update(value)
     return known
 
 
-def _computed(
-    plan: ForwardPlan,
-    policy: nn.Module,
-    groups: Sequence[PromptGroup],
-    computes: dict[str, Compute],
-) -> dict[Ref, dict[str, Any]]:
-    """{(group, completion): {name: array of its trained tokens' log-probs}} of what this rank
-    computes, in eval mode."""
-    with in_eval_mode(policy):
-        values = forward_values(plan, plan.deliver(groups), list(computes.values()))
-    return {
-        ref: {
-            name: found[ref].logps_T.double().cpu().numpy()
-            for name, found in zip(computes, values, strict=True)
-        }
-        for ref in values[0]
-    }
-
-
 def _said(
-    scored: Sequence[ScoredGroup], groups: Sequence[PromptGroup]
+    scored: Sequence[TrajectoryGroup], groups: Sequence[PromptGroup]
 ) -> dict[Ref, dict[str, Any]]:
     """Token ids and text of the completions that this rank holds."""
     return {

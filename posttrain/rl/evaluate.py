@@ -15,7 +15,7 @@ from posttrain.resolve import settings
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import ScoredGroup
+from posttrain.rl.trajectory import TrajectoryGroup
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.sharding import gather_object
 
@@ -61,18 +61,20 @@ class EvaluationConfig:
 class Evaluation:
     """What came of it; ``groups`` in the order of the problems."""
 
-    groups: Sequence[ScoredGroup]
-    correct: Sequence[Sequence[bool | None]]
-    """[problem][answer]; None: could not be judged, and is in no figure of right answers."""
+    groups: Sequence[TrajectoryGroup]
+    said: Sequence[Sequence[str]] | None = None
+    """[problem][answer] what it votes for; None: ``final_answer`` of its text."""
+
+    @property
+    def correct(self) -> list[list[bool | None]]:
+        """[problem][answer]; None: could not be judged, and is in no figure of right answers."""
+        return [[t.is_right for t in g.trajectories] for g in self.groups]
 
     @property
     def judged(self) -> list[list[bool]]:
         """The answers of each problem that could be judged; problems without any are left out."""
         known = [[ok for ok in row if ok is not None] for row in self.correct]
         return [row for row in known if row]
-
-    said: Sequence[Sequence[str]] | None = None
-    """[problem][answer] what it votes for; None: ``final_answer`` of its text."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each answer: where its problem is from, what was said, and how it was judged."""
@@ -83,12 +85,12 @@ class Evaluation:
                 "text": str(t.text),
                 "tokens": len(t.token_ids),
                 "finish_reason": t.finish_reason,
-                "correct": ok,
+                "correct": t.is_right,
                 "reward": t.reward,
                 "rewards": dict(t.parts),
             }
-            for g, row in zip(self.groups, self.correct, strict=True)
-            for t, ok in zip(g.trajectories, row, strict=True)
+            for g in self.groups
+            for t in g.trajectories
         ]
 
     def metrics(self, *, powers: bool = False) -> dict[str, float]:
@@ -148,30 +150,28 @@ def evaluate_prompts(
     sampling = config.sampling(collector.sampling)
     for prompt in chosen:
         collector.rewards.needs_verifier(prompt.sample, "a held-out evaluation")
-    mine = replace(collector, prompts=chosen, sampling=sampling)
-    buffer = RolloutBuffer(ranks=collector.accelerator.num_processes)
+    buffer = RolloutBuffer(chosen, ranks=collector.accelerator.num_processes)
     buffer.begin(range(len(chosen)), iteration=-1, group_size=config.samples, seed=seed)
+    mine = replace(collector, sampling=sampling)
     mine.roll(buffer, None)
     groups = mine.score(buffer.take_finished(), None, iteration=2**62)
-    correct = [[t.is_right for t in g.trajectories] for g in groups]
-    mine_said = {
-        i: (_said(g, correct[i], collector.rewards), g.texts)
+    votes = {
+        i: (_votes(g, collector.rewards), g.texts)
         for i, g in enumerate(groups)
         if g.rank == collector.rank
     }
-    answers = dict(ChainMap(*gather_object(collector.accelerator, mine_said)))
+    votes = dict(ChainMap(*gather_object(collector.accelerator, votes)))
     for i, group in enumerate(groups):
-        for trajectory, text in zip(group.trajectories, answers[i][1], strict=True):
+        for trajectory, text in zip(group.trajectories, votes[i][1], strict=True):
             trajectory.text = text
-    said = [answers[i][0] for i in range(len(groups))]
-    return Evaluation(groups=groups, correct=correct, said=said)
+    return Evaluation(groups=groups, said=[votes[i][0] for i in range(len(groups))])
 
 
-def _said(group: ScoredGroup, correct: Sequence[bool | None], rewards: Rewards) -> list[str]:
+def _votes(group: TrajectoryGroup, rewards: Rewards) -> list[str]:
     """What each answer votes for: by the task's own verifier where that can change who wins, else
     as it is written."""
-    wrong = sum(right is False for right in correct)
-    if 0 < sum(right is True for right in correct) <= wrong and wrong > 1:
+    judged = Counter(t.is_right for t in group.trajectories)
+    if 0 < judged[True] <= judged[False] and judged[False] > 1:
         return rewards.alike(group.prompt.sample, group.texts)
     return [final_answer(text) for text in group.texts]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from posttrain.files import whole_file
 from posttrain.rl.evaluate import Evaluation
-from posttrain.rl.trajectory import ScoredGroup, to_row
+from posttrain.rl.trajectory import TrajectoryGroup, to_row
 from posttrain.types import Completion, PromptGroup
 
 
-def rollout_metrics(scored: Sequence[ScoredGroup], *, cost: float) -> dict[str, float]:
+def rollout_metrics(scored: Sequence[TrajectoryGroup], *, cost: float) -> dict[str, float]:
     """Means over completions unless the name says otherwise."""
     drawn = [t for group in scored for t in group.trajectories]
     rewards = [t.reward for t in drawn if t.reward is not None]
@@ -50,9 +50,9 @@ class RolloutLog:
 
     def keep(
         self,
-        scored: Sequence[ScoredGroup],
+        scored: Sequence[TrajectoryGroup],
         groups: Sequence[PromptGroup],
-        rejected: Sequence[ScoredGroup],
+        rejected: Sequence[TrajectoryGroup],
         *,
         iteration: int,
     ) -> None:
@@ -93,7 +93,7 @@ class RolloutLog:
                 "".join(json.dumps(row) + "\n" for row in evaluation.rows()), encoding="utf-8"
             )
 
-    def show(self, scored: Sequence[ScoredGroup], *, iteration: int, count: int = 4) -> None:
+    def show(self, scored: Sequence[TrajectoryGroup], *, iteration: int, count: int = 4) -> None:
         """A table: a best and a worst completion of the first groups."""
         if self._rank:
             return

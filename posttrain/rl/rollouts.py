@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from posttrain.data.prompts import Prompt
 from posttrain.rewards.compose import RewardError, Rewards
 from posttrain.rl.environment import Environment
 from posttrain.rl.journal import Journal, digest, fingerprint, journalled
-from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup, from_row, to_row
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup, from_row, to_row
 from posttrain.rollout.engine import Engine, Request, SamplingConfig
 from posttrain.training.sharding import gather_object
 
@@ -37,31 +37,33 @@ class RolloutBuffer:
     """Groups that are not finished, oldest first: they wait here until all of their completions
     are, over iterations if need be."""
 
-    def __init__(self, *, ranks: int = 1) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, ranks: int = 1) -> None:
         self.groups: list[TrajectoryGroup] = []
-        self._ranks = range(ranks)
+        self._prompts, self._ranks = prompts, range(ranks)
 
     def begin(
-        self, prompts: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
+        self, indices: Sequence[int], *, iteration: int, group_size: int, seed: int, round: int = 0
     ) -> None:
         """Add a group without tokens for each prompt, on the rank that has fewest. ``round``: how
         many prompts the iteration has begun before (a prompt that comes twice is drawn anew)."""
         held = Counter(group.rank for group in self.groups)
-        for number, prompt in enumerate(prompts):
-            at = {"iteration": iteration, "round": round + number, "prompt": prompt}
+        for number, index in enumerate(indices):
+            at = {"iteration": iteration, "round": round + number, "prompt": index}
             trajectories = [
                 Trajectory(seed=stream_seed(seed, sample=k, **at)) for k in range(group_size)
             ]
-            group = TrajectoryGroup(prompt=prompt, iteration=iteration, trajectories=trajectories)
-            group.rank = min(self._ranks, key=held.__getitem__)
-            held[group.rank] += 1
-            self.groups.append(group)
+            rank = min(self._ranks, key=held.__getitem__)
+            held[rank] += 1
+            prompt = self._prompts[index]
+            self.groups.append(
+                TrajectoryGroup(index=index, prompt=prompt, trajectories=trajectories, rank=rank)
+            )
 
     def requests(
-        self, prompt_ids: Sequence[Any], *, rank: int = 0, only: Collection[int] | None = None
-    ) -> list[tuple[Request, list[Trajectory]]]:
-        """What ``rank`` draws next, group by group, and where it goes. ``only``: seeds of the
-        trajectories that are wanted; None: all that are open."""
+        self, *, rank: int = 0, only: Collection[int] | None = None
+    ) -> list[tuple[Request, Prompt, list[Trajectory]]]:
+        """What ``rank`` draws next, group by group, its prompt, and where it goes. ``only``: seeds
+        of the trajectories that are wanted; None: all that are open."""
         found = []
         for group in self.of_rank(rank):
             open_ones = [
@@ -72,11 +74,11 @@ class RolloutBuffer:
             if open_ones:
                 prefixes = tuple(tuple(t.token_ids.tolist()) for t in open_ones)
                 request = Request(
-                    prompt_ids=tuple(prompt_ids[group.prompt]),
+                    prompt_ids=tuple(group.prompt.ids),
                     seeds=tuple(t.seed for t in open_ones),
                     prefixes=prefixes if any(prefixes) else (),
                 )
-                found.append((request, open_ones))
+                found.append((request, group.prompt, open_ones))
         return found
 
     def of_rank(self, rank: int) -> list[TrajectoryGroup]:
@@ -90,21 +92,19 @@ class RolloutBuffer:
         return finished
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The groups in plain values, those of other ranks without tokens."""
-        return to_row(self.groups)
+        """The groups in plain values, without their prompts; those of other ranks without
+        tokens."""
+        return [
+            {"index": g.index, "rank": g.rank, "trajectories": to_row(g.trajectories)}
+            for g in self.groups
+        ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         """Take over what ``state_dict`` gave, also after a trip through JSON."""
-        self.groups = [from_row(TrajectoryGroup, values) for values in state]
-
-
-@dataclass(kw_only=True)
-class Timing:
-    """Seconds of one iteration on this rank, tokens on all."""
-
-    rollout_s: float = 0.0
-    reward_s: float = 0.0
-    tokens: int = 0
+        self.groups = [
+            from_row(TrajectoryGroup, {**row, "prompt": self._prompts[row["index"]]})
+            for row in state
+        ]
 
 
 @dataclass(kw_only=True)
@@ -115,11 +115,11 @@ class Collector:
     engine: Engine
     environment: Environment
     rewards: Rewards
-    prompts: Sequence[Prompt]
     sampling: SamplingConfig
     weights: Callable[[], Iterable[Tensor]] | None = None
     """The policy's parameters: a journal of other weights is not used again."""
-    timing: Timing = field(default_factory=Timing)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """rollout_s and reward_s on this rank, tokens on all."""
 
     @property
     def rank(self) -> int:
@@ -132,32 +132,31 @@ class Collector:
         began = time.perf_counter()
         others = [t for g in buffer.groups if g.rank != self.rank for t in g.trajectories]
         for tokens, progress in self._from_all(lambda: [self._draw(buffer, journal)]):
-            self.timing.tokens += tokens
+            self.spent["tokens"] += tokens
             for trajectory in others:
                 if trajectory.seed in progress:
                     trajectory.follow(*progress[trajectory.seed])
-        self.timing.rollout_s += time.perf_counter() - began
+        self.spent["rollout_s"] += time.perf_counter() - began
 
     def _draw(self, buffer: RolloutBuffer, journal: Journal | None) -> tuple[int, dict[int, Any]]:
         """This rank's part of ``roll``: (tokens that were drawn, {seed: progress})."""
-        mine = buffer.of_rank(self.rank)
-        prompt_of = {t.seed: self.prompts[g.prompt] for g in mine for t in g.trajectories}
         tokens, only = 0, None
         while only is None or only:
-            wanted = buffer.requests([p.ids for p in self.prompts], rank=self.rank, only=only)
+            wanted = buffer.requests(rank=self.rank, only=only)
             only = set()
-            asked = [request for request, _ in wanted]
+            asked = [request for request, _, _ in wanted]
             drawn = (
                 self.engine.generate(asked, self.sampling)
                 if journal is None
                 else journalled(self.engine, journal, asked, self.sampling)
             )
-            for (_, trajectories), row in zip(wanted, drawn, strict=True):
+            for (_, prompt, trajectories), row in zip(wanted, drawn, strict=True):
                 for trajectory, sampled in zip(trajectories, row, strict=True):
                     trajectory.extend(sampled)
                     tokens += len(sampled.token_ids)
-                    if self._goes_on(trajectory, prompt_of[trajectory.seed]):
+                    if self._goes_on(trajectory, prompt):
                         only.add(trajectory.seed)
+        mine = buffer.of_rank(self.rank)
         return tokens, {t.seed: t.progress() for g in mine for t in g.trajectories}
 
     def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
@@ -176,18 +175,17 @@ class Collector:
 
     def score(
         self, groups: Sequence[TrajectoryGroup], journal: Journal | None, *, iteration: int
-    ) -> list[ScoredGroup]:
-        """Rewards of finished groups, in their order."""
+    ) -> Sequence[TrajectoryGroup]:
+        """The finished groups with their texts and rewards."""
         began = time.perf_counter()
 
         def score() -> list[tuple[int, list[dict[str, Any]]]]:
             mine = [i for i, group in enumerate(groups) if group.rank == self.rank]
             pairs = []
             for group in (groups[i] for i in mine):
-                prompt = self.prompts[group.prompt]
                 for t in group.trajectories:
-                    t.text = self.environment.text(t, prompt)
-                pairs.append((prompt.sample, tuple(t.text for t in group.trajectories)))
+                    t.text = self.environment.text(t, group.prompt)
+                pairs.append((group.prompt.sample, tuple(group.texts)))
 
             def compute() -> Any:
                 return to_row(self.rewards.score(pairs, iteration=iteration))
@@ -198,21 +196,11 @@ class Collector:
             return list(zip(mine, rows, strict=True))
 
         for i, rows in self._from_all(score):
+            groups[i].weights = self.rewards.weights_of(groups[i].prompt.sample)
             for trajectory, row in zip(groups[i].trajectories, rows, strict=True):
-                trajectory.reward = row["total"]
-                trajectory.parts, trajectory.verdict = row["parts"], row["verdict"]
-                trajectory.problems = row["problems"]
-        self.timing.reward_s += time.perf_counter() - began
-        return [
-            ScoredGroup(
-                index=group.prompt,
-                prompt=self.prompts[group.prompt],
-                trajectories=group.trajectories,
-                weights=self.rewards.weights_of(self.prompts[group.prompt].sample),
-                rank=group.rank,
-            )
-            for group in groups
-        ]
+                vars(trajectory).update(row)
+        self.spent["reward_s"] += time.perf_counter() - began
+        return groups
 
     def identity(self) -> str:
         """A digest of everything outside of the requests that decides completions and rewards:

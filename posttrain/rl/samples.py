@@ -16,7 +16,7 @@ from posttrain.data.readers import read_rows
 from posttrain.rewards import CompletionText
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.evaluate import Evaluation
-from posttrain.rl.trajectory import ScoredGroup, Trajectory
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
 
 
 def sample_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -32,12 +32,12 @@ def sample_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             "token_ids": t.token_ids.tolist(),
             "logps": t.logps.tolist(),
             "finish_reason": t.finish_reason,
-            "correct": ok,
+            "correct": t.is_right,
             "reward": t.reward,
             "parts": [{"name": n, "value": v} for n, v in t.parts.items()],
         }
-        for g, row in zip(evaluation.groups, evaluation.correct, strict=True)
-        for k, (t, ok) in enumerate(zip(g.trajectories, row, strict=True))
+        for g in evaluation.groups
+        for k, t in enumerate(g.trajectories)
     ]
 
 
@@ -64,7 +64,7 @@ def rescore(
         lengths.append(tokens)
     scored = rewards.score(pairs)
     groups = [
-        ScoredGroup(
+        TrajectoryGroup(
             index=i,
             prompt=Prompt(ids=(), sample=sample),
             trajectories=[
@@ -73,16 +73,14 @@ def rescore(
                     token_ids=np.zeros(n, np.int64),
                     finish_reason=text.finish_reason,  # type: ignore[arg-type]
                     text=text,
-                    reward=s.total,
-                    parts=s.parts,
-                    verdict=s.verdict,
+                    **vars(s),
                 )
                 for k, (text, n, s) in enumerate(zip(texts, lengths[i], scored[i], strict=True))
             ],
         )
         for i, (sample, texts) in enumerate(pairs)
     ]
-    return Evaluation(groups=groups, correct=[[t.is_right for t in g.trajectories] for g in groups])
+    return Evaluation(groups=groups)
 
 
 def stored_answers(sources: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -118,34 +118,21 @@ class Trajectory:
 
 @dataclass(kw_only=True, eq=False)
 class TrajectoryGroup:
-    """The completions of one prompt in the making."""
+    """A prompt and its completions, from their first token to their rewards."""
 
-    prompt: int
-    """Index of the prompt in the data."""
-    iteration: int
-    """In which it was begun."""
+    index: int
+    """Of the prompt in the data."""
+    prompt: Prompt
+    trajectories: list[Trajectory]
     rank: int = 0
     """The process that draws and scores it, and holds its tokens and texts."""
-    trajectories: list[Trajectory]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each reward function; set when it is scored."""
 
     @property
     def is_finished(self) -> bool:
         """Whether every completion is."""
         return all(t.finish_reason is not None for t in self.trajectories)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ScoredGroup:
-    """A finished group with its prompt; its trajectories have their text and rewards."""
-
-    index: int
-    """Index of the prompt in the data."""
-    prompt: Prompt
-    trajectories: Sequence[Trajectory]
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Weight of each reward function."""
-    rank: int = 0
-    """The process that holds tokens and texts."""
 
     @property
     def texts(self) -> list[CompletionText]:

@@ -15,7 +15,7 @@ from posttrain.resolve import settings
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
 from posttrain.rl.batches import RolloutBatches, RolloutConfig
-from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
+from posttrain.rl.curriculum import CurriculumConfig
 from posttrain.rl.environment import Environment, SingleTurn
 from posttrain.rl.evaluate import EvaluationConfig
 from posttrain.rl.rollouts import Collector, report_prompts
@@ -292,7 +292,6 @@ class RLTrainer(Trainer):
             environment=self._environment
             or SingleTurn(loop.tokenizer, tuple(getattr(engine, "stop_ids", ()))),
             rewards=self._rewards,
-            prompts=train,
             sampling=config.sampling,
             weights=policy.parameters,
         )
@@ -301,9 +300,8 @@ class RLTrainer(Trainer):
             algorithm=self.algorithm,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            sampler=PromptSampler(
-                config.curriculum, [p.sample for p in train], seed=config.train.seed
-            ),
+            prompts=train,
+            curriculum=config.curriculum,
             collector=collector,
             policy=loop.policy,
             reference=loop.reference,

@@ -59,7 +59,7 @@ def show(chromium: Any, path: Path, *, width: int = 1280, scheme: str = "light")
     until(lambda: chromium.execute_script("return document.readyState === 'complete'"))
     if "packed-samples" in path.read_text():
         until(lambda: chromium.execute_script("return document.body.dataset.ready === 'yes'"))
-    figures = chromium.find_elements("css selector", "figure")
+    figures = chromium.find_elements("css selector", "figure:has(script.spec)")
     chromium.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
     for figure in figures:
         chromium.execute_script("arguments[0].scrollIntoView()", figure)

@@ -183,7 +183,7 @@ def test_a_plain_function_is_taken_to_need_everything_and_credit_to_read_rewards
     mine = Algorithm(
         name="mine", advantages=lambda rewards: [[2 * r for r in g] for g in rewards], loss=made
     )
-    assert mine.columns(rollouts([[1.0, 3.0]])) == [[{"advantage": 2.0}, {"advantage": 6.0}]]
+    assert mine.credit.columns(rollouts([[1.0, 3.0]])) == [[{"advantage": 2.0}, {"advantage": 6.0}]]
     assert not mine.needs_reference
 
     @credit(policy="beta")

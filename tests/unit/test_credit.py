@@ -19,7 +19,7 @@ from posttrain.packing.plan import PackingConfig
 from posttrain.rewards import CompletionText
 from posttrain.rl.algorithms import GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
-from posttrain.rl.trajectory import ScoredGroup, Trajectory
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
 from posttrain.training.forward import ForwardPlan
 from tests.helpers import plain_logps, tiny_llama
 
@@ -50,7 +50,7 @@ def reference():
     return Counting(tiny_llama(seed=9).double()).eval()
 
 
-def scored_groups() -> list[ScoredGroup]:
+def scored_groups() -> list[TrajectoryGroup]:
     """Three prompts with four completions: one unscored, one cut by its length, two with a segment
     of an older policy."""
     generator = torch.Generator().manual_seed(2)
@@ -80,7 +80,7 @@ def scored_groups() -> list[ScoredGroup]:
                 )
             )
         made.append(
-            ScoredGroup(
+            TrajectoryGroup(
                 index=g,
                 prompt=Prompt(ids=tuple(draw(4 + g)), sample={"_where": f"rows.jsonl:{g}"}),
                 trajectories=trajectories,

@@ -59,10 +59,10 @@ def rolled():
         engine=engine,
         environment=Calculator(byte_tokenizer(), STOPS),
         rewards=rewards,
-        prompts=[Prompt(ids=(5, 6, 7), sample={}), Prompt(ids=(9,), sample={})],
         sampling=SamplingConfig(max_tokens=16, budget_tokens=6),
     )
-    buffer, finished = RolloutBuffer(), []
+    prompts = [Prompt(ids=(5, 6, 7), sample={}), Prompt(ids=(9,), sample={})]
+    buffer, finished = RolloutBuffer(prompts), []
     buffer.begin([0, 1], iteration=0, group_size=4, seed=1)
     while buffer.groups:
         collector.roll(buffer, None)

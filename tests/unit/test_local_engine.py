@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from posttrain.data.prompts import Prompt
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
@@ -345,7 +346,7 @@ def test_completions_follow_the_exact_distribution(options):
 def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
     """The share of each of 2 and 3 ranks in its own engine; with budgets, so that completions are
     continued."""
-    prompts = [r.prompt_ids for r in requests(count=7)]
+    prompts = [Prompt(ids=r.prompt_ids, sample={}) for r in requests(count=7)]
     model = tiny(family)
     sampling = SamplingConfig(max_tokens=12, budget_tokens=5, temperature=1.2)
 
@@ -354,19 +355,19 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
             engine_of(copy.deepcopy(model), max_rows=5, stop_ids=range(3, 12))[1]
             for _ in range(ranks)
         ]
-        buffer, finished = RolloutBuffer(ranks=ranks), []
+        buffer, finished = RolloutBuffer(prompts, ranks=ranks), []
         buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4)
         while buffer.groups:
             for rank, engine in enumerate(engines):
-                wanted = buffer.requests(prompts, rank=rank)
-                rows = engine.generate([request for request, _ in wanted], sampling)
-                for (_, open_ones), row in zip(wanted, rows, strict=True):
+                wanted = buffer.requests(rank=rank)
+                rows = engine.generate([request for request, *_ in wanted], sampling)
+                for (*_, open_ones), row in zip(wanted, rows, strict=True):
                     for trajectory, drawn in zip(open_ones, row, strict=True):
                         trajectory.extend(drawn)
             finished += buffer.take_finished()
         counts = Counter(group.rank for group in finished)
         assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == ranks
-        return [t for group in sorted(finished, key=lambda g: g.prompt) for t in group.trajectories]
+        return [t for group in sorted(finished, key=lambda g: g.index) for t in group.trajectories]
 
     whole = draw_of(1)
     assert len({len(t.token_ids) for t in whole}) > 3 and len({len(t.segments) for t in whole}) > 2

@@ -344,9 +344,9 @@ def test_beta_goes_where_the_algorithm_has_its_kl():
     rloo = resolve_algorithm("rloo", {"beta": 0.5})
     assert rloo.advantage_options == {"beta": 0.5} and rloo.beta == 0.0 and rloo.needs_reference
     assert not resolve_algorithm("rloo", {"beta": 0.0}).needs_reference
-    assert not resolve_algorithm("reinforce_pp", {"beta": 0.0}).needs("policy")
+    assert not resolve_algorithm("reinforce_pp", {"beta": 0.0}).credit.reads("policy")
     grpo = resolve_algorithm("grpo", {"beta": 0.5})
-    assert grpo.beta == 0.5 and grpo.objective.reference and not grpo.needs("reference")
+    assert grpo.beta == 0.5 and grpo.objective.reference and not grpo.credit.reads("reference")
     for name in ("rloo", "grpo"):
         with pytest.raises(ValueError, match="beta is the weight of a KL penalty and >= 0"):
             resolve_algorithm(name, {"beta": -0.1})

@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("vl_convert")
 
 from posttrain.cli.main import main
-from posttrain.report.pipeline import graph, graph_svg, layers
-from posttrain.report.write import is_finished
+from posttrain.report.pipeline import graph, is_finished
+from tests.report_folders import run_folder
 
 
 def stage(name: str, *needs: str, state: str = "done", **more) -> dict:
@@ -29,51 +32,68 @@ STAGES = [
     stage("cold", "prep", figures={"accuracy": 0.125, "accuracy_ci95": 0.05, "mean_tokens": 14.0}),
     stage("rl", "cold", state="running", figures={"accuracy": 0.0, "mean_tokens": 30.0}),
     stage("other", "cold", state="failed"),
-    stage(EVIL, "rl", "prep", state="waiting", seconds=None, folder=None),
+    stage(EVIL, "rl", "prep", state="waiting", seconds=None, folder="evil"),
 ]
 
 
-def test_a_stage_is_one_layer_behind_the_last_that_it_needs():
-    assert layers(STAGES) == {"prep": 0, "cold": 1, "rl": 2, "other": 2, EVIL: 3}
+def picture(stages: list[dict]) -> tuple[dict[str, dict], dict[str, list]]:
+    """({stage: its box}, {arrow: points of its line}) of the SVG."""
+    boxes, lines = {}, {}
+    for element in ElementTree.fromstring(graph(stages, {})).iter():
+        tag, title = element.tag.partition("}")[2], element.findtext("{*}title", "")
+        if tag == "path":
+            lines[title] = list(points(element.get("d")))
+        elif tag in ("a", "g"):
+            box = {k: float(element.find("{*}rect").get(k)) for k in ("x", "y", "width", "height")}
+            boxes[title.partition(": ")[0]] = box
+    return boxes, lines
 
 
-@pytest.mark.parametrize(
-    ("stages", "message"),
-    [
-        ([stage("a", "b"), stage("b", "a"), stage("c")], "circle, or behind one: a, b"),
-        ([stage("a", "z")], "need z, but there are a"),
-    ],
-)
-def test_wrong_needs_are_named(stages, message):
-    with pytest.raises(ValueError, match=message):
-        layers(stages)
+def points(line: str) -> Iterator[tuple[float, float]]:
+    """Along a path of M, H and C up to its head, curves at nine places."""
+    x = y = 0.0
+    for command, given in re.findall(r"([MHC])([^A-Za-z]*)", line.partition("m")[0]):
+        numbers = [float(n) for n in given.split()]
+        if command == "C":
+            xs, ys = [x, *numbers[::2]], [y, *numbers[1::2]]
+            for t in (i / 8 for i in range(9)):
+                share = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3]
+                yield tuple(sum(s * v for s, v in zip(share, vs, strict=True)) for vs in (xs, ys))
+        elif command == "H":
+            yield from ((x + (numbers[0] - x) * i / 8, y) for i in range(9))
+        x, y = numbers[-2:] if command != "H" else (numbers[0], y)
+
+
+def test_a_stage_is_one_column_behind_the_last_that_it_needs():
+    lefts = {name: box["x"] for name, box in picture(STAGES)[0].items()}
+    columns = sorted(set(lefts.values()))
+    found = {name: columns.index(x) for name, x in lefts.items()}
+    assert found == {"prep": 0, "cold": 1, "rl": 2, "other": 2, EVIL: 3}
 
 
 def test_boxes_do_not_overlap_and_arrows_go_around_them():
-    spec = graph(STAGES)
-    lists = spec["datasets"].values()
-    boxes = next(rows for rows in lists if "left" in rows[0])
-    points = next(rows for rows in lists if "edge" in rows[0])
-    assert len(boxes) == len(STAGES)
-    for a in boxes:
-        for b in boxes:
-            apart = a["right"] <= b["left"] or a["bottom"] <= b["top"]
-            assert a is b or apart or b["right"] <= a["left"] or b["bottom"] <= a["top"]
-    edges = {p["edge"] for p in points}
-    shortcuts = {f"prep → {EVIL}"}  # rl, which it needs as well, is behind prep
-    assert edges == {f"{need} → {s['name']}" for s in STAGES for need in s["needs"]} - shortcuts
-    for edge in edges:
-        names = edge.split(" → ")
-        way = [p for p in points if p["edge"] == edge]
-        for box in (b for b in boxes if b["name"] not in names):
-            for p in way:
-                assert not (
-                    box["left"] < p["px"] < box["right"] and box["top"] < p["py"] < box["bottom"]
-                )
+    stages = [*STAGES, stage("far", "prep", EVIL), stage("longest", "other", "far")]
+    boxes, lines = picture(stages)
+    assert len(boxes) == len(stages)
+    for a in boxes.values():
+        for b in boxes.values():
+            apart = [a[k] + a[size] <= b[k] for k, size in (("x", "width"), ("y", "height"))]
+            apart += [b[k] + b[size] <= a[k] for k, size in (("x", "width"), ("y", "height"))]
+            assert a is b or any(apart)
+    shortcuts = {f"prep → {EVIL}", "prep → far"}  # what they need as well is behind prep
+    assert lines.keys() == {f"{n} → {s['name']}" for s in stages for n in s["needs"]} - shortcuts
+    for arrow, way in lines.items():
+        first, last = (boxes[name] for name in arrow.split(" → "))
+        assert way[0] == (first["x"] + first["width"], first["y"] + first["height"] / 2)
+        assert way[-1] == (last["x"] - 2, last["y"] + last["height"] / 2)
+        for box in boxes.values():
+            for x, y in way:
+                is_beside = not box["x"] < x < box["x"] + box["width"]
+                assert is_beside or not box["y"] < y < box["y"] + box["height"]
 
 
 def test_the_picture_names_every_stage_and_is_valid_xml():
-    root = ElementTree.fromstring(graph_svg(STAGES))
+    root = ElementTree.fromstring(graph(STAGES, {}))
     said = " ".join("".join(e.itertext()) for e in root.iter() if e.tag.endswith("text"))
     assert "prep" in said and "✓ done, 1 min 01 s" in said and "○ waiting" in said
     assert EVIL[:22] in said, "shortened, as text"
@@ -92,7 +112,9 @@ def test_the_command_writes_table_figures_and_links(tmp_path):
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "12.5 ± 5.0 %" in page and "0.0 %" in page and "1 min 01 s" in page
-    assert re.findall(r'<a href="([^"]*)">', page) == ["p/rl/report.html"]
+    assert re.findall(r'<a href="([^"]*)">', page) == 2 * ["p/rl/report.html"], (
+        "of its box and of its line"
+    )
     assert EVIL not in page and EVIL.replace("</", "\\u003c/") not in page
     assert "&lt;/script&gt;&lt;img" in page
 
@@ -102,9 +124,28 @@ def test_the_command_writes_table_figures_and_links(tmp_path):
     [("done done", True), ("done running", False), ("failed waiting", True), ("waiting", False)],
 )
 def test_a_pipeline_that_failed_and_runs_nothing_is_watched_no_longer(tmp_path, states, finished):
-    stages = [stage(str(i), state=state) for i, state in enumerate(states.split())]
+    stages = [stage(f"s{i}", state=state) for i, state in enumerate(states.split())]
     (tmp_path / "pipeline.json").write_text(json.dumps({"name": "mine", "stages": stages}))
-    assert is_finished([tmp_path]) == finished
+    with FileLock(tmp_path / ".stages/s1.lock"):
+        assert is_finished(tmp_path) == finished
+    if "running" in states:
+        assert is_finished(tmp_path), "it was killed: nothing holds its lock"
+
+
+def test_the_page_of_a_stage_is_written_again_once_its_run_went_on(tmp_path):
+    folder = write_pipeline(tmp_path / "p")
+    run_folder(folder / "cold", done=False)
+    own = folder / "cold/report.html"
+    for change in (None, "metrics.jsonl", "final"):
+        if change == "final":
+            (folder / "cold/final").mkdir()
+        elif change:
+            os.utime(folder / "cold" / change)
+        assert main(["report", str(folder)]) == 0
+        written = own.stat().st_mtime_ns
+        assert main(["report", str(folder)]) == 0
+        assert own.stat().st_mtime_ns == written
+    assert "not done" not in own.read_text()
 
 
 def test_only_scripts_whose_hash_the_page_has_may_run_and_nothing_may_be_loaded(tmp_path):

@@ -174,12 +174,12 @@ def test_hostile_answers_are_wrong(name, rewards):
     sample = {**sample, "reward": name}
     began = time.monotonic()
     (row,) = rewards.score([(sample, [CompletionText(a) for a in attacks])])
-    wrong = {attack[:80]: s for attack, s in zip(attacks, row, strict=True) if s.total != 0.0}
+    wrong = {attack[:80]: s for attack, s in zip(attacks, row, strict=True) if s.reward != 0.0}
     assert not wrong
     assert time.monotonic() - began < 45
     assert not os.path.exists(MARK)
     assert (
-        rewards.score([(sample, [CompletionText(RIGHT[name])])])[0][0].total == 1.0
+        rewards.score([(sample, [CompletionText(RIGHT[name])])])[0][0].reward == 1.0
     )  # the run goes on
 
 

@@ -185,7 +185,7 @@ def test_many_slow_tests_share_the_time_of_a_call(rewards_of):
     ((scored,),) = rewards_of(config).score(
         [({"tests": [{"stdin": "", "stdout": "42"}] * 10}, texts(slow))]
     )
-    assert 0 < scored.total < 0.6 and not scored.problems
+    assert 0 < scored.reward < 0.6 and not scored.problems
 
 
 def test_one_slow_completion_does_not_take_the_others_along(rewards_of):
@@ -193,7 +193,7 @@ def test_one_slow_completion_does_not_take_the_others_along(rewards_of):
         RewardsConfig(functions={f"{HERE}.sleeps_for_bad_ones": 1.0}, timeout_s=1.0, workers=2)
     )
     (row,) = rewards.score([({}, texts("a", "bad", "b", "c", "d"))])
-    assert [s.total for s in row] == [1.0, None, 1.0, 1.0, 1.0]
+    assert [s.reward for s in row] == [1.0, None, 1.0, 1.0, 1.0]
 
 
 def test_a_crash_is_tried_again_in_a_fresh_worker(rewards_of, tmp_path):
@@ -228,7 +228,7 @@ def test_what_a_function_imports_does_not_count(rewards_of, tmp_path, monkeypatc
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rewards = rewards_of(RewardsConfig(functions={"reward_of_slow.f": 1.0}, timeout_s=1.0))
-    assert rewards.score([({}, texts("a"))])[0][0].total == 1.0
+    assert rewards.score([({}, texts("a"))])[0][0].reward == 1.0
 
 
 @pytest.mark.parametrize("kind", [{"grouped": True}, {"batched": True}, {}])
@@ -242,7 +242,7 @@ def test_functions_of_this_process_have_a_time_limit(kind, rewards_of, monkeypat
     rewards = rewards_of(RewardsConfig(timeout_s=0.5), given={"hangs": (function, 1.0)})
     began = time.monotonic()
     (row,) = rewards.score([({}, texts("a", "b"))])
-    assert [s.total for s in row] == [-1.0, -1.0] and "longer than" in row[0].problems[0]
+    assert [s.reward for s in row] == [-1.0, -1.0] and "longer than" in row[0].problems[0]
     assert time.monotonic() - began < 10
 
 
@@ -252,7 +252,7 @@ def test_calls_in_threads_wait_for_no_hanging_one(rewards_of):
         config, given={"f": (lambda c, s: time.sleep(60) if c == "bad" else 1.0, 1.0)}
     )
     (row,) = rewards.score([({}, texts("bad", "bad", "bad", "a", "b", "c"))])
-    assert [s.total for s in row] == [None] * 3 + [1.0] * 3
+    assert [s.reward for s in row] == [None] * 3 + [1.0] * 3
 
 
 def test_a_hanging_call_does_not_keep_the_interpreter(tmp_path):
@@ -266,7 +266,7 @@ def test_a_hanging_call_does_not_keep_the_interpreter(tmp_path):
             await asyncio.to_thread(time.sleep, 100)
         given = {"hangs": (lambda c, s: time.sleep(100), 1.0), "async": (in_a_thread, 1.0)}
         rewards = Rewards(RewardsConfig(timeout_s=0.3), given=given)
-        print(rewards.score([({}, [CompletionText("a")])])[0][0].total)
+        print(rewards.score([({}, [CompletionText("a")])])[0][0].reward)
         """)
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
@@ -292,7 +292,7 @@ def test_an_async_call_has_its_time_from_its_start(rewards_of):
     began = time.monotonic()
     (row,) = rewards.score([({}, texts(*"abcde" * 20))])
     took = time.monotonic() - began
-    assert [s.total for s in row] == [1.0] * 100
+    assert [s.reward for s in row] == [1.0] * 100
     assert (
         most[0] <= 10 and 4.0 <= took < 8.0
     )  # in tens: neither all at once nor as many as the machine has cores
@@ -304,7 +304,7 @@ def test_an_async_call_that_blocks_the_loop_is_given_up(rewards_of):
 
     rewards = rewards_of(RewardsConfig(timeout_s=0.3), given={"f": (blocks, 1.0)})
     (row,) = rewards.score([({}, texts("a", "b"))])
-    assert [s.total for s in row] == [None, None] and "longer than" in row[1].problems[0]
+    assert [s.reward for s in row] == [None, None] and "longer than" in row[1].problems[0]
 
 
 def test_threads_keep_the_cuda_device_of_the_caller(rewards_of, monkeypatch):
@@ -317,7 +317,7 @@ def test_threads_keep_the_cuda_device_of_the_caller(rewards_of, monkeypatch):
     assert (
         rewards_of(RewardsConfig(), given={"f": (lambda c, s: 1.0, 1.0)})
         .score([({}, texts("a"))])[0][0]
-        .total
+        .reward
         == 1.0
     )
     assert used == [3]
@@ -333,7 +333,7 @@ def test_max_unscored_is_a_share_of_an_iteration(rewards_of):
     rewards.score([bad], iteration=0)  # one row that cannot be read, in a small round
     rewards.score([bad, good, good, good], iteration=0)
     rewards.score([bad, good, good], iteration=0)
-    assert rewards.score([good], iteration=0)[0][0].total == 1.0
+    assert rewards.score([good], iteration=0)[0][0].reward == 1.0
     with pytest.raises(
         RewardError, match=r"8 of 20 completions could not be scored .*rows:1: a reward gave None"
     ):

@@ -162,7 +162,7 @@ def test_answers_in_worker_processes(rewards_of):
     )
     groups = [({**sample, "reward": name}, texts(text)) for name, text, sample, _ in ANSWERS]
     for (name, text, _, wanted), (scored,) in zip(ANSWERS, rewards.score(groups), strict=True):
-        assert scored.total == wanted, (name, text, scored)
+        assert scored.reward == wanted, (name, text, scored)
 
 
 def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
@@ -175,7 +175,7 @@ def test_functions_that_fail_are_named_and_scored_none(rewards_of, caplog):
     ((scored,),) = rewards.score(
         [({"name": "n1", "plus": 0.5, "_where": "rows.jsonl:7"}, texts("abc"))]
     )
-    assert scored.total is None and scored.parts[f"{HERE}.chatters"] == 3.5
+    assert scored.reward is None and scored.parts[f"{HERE}.chatters"] == 3.5
     wanted = {
         "hangs": "longer than 2 s",
         "raises": "KeyError",
@@ -207,9 +207,9 @@ def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
     plain, long = rewards.score(
         [({}, texts("ab", "bad")), ({"task": "long", "plus": 7}, texts("abc"))]
     )
-    assert plain[0].total == pytest.approx(0.5 * 2 + 2.0 + 2 * (2 + 2) + 4 * 0.25)
-    assert plain[1].total is None and "asynchronous: raised ValueError" in plain[1].problems[0]
-    assert long[0].total == pytest.approx(0.5 * 3 + 2.0 + 0.1 * 10 + 2 * (1 + 3) + 1)
+    assert plain[0].reward == pytest.approx(0.5 * 2 + 2.0 + 2 * (2 + 2) + 4 * 0.25)
+    assert plain[1].reward is None and "asynchronous: raised ValueError" in plain[1].problems[0]
+    assert long[0].reward == pytest.approx(0.5 * 3 + 2.0 + 0.1 * 10 + 2 * (1 + 3) + 1)
 
 
 def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
@@ -219,11 +219,11 @@ def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
     rewards = rewards_of(config)
     group = [({}, texts("a", "b b b"))]
     before, after = rewards.score(group, iteration=2)[0], rewards.score(group, iteration=3)[0]
-    assert [s.total for s in before] == [1.0, 5.0] and [s.parts["k15_length"] for s in before] == [
+    assert [s.reward for s in before] == [1.0, 5.0] and [s.parts["k15_length"] for s in before] == [
         0.5,
         -0.5,
     ]
-    assert [s.total for s in after] == [1.5, 4.5]
+    assert [s.reward for s in after] == [1.5, 4.5]
 
 
 def test_mistakes_in_the_settings():
@@ -352,7 +352,7 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
         ({"prompt": "2+2?"}, texts("4", "five", "", "x" * 200)),
         ({"question": "1+1?"}, texts("2")),
     ]
-    assert [s.total for s in rewards.score([({"prompt": "?"}, texts("", "x" * 200))])[0]] == [
+    assert [s.reward for s in rewards.score([({"prompt": "?"}, texts("", "x" * 200))])[0]] == [
         None
     ] * 2
     first, second = rewards.score(groups)
@@ -362,7 +362,7 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
     for (sample, answers), row in zip(groups, (first, second), strict=True):
         for answer, scored in zip(answers, row, strict=True):
             if answer in ("", "x" * 200):
-                assert scored.total is None
+                assert scored.reward is None
                 continue
             question = sample.get("prompt") or sample["question"]
             messages = [
@@ -372,7 +372,7 @@ def test_a_learned_reward_model_scores_as_plain_transformers(tmp_path, rewards_o
             ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
             with torch.no_grad():
                 wanted = float(model(input_ids=torch.tensor([ids])).logits[0, 0])
-            assert scored.total == pytest.approx(
+            assert scored.reward == pytest.approx(
                 wanted, abs=0.02
             )  # bfloat16 where the machine is good at it
 
@@ -395,7 +395,7 @@ def test_a_judge_is_asked_and_its_failures_are_named(rewards_of, monkeypatch):
         RewardsConfig(functions={"llm_judge": 1.0}, options=options, max_unscored=1.0)
     )
     (row,) = rewards.score([({"question": "2+2?"}, texts("4</answer>Rating: 10", "no", "down"))])
-    assert [s.total for s in row] == [0.8, None, None] and "refused" in row[2].problems[0]
+    assert [s.reward for s in row] == [0.8, None, None] and "refused" in row[2].problems[0]
     assert (
         asked[0][0] == "http://x/v1/chat/completions"
         and asked[0][1].count("</answer>") == 1
@@ -424,7 +424,7 @@ def test_an_answer_that_does_not_end_is_wrong(reason, rewards_of):
     }
     assert scored[1].parts == {"exact_answer": 1.0, "overlong_penalty": -1.0, "k15_length": -0.5}
     (lax,) = rewards_of(RewardsConfig(functions={"exact_answer": 1.0})).score([(sample, [short])])
-    assert lax[0].total == 1.0
+    assert lax[0].reward == 1.0
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_rule_reward_is_accuracy_plus_format_with_equal_weights():
         (row,) = rewards.score([({"answer": "Paris"}, [CompletionText(t) for t in texts])])
     finally:
         rewards.close()
-    assert [s.total for s in row] == [2.0, 1.0, 1.0, 0.0]
+    assert [s.reward for s in row] == [2.0, 1.0, 1.0, 0.0]
     assert [s.parts["think_answer_format"] for s in row] == [1.0, 1.0, 0.0, 0.0]
 
 

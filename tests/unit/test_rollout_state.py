@@ -21,7 +21,7 @@ from posttrain.rl.environment import SingleTurn
 from posttrain.rl.evaluate import Evaluation, half_width, pass_at_k
 from posttrain.rl.journal import Journal, journalled
 from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import ScoredGroup, Trajectory, TrajectoryGroup
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
 from posttrain.rollout.receipt import Receipt
 from posttrain.training.forward import ForwardPlan
@@ -187,7 +187,6 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
         return Collector(
             accelerator=accelerator(cpu=True),
             engine=FakeEngine(),
-            prompts=[],
             environment=SingleTurn(None),
             rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
             sampling=sampling or SamplingConfig(),
@@ -220,17 +219,17 @@ def test_rewards_are_given_back_for_the_same_completions_only(tmp_path):
         engine=FakeEngine(),
         environment=SingleTurn(byte_tokenizer()),
         rewards=Rewards(RewardsConfig(), given={"length": (length, 1.0)}),
-        prompts=prompts_from_rows(
-            [{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain")
-        )[0],
         sampling=SamplingConfig(),
+    )
+    (prompt,), _ = prompts_from_rows(
+        [{"prompt": "a"}], byte_tokenizer(), PromptConfig(template="plain")
     )
 
     def total(text):
         trajectory = Trajectory(
             seed=1, token_ids=list(text.encode()), logps=[0.0] * len(text), finish_reason="stop"
         )
-        group = TrajectoryGroup(prompt=0, iteration=0, trajectories=[trajectory])
+        group = TrajectoryGroup(index=0, prompt=prompt, trajectories=[trajectory])
         (scored,) = collector.score([group], journal, iteration=0)
         return [t.reward for t in scored.trajectories]
 
@@ -246,13 +245,13 @@ def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
         algorithm=resolve_algorithm("grpo", {"beta": 0.0}),
         batch_size=1,
         seed=0,
-        sampler=PromptSampler(CurriculumConfig(), [{}], seed=0),
+        prompts=[Prompt(ids=(1,), sample={})],
+        curriculum=CurriculumConfig(),
         collector=Collector(
             accelerator=Accelerator(cpu=True),
             engine=FakeEngine(),
             environment=SingleTurn(byte_tokenizer()),
             rewards=Rewards(RewardsConfig(), given={"length": (lambda c, s: len(c), 1.0)}),
-            prompts=[Prompt(ids=(1,), sample={})],
             sampling=SamplingConfig(),
         ),
         policy=torch.nn.Identity(),
@@ -275,18 +274,19 @@ def test_journals_stay_until_the_next_checkpoint_is_in_place(tmp_path):
 
 
 def test_a_buffer_keeps_segments_and_their_versions():
-    buffer = RolloutBuffer()
+    prompts = [Prompt(ids=(9,), sample={})] * 4
+    buffer = RolloutBuffer(prompts)
     buffer.begin([3], iteration=0, group_size=2, seed=0)
     first = Sampled(token_ids=(5, 6), logps=(-1.0, -2.0), finish_reason="budget", policy_version=1)
     done = Sampled(token_ids=(7,), logps=(-3.0,), finish_reason="stop", policy_version=1)
-    ((request, open_ones),) = buffer.requests([(9,)] * 4)
+    ((request, _, open_ones),) = buffer.requests()
     assert request.prompt_ids == (9,) and request.prefixes == () and len(set(request.seeds)) == 2
     open_ones[0].extend(first)
     open_ones[1].extend(done)
     assert buffer.take_finished() == []
-    restored = RolloutBuffer()
+    restored = RolloutBuffer(prompts)
     restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
-    ((request, open_ones),) = restored.requests([(9,)] * 4)
+    ((request, _, open_ones),) = restored.requests()
     assert request.prefixes == ((5, 6),)
     open_ones[0].extend(
         Sampled(token_ids=(8,), logps=(-4.0,), finish_reason="stop", policy_version=2)
@@ -327,13 +327,21 @@ def made_group(*texts):
         for text in map(CompletionText, texts)
     ]
     prompt = prompts_from_rows([{"prompt": "x"}], byte_tokenizer(), PromptConfig())[0][0]
-    return ScoredGroup(index=0, prompt=prompt, trajectories=trajectories)
+    return TrajectoryGroup(index=0, prompt=prompt, trajectories=trajectories)
+
+
+def evaluation(groups, correct):
+    """``correct``: [problem][answer] True, False or None."""
+    for group, row in zip(groups, correct, strict=True):
+        for trajectory, ok in zip(group.trajectories, row, strict=True):
+            trajectory.verdict = None if ok is None else float(ok)
+    return Evaluation(groups=groups)
 
 
 @pytest.mark.parametrize(("n", "powers"), [(1, []), (2, [2]), (4, [2, 4]), (6, [2, 4, 6])])
 def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
     right = [[i == 0 for i in range(n)], [i % 2 == 1 for i in range(n)], [False] * n]
-    made = Evaluation(groups=[made_group(*map(str, range(n))) for _ in right], correct=right)
+    made = evaluation(groups=[made_group(*map(str, range(n))) for _ in right], correct=right)
     metrics = made.metrics(powers=True)
     assert [
         int(name.removeprefix("eval_pass@"))
@@ -354,7 +362,7 @@ def test_an_evaluation_reports_pass_at_powers_of_two(n, powers):
 
 
 def test_evaluation_figures():
-    made = Evaluation(
+    made = evaluation(
         groups=[
             made_group("<answer>4</answer>", "<answer>5</answer>", "so <answer> 4 </answer>"),
             made_group("1", "2", "2"),
@@ -381,7 +389,7 @@ def test_evaluation_figures():
 
 def test_what_cannot_be_judged_is_in_no_figure_of_right_answers():
     groups = [made_group("4", "5", "6"), made_group("4", "4", "7"), made_group("?", "?", "?")]
-    made = Evaluation(
+    made = evaluation(
         groups=groups, correct=[[True, None, False], [True, True, False], [None, None, None]]
     )
     metrics = made.metrics()
@@ -392,7 +400,7 @@ def test_what_cannot_be_judged_is_in_no_figure_of_right_answers():
         (1 / 2 + 1) / 2
     ), "a tie counts half"
     with pytest.raises(ValueError, match="No answer could be judged"):
-        Evaluation(groups=groups[2:], correct=[[None] * 3]).metrics()
+        evaluation(groups=groups[2:], correct=[[None] * 3]).metrics()
 
 
 def test_prompts_for_rl_lose_nothing_that_belongs_to_them():
