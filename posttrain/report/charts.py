@@ -57,6 +57,10 @@ def point_with_interval(rows: Rows) -> dict[str, Any] | None:
 
     if not rows:
         return None
+    stages = [row["stage"] for row in rows]
+    # names of neighbours stand above and below, so that they do not cover each other
+    ordered = sorted(rows, key=lambda row: row["mean_tokens"])
+    rows = [{**row, "above": i % 2 == 0} for i, row in enumerate(ordered)]
     base = encoded(rows).transform_calculate(
         low="max(0, datum.accuracy - datum.accuracy_ci95)",
         high="min(1, datum.accuracy + datum.accuracy_ci95)",
@@ -68,16 +72,19 @@ def point_with_interval(rows: Rows) -> dict[str, Any] | None:
         alt.Tooltip("accuracy_ci95:Q", format=".1%", title="± (95 %)"),
         alt.Tooltip("mean_tokens:Q", format=",.4~g", title="tokens"),
     ]
-    colour = alt.Color("stage:N").legend(None).scale(domain=[r["stage"] for r in rows])
+    colour = alt.Color("stage:N").legend(None).scale(domain=stages)
     share = alt.Y("low:Q").title("accuracy").axis(format="~%").scale(zero=False, nice=True)
     rule = base.mark_rule(strokeWidth=1.5).encode(x=x, y=share, y2="high:Q", color=colour)
     point = base.mark_point(filled=True, size=80, opacity=1).encode(
         x=x, y=alt.Y("accuracy:Q").title("accuracy"), color=colour, tooltip=tips
     )
-    text = base.mark_text(align="left", dx=8, dy=-8, fontSize=12).encode(
-        x=x, y="accuracy:Q", text="stage:N"
-    )
-    return finished(alt.layer(rule, point, text), height=280)
+    names = [
+        base.transform_filter(alt.datum.above == above)
+        .mark_text(align="left", dx=8, dy=dy, fontSize=12)
+        .encode(x=x, y="accuracy:Q", text="stage:N")
+        for above, dy in ((True, -8), (False, 12))
+    ]
+    return finished(alt.layer(rule, point, *names), height=280)
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:

@@ -29,7 +29,7 @@ STATES = {
     "waiting": ("○", "#9498a0"),
 }
 """Sign and colour of each state."""
-_WIDTH, _HEIGHT, _LANE, _GAP_X, _GAP_Y = 168, 50, 8, 46, 18
+_WIDTH, _HEIGHT, _LANE, _GAP_X, _GAP_Y = 168, 46, 8, 18, 34
 FIGURES = {
     "accuracy": "accuracy",
     "mean_tokens": "tokens per answer",
@@ -119,38 +119,38 @@ def _trade(stages: Sequence[Stage]) -> Html:
 
 
 Thing = str | tuple[str, str, int]
-"""A stage, or a lane: where an arrow (need, stage) goes through a column between the two."""
+"""A stage, or a lane: where an arrow (need, stage) goes through a row between the two."""
 Place = tuple[float, float]
-"""Left end and middle, in pixels."""
+"""Middle and upper end, in pixels."""
 
 
 def graph(stages: Sequence[Stage], links: Mapping[str, str], *, style: str | None = None) -> Html:
-    """SVG of the stages in columns, with arrows from what a stage needs to it; without those to a
+    """SVG of the stages in rows, with arrows from what a stage needs to it; without those to a
     stage that is needed by another of its needs as well."""
-    column: dict[Thing, int] = {}
+    row: dict[Thing, int] = {}
     behind: dict[str, set[str]] = {}
     ways: list[list[Thing]] = []
     for stage in stages:  # each comes after all that it needs
         name, needs = stage["name"], stage["needs"]
-        column[name] = max((column[n] + 1 for n in needs), default=0)
+        row[name] = max((row[n] + 1 for n in needs), default=0)
         behind[name] = set(needs).union(*(behind[n] for n in needs))
         for need in needs:
             if not any(need in behind[other] for other in needs):
-                between = range(column[need] + 1, column[name])
+                between = range(row[need] + 1, row[name])
                 ways.append([need, *((need, name, i) for i in between), name])
-    column |= {lane: lane[2] for way in ways for lane in way if not isinstance(lane, str)}
-    places = _places(column, ways)
-    middles = [y for _, y in places.values()]
-    top, bottom = min(middles), max(middles)
-    width = max(column.values()) * (_WIDTH + _GAP_X) + _WIDTH + 4
-    height = bottom - top + _HEIGHT + 4
+    row |= {lane: lane[2] for way in ways for lane in way if not isinstance(lane, str)}
+    places = _places(row, ways)
+    middles = [x for x, _ in places.values()]
+    left, right = min(middles), max(middles)
+    width = right - left + _WIDTH + 4
+    height = max(row.values()) * (_HEIGHT + _GAP_Y) + _HEIGHT + 4
     boxes = [_box(s, places[s["name"]], links.get(s["name"])) for s in stages]
     return tag(
         "svg",
         [_arrow(way, [places[thing] for thing in way]) for way in ways],
         boxes,
         xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"-2 {top - _HEIGHT / 2 - 2} {width} {height}",
+        viewBox=f"{left - _WIDTH / 2 - 2} -2 {width} {height}",
         width=width,
         height=height,
         font_family=THEME["font"],
@@ -158,32 +158,32 @@ def graph(stages: Sequence[Stage], links: Mapping[str, str], *, style: str | Non
     )
 
 
-def _places(column: Mapping[Thing, int], ways: Sequence[Sequence[Thing]]) -> dict[Thing, Place]:
-    """In a column, things are ordered as what they need is."""
-    before: dict[Thing, list[Thing]] = {thing: [] for thing in column}
+def _places(row: Mapping[Thing, int], ways: Sequence[Sequence[Thing]]) -> dict[Thing, Place]:
+    """In a row, things are ordered as what they need is."""
+    before: dict[Thing, list[Thing]] = {thing: [] for thing in row}
     for way in ways:
         for here, there in pairwise(way):
             before[there].append(here)
     places: dict[Thing, Place] = {}
-    for i in range(max(column.values()) + 1):
-        things = [thing for thing, own in column.items() if own == i]
-        things.sort(key=lambda thing: fmean([places[b][1] for b in before[thing]] or [0.0]))
-        tall = {thing: _HEIGHT if isinstance(thing, str) else _LANE for thing in things}
-        top = -(sum(tall.values()) + _GAP_Y * (len(tall) - 1)) / 2
-        for thing, height in tall.items():
-            places[thing] = (i * (_WIDTH + _GAP_X), top + height / 2)
-            top += height + _GAP_Y
+    for i in range(max(row.values()) + 1):
+        things = [thing for thing, own in row.items() if own == i]
+        things.sort(key=lambda thing: fmean([places[b][0] for b in before[thing]] or [0.0]))
+        wide = {thing: _WIDTH if isinstance(thing, str) else _LANE for thing in things}
+        left = -(sum(wide.values()) + _GAP_X * (len(wide) - 1)) / 2
+        for thing, width in wide.items():
+            places[thing] = (left + width / 2, i * (_HEIGHT + _GAP_Y))
+            left += width + _GAP_X
     return places
 
 
 def _arrow(way: Sequence[Thing], places: Sequence[Place]) -> Html:
     (x, y), *stops = places
-    line = f"M{x + _WIDTH} {y}"
-    for x, there in stops:
-        bend = x - _GAP_X / 2
-        line += f"H{bend - 12}C{bend} {y} {bend} {there} {bend + 12} {there}"
-        y = there
-    line += f"H{x - 2}m-6 -4l6 4l-6 4"
+    line = f"M{x} {y + _HEIGHT}"
+    for there, y in stops:
+        bend = y - _GAP_Y / 2
+        line += f"V{bend - 12}C{x} {bend} {there} {bend} {there} {bend + 12}"
+        x = there
+    line += f"V{y - 2}m-4 -6l4 6l4 -6"
     title = tag("title", f"{way[0]} → {way[-1]}")
     return tag("path", title, d=line, fill="none", stroke="#8a8f98", stroke_width=1.5)
 
@@ -191,15 +191,15 @@ def _arrow(way: Sequence[Thing], places: Sequence[Place]) -> Html:
 def _box(stage: Stage, place: Place, link: str | None) -> Html:
     (x, y), name, seconds = place, stage["name"], stage["seconds"]
     sign, colour = STATES[stage["state"]]
-    took = "" if seconds is None else f", {duration(seconds)}"
-    text = {"x": x + _WIDTH / 2, "text_anchor": "middle", "fill": "currentColor"}
+    state = f"{sign} {stage['state']}" + ("" if seconds is None else f", {duration(seconds)}")
+    text = {"x": x, "text_anchor": "middle", "fill": "currentColor"}
     return tag(
         "a" if link else "g",
         tag("title", f"{name}: {stage['command']}"),
         tag(
             "rect",
-            x=x,
-            y=y - _HEIGHT / 2,
+            x=x - _WIDTH / 2,
+            y=y,
             width=_WIDTH,
             height=_HEIGHT,
             rx=7,
@@ -208,10 +208,8 @@ def _box(stage: Stage, place: Place, link: str | None) -> Html:
             stroke=colour,
             stroke_width=1.5,
         ),
-        tag("text", _short(name), y=y - 4, font_size=13, font_weight=600, **text),
-        tag(
-            "text", f"{sign} {stage['state']}{took}", y=y + 14, font_size=11.5, opacity=0.8, **text
-        ),
+        tag("text", _short(name), y=y + _HEIGHT / 2 - 4, font_size=13, font_weight=600, **text),
+        tag("text", state, y=y + _HEIGHT / 2 + 14, font_size=11.5, opacity=0.8, **text),
         href=link,
     )
 

@@ -50,24 +50,24 @@ def picture(stages: list[dict]) -> tuple[dict[str, dict], dict[str, list]]:
 
 
 def points(line: str) -> Iterator[tuple[float, float]]:
-    """Along a path of M, H and C up to its head, curves at nine places."""
+    """Along a path of M, V and C up to its head, curves at nine places."""
     x = y = 0.0
-    for command, given in re.findall(r"([MHC])([^A-Za-z]*)", line.partition("m")[0]):
+    for command, given in re.findall(r"([MVC])([^A-Za-z]*)", line.partition("m")[0]):
         numbers = [float(n) for n in given.split()]
         if command == "C":
             xs, ys = [x, *numbers[::2]], [y, *numbers[1::2]]
             for t in (i / 8 for i in range(9)):
                 share = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3]
                 yield tuple(sum(s * v for s, v in zip(share, vs, strict=True)) for vs in (xs, ys))
-        elif command == "H":
-            yield from ((x + (numbers[0] - x) * i / 8, y) for i in range(9))
-        x, y = numbers[-2:] if command != "H" else (numbers[0], y)
+        elif command == "V":
+            yield from ((x, y + (numbers[0] - y) * i / 8) for i in range(9))
+        x, y = numbers[-2:] if command != "V" else (x, numbers[0])
 
 
-def test_a_stage_is_one_column_behind_the_last_that_it_needs():
-    lefts = {name: box["x"] for name, box in picture(STAGES)[0].items()}
-    columns = sorted(set(lefts.values()))
-    found = {name: columns.index(x) for name, x in lefts.items()}
+def test_a_stage_is_one_row_below_the_last_that_it_needs():
+    tops = {name: box["y"] for name, box in picture(STAGES)[0].items()}
+    rows = sorted(set(tops.values()))
+    found = {name: rows.index(y) for name, y in tops.items()}
     assert found == {"prep": 0, "cold": 1, "rl": 2, "other": 2, EVIL: 3}
 
 
@@ -84,8 +84,8 @@ def test_boxes_do_not_overlap_and_arrows_go_around_them():
     assert lines.keys() == {f"{n} → {s['name']}" for s in stages for n in s["needs"]} - shortcuts
     for arrow, way in lines.items():
         first, last = (boxes[name] for name in arrow.split(" → "))
-        assert way[0] == (first["x"] + first["width"], first["y"] + first["height"] / 2)
-        assert way[-1] == (last["x"] - 2, last["y"] + last["height"] / 2)
+        assert way[0] == (first["x"] + first["width"] / 2, first["y"] + first["height"])
+        assert way[-1] == (last["x"] + last["width"] / 2, last["y"] - 2)
         for box in boxes.values():
             for x, y in way:
                 is_beside = not box["x"] < x < box["x"] + box["width"]
