@@ -257,12 +257,18 @@ def _clock(seconds: float) -> str:
 
 
 def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
-    from posttrain.pipeline.slurm import submit
+    from posttrain.pipeline.slurm import queued_jobs, submit
 
-    states = {s.name: pipeline.verdict(s).state for s in pipeline.stages}
-    left = [s for s in stages if states[s.name] not in ("done", "running")]
+    states, queued = (
+        {s.name: pipeline.verdict(s).state for s in pipeline.stages},
+        queued_jobs(pipeline),
+    )
+    for name, job in queued.items():
+        print(f"{name}: job {job}, submitted before")
+    left = [s for s in stages if states[s.name] not in ("done", "running") and s.name not in queued]
     for stage in left:
-        if running := [name for name in stage.needs if states[name] == "running"]:
+        elsewhere = [name for name in stage.needs if name not in queued]
+        if running := [name for name in elsewhere if states[name] == "running"]:
             raise ValueError(
                 f"Stage {stage.name} needs {running[0]}, which is being run now: a job cannot be "
                 "told to wait for it. Submit again when it is done, or name other stages (--only)."
@@ -272,7 +278,7 @@ def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespa
     words += ["--quick"] if arguments.quick else []
     words += [w for pair in arguments.set for w in ("--set", pair)]
     words += ["--out", str(pipeline.root), "--only"]
-    jobs = submit(pipeline, left, run=words, options=shlex.split(arguments.sbatch))
+    jobs = submit(pipeline, left, run=words, options=shlex.split(arguments.sbatch), queued=queued)
     for name, job in jobs.items():
         print(f"{name}: job {job}")
 

@@ -17,7 +17,7 @@ import yaml
 
 from posttrain.cli.main import main
 from posttrain.pipeline.run import Pipeline, StageFailed, option
-from posttrain.pipeline.slurm import job_script, submit
+from posttrain.pipeline.slurm import job_script, queued_jobs, submit
 from posttrain.pipeline.stages import OUTPUTS, command_of, merged, read_stages
 from tests.e2e.launching import REPO
 
@@ -443,12 +443,22 @@ def test_slurm_jobs_wait_for_what_they_need(folder, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     p = pipeline(folder)
-    jobs = submit(p, p.stages, run=["posttrain", "run", "--only"], options=["--partition=gpu"])
+    given_to_all = {"run": ["posttrain", "run", "--only"], "options": ["--partition=gpu"]}
+    assert queued_jobs(p) == {}
+    jobs = submit(p, p.stages, **given_to_all, queued={})
     assert jobs == {"top": "1", "left": "2", "right": "3", "bottom": "4"}
     lines = given.read_text().splitlines()
     assert "--dependency" not in lines[0] and all("--partition=gpu" in line for line in lines)
     assert "--dependency=afterok:1 " in lines[1] and "--dependency=afterok:1 " in lines[2]
     assert "--dependency=afterok:2:3 " in lines[3]
+    squeue = program.with_name("squeue")
+    squeue.write_text("#!/bin/bash\necho 1\necho 3\necho 77\n")
+    squeue.chmod(0o755)
+    assert queued_jobs(p) == {"top": "1", "right": "3"}, "the job of left failed, and bottom's went"
+    again = [s for s in p.stages if s.name in ("left", "bottom")]
+    assert submit(p, again, **given_to_all, queued=queued_jobs(p)) == {"left": "5", "bottom": "6"}
+    lines = given.read_text().splitlines()
+    assert "--dependency=afterok:1 " in lines[4] and "--dependency=afterok:5:3 " in lines[5]
     script = job_script(p.stages[3], ["posttrain", "run", "--only"], log=Path("x.log"))
     assert script.startswith("#!/bin/bash\n#SBATCH --job-name=bottom\n")
     assert script.endswith("\nposttrain run --only bottom\n")
