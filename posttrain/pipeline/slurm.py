@@ -24,8 +24,8 @@ def submit(
     queued: Mapping[str, str],
 ) -> dict[str, str]:
     """{stage: job id}. ``run``: the command that runs a stage when its name is appended;
-    ``options``: of sbatch, for all; a stage's own ``slurm:`` goes before them; ``queued``: jobs that
-    others wait for. Raises ValueError with what sbatch says."""
+    ``options``: of sbatch, for all; a stage's own ``slurm:`` goes before them; ``queued``: jobs
+    that others wait for. Raises ValueError with what sbatch says."""
     jobs: dict[str, str] = {}
     pipeline.records.mkdir(parents=True, exist_ok=True)
     for stage in stages:
