@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from posttrain.report.charts import lines, stacked, stacked_over_steps
 from posttrain.report.page import Html, chart, tag
 from posttrain.report.run import Run
+from posttrain.types import is_held_out
 
 
 class Curve(NamedTuple):
@@ -104,11 +105,6 @@ PHASES = {
     "update_s": "update",
 }
 _NO_CURVE = re.compile(r"step_s|.*_ci95|step|iteration|" + "|".join(PHASES))
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a metric is of an evaluation: eval_loss, rewards_eval/accuracies."""
-    return name.startswith("eval_") or "_eval/" in name
 
 
 def label(name: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from posttrain.files import whole_file
-from posttrain.training.config import flat_settings, to_dict
+from posttrain.resolve import flat
+from posttrain.training.config import to_dict
 from posttrain.training.loop import TrainResult
-from posttrain.training.metrics import is_held_out, read_metrics
+from posttrain.training.metrics import read_metrics
+from posttrain.types import is_held_out
 
 _LIBRARIES = ("posttrain", "torch", "transformers", "peft", "datasets")
 
@@ -45,7 +47,7 @@ def write_card(trainer: Any, result: TrainResult) -> None:
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    now, default = flat_settings(to_dict(config)), flat_settings(to_dict(type(config)()))
+    now, default = dict(flat(to_dict(config))), dict(flat(to_dict(type(config)())))
     ignored = ("train.run_dir", "train.name", "train.trackers")
     return {k: v for k, v in now.items() if v != default.get(k) and k not in ignored}
 
