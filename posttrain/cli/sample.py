@@ -104,10 +104,11 @@ def _told(evaluation: Evaluation, seconds: float) -> str:
 
 def _continue(out: Path, arguments: argparse.Namespace) -> None:
     """ValueError where the folder holds answers drawn in another way."""
+    from posttrain.models.load import trained_source
     from posttrain.training.identity import source_digest
 
     settings = {name: getattr(arguments, name) for name in _DECIDE}
-    settings["model"] = source_digest(_final(arguments.model))
+    settings["model"] = source_digest(trained_source(arguments.model))
     settings = json.loads(json.dumps(settings))
     path = out / _SETTINGS
     if not path.exists():
@@ -123,11 +124,6 @@ def _continue(out: Path, arguments: argparse.Namespace) -> None:
                 f"{out} holds answers drawn with {name} {there.get(name)!r}; now it is {value!r}. "
                 "Give another --out, or delete the folder."
             )
-
-
-def _final(model: str) -> str:
-    final = Path(model) / "final"
-    return str(final) if final.is_dir() else model
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
