@@ -56,7 +56,7 @@ def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
     names = [run.name for run in runs]
     known, others = curves(runs)
     viewer, scripts = Html(""), []
-    if len(samples):
+    if samples.rows:
         viewer = tag("div", packed(samples.packed(names), name="packed-samples"), id="viewer")
         scripts = ["viewer.js"]
     costs = grid([*time_charts(runs), *memory_charts(runs)], " costs")
