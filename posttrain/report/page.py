@@ -176,6 +176,27 @@ def number(value: Any, *, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def with_interval(value: Any, half_width: float | None, *, is_share: bool) -> str:
+    """``12.5 ± 5.0 %`` of a share, ``1.23 ± 0.4`` of anything else."""
+    if value is not None and is_share:
+        half = "" if half_width is None else f" ± {100 * half_width:.1f}"
+        return f"{100 * value:.1f}{half} %"
+    return number(value) + ("" if half_width is None else f" ± {number(half_width)}")
+
+
+def columns_by_use(columns: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """What is said of the columns that were used, carried, ..., with their numbers of rows."""
+    uses = {
+        "used": "columns used",
+        "carried": "columns carried along, not read",
+        "for the rewards": "columns for the rewards",
+    }
+    return {
+        uses.get(use, use): ", ".join(f"{name} ({n:,})" for name, n in counts.items())
+        for use, counts in columns.items()
+    }
+
+
 def duration(seconds: float | None) -> str:
     """``2 h 05 min``, ``3 min 20 s``, ``4.1 s``."""
     if seconds is None:

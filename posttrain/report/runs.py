@@ -9,17 +9,18 @@ from typing import Any
 from posttrain.report.curves import curves, grid, memory_charts, phases, time_charts
 from posttrain.report.page import (
     Html,
+    columns_by_use,
     duration,
     fold,
     join,
-    number,
     packed,
     page,
     section,
     table,
     tag,
+    with_interval,
 )
-from posttrain.report.run import Run
+from posttrain.report.run import Run, is_done
 from posttrain.report.samples import read_samples
 
 _KEY_FIGURES = {
@@ -43,11 +44,6 @@ _COUNTS = {
     "trained_tokens": "tokens trained",
     "too long": "rejected: prompt longer than data.max_prompt_length",
 }
-_USES = {
-    "used": "columns used",
-    "carried": "columns carried along, not read",
-    "for the rewards": "columns for the rewards",
-}
 
 
 def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
@@ -66,8 +62,8 @@ def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
         section("Time and memory", costs),
         section("Samples", viewer),
         section("Settings", *_settings(runs)),
-        section("Data", *_data(runs)),
-        section("Environment", _environment(runs)),
+        section("Data", _side_by_side(runs, list(map(_data, runs)), numbers_from=1)),
+        section("Environment", _side_by_side(runs, list(map(_environment, runs)))),
         intro=_intro(runs),
         scripts=scripts,
         reload_s=reload_s,
@@ -94,11 +90,12 @@ def _intro(runs: Sequence[Run]) -> Html:
 
 def _summary(run: Run) -> list[Any]:
     """Name, what was done, state, key figure, its first and last value, seconds, memory."""
-    of = f" of {run.num_steps:,}" if run.num_steps and not run.is_done else ""
-    state = f"{'done' if run.is_done else 'not done'}, {run.last_step:,}{of} steps"
-    lines = (*run.steps, *run.held_out)
+    lines = sorted((*run.steps, *run.held_out), key=lambda line: line["step"])
+    step, done = lines[-1]["step"] if lines else 0, is_done(run.folder)
+    of = f" of {run.num_steps:,}" if run.num_steps and not done else ""
+    state = f"{'done' if done else 'not done'}, {step:,}{of} steps"
     name = next((n for n in _KEY_FIGURES if any(n in line for line in lines)), "loss")
-    values = [line for line in sorted(lines, key=lambda s: s["step"]) if line.get(name) is not None]
+    values = [line for line in lines if line.get(name) is not None]
     first, last = (_figure(name, line) for line in (values[0], values[-1])) if values else ("", "")
     spent = sum(s for step in run.steps for _, s in phases(step))
     measured = (run.about.get("memory") or {}).get("measured_bytes")
@@ -115,27 +112,32 @@ def _summary(run: Run) -> list[Any]:
 
 
 def _figure(name: str, line: Mapping[str, Any]) -> str:
-    value, half = line[name], line.get(f"{name}_ci95")
-    if name.endswith("loss") or name == "reward":
-        return number(value)
-    return f"{100 * value:.1f}{'' if half is None else f' ± {100 * half:.1f}'} %"
+    is_share = not name.endswith("loss") and name != "reward"
+    return with_interval(line[name], line.get(f"{name}_ci95"), is_share=is_share)
+
+
+def _side_by_side(
+    runs: Sequence[Run], columns: Sequence[Mapping[Any, Any]], *, numbers_from: int = ALL
+) -> Html:
+    """A line for each name that one of the columns has, a column for each run."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    return table(["", *(run.name for run in runs)], rows, numbers_from=numbers_from)
 
 
 def _settings(runs: Sequence[Run]) -> list[Html]:
-    keys = list(dict.fromkeys(k for run in runs for k in run.settings))
-    rows = {k: [_value(run.settings.get(k, "–")) for run in runs] for k in keys}
-    header = ["setting", *(run.name for run in runs)]
-    listed = [[tag("code", k), *values] for k, values in rows.items()]
+    columns = [{tag("code", k): _value(v) for k, v in run.settings.items()} for run in runs]
+    count = len(set().union(*columns))
+    listed = fold(f"all {count} settings", _side_by_side(runs, columns))
     if len(runs) == 1:
-        return [fold(f"all {len(rows)} settings", table(header, listed, numbers_from=ALL))]
-    differ = [k for k, values in rows.items() if len(set(values)) > 1 and k not in _OWN]
-    shown = [[tag("code", k), *rows[k]] for k in differ]
-    same = tag("p", "All settings are the same.")
-    return [
-        tag("h3", "What differs"),
-        table(header, shown, numbers_from=ALL) or same,
-        fold(f"all {len(rows)} settings", table(header, listed, numbers_from=ALL)),
+        return [listed]
+    own = {tag("code", name) for name in _OWN}
+    differ = [
+        {k: v for k, v in column.items() if k not in own and any(c.get(k) != v for c in columns)}
+        for column in columns
     ]
+    same = tag("p", "All settings are the same.")
+    return [tag("h3", "What differs"), _side_by_side(runs, differ) or same, listed]
 
 
 def _value(value: Any) -> str:
@@ -146,32 +148,20 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
 
 
-def _data(runs: Sequence[Run]) -> list[Html]:
-    """Rows of counts: read, kept, rejected by reason; columns by use."""
-    counts: list[dict[str, Any]] = []
-    for run in runs:
-        found: dict[str, Any] = {}
-        for name, value in run.data.items():
-            if name == "dropped_by":
-                found |= {f"rejected: {reason}": n for reason, n in value.items()}
-            elif name == "columns":
-                for use, columns in value.items():
-                    said = ", ".join(f"{column} ({n:,})" for column, n in columns.items())
-                    found[_USES.get(use, use)] = said or None
-            else:
-                found[_COUNTS.get(name, name)] = value
-        counts.append(found)
-    names = list(dict.fromkeys(n for found in counts for n in found))
-    header = ["", *(run.name for run in runs)]
-    return [table(header, [[n, *(found.get(n) for found in counts)] for n in names])]
+def _data(run: Run) -> dict[str, Any]:
+    """Counts of rows: read, kept, rejected by reason; columns by use."""
+    found: dict[str, Any] = {}
+    for name, value in run.data.items():
+        if name == "dropped_by":
+            found |= {f"rejected: {reason}": n for reason, n in value.items()}
+        elif name == "columns":
+            found |= columns_by_use(value)
+        else:
+            found[_COUNTS.get(name, name)] = value
+    return found
 
 
-def _environment(runs: Sequence[Run]) -> Html:
-    known = [run.about.get("environment") or {} for run in runs]
-    names = list(dict.fromkeys(n for found in known for n in found))
+def _environment(run: Run) -> dict[str, Any]:
     said = {"num_processes": "processes", "num_threads": "threads of each"}
-    rows = [
-        [said.get(n, n.replace("version of ", "")), *(str(found.get(n, "–")) for found in known)]
-        for n in names
-    ]
-    return table(["", *(run.name for run in runs)], rows, numbers_from=ALL)
+    known = run.about.get("environment", {})
+    return {said.get(n, n.removeprefix("version of ")): v for n, v in known.items()}
