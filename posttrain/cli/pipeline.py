@@ -234,7 +234,7 @@ def _display(pipeline: Pipeline, count: int) -> Iterator[Show]:
 
 
 def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
-    from posttrain.pipeline.slurm import submit
+    from posttrain.pipeline.run import submit
 
     states = {s.name: pipeline.verdict(s).state for s in pipeline.stages}
     left = [s for s in stages if states[s.name] not in ("done", "running")]

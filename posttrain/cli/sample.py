@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.eval import Answering, declare_shared, stream_tasks
-from posttrain.files import whole_file, write_json
+from posttrain.files import replace_text, whole_file, write_json
 
 if TYPE_CHECKING:
     from posttrain.rl.evaluate import Evaluation
@@ -114,8 +114,7 @@ def _continue(out: Path, arguments: argparse.Namespace) -> None:
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} has files that sample did not write. Give another --out.")
-        with whole_file(path) as file:
-            write_json(file, settings)
+        replace_text(path, json.dumps(settings, indent=1))
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():

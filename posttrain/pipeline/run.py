@@ -22,7 +22,7 @@ import psutil
 import yaml
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from posttrain.files import is_locked, whole_file, write_json
+from posttrain.files import is_locked, replace_text
 from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage
 
 _MARK = "POSTTRAIN_STAGE"
@@ -232,8 +232,7 @@ class Pipeline:
             settings = json.loads(json.dumps(stage.settings))
             settings.setdefault("train", {}).update(run_dir=str(self.root), name=stage.name)
             path = self.records / f"{stage.name}.yaml"
-            with whole_file(path) as file:
-                file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            replace_text(path, yaml.safe_dump(settings, sort_keys=False))
             launch = ["--launch", stage.launch] if stage.launch else []
             launch += ["--processes", str(stage.processes)] if stage.processes else []
             command = ["posttrain", *stage.words, "--config", str(path), *launch]
@@ -260,19 +259,15 @@ class Pipeline:
         return said or f"exit code {code}, without a word"
 
     def _write(self, stage: Stage, record: dict[str, Any]) -> None:
-        with whole_file(self.records / f"{stage.name}.json") as path:
-            write_json(path, record)
+        replace_text(self.records / f"{stage.name}.json", json.dumps(record, indent=1))
         self.describe()
 
     def describe(self) -> dict[str, Any]:
         """Writes ``pipeline.json``, which `posttrain report` reads: every stage with its state and
         figures."""
         described = {"name": self.name, "stages": [self._described(s) for s in self.stages]}
-        with (
-            FileLock(self.records / ".describe.lock"),
-            whole_file(self.root / "pipeline.json") as path,
-        ):
-            write_json(path, described)
+        with FileLock(self.records / ".describe.lock"):
+            replace_text(self.root / "pipeline.json", json.dumps(described, indent=1))
         return described
 
     def _described(self, stage: Stage) -> dict[str, Any]:
@@ -396,3 +391,47 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     ]
     more = f", and {len(changed) - 2} more" if len(changed) > 2 else ""
     return "; ".join(changed[:2]) + more
+
+
+def submit(
+    pipeline: Pipeline, stages: Sequence[Stage], *, run: Sequence[str], options: Sequence[str]
+) -> dict[str, str]:
+    """{stage: job id}. ``run``: the command that runs a stage when its name is appended;
+    ``options``: of sbatch, for all; a stage's own ``slurm:`` goes before them. Raises ValueError
+    with what sbatch says."""
+    jobs: dict[str, str] = {}
+    pipeline.records.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        script = pipeline.records / f"{stage.name}.sbatch"
+        script.write_text(job_script(stage, run, log=pipeline.log(stage)), encoding="utf-8")
+        before = [jobs[name] for name in stage.needs if name in jobs]
+        waits = [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"]
+        command = ["sbatch", "--parsable", *options, *(waits if before else []), str(script)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except FileNotFoundError as error:
+            raise ValueError("--executor slurm needs sbatch, which is not on the PATH.") from error
+        except subprocess.CalledProcessError as error:
+            submitted = f"; submitted before it: {jobs}" if jobs else ""
+            message = f"sbatch refused stage {stage.name}: {error.stderr.strip()}{submitted}"
+            raise ValueError(message) from error
+        jobs[stage.name] = done.stdout.strip().partition(";")[0]
+    return jobs
+
+
+def job_script(stage: Stage, run: Sequence[str], *, log: Path) -> str:
+    """The batch script: sbatch's options as comments, then the command. Slurm puts a job whose node
+    failed into the queue again; the stage goes on."""
+    options: Mapping[str, object] = {
+        "job-name": stage.name,
+        "output": log.with_suffix(".slurm.log"),
+        "open-mode": "append",
+        "requeue": True,
+        **stage.slurm,
+    }
+    given = {k: v for k, v in options.items() if v is not None and v is not False}
+    lines = [
+        f"#SBATCH --{k}" if v is True else f"#SBATCH --{k}={shlex.quote(str(v))}"
+        for k, v in given.items()
+    ]
+    return "\n".join(["#!/bin/bash", *lines, "", shlex.join([*run, stage.name]), ""])

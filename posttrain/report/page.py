@@ -10,10 +10,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from posttrain.files import whole_file
 from posttrain.report.charts import THEME
 
 INSTALL = "posttrain report needs altair and vl-convert: pip install 'posttrain[report]'"
@@ -148,12 +146,6 @@ def page(
     theme = json_script(THEME, id="theme")
     shown = tag("body", main, theme, *run, data_reload=reload_s)
     return f'<!doctype html>\n<html lang="en">{tag("head", head)}{shown}</html>\n'
-
-
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
 
 
 def check_installed() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from posttrain.files import is_locked
+from posttrain.files import is_locked, replace_text
 from posttrain.report.charts import THEME, point_with_interval
 from posttrain.report.page import (
     Html,
@@ -25,7 +25,6 @@ from posttrain.report.page import (
     table,
     tag,
     with_interval,
-    write,
 )
 from posttrain.report.run import METRICS, read_runs
 from posttrain.report.runs import runs_page
@@ -57,7 +56,7 @@ def pipeline_page(folder: Path, out: Path, *, reload_s: float | None = None) -> 
         own = folder / stage["folder"]
         report = own / "report.html"
         if (own / METRICS).exists() and _is_behind(report, own):
-            write(report, runs_page(read_runs([own])))
+            replace_text(report, runs_page(read_runs([own])))
         if report.exists():
             links[stage["name"]] = os.path.relpath(report, out.parent)
     counts = {state: sum(s["state"] == state for s in stages) for state in STATES}

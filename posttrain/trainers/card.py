@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from posttrain.files import whole_file
+from posttrain.files import replace_text
 from posttrain.resolve import flat
 from posttrain.training.config import to_dict
 from posttrain.training.loop import TrainResult
@@ -42,8 +42,7 @@ def write_card(trainer: Any, result: TrainResult) -> None:
         *_table("Settings that are not the defaults", ("setting", "value"), changed.items()),
         *_table("Versions", ("package", "version"), [(n, version(n)) for n in _LIBRARIES]),
     ]
-    with whole_file(result.final / "README.md") as file:
-        file.write_text("\n".join(lines), encoding="utf-8")
+    replace_text(result.final / "README.md", "\n".join(lines))
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from posttrain.cli.main import main
-from posttrain.pipeline.run import Pipeline, StageFailed, option
-from posttrain.pipeline.slurm import job_script, submit
+from posttrain.pipeline.run import Pipeline, StageFailed, job_script, option, submit
 from posttrain.pipeline.stages import OUTPUTS, command_of, merged, read_stages
 from tests.e2e.launching import REPO
 

@@ -18,9 +18,9 @@ pytest.importorskip("vl_convert")
 
 from posttrain.cli import report as command
 from posttrain.cli.main import main
-from posttrain.report.curves import CURVES, label, phases
 from posttrain.report.page import duration, escape, json_script, number, tag
 from posttrain.report.run import read_run, read_runs
+from posttrain.report.runs import CURVES, label, phases
 from posttrain.report.samples import read_samples
 from tests.report_folders import EVIL, TEXTS, add_samples, run_folder
 
