@@ -24,6 +24,12 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The whole text in place of what the file held, or nothing of it."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A path to write to; what lies there when the block ends takes the place of ``target``. After

@@ -592,3 +592,8 @@ def loss(**declared: Any) -> Callable[[Callable[..., LossOutput]], Loss]:
 def as_loss(function: Callable[..., LossOutput]) -> Loss:
     """A ``Loss`` as it is; a plain function with the declarations that are right for any."""
     return function if isinstance(function, Loss) else Loss(function=function)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a metric is of an evaluation: eval_loss, rewards_eval/accuracies."""
+    return name.startswith("eval_") or "_eval/" in name

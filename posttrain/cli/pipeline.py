@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,11 @@ import yaml
 
 from posttrain.cli import eval as evaluation
 from posttrain.cli.train import TRAINERS, classes_of
+from posttrain.report.page import duration
 from posttrain.resolve import find_shipped
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from posttrain.pipeline.run import Pipeline
+    from posttrain.pipeline.run import Pipeline, Show
     from posttrain.pipeline.stages import Stage
 
 _LOOKS_LIKE_FILE = re.compile(r"[^\s{}]+\.(jsonl|json|parquet|csv|ya?ml|txt|py|gz)")
@@ -108,8 +107,8 @@ def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     if arguments.executor == "slurm":
         _submit(pipeline, wanted, arguments)
         return
-    with Shown(pipeline, len(wanted)) as shown:
-        pipeline.run_all(wanted, jobs=arguments.jobs, tell=shown.tell)
+    with _display(pipeline, len(wanted)) as show:
+        pipeline.run_all(wanted, jobs=arguments.jobs, show=show)
     left = [s.name for s in pipeline.stages if pipeline.verdict(s).state != "done"]
     print(f"{pipeline.name}: {'left: ' + ', '.join(left) if left else 'done'}. Look at it with")
     print(f"  posttrain report {pipeline.root}")
@@ -199,61 +198,39 @@ def _parsed(parse: Callable[[list[str]], Any], words: list[str]) -> Any:
         raise ValueError(" ".join(said.split())) from error
 
 
-class Shown:
+@contextlib.contextmanager
+def _display(pipeline: Pipeline, count: int) -> Iterator[Show]:
     """Lines for the beginnings and ends of stages; in a terminal, below them, what those that run
     said last."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    def __init__(self, pipeline: Pipeline, count: int) -> None:
-        from rich.console import Console
-        from rich.live import Live
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    one_line = Column(no_wrap=True, overflow="ellipsis")
+    said = TextColumn("{task.fields[said]}", markup=False, table_column=one_line)
+    running = Progress(
+        TimeElapsedColumn(), said, console=console, transient=True, disable=not console.is_terminal
+    )
+    numbers = itertools.count(1)
 
-        self._pipeline, self._count, self._number = pipeline, count, 0
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._began: dict[str, float] = {}
-        self._lines: dict[str, str] = {}
+    @contextlib.contextmanager
+    def show(stage: Stage) -> Iterator[Callable[[str], None]]:
+        verdict = pipeline.verdict(stage)
+        is_done = verdict.state == "done"
+        why = f"done ({duration(verdict.seconds)})" if is_done else verdict.why or verdict.state
+        command = "" if is_done else f"\n  $ {shlex.join(pipeline.command(stage))}"
+        console.print(f"[{next(numbers)}/{count}] {stage.name}: {why}{command}")
+        task = running.add_task("", total=None, said=stage.name)
+        try:
+            yield lambda line: running.update(task, said=f"{stage.name}: {line}")
+        finally:
+            running.remove_task(task)
+        if not is_done:
+            console.print(f"  {stage.name}: {duration(pipeline.verdict(stage).seconds)}")
 
-    def __enter__(self) -> Shown:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def tell(self, stage: Stage, what: str, line: str) -> None:
-        """As ``Pipeline.run_all`` says it."""
-        verdict = self._pipeline.verdict(stage) if what != "line" else None
-        if what == "begin" and verdict:
-            self._number += 1
-            self._began[stage.name] = time.monotonic()
-            why = f"done ({_clock(verdict.seconds)})" if verdict.state == "done" else verdict.why
-            self._print(f"[{self._number}/{self._count}] {stage.name}: {why or verdict.state}")
-            if verdict.state != "done":
-                self._print(f"  $ {shlex.join(self._pipeline.command(stage))}")
-        elif what == "end":
-            self._lines.pop(stage.name, None)
-            seconds = time.monotonic() - self._began[stage.name]
-            if seconds > 0.5:
-                self._print(f"  {stage.name}: {_clock(seconds)}")
-        elif self._console.is_terminal:
-            self._lines[stage.name] = line
-            self._live.update(self._running(), refresh=True)
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False)
-
-    def _running(self) -> Text:
-        from rich.text import Text
-
-        width = self._console.width - 1
-        return Text("\n").join(
-            Text(f"  {_clock(time.monotonic() - self._began[name])}  {name}: {line}"[:width])
-            for name, line in list(self._lines.items())
-        )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d} min"
+    with running:
+        yield show
 
 
 def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
@@ -292,8 +269,8 @@ def _status(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
     table = Table("stage", "state", "time", "why")
     for stage in pipeline.stages:
         verdict = pipeline.verdict(stage)
-        clock = _clock(verdict.seconds) if verdict.seconds else ""
-        table.add_row(stage.name, verdict.state, clock, escape(verdict.why))
+        spent = duration(verdict.seconds) if verdict.seconds else ""
+        table.add_row(stage.name, verdict.state, spent, escape(verdict.why))
     Console().print(table)
 
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _write(folders: Sequence[Path], out: Path, watch: float | None) -> bool:
     """The page of these folders. Returns whether nothing will be added to it."""
-    from posttrain.report.page import write
+    from posttrain.files import replace_text
     from posttrain.report.pipeline import PIPELINE, is_finished, pipeline_page
     from posttrain.report.prep import MANIFEST, prep_page
     from posttrain.report.run import is_done, read_runs
@@ -56,6 +56,6 @@ def _write(folders: Sequence[Path], out: Path, watch: float | None) -> bool:
     else:
         is_last = is_last or is_finished(first)
         text = pipeline_page(first, out, reload_s=None if is_last else watch)
-    write(out, text)
+    replace_text(out, text)
     print(f"wrote {out}", flush=True)
     return is_last

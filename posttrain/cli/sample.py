@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.eval import Answering, declare_shared, stream_tasks
-from posttrain.files import whole_file, write_json
+from posttrain.files import replace_text, whole_file, write_json
 
 if TYPE_CHECKING:
     from posttrain.rl.evaluate import Evaluation
@@ -104,17 +104,17 @@ def _told(evaluation: Evaluation, seconds: float) -> str:
 
 def _continue(out: Path, arguments: argparse.Namespace) -> None:
     """ValueError where the folder holds answers drawn in another way."""
+    from posttrain.models.load import trained_source
     from posttrain.training.identity import source_digest
 
     settings = {name: getattr(arguments, name) for name in _DECIDE}
-    settings["model"] = source_digest(_final(arguments.model))
+    settings["model"] = source_digest(trained_source(arguments.model))
     settings = json.loads(json.dumps(settings))
     path = out / _SETTINGS
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} has files that sample did not write. Give another --out.")
-        with whole_file(path) as file:
-            write_json(file, settings)
+        replace_text(path, json.dumps(settings, indent=1))
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     for name, value in settings.items():
@@ -123,11 +123,6 @@ def _continue(out: Path, arguments: argparse.Namespace) -> None:
                 f"{out} holds answers drawn with {name} {there.get(name)!r}; now it is {value!r}. "
                 "Give another --out, or delete the folder."
             )
-
-
-def _final(model: str) -> str:
-    final = Path(model) / "final"
-    return str(final) if final.is_dir() else model
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from posttrain.models.load import (
     load_pretrained,
     load_tokenizer,
     read_config,
+    trained_source,
 )
 from posttrain.models.policy import Policy, plain_attention
 from posttrain.packing.batch import PackedBatch, long
@@ -63,8 +64,7 @@ def load_reward_model(
 
 def is_reward_model(name: str) -> bool:
     """Whether a folder (of a run, its final/) holds a classifier."""
-    folder = Path(name).expanduser()
-    folder = folder / "final" if (folder / "final").is_dir() else folder
+    folder = Path(trained_source(name))
     if not (folder / "config.json").is_file():
         return False
     known = read_config(ModelConfig(name=str(folder))).architectures or []
@@ -73,9 +73,7 @@ def is_reward_model(name: str) -> bool:
 
 def load_scorer(name: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
     """A trained reward model and its tokenizer, in evaluation mode."""
-    folder = Path(name).expanduser()
-    name = str(folder / "final") if (folder / "final").is_dir() else name
-    config = ModelConfig(name=name)
+    config = ModelConfig(name=trained_source(name))
     tokenizer = load_tokenizer(config)
     return load_reward_model(config, tokenizer, dtype=dtype).eval(), tokenizer
 

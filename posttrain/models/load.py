@@ -319,6 +319,13 @@ def resolve_source(name: str) -> str:
     return name
 
 
+def trained_source(name: str) -> str:
+    """The folder of the model that a run's folder means, its ``final/``; anything else as it is."""
+    folder = Path(name).expanduser()
+    final = folder / "final"
+    return str(final if final.is_dir() else folder if folder.is_dir() else name)
+
+
 def _is_local(name: str) -> bool:
     return name in EMBEDDED or Path(name).expanduser().is_dir()
 

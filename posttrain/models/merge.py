@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.files import refuse_filled, whole_folder
 from posttrain.models.heads import load_reward_model
-from posttrain.models.load import ModelConfig, load_model, load_tokenizer, read_config, save_model
+from posttrain.models.load import (
+    ModelConfig,
+    load_model,
+    load_tokenizer,
+    read_config,
+    save_model,
+    trained_source,
+)
 from posttrain.precision import default_precision, torch_dtype
 
 if TYPE_CHECKING:
@@ -125,12 +132,10 @@ def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 def _plain_source(name: str) -> str:
     """Where the weights lie whose dtype an average has: a run's final model, an adapter's base."""
-    folder = Path(name).expanduser()
-    folder = folder / "final" if (folder / "final").is_dir() else folder
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter:
-        return str(_read_adapter_config(folder)["base_model_name_or_path"])
-    return str(folder) if folder.is_dir() else name
+    source = trained_source(name)
+    if (Path(source) / "adapter_config.json").is_file():
+        return str(_read_adapter_config(Path(source))["base_model_name_or_path"])
+    return source
 
 
 def load_here(name: str) -> tuple[Any, PreTrainedTokenizerBase, torch.device]:
@@ -152,18 +157,15 @@ def load_to_answer(
 
     Raises as ``load_model`` does, and ValueError for a run without a final model or a reward model.
     """
-    folder = Path(name).expanduser()
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    elif (folder / "checkpoints").is_dir() or (folder / "optimizer.json").is_file():
+    source = trained_source(name)
+    folder = Path(source)
+    if (folder / "checkpoints").is_dir() or (folder / "optimizer.json").is_file():
         raise ValueError(
             f"{folder} is of a run that is not finished: a checkpoint holds the state of training, "
             "not a model. Start the run's command again; it ends with a model in final/."
         )
     if not (folder / "adapter_config.json").is_file():
-        config = ModelConfig(
-            name=str(folder) if folder.is_dir() else name, train_without_router_loss=True
-        )
+        config = ModelConfig(name=source, train_without_router_loss=True)
         return load_model(config, dtype=dtype).eval(), load_tokenizer(config)
     recorded = _read_adapter_config(folder)
     if recorded.get("task_type") == "SEQ_CLS":

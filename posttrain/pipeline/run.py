@@ -13,9 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import psutil
 import yaml
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from posttrain.files import is_locked, whole_file, write_json
+from posttrain.files import is_locked, replace_text
 from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage
 
 _MARK = "POSTTRAIN_STAGE"
@@ -34,6 +33,12 @@ _GOES_ON = (*TRAINERS, "sample")
 
 Execute = Callable[[list[str], Path, str, Callable[[str], None]], int]
 """(command, log, mark of the stage's processes, tell its last line) -> exit code."""
+Show = Callable[[Stage], AbstractContextManager[Callable[[str], None]]]
+"""What is around a stage while it runs; it gives a function that is told the stage's last line."""
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 class StageFailed(ValueError):
@@ -92,7 +97,7 @@ class Pipeline:
     def _lock(self, stage: Stage) -> Path:
         return self.records / f"{stage.name}.lock"
 
-    def run(self, stage: Stage, *, tell: Callable[[str], None]) -> None:
+    def run(self, stage: Stage, *, tell: Callable[[str], None] = _ignore) -> None:
         """To its end, unless it is done. Raises StageFailed."""
         with self._hold(stage):
             before, record = self.verdict(stage), self.record(stage)
@@ -131,11 +136,11 @@ class Pipeline:
             )
 
     def run_all(
-        self, stages: Sequence[Stage], *, jobs: int, tell: Callable[[Stage, str, str], None]
+        self, stages: Sequence[Stage], *, jobs: int = 1, show: Show = lambda _: nullcontext(_ignore)
     ) -> None:
         """Each after those that it needs, ``jobs`` at a time, which share the cores: threads that
-        spin for the same core make each other many times slower. ``tell(stage, what, line)``: what
-        is begin, line (its last) or end. After a failure nothing more begins."""
+        spin for the same core make each other many times slower. After a failure nothing more
+        begins."""
         if jobs > 1:
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         left = {stage.name: stage for stage in stages}
@@ -146,20 +151,20 @@ class Pipeline:
                 busy = {*left, *(stage.name for stage in running.values())}
                 for stage in [s for s in left.values() if not busy.intersection(s.needs)]:
                     if len(running) < jobs:
-                        tell(stage, "begin", "")
-                        of_stage = partial(tell, stage, "line")
-                        running[pool.submit(self.run, stage, tell=of_stage)] = left.pop(stage.name)
+                        running[pool.submit(self._run_shown, stage, show)] = left.pop(stage.name)
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    stage = running.pop(future)
-                    if future.exception() is None:
-                        tell(stage, "end", "")
-                    else:
-                        error = error or future.exception()
-                        left.clear()
+                    del running[future]
+                    error = error or future.exception()
+                if error is not None:
+                    left.clear()
         self.describe()
         if error is not None:
             raise error
+
+    def _run_shown(self, stage: Stage, show: Show) -> None:
+        with show(stage) as tell:
+            self.run(stage, tell=tell)
 
     @contextmanager
     def _ended_on_interrupt(self, running: Mapping[Any, Stage]) -> Iterator[None]:
@@ -227,8 +232,7 @@ class Pipeline:
             settings = json.loads(json.dumps(stage.settings))
             settings.setdefault("train", {}).update(run_dir=str(self.root), name=stage.name)
             path = self.records / f"{stage.name}.yaml"
-            with whole_file(path) as file:
-                file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            replace_text(path, yaml.safe_dump(settings, sort_keys=False))
             launch = ["--launch", stage.launch] if stage.launch else []
             launch += ["--processes", str(stage.processes)] if stage.processes else []
             command = ["posttrain", *stage.words, "--config", str(path), *launch]
@@ -255,19 +259,15 @@ class Pipeline:
         return said or f"exit code {code}, without a word"
 
     def _write(self, stage: Stage, record: dict[str, Any]) -> None:
-        with whole_file(self.records / f"{stage.name}.json") as path:
-            write_json(path, record)
+        replace_text(self.records / f"{stage.name}.json", json.dumps(record, indent=1))
         self.describe()
 
     def describe(self) -> dict[str, Any]:
         """Writes ``pipeline.json``, which `posttrain report` reads: every stage with its state and
         figures."""
         described = {"name": self.name, "stages": [self._described(s) for s in self.stages]}
-        with (
-            FileLock(self.records / ".describe.lock"),
-            whole_file(self.root / "pipeline.json") as path,
-        ):
-            write_json(path, described)
+        with FileLock(self.records / ".describe.lock"):
+            replace_text(self.root / "pipeline.json", json.dumps(described, indent=1))
         return described
 
     def _described(self, stage: Stage) -> dict[str, Any]:

@@ -10,10 +10,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from posttrain.files import whole_file
 from posttrain.report.charts import THEME
 
 INSTALL = "posttrain report needs altair and vl-convert: pip install 'posttrain[report]'"
@@ -150,12 +148,6 @@ def page(
     return f'<!doctype html>\n<html lang="en">{tag("head", head)}{shown}</html>\n'
 
 
-def write(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-
-
 def check_installed() -> None:
     """ValueError where the libraries of the charts are missing."""
     try:
@@ -174,6 +166,27 @@ def number(value: Any, *, digits: int = 3) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def with_interval(value: Any, half_width: float | None, *, is_share: bool) -> str:
+    """``12.5 ± 5.0 %`` of a share, ``1.23 ± 0.4`` of anything else."""
+    if value is not None and is_share:
+        half = "" if half_width is None else f" ± {100 * half_width:.1f}"
+        return f"{100 * value:.1f}{half} %"
+    return number(value) + ("" if half_width is None else f" ± {number(half_width)}")
+
+
+def columns_by_use(columns: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """What is said of the columns that were used, carried, ..., with their numbers of rows."""
+    uses = {
+        "used": "columns used",
+        "carried": "columns carried along, not read",
+        "for the rewards": "columns for the rewards",
+    }
+    return {
+        uses.get(use, use): ", ".join(f"{name} ({n:,})" for name, n in counts.items())
+        for use, counts in columns.items()
+    }
 
 
 def duration(seconds: float | None) -> str:

@@ -14,9 +14,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from posttrain.files import is_locked
+from posttrain.files import is_locked, replace_text
 from posttrain.report.charts import THEME, point_with_interval
-from posttrain.report.page import Html, chart, duration, number, page, section, table, tag, write
+from posttrain.report.page import (
+    Html,
+    chart,
+    duration,
+    page,
+    section,
+    table,
+    tag,
+    with_interval,
+)
 from posttrain.report.run import METRICS, read_runs
 from posttrain.report.runs import runs_page
 
@@ -47,7 +56,7 @@ def pipeline_page(folder: Path, out: Path, *, reload_s: float | None = None) -> 
         own = folder / stage["folder"]
         report = own / "report.html"
         if (own / METRICS).exists() and _is_behind(report, own):
-            write(report, runs_page(read_runs([own])))
+            replace_text(report, runs_page(read_runs([own])))
         if report.exists():
             links[stage["name"]] = os.path.relpath(report, out.parent)
     counts = {state: sum(s["state"] == state for s in stages) for state in STATES}
@@ -97,17 +106,11 @@ def _line(stage: Stage, names: Sequence[str], links: Mapping[str, str]) -> list[
     title = tag("a", stage["name"], href=link) if link else stage["name"]
     sign, _ = STATES[stage["state"]]
     state = tag("span", f"{sign} {stage['state']}", class_=f"state {stage['state']}")
-    figures = [_figure(found.get(k), found.get(f"{k}_ci95"), k) for k in names]
+    shares = ("accuracy", "format_rate", "truncated")
+    figures = [
+        with_interval(found.get(k), found.get(f"{k}_ci95"), is_share=k in shares) for k in names
+    ]
     return [title, tag("code", stage["command"]), state, duration(stage["seconds"]), *figures]
-
-
-def _figure(value: Any, half_width: float | None, name: str) -> str:
-    if value is None:
-        return "–"
-    if name in ("accuracy", "format_rate", "truncated"):
-        interval = "" if half_width is None else f" ± {100 * half_width:.1f}"
-        return f"{100 * value:.1f}{interval} %"
-    return number(value) + ("" if half_width is None else f" ± {number(half_width)}")
 
 
 def _trade(stages: Sequence[Stage]) -> Html:

@@ -13,7 +13,7 @@ from typing import Any
 from posttrain.data.messages import Message, message_text
 from posttrain.data.prep.rows import Values, parts_of
 from posttrain.report.charts import histogram
-from posttrain.report.page import Html, chart, join, page, section, table, tag
+from posttrain.report.page import Html, chart, columns_by_use, join, page, section, table, tag
 
 MANIFEST = "manifest.json"
 SHOWN = 10
@@ -31,7 +31,6 @@ _COUNTS = {
     "written_train": "rows written for training",
     "written_test": "rows written for testing",
 }
-_USES = {"used": "columns used", "carried": "columns carried along, not read"}
 
 
 def prep_page(folder: Path) -> str:
@@ -55,13 +54,10 @@ def prep_page(folder: Path) -> str:
 
 def _counts(manifest: Mapping[str, Any]) -> Html:
     counts = manifest["counts"]
-    order = sorted(counts, key=lambda name: [*_COUNTS, name].index(name))
-    rows: list[Sequence[Any]] = [(_COUNTS.get(name, name), counts[name]) for name in order]
-    rows += [(f"left out: {reason}", n) for reason, n in manifest["dropped"].items()]
-    for use, columns in manifest["columns"].items():
-        said = ", ".join(f"{name} ({n:,})" for name, n in columns.items())
-        rows.append((_USES.get(use, use), said))
-    return table((), rows)
+    found = {_COUNTS.get(n, n): counts[n] for n in [*_COUNTS, *counts] if n in counts}
+    found |= {f"left out: {reason}": n for reason, n in manifest["dropped"].items()}
+    found |= columns_by_use(manifest["columns"])
+    return table((), found.items())
 
 
 def _statistics(found: Mapping[str, Any]) -> list[Html]:

@@ -34,19 +34,9 @@ class Run:
     """The same for evaluations."""
 
     @property
-    def last_step(self) -> int:
-        """The newest that was logged."""
-        return max((line["step"] for line in (*self.steps, *self.held_out)), default=0)
-
-    @property
     def num_steps(self) -> int | None:
         """Steps of the whole run; None where it is not known."""
         return self.about.get("num_steps") or self.settings.get("train.max_steps") or None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether its final model is newer than its metrics: a run that goes on writes these."""
-        return is_done(self.folder)
 
     def step_of(self, iteration: int) -> int:
         """The first optimizer step on what an iteration sampled; where it was not logged, counted
@@ -57,7 +47,8 @@ class Run:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a run folder has a final model, and no metrics that came a minute after it."""
+    """Whether a run folder has a final model, and no metrics that came a minute after
+    it: a run that goes on writes these."""
     final, metrics = folder / "final", folder / METRICS
     return final.exists() and metrics.stat().st_mtime < final.stat().st_mtime + 60
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from posttrain.report.curves import curves, grid, memory_charts, phases, time_charts
+from posttrain.report.charts import lines, stacked, stacked_over_steps
 from posttrain.report.page import (
     Html,
+    chart,
+    columns_by_use,
     duration,
     fold,
     join,
-    number,
     packed,
     page,
     section,
     table,
     tag,
+    with_interval,
 )
-from posttrain.report.run import Run
+from posttrain.report.run import Run, is_done
 from posttrain.report.samples import read_samples
+from posttrain.types import is_held_out
 
 _KEY_FIGURES = {
     "eval_pass@1": "held-out accuracy",
@@ -43,11 +47,6 @@ _COUNTS = {
     "trained_tokens": "tokens trained",
     "too long": "rejected: prompt longer than data.max_prompt_length",
 }
-_USES = {
-    "used": "columns used",
-    "carried": "columns carried along, not read",
-    "for the rewards": "columns for the rewards",
-}
 
 
 def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
@@ -56,7 +55,7 @@ def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
     names = [run.name for run in runs]
     known, others = curves(runs)
     viewer, scripts = Html(""), []
-    if len(samples):
+    if samples.rows:
         viewer = tag("div", packed(samples.packed(names), name="packed-samples"), id="viewer")
         scripts = ["viewer.js"]
     costs = grid([*time_charts(runs), *memory_charts(runs)], " costs")
@@ -66,8 +65,8 @@ def runs_page(runs: Sequence[Run], *, reload_s: float | None = None) -> str:
         section("Time and memory", costs),
         section("Samples", viewer),
         section("Settings", *_settings(runs)),
-        section("Data", *_data(runs)),
-        section("Environment", _environment(runs)),
+        section("Data", _side_by_side(runs, list(map(_data, runs)), numbers_from=1)),
+        section("Environment", _side_by_side(runs, list(map(_environment, runs)))),
         intro=_intro(runs),
         scripts=scripts,
         reload_s=reload_s,
@@ -94,11 +93,12 @@ def _intro(runs: Sequence[Run]) -> Html:
 
 def _summary(run: Run) -> list[Any]:
     """Name, what was done, state, key figure, its first and last value, seconds, memory."""
-    of = f" of {run.num_steps:,}" if run.num_steps and not run.is_done else ""
-    state = f"{'done' if run.is_done else 'not done'}, {run.last_step:,}{of} steps"
-    lines = (*run.steps, *run.held_out)
+    lines = sorted((*run.steps, *run.held_out), key=lambda line: line["step"])
+    step, done = lines[-1]["step"] if lines else 0, is_done(run.folder)
+    of = f" of {run.num_steps:,}" if run.num_steps and not done else ""
+    state = f"{'done' if done else 'not done'}, {step:,}{of} steps"
     name = next((n for n in _KEY_FIGURES if any(n in line for line in lines)), "loss")
-    values = [line for line in sorted(lines, key=lambda s: s["step"]) if line.get(name) is not None]
+    values = [line for line in lines if line.get(name) is not None]
     first, last = (_figure(name, line) for line in (values[0], values[-1])) if values else ("", "")
     spent = sum(s for step in run.steps for _, s in phases(step))
     measured = (run.about.get("memory") or {}).get("measured_bytes")
@@ -115,27 +115,32 @@ def _summary(run: Run) -> list[Any]:
 
 
 def _figure(name: str, line: Mapping[str, Any]) -> str:
-    value, half = line[name], line.get(f"{name}_ci95")
-    if name.endswith("loss") or name == "reward":
-        return number(value)
-    return f"{100 * value:.1f}{'' if half is None else f' ± {100 * half:.1f}'} %"
+    is_share = not name.endswith("loss") and name != "reward"
+    return with_interval(line[name], line.get(f"{name}_ci95"), is_share=is_share)
+
+
+def _side_by_side(
+    runs: Sequence[Run], columns: Sequence[Mapping[Any, Any]], *, numbers_from: int = ALL
+) -> Html:
+    """A line for each name that one of the columns has, a column for each run."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name) for column in columns)] for name in names]
+    return table(["", *(run.name for run in runs)], rows, numbers_from=numbers_from)
 
 
 def _settings(runs: Sequence[Run]) -> list[Html]:
-    keys = list(dict.fromkeys(k for run in runs for k in run.settings))
-    rows = {k: [_value(run.settings.get(k, "–")) for run in runs] for k in keys}
-    header = ["setting", *(run.name for run in runs)]
-    listed = [[tag("code", k), *values] for k, values in rows.items()]
+    columns = [{tag("code", k): _value(v) for k, v in run.settings.items()} for run in runs]
+    count = len(set().union(*columns))
+    listed = fold(f"all {count} settings", _side_by_side(runs, columns))
     if len(runs) == 1:
-        return [fold(f"all {len(rows)} settings", table(header, listed, numbers_from=ALL))]
-    differ = [k for k, values in rows.items() if len(set(values)) > 1 and k not in _OWN]
-    shown = [[tag("code", k), *rows[k]] for k in differ]
-    same = tag("p", "All settings are the same.")
-    return [
-        tag("h3", "What differs"),
-        table(header, shown, numbers_from=ALL) or same,
-        fold(f"all {len(rows)} settings", table(header, listed, numbers_from=ALL)),
+        return [listed]
+    own = {tag("code", name) for name in _OWN}
+    differ = [
+        {k: v for k, v in column.items() if k not in own and any(c.get(k) != v for c in columns)}
+        for column in columns
     ]
+    same = tag("p", "All settings are the same.")
+    return [tag("h3", "What differs"), _side_by_side(runs, differ) or same, listed]
 
 
 def _value(value: Any) -> str:
@@ -146,32 +151,236 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
 
 
-def _data(runs: Sequence[Run]) -> list[Html]:
-    """Rows of counts: read, kept, rejected by reason; columns by use."""
-    counts: list[dict[str, Any]] = []
-    for run in runs:
-        found: dict[str, Any] = {}
-        for name, value in run.data.items():
-            if name == "dropped_by":
-                found |= {f"rejected: {reason}": n for reason, n in value.items()}
-            elif name == "columns":
-                for use, columns in value.items():
-                    said = ", ".join(f"{column} ({n:,})" for column, n in columns.items())
-                    found[_USES.get(use, use)] = said or None
-            else:
-                found[_COUNTS.get(name, name)] = value
-        counts.append(found)
-    names = list(dict.fromkeys(n for found in counts for n in found))
-    header = ["", *(run.name for run in runs)]
-    return [table(header, [[n, *(found.get(n) for found in counts)] for n in names])]
+def _data(run: Run) -> dict[str, Any]:
+    """Counts of rows: read, kept, rejected by reason; columns by use."""
+    found: dict[str, Any] = {}
+    for name, value in run.data.items():
+        if name == "dropped_by":
+            found |= {f"rejected: {reason}": n for reason, n in value.items()}
+        elif name == "columns":
+            found |= columns_by_use(value)
+        else:
+            found[_COUNTS.get(name, name)] = value
+    return found
 
 
-def _environment(runs: Sequence[Run]) -> Html:
-    known = [run.about.get("environment") or {} for run in runs]
-    names = list(dict.fromkeys(n for found in known for n in found))
+def _environment(run: Run) -> dict[str, Any]:
     said = {"num_processes": "processes", "num_threads": "threads of each"}
+    known = run.about.get("environment", {})
+    return {said.get(n, n.removeprefix("version of ")): v for n, v in known.items()}
+
+
+class Curve(NamedTuple):
+    """A chart of all metrics whose whole name matches."""
+
+    title: str
+    pattern: str
+    unit: str = ""
+    """of the values; ``share``: they are between 0 and 1, shown as per cent."""
+    note: str = ""
+
+
+_NATS = "nats per token"
+CURVES = (
+    Curve("Loss", r"(eval_(.+_)?)?loss"),
+    Curve(
+        "Reward",
+        r"(eval_)?reward|(eval_)?reward/.+|eval_.+_reward",
+        note="mean over completions; all, and by component",
+    ),
+    Curve(
+        "Implicit reward",
+        r".*rewards(_train|_eval)?/(chosen|rejected|margins?)",
+        note="of chosen and rejected answers, and their margin",
+    ),
+    Curve(
+        "Accuracy",
+        r"accuracy|eval_(.+_)?(pass|cons)@\d+|.*accurac(y|ies)",
+        "share",
+        "held out with its 95 % interval where there is one",
+    ),
+    Curve("Length", r"(eval_(.+_)?)?length(_min|_max|_of_ended)?", "tokens", "of completions"),
+    Curve(
+        "How completions end",
+        r"(eval_)?(truncated|unscored|repeated)|groups_without_signal",
+        "share",
+        "cut, repeating, not scored; groups that teach nothing",
+    ),
+    Curve("KL divergence", r"(eval_)?(kl|divergence|logratio).*", _NATS, "to reference or teacher"),
+    Curve(
+        "Entropy",
+        r"entropy_nats|surprise_nats|(eval_)?nll_nats",
+        _NATS,
+        "surprise: −log p of what was sampled, whose mean is the entropy",
+    ),
+    Curve(
+        "Clip fractions",
+        r"clipped(_low|_high)?|sampler_ratio_above_2",
+        "share",
+        "of trained tokens",
+    ),
+    Curve(
+        "Sampler mismatch",
+        "sampler_mismatch_nats",
+        _NATS,
+        "sampler's log-probs against trainer's",
+    ),
+    Curve("Gradient norm", "grad_norm", note="before clipping"),
+    Curve("Learning rate", "lr"),
+    Curve("Log-probs", r".*logps(_train|_eval)?/(chosen|rejected)", "nats", "of whole answers"),
+    Curve("Tokens per second", r"(rollout_|update_)?tokens_per_s", "tokens/s", "by phase"),
+)
+_NAMES = {
+    "reward": "all",
+    "loss": "training",
+    "accuracy": "training",
+    "length": "mean",
+    "length_min": "shortest",
+    "length_max": "longest",
+    "length_of_ended": "mean of those that end",
+    "truncated": "cut at the limit",
+    "repeated": "ended for repetition",
+    "groups_without_signal": "groups with equal rewards",
+    "kl_reference_nats": "to the reference",
+    "divergence/teacher_nats": "to the teacher",
+    "entropy_nats": "entropy",
+    "surprise_nats": "surprise",
+    "nll_nats": "surprise (negative log-likelihood)",
+    "clipped_low": "below",
+    "clipped_high": "above",
+    "sampler_ratio_above_2": "sampler's ratio above 2",
+    "sampler_mismatch_nats": "mean gap",
+    "tokens_per_s": "whole step",
+    "rollout_tokens_per_s": "sampling",
+    "update_tokens_per_s": "update",
+    "grad_norm": "norm",
+    "lr": "learning rate",
+}
+PHASES = {
+    "rollout_s": "sampling",
+    "reward_s": "rewards",
+    "prepare_s": "log-probs and credit",
+    "update_s": "update",
+}
+_NO_CURVE = re.compile(r"step_s|.*_ci95|step|iteration|" + "|".join(PHASES))
+
+
+def label(name: str) -> str:
+    """What a metric is called in its chart."""
+    said = _NAMES.get(name.removeprefix("eval_"))
+    held = is_held_out(name)
+    if said is not None:
+        return said if not held else "held out" if said == "training" else f"held out, {said}"
+    bare = name.removeprefix("eval_").replace("_eval/", "/").replace("_train/", "/")
+    bare = re.sub(r"^(reward|rewards|logps)/", "", bare)
+    bare = re.sub(r"_nats$", "", bare).replace("_", " ").replace("pass@", "pass at ")
+    return f"held out, {bare}" if held else bare
+
+
+def curves(runs: Sequence[Run]) -> tuple[Html, Html]:
+    """(the charts of ``CURVES``, those of all other metrics)."""
+    names = list(dict.fromkeys(n for r in runs for s in (*r.steps, *r.held_out) for n in s))
+    known, others = [], []
+    left = [n for n in names if not _NO_CURVE.fullmatch(n)]
+    for curve in CURVES:
+        mine = [n for n in left if re.fullmatch(curve.pattern, n)]
+        left = [n for n in left if n not in mine]
+        known.append(_chart(curve, mine, runs))
+    for name in left:
+        others.append(_chart(Curve(label(name).capitalize(), "", note=name), [name], runs))
+    return grid(known), grid(others)
+
+
+def grid(charts: Sequence[Html], more: str = "") -> Html:
+    """Charts side by side; nothing without one."""
+    return tag("div", *charts, class_=f"charts{more}") if any(charts) else Html("")
+
+
+def _chart(curve: Curve, names: Sequence[str], runs: Sequence[Run]) -> Html:
+    series = [s for run in runs for name in names if (s := _series(run, name))["points"]]
+    if curve.title == "Reward":  # a single component is all of it
+        whole = [s["points"] for s in series if s["name"] == label("reward")]
+        series = [s for s in series if s["name"] == label("reward") or s["points"] not in whole]
+    spec = lines(series, unit=curve.unit, runs=[run.name for run in runs])
+    return chart(spec, curve.title, curve.note)
+
+
+def _series(run: Run, name: str) -> dict[str, Any]:
+    held = is_held_out(name)
+    found = [s for s in (run.held_out if held else run.steps) if _is_number(s.get(name))]
+    half = f"{name}_ci95"
+    return {
+        "run": run.name,
+        "name": label(name),
+        "held_out": held,
+        "points": [(s["step"], s[name]) for s in found],
+        "ci95": {s["step"]: s[half] for s in found if s.get(half) is not None},
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def phases(step: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(phase, seconds) of a step; what no phase measured is ``other``."""
+    parts = [(said, step[name]) for name, said in PHASES.items() if step.get(name) is not None]
+    yield from parts
+    rest = (step.get("step_s") or 0.0) - sum(seconds for _, seconds in parts)
+    if not parts:
+        yield "training step", rest
+    elif rest > 0:
+        yield "other", rest
+
+
+def time_charts(runs: Sequence[Run]) -> list[Html]:
+    """Seconds of each phase: in all by run, and by step of a single run."""
+    total: dict[tuple[str, str], float] = {}
+    by_step = []
+    for run in runs:
+        for step in run.steps:
+            for phase, seconds in phases(step):
+                key = (run.name, phase)
+                total[key] = total.get(key, 0.0) + seconds
+                by_step.append({"step": step["step"], "phase": phase, "seconds": seconds})
+    order = [*PHASES.values(), "training step", "other"]
     rows = [
-        [said.get(n, n.replace("version of ", "")), *(str(found.get(n, "–")) for found in known)]
-        for n in names
+        {"run": run, "phase": phase, "seconds": s, "order": order.index(phase)}
+        for (run, phase), s in total.items()
     ]
-    return table(["", *(run.name for run in runs)], rows, numbers_from=ALL)
+    used = [p for p in order if any(r["phase"] == p for r in rows)]
+    bars = stacked(rows, x="seconds", y="run", part="phase", x_title="seconds", order=used)
+    note = "of all logged steps; held-out evaluations and checkpoints are not in it"
+    shown = [chart(bars, "Time by phase", note)]
+    if len(runs) == 1 and len({r["step"] for r in by_step}) > 1:
+        steps = stacked_over_steps(by_step, y_title="seconds")
+        shown.append(chart(steps, "Time by step"))
+    return shown
+
+
+def memory_charts(runs: Sequence[Run]) -> list[Html]:
+    """The plan by phase and item of each run, and what was measured."""
+    shown = []
+    for run in runs:
+        memory = run.about.get("memory") or {}
+        rows = [
+            {"phase": phase, "item": item, "GB": n / 1e9, "order": i}
+            for phase, items in (memory.get("planned_bytes") or {}).items()
+            for i, (item, n) in enumerate(items.items())
+            if n
+        ]
+        measured = memory.get("measured_bytes")
+        at = None if measured is None else measured / 1e9
+        spec = stacked(
+            rows,
+            x="GB",
+            y="phase",
+            part="item",
+            x_title="GB (1e9 bytes) per process",
+            mark=at,
+            mark_text="" if at is None else f"measured {at:.2f} GB",
+        )
+        where = f"{run.name}: " if len(runs) > 1 else ""
+        note = f"{where}the plan by phase and item, and the {memory.get('measured', 'peak')}"
+        shown.append(chart(spec, "Memory planned and measured", note))
+    return shown

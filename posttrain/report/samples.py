@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,68 +21,46 @@ _MOST_NATS = 16.0
 _BROKEN = "\ufffd"
 
 
+class Numbered(dict[Any, int]):
+    """Values by the number that each gets when it is first asked for."""
+
+    def __missing__(self, value: Any) -> int:
+        self[value] = len(self)
+        return self[value]
+
+
 class Samples:
-    """Columns of samples, and the arrays of all their tokens one after another."""
+    """Rows of samples, and the arrays of their tokens one after another."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {
-            name: []
-            for name in "run step held_out prompt finish reward correct advantage length "
-            "count text problems parts".split()
-        }
-        self.prompts = _Numbered()
-        self.pieces = _Numbered()
-        self._tokens: list[np.ndarray[Any, Any]] = []
-        self._logps: list[np.ndarray[Any, Any]] = []
-        self._flags: list[np.ndarray[Any, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.prompts, self.pieces = Numbered(), Numbered()
+        self._arrays: list[tuple[np.ndarray[Any, Any], ...]] = []
         self.total = 0
         """Samples that there are in the runs' folders."""
 
-    def add(self, *, prompt: tuple[str, str], **values: Any) -> None:
-        """One sample; its prompt is (place, text)."""
-        self.columns["prompt"].append(self.prompts[prompt])
-        for name, value in values.items():
-            self.columns[name].append(value)
-
     def add_tokens(self, pieces: Sequence[int], logps: Any, trained: Any, sampled: Any) -> None:
-        """Of the sample that was added last."""
-        self._tokens.append(np.asarray(pieces, np.uint32))
+        """Of the next row."""
         nats = np.clip(-np.asarray(logps, np.float64), 0.0, _MOST_NATS)
-        self._logps.append(np.rint(255 * np.sqrt(nats / _MOST_NATS)).astype(np.uint8))
-        self._flags.append(np.asarray(trained, np.uint8) | (np.asarray(sampled, np.uint8) << 1))
+        roots = np.rint(255 * np.sqrt(nats / _MOST_NATS)).astype(np.uint8)
+        flags = np.asarray(trained, np.uint8) | (np.asarray(sampled, np.uint8) << 1)
+        self._arrays.append((np.asarray(pieces, np.uint32), roots, flags))
 
     def packed(self, runs: Sequence[str]) -> bytes:
         """Length of the JSON text (4 bytes), the text, then numbers of pieces (4 bytes each),
         square roots of nats and flags (a byte each)."""
         head = {
             "runs": list(runs),
-            "prompts": self.prompts.values,
-            "pieces": self.pieces.values,
+            "prompts": list(self.prompts),
+            "pieces": list(self.pieces),
             "most_nats": _MOST_NATS,
             "total": self.total,
-            "columns": self.columns,
+            "columns": {name: [row[name] for row in self.rows] for name in self.rows[0]},
         }
         text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
         text += b" " * (-len(text) % 4)
-        arrays = [np.concatenate(a) for a in (self._tokens, self._logps, self._flags) if a]
-        return len(text).to_bytes(4, "little") + text + b"".join(a.tobytes() for a in arrays)
-
-    def __len__(self) -> int:
-        return len(self.columns["run"])
-
-
-class _Numbered:
-    """Values by the number that each gets when it is first asked for."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Any, int] = {}
-
-    def __getitem__(self, value: Any) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    @property
-    def values(self) -> list[Any]:
-        return list(self._numbers)
+        arrays = (np.concatenate(part).tobytes() for part in zip(*self._arrays, strict=True))
+        return len(text).to_bytes(4, "little") + text + b"".join(arrays)
 
 
 def read_samples(runs: Sequence[Run], *, most: int = MOST) -> Samples:
@@ -90,16 +69,14 @@ def read_samples(runs: Sequence[Run], *, most: int = MOST) -> Samples:
     for number, run in enumerate(runs):
         folder = run.folder / "rollouts"
         tokens = Tokens(tokenizer_of(run), found.pieces)
-        answers = sorted(folder.glob("held_out_*.jsonl"))
-        counts = {path: sum(1 for _ in json_lines(path)) for path in answers}
+        answers = {p: list(json_lines(p)) for p in sorted(folder.glob("held_out_*.jsonl"))}
+        counts = {path: len(rows) for path, rows in answers.items()}
         for path in _chosen(counts, most // (4 * len(runs)), of=lambda path: path.stem):
-            step = int(re.findall(r"\d+", path.stem)[0])
-            for row in json_lines(path):
-                _add_answer(found, row, tokens, run=number, step=step)
-        iterations = sorted(folder.glob("iteration_*.parquet"))
-        sizes = {path: _num_rows(path) for path in iterations}
+            known = {"run": number, "step": int(re.findall(r"\d+", path.stem)[0]), "held_out": 1}
+            found.rows += [_answer(found, row, tokens) | known for row in answers[path]]
+        sizes = {path: _num_rows(path) for path in sorted(folder.glob("iteration_*.parquet"))}
         found.total += sum(sizes.values()) + sum(counts.values())
-        left = most // len(runs) * (number + 1) - len(found)
+        left = most // len(runs) * (number + 1) - len(found.rows)
         for path in _chosen(sizes, left, of=lambda path: path.stem.partition("_rank")[0]):
             _add_iteration(found, path, tokens, run=number, of=run)
     return found
@@ -121,98 +98,80 @@ def _num_rows(path: Path) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def _add_answer(found: Samples, row: Mapping[str, Any], tokens: Tokens, **known: Any) -> None:
-    parts = {k: v for k, v in (row.get("rewards") or {}).items()}
-    found.add(
-        prompt=(str(row.get("where") or ""), tokens.text(row.get("prompt_ids"))),
-        held_out=1,
-        finish=row.get("finish_reason"),
-        reward=row.get("reward"),
-        correct=row.get("correct"),
-        advantage=None,
-        length=row.get("tokens"),
-        count=0,
-        text=row.get("text") or "",
-        problems=[],
-        parts=parts,
-        **known,
-    )
+def _answer(found: Samples, row: Mapping[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """The columns of a held-out answer."""
+    return {
+        "prompt": found.prompts[row["where"] or "", tokens.text(row["prompt_ids"])],
+        "finish": row["finish_reason"],
+        "reward": row["reward"],
+        "correct": row["correct"],
+        "advantage": None,
+        "length": row["tokens"],
+        "count": 0,
+        "text": row["text"],
+        "problems": [],
+        "parts": row["rewards"],
+    }
 
 
 def _add_iteration(found: Samples, path: Path, tokens: Tokens, *, run: int, of: Run) -> None:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    if not len(table):
-        return
-    by_token = {n: _split(table[n]) for n in ("token_ids", "logps", "trained", "sampled")}
+    by_token = {n: table[n].to_numpy() for n in ("token_ids", "logps", "trained", "sampled")}
     rows = table.drop_columns([*by_token, "kept_ids", "segments"]).to_pylist()
     step = of.step_of(rows[0]["iteration"])
-    numbers = tokens.pieces(by_token["token_ids"])
-    for i, row in enumerate(rows):
-        pieces = numbers[i]
-        found.add(
-            prompt=(row["where"], tokens.text(row.get("prompt_ids"))),
-            run=run,
-            step=step,
-            held_out=0,
-            finish=row["finish_reason"],
-            reward=row["reward"],
-            correct=None if row["verdict"] is None else row["verdict"] >= RIGHT,
-            advantage=row["advantage"],
-            length=len(by_token["token_ids"][i]),
-            count=len(pieces),
-            text="" if len(pieces) else row["text"],
-            problems=[p for p in row["problems"] or () if p],
-            parts={p["name"]: p["value"] for p in row["parts"] or ()},
-        )
-        if len(pieces):
+    for i, (row, pieces) in enumerate(zip(rows, tokens.pieces(by_token["token_ids"]), strict=True)):
+        known = {
+            "run": run,
+            "step": step,
+            "held_out": 0,
+            "prompt": found.prompts[row["where"], tokens.text(row["prompt_ids"])],
+            "finish": row["finish_reason"],
+            "reward": row["reward"],
+            "correct": None if row["verdict"] is None else row["verdict"] >= RIGHT,
+            "advantage": row["advantage"],
+            "length": len(by_token["token_ids"][i]),
+            "count": len(pieces),
+            "text": "" if pieces else row["text"],
+            "problems": [p for p in row["problems"] or () if p],
+            "parts": {p["name"]: p["value"] for p in row["parts"] or ()},
+        }
+        found.rows.append(known)
+        if pieces:
             found.add_tokens(pieces, *(by_token[n][i] for n in ("logps", "trained", "sampled")))
-
-
-def _split(column: Any) -> list[np.ndarray[Any, Any]]:
-    """The arrays of a column of lists."""
-    whole = column.combine_chunks()
-    whole = whole.chunk(0) if hasattr(whole, "chunk") else whole
-    ends = np.asarray(whole.offsets)
-    values = np.asarray(whole.values)
-    return [values[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
 def tokenizer_of(run: Run) -> Any | None:
     """The run's tokenizer, without loading torch; None where it is in none of the known places."""
     from tokenizers import Tokenizer
 
-    from posttrain.models.embedded import EMBEDDED, cached_folder
-
-    names = [run.settings.get("model.tokenizer"), run.settings.get("model.name")]
-    places = [run.folder / "final", run.folder / "best"]
-    for name in filter(None, names):
-        places += [Path(name), run.folder.parent.parent / name]
-        if name in EMBEDDED:
-            places.append(cached_folder(name))
-    for place in places:
-        if (place / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(place / "tokenizer.json"))
-    return next((t for name in filter(None, names) if (t := _from_hub_cache(name))), None)
+    found = next((file for file in _tokenizer_files(run) if file.exists()), None)
+    return None if found is None else Tokenizer.from_file(str(found))
 
 
-def _from_hub_cache(name: str) -> Any | None:
+def _tokenizer_files(run: Run) -> Iterator[Path]:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from tokenizers import Tokenizer
 
-    try:
-        path = try_to_load_from_cache(name, "tokenizer.json")
-    except HFValidationError:  # a path
-        return None
-    return Tokenizer.from_file(path) if isinstance(path, str) else None
+    from posttrain.models.embedded import EMBEDDED, cached_folder
+
+    folders = [run.folder / "final", run.folder / "best"]
+    names = (run.settings.get("model.tokenizer"), run.settings.get("model.name"))
+    for name in filter(None, names):
+        folders += [Path(name), run.folder.parent.parent / name]
+        folders += [cached_folder(name)] if name in EMBEDDED else []
+    yield from (folder / "tokenizer.json" for folder in folders)
+    for name in filter(None, names):
+        with suppress(HFValidationError):  # a path
+            found = try_to_load_from_cache(name, "tokenizer.json")
+            yield from [Path(found)] if isinstance(found, str) else []
 
 
 class Tokens:
     """Token ids to numbers of pieces of text."""
 
-    def __init__(self, tokenizer: Any | None, pieces: _Numbered) -> None:
+    def __init__(self, tokenizer: Any | None, pieces: Numbered) -> None:
         self._tokenizer: Any = tokenizer
         self._pieces = pieces
         self._number: dict[int, int] = {}

@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
-from posttrain.files import whole_file
-from posttrain.training.config import flat_settings, to_dict
+from posttrain.files import replace_text
+from posttrain.resolve import flat
+from posttrain.training.config import to_dict
 from posttrain.training.loop import TrainResult
-from posttrain.training.metrics import is_held_out, read_metrics
+from posttrain.training.metrics import read_metrics
+from posttrain.types import is_held_out
 
 _LIBRARIES = ("posttrain", "torch", "transformers", "peft", "datasets")
 
@@ -40,12 +42,11 @@ def write_card(trainer: Any, result: TrainResult) -> None:
         *_table("Settings that are not the defaults", ("setting", "value"), changed.items()),
         *_table("Versions", ("package", "version"), [(n, version(n)) for n in _LIBRARIES]),
     ]
-    with whole_file(result.final / "README.md") as file:
-        file.write_text("\n".join(lines), encoding="utf-8")
+    replace_text(result.final / "README.md", "\n".join(lines))
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    now, default = flat_settings(to_dict(config)), flat_settings(to_dict(type(config)()))
+    now, default = dict(flat(to_dict(config))), dict(flat(to_dict(type(config)())))
     ignored = ("train.run_dir", "train.name", "train.trackers")
     return {k: v for k, v in now.items() if v != default.get(k) and k not in ignored}
 

@@ -162,15 +162,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model.lora.rank": 16, ...}: nested settings on one level."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = isinstance(value, dict)
-        flat |= flat_settings(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
 def set_options(
     config: Any, names: Sequence[str], further: dict[str, float | int | bool | str]
 ) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from posttrain.models.reference import has_adapters
 from posttrain.models.sharding import whole_state
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan
+from posttrain.resolve import flat
 from posttrain.training import sharding
 from posttrain.training.callbacks import Callbacks
-from posttrain.training.config import TrainConfig, flat_settings
+from posttrain.training.config import TrainConfig
 from posttrain.training.forward import ForwardPlan, Report, batch_mean, evaluate
 from posttrain.training.launch import FreedMemory
-from posttrain.training.metrics import MetricsLog, is_held_out, measure_matmul_peak, model_flops
+from posttrain.training.metrics import MetricsLog, measure_matmul_peak, model_flops
 from posttrain.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -45,7 +46,7 @@ from posttrain.training.step import (
     clip_and_check,
     step_gradient,
 )
-from posttrain.types import Counts, Loss, PromptGroup, as_loss
+from posttrain.types import Counts, Loss, PromptGroup, as_loss, is_held_out
 
 log = logging.getLogger(__name__)
 
@@ -194,9 +195,9 @@ class Loop:
 
     def _run(self, folder: RunFolder) -> TrainResult:
         if self.train.trackers:
-            flat = flat_settings(self.settings)
             plain = {
-                k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat.items()
+                k: v if isinstance(v, (int, float, str, bool)) else str(v)
+                for k, v in flat(self.settings)
             }
             self.accelerator.init_trackers("posttrain", config=plain)
         self.prepare()

@@ -34,11 +34,6 @@ TIMING_KEYS = (
 """Metrics that differ between two identical runs; everything else must be equal."""
 
 
-def is_held_out(name: str) -> bool:
-    """Whether a metric is of an evaluation: eval_loss, rewards_eval/accuracies."""
-    return name.startswith("eval_") or "_eval/" in name
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelFlops:
     """Multiply-add counts of a model, 2 FLOPs each: matmul weights inside the layers, the head, and

@@ -23,8 +23,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from posttrain.files import whole_file, whole_folder, write_json
+from posttrain.resolve import flat
 from posttrain.training import checkpoint
-from posttrain.training.config import TrainConfig, flat_settings
+from posttrain.training.config import TrainConfig
 from posttrain.training.metrics import read_metrics
 from posttrain.training.sharding import broadcast_object
 
@@ -204,7 +205,7 @@ class RunFolder:
 
     def _compare_with(self, state: dict[str, Any]) -> None:
         """What decides weights and differs is an error; what only rounds differently, a warning."""
-        now, before = flat_settings(self._settings), flat_settings(state.get("settings", {}))
+        now, before = dict(flat(self._settings)), dict(flat(state.get("settings", {})))
         changed = {
             name: f"{name} {before.get(name)} -> {now.get(name)}"
             for name in sorted(now.keys() | before.keys())

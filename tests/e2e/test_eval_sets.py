@@ -14,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from posttrain.cli.eval_sets import pair_figures
+from posttrain.cli.eval import pair_figures
 from tests.e2e.launching import check, posttrain_warm, run_warm
 from tests.tiny import model_folder
 

@@ -78,7 +78,7 @@ def test_from_an_empty_folder_and_killed_ten_times_to_the_same_models(name, tmp_
     whole = pipeline(name, tmp_path / "whole", Warm())
     for stage in whole.stages:
         check(stage, whole, build_parser().parse_args)
-    whole.run_all(whole.stages, jobs=1, tell=lambda *_: None)
+    whole.run_all(whole.stages, jobs=1)
     described = json.loads((whole.root / "pipeline.json").read_text())["stages"]
     assert {stage["state"] for stage in described} == {"done"}
     scores = [s["figures"] for s in described if s["name"].startswith("eval_")]
@@ -88,7 +88,7 @@ def test_from_an_empty_folder_and_killed_ten_times_to_the_same_models(name, tmp_
     killed = pipeline(name, tmp_path / "killed", execute)
     while any(killed.verdict(s).state != "done" for s in killed.stages):
         try:
-            killed.run_all(killed.stages, jobs=1, tell=lambda *_: None)
+            killed.run_all(killed.stages, jobs=1)
         except Killed:
             pass
     assert execute.kills == 0

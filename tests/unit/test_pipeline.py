@@ -69,7 +69,7 @@ def ran(p: Pipeline, jobs: int = 1) -> list[str]:
     """The names of the stages that a run executes."""
     log = p.root / "ran.txt"
     log.unlink(missing_ok=True)
-    p.run_all(p.stages, jobs=jobs, tell=lambda *_: None)
+    p.run_all(p.stages, jobs=jobs)
     return log.read_text().split() if log.exists() else []
 
 
@@ -144,14 +144,14 @@ def test_outputs_of_a_script_are_its_own(folder):
     outputs = {"model": "checkpoints/model.txt", "figures": "figures.png"}
     run = {"run": f"python {folder}/writes.py", "settings": {"out": "${out}"}, "outputs": outputs}
     p = pipeline(folder, {"stages": {"a": run}})
-    p.run(p.stages[0], tell=lambda _: None)
+    p.run(p.stages[0])
     assert p.verdict(p.stages[0]).state == "done"
     (p.root / "a/figures.png").unlink()
     assert "figures.png is gone" in p.verdict(p.stages[0]).why
     more = {"stages": {"a": run | {"outputs": outputs | {"table": "table.csv"}}}}
     p = pipeline(folder, more)
     with pytest.raises(StageFailed, match="did not write .*table.csv"):
-        p.run(p.stages[0], tell=lambda _: None)
+        p.run(p.stages[0])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_stage_that_is_killed_says_by_what(folder):
     (folder / "dies.py").write_text("import os; os.kill(os.getpid(), 9)")
     p = pipeline(folder, {"stages": {"a": {"run": f"python {folder}/dies.py"}}})
     with pytest.raises(StageFailed, match="ended by SIGKILL"):
-        p.run(p.stages[0], tell=lambda _: None)
+        p.run(p.stages[0])
 
 
 def test_a_lost_output_is_made_again(folder):
@@ -224,7 +224,7 @@ def test_a_killed_pipeline_leaves_nothing_behind_that_disturbs(folder):
         time.sleep(0.05)
     assert p.verdict(p.stages[0]).state == "running"
     with pytest.raises(ValueError, match="is being run by another process"):
-        p.run(p.stages[0], tell=lambda _: None)
+        p.run(p.stages[0])
     first.send_signal(signal.SIGKILL)
     first.wait()
     found = p.verdict(p.stages[0])

@@ -18,9 +18,9 @@ pytest.importorskip("vl_convert")
 
 from posttrain.cli import report as command
 from posttrain.cli.main import main
-from posttrain.report.curves import CURVES, label, phases
 from posttrain.report.page import duration, escape, json_script, number, tag
 from posttrain.report.run import read_run, read_runs
+from posttrain.report.runs import CURVES, label, phases
 from posttrain.report.samples import read_samples
 from tests.report_folders import EVIL, TEXTS, add_samples, run_folder
 
@@ -223,8 +223,8 @@ def test_of_too_many_samples_whole_iterations_are_shown_the_last_among_them(tmp_
     folder = add_samples(run_folder(tmp_path / "run"), iterations=8, held_out=False)
     each = len(TEXTS)
     found = read_samples([read_run(folder, "run")], most=3 * each)
-    steps = found.columns["step"]
-    assert found.total == 8 * each and len(found) <= 3 * each
+    steps = [row["step"] for row in found.rows]
+    assert found.total == 8 * each and len(found.rows) <= 3 * each
     assert {steps.count(s) for s in set(steps)} == {each} and max(steps) == 8
 
 
@@ -233,7 +233,7 @@ def test_an_iteration_of_several_processes_is_taken_whole(tmp_path):
     for path in list((folder / "rollouts").glob("*.parquet")):
         shutil.copy(path, path.with_stem(f"{path.stem}_rank1"))
     found = read_samples([read_run(folder, "run")], most=5 * len(TEXTS))
-    steps = found.columns["step"]
+    steps = [row["step"] for row in found.rows]
     assert {steps.count(s) for s in set(steps)} == {2 * len(TEXTS)} and len(set(steps)) == 2
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from posttrain.cli import eval as cli
-from posttrain.cli.prep_tests import agreed_cases
+from posttrain.cli.prep import agreed_cases
 from posttrain.data.prompts import PromptConfig, prompts_from_rows
 from posttrain.losses import policy
 from posttrain.losses.reduce import reduce_term
