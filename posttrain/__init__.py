@@ -93,11 +93,10 @@ if TYPE_CHECKING:
         VESPO,
         Algorithm,
     )
-    from posttrain.rl.batches import RolloutConfig
+    from posttrain.rl.batches import CurriculumConfig, RolloutConfig
     from posttrain.rl.credit import Credit, Rollout, credit
-    from posttrain.rl.curriculum import CurriculumConfig
-    from posttrain.rl.environment import Environment, SingleTurn
     from posttrain.rl.evaluate import EvaluationConfig
+    from posttrain.rl.trajectory import Environment, SingleTurn
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig
     from posttrain.rollout.vllm import VLLMConfig
@@ -147,10 +146,9 @@ _NAMES = {
     "cosine_length repetition_penalty",
     "rl.algorithms": "Algorithm GRPO R1 DR_GRPO DAPO GSPO CISPO GMPO SAPO VESPO MAXRL GDPO "
     "CLIP_COV KL_COV RLOO REINFORCE_PP REINFORCE_PP_BASELINE KIMI_K15 DISTILL ALGORITHMS",
-    "rl.batches": "RolloutConfig",
+    "rl.batches": "RolloutConfig CurriculumConfig",
     "rl.credit": "Credit Rollout credit",
-    "rl.curriculum": "CurriculumConfig",
-    "rl.environment": "Environment SingleTurn",
+    "rl.trajectory": "Environment SingleTurn",
     "rl.evaluate": "EvaluationConfig",
     "rollout.engine": "SamplingConfig",
     "rollout.local": "LocalConfig",

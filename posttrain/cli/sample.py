@@ -44,7 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a line for each part."""
-    from posttrain.rl.samples import sample_rows
+    from posttrain.rl.samples import sample_rows, write_rows
 
     if arguments.part < 1:
         raise ValueError(f"--part is a number of problems >= 1; got {arguments.part}.")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
             if not prompts:
                 continue
             evaluation = answer(prompts, seed=arguments.seed * 10**9 + number)
-            _write(path, sample_rows(evaluation), part)
+            write_rows(path, sample_rows(evaluation), {"problems": _digest(part)})
             seconds = time.perf_counter() - began
             print(f"part {number}: {_told(evaluation, seconds)}", flush=True)
     if totals["too long"]:
@@ -131,7 +131,7 @@ def _final(model: str) -> str:
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    from posttrain.rl.journal import digest
+    from posttrain.rl.rollouts import digest
 
     return digest([json.dumps(row, sort_keys=True, default=str) for row in rows])
 
@@ -143,15 +143,3 @@ def _check_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"{path} holds answers to other problems: --task has changed. Give another --out."
         )
-
-
-def _write(
-    path: Path, rows: Sequence[Mapping[str, Any]], problems: Sequence[Mapping[str, Any]]
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(list(rows))
-    table = table.replace_schema_metadata({"problems": _digest(problems)})
-    with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from posttrain.losses import policy
-from posttrain.resolve import did_you_mean, import_name
+from posttrain.resolve import check_options, import_name
 from posttrain.rl.credit import (
     Credit,
     batch_normalised,
@@ -216,14 +216,7 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     of_loss, of_advantages = as_loss(algorithm.loss).accepts, algorithm.credit.accepts
     fixed = {"name", "advantages", "loss", "loss_options", "advantage_options"}
     own = {f.name for f in fields(Algorithm)} - fixed - of_advantages
-    known = of_loss | of_advantages | own
-    unknown = sorted(set(options) - known)
-    if unknown:
-        hint = did_you_mean(unknown[0], sorted(known))
-        raise ValueError(
-            f"Algorithm {algorithm.name} has no option {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}.{hint}"
-        )
+    check_options(f"Algorithm {algorithm.name}", options, of_loss | of_advantages | own)
     return replace(
         algorithm,
         loss_options={

@@ -17,21 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
+from posttrain.models.load import end_token_ids
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import Layout, Segments
 from posttrain.packing.decode import DecodeLayout
-from posttrain.resolve import settings
+from posttrain.resolve import check_rules, settings
 from posttrain.rollout.engine import (
+    Engine,
     FinishReason,
     OnFinished,
     Request,
     Sampled,
     SamplingConfig,
+    StopRule,
     check_positions,
+    draw,
 )
-from posttrain.rollout.receipt import Receipt
-from posttrain.rollout.sampling import StopRule, draw
+from posttrain.rollout.handover import Receipt
 from posttrain.rollout.weights import SamplingWeights
 
 
@@ -46,10 +49,7 @@ class LocalConfig:
     where it is too little."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1 or self.kv_cache_gb <= 0:
-            raise ValueError(
-                f"max_rows and kv_cache_gb must be at least 1 and above 0; got {self}."
-            )
+        check_rules("local", self, "max_rows >= 1", "kv_cache_gb > 0")
 
 
 class RecordingCache(Cache):
@@ -417,3 +417,16 @@ class _Run:
             self._rows[b] = self._rows[last]
             last -= 1
         del self._rows[len(self._rows) - len(gone) :]
+
+
+def local_engine(
+    policy: Policy, tokenizer: Any, config: LocalConfig, *, compute: torch.dtype
+) -> Engine:
+    """The engine in this process; ``compute``: the dtype of training's matrix products."""
+    return LocalEngine(
+        policy,
+        compute=compute,
+        stop_ids=end_token_ids(policy.base, tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        config=config,
+    )

@@ -1,14 +1,15 @@
 """The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
 
 The server runs in an environment of its own; this module needs no vLLM. Weights are handed over
-(``rollout/handover.py``) between pausing and resuming the server, and its receipt is compared with
-what was sent (``rollout/receipt.py``). What a completion's log-probs are depends on how the server
-was started: ``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
-The ids that truncation leaves are those of the likeliest whose log-prob is not -inf.
+between pausing and resuming the server, and its receipt is compared with what was sent
+(``rollout/handover.py``). What a completion's log-probs are depends on how the server was started:
+``--logprobs-mode processed_logprobs`` gives those after temperature and truncation. The ids that
+truncation leaves are those of the likeliest whose log-prob is not -inf.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -19,13 +20,33 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.resolve import settings
-from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
-from posttrain.rollout.handover import Handover
-from posttrain.rollout.receipt import Receipt, check_probe, check_tensors
-from posttrain.rollout.sampling import StopRule
+from posttrain.models.load import end_token_ids, save_model
+from posttrain.models.policy import Policy
+from posttrain.models.reference import has_adapters
+from posttrain.precision import torch_dtype
+from posttrain.resolve import check_rules, settings
+from posttrain.rollout.engine import (
+    Engine,
+    FinishReason,
+    OnFinished,
+    Request,
+    Sampled,
+    SamplingConfig,
+    StopRule,
+)
+from posttrain.rollout.handover import (
+    FolderHandover,
+    Handover,
+    NCCLHandover,
+    Receipt,
+    check_probe,
+    check_tensors,
+    probe_ids,
+    probe_logps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +89,7 @@ class VLLMConfig:
     """Accept a server of another version than the one tested."""
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
-            raise ValueError(
-                "vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got "
-                f"{self.concurrency}, {self.timeout_s} and {self.retries}."
-            )
+        check_rules("vllm", self, "concurrency >= 1", "timeout_s > 0", "retries >= 0")
         host, _, port = self.nccl_address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"vllm.nccl_address is HOST:PORT; got {self.nccl_address!r}.")
@@ -153,17 +170,17 @@ class VLLMEngine:
         self._call("POST", "/pause?mode=wait")
         try:
             self._rpc("mark_policy", mark=None)
-            self._handover.send(self._call)
+            sent = self._handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
             answers = self._rpc("policy_receipt")
-            read_back = check_tensors(self._handover.sent, answers, held=self._config.check_held)
+            read_back = check_tensors(sent, answers, held=self._config.check_held)
         finally:
             self._call("POST", "/resume")
         gap = self._probe_gap(str(answers[0].get("dtype"))) if self._probe is not None else 0.0
         self._rpc("mark_policy", mark=str(version))
         self._receipt = Receipt(
             version=version,
-            tensors=len(self._handover.sent),
+            tensors=len(sent),
             read_back=read_back,
             probe_gap_nats=gap,
         )
@@ -417,3 +434,44 @@ def _kept_ids(top_logprobs: Mapping[str, float], asked: int) -> tuple[int, ...] 
     if len(kept) == len(top_logprobs) >= asked:
         return None
     return tuple(sorted(int(key.removeprefix("token_id:")) for key in kept))
+
+
+def vllm_engine(
+    policy: Policy,
+    tokenizer: Any,
+    config: VLLMConfig,
+    accelerator: Any,
+    *,
+    compute: str,
+    weights_dir: Path,
+) -> Engine:
+    """The engine of a running server, fed with the policy's weights. ``weights_dir``: for
+    ``handover: folder``, where ``config`` names none."""
+    ids = probe_ids(policy.config.get_text_config().vocab_size)
+
+    def merged() -> Any:
+        model: Any = policy.model
+        return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+    handover: Handover
+    if config.handover == "nccl":
+        host, _, port = config.nccl_address.rpartition(":")
+        handover = NCCLHandover(
+            url=config.url, address=host, port=int(port), timeout_s=config.timeout_s, model=merged
+        )
+    else:
+        folder = Path(config.weights_dir) if config.weights_dir else weights_dir
+        handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
+    return VLLMEngine(
+        config,
+        handover=handover,
+        stop_ids=end_token_ids(policy.base, tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        is_main=accelerator.is_main_process,
+        barrier=accelerator.wait_for_everyone,
+        probe=Probe(
+            ids=ids,
+            logps=lambda: probe_logps(policy.model, ids, compute=torch_dtype(compute)),
+            dtype=compute,
+        ),
+    )

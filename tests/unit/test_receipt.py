@@ -15,8 +15,9 @@ from torch import nn
 
 from posttrain.models.load import ModelConfig, load_model
 from posttrain.rollout.engine import Request, SamplingConfig
-from posttrain.rollout.handover import FolderHandover, NCCLHandover
-from posttrain.rollout.receipt import (
+from posttrain.rollout.handover import (
+    FolderHandover,
+    NCCLHandover,
     ReceiptError,
     check_probe,
     check_tensors,

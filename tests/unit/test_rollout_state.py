@@ -15,15 +15,18 @@ from posttrain.data.prompts import R1_ZERO_TEMPLATE, Prompt, PromptConfig, promp
 from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rl.algorithms import resolve_algorithm
-from posttrain.rl.batches import RolloutBatches, RolloutConfig
-from posttrain.rl.curriculum import CurriculumConfig, PromptSampler, priorities
-from posttrain.rl.environment import SingleTurn
+from posttrain.rl.batches import (
+    CurriculumConfig,
+    PromptSampler,
+    RolloutBatches,
+    RolloutConfig,
+    priorities,
+)
 from posttrain.rl.evaluate import Evaluation, half_width, pass_at_k
-from posttrain.rl.journal import Journal, journalled
-from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, journalled
+from posttrain.rl.trajectory import SingleTurn, Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
-from posttrain.rollout.receipt import Receipt
+from posttrain.rollout.handover import Receipt
 from posttrain.training.forward import ForwardPlan
 from tests.tiny import byte_tokenizer
 
