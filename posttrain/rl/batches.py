@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +26,7 @@ from posttrain.resolve import check_rules, settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-from posttrain.rl.rollouts import Collector, RolloutBuffer, forget_journals, open_journal
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, forget_journals, journal_path
 from posttrain.rl.samples import keep_rollouts, rollout_metrics, show
 from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
@@ -210,12 +211,6 @@ class RolloutBatches:
         self._buffer = RolloutBuffer(self.prompts, ranks=collector.accelerator.num_processes)
         samples = [p.sample for p in self.prompts]
         self._sampler = PromptSampler(self.curriculum, samples, seed=self.seed)
-        if collector.sampling.truncates and not collector.engine.returns_kept_ids:
-            raise UserFacingError(
-                "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
-                "say which: the trainer could not renormalise its log-probs. Sample from the "
-                "whole distribution, or use --engine local."
-            )
         if self.config.signal_reward and self.config.signal_reward not in names:
             raise UserFacingError(
                 f"rollout.signal_reward is one of the rewards {', '.join(names)}; got "
@@ -273,20 +268,16 @@ class RolloutBatches:
             "rollout_tokens_per_s": spent["tokens"] / max(spent["rollout_s"], 1e-9),
             "scores_per_s": sum(len(s.trajectories) for s in drawn) / max(spent["reward_s"], 1e-9),
         }
-        batches = self._mini_batches([g for g in groups if g.num_trained])
-        if not batches:
+        trained = [g for g in groups if g.num_trained]
+        if not trained:
             raise UserFacingError(
                 f"Iteration {self._iteration}: no completion can be trained (all unscored, "
                 f"truncated or from older iterations). Look at {self.folder}, raise "
                 "sampling.max_tokens, or turn rollout.mask_truncated off."
             )
-        batches = [replace(b, metrics={"iteration": self._iteration, **metrics}) for b in batches]
-        batches[0] = replace(
-            batches[0],
-            metrics={**batches[0].metrics, **timed},
-            fresh_optimizer=self.algorithm.fresh_optimizer,
-        )
-        return batches
+        first, *others = self._mini_batches(trained, {"iteration": self._iteration, **metrics})
+        fresh = self.algorithm.fresh_optimizer
+        return [replace(first, metrics={**first.metrics, **timed}, fresh_optimizer=fresh), *others]
 
     def _path(self, what: str, number: int, suffix: str) -> Path:
         """Of what this process keeps: the first one's files have no rank in their name."""
@@ -296,22 +287,18 @@ class RolloutBatches:
     def _collect(self) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
         """(groups to train, groups that dynamic sampling leaves out)."""
         wanted = self.batch_size * self.config.updates
+        dynamic = self.algorithm.dynamic_sampling
+        limit = int(self.config.oversample * wanted) if dynamic else wanted
         kept: list[TrajectoryGroup] = []
         rejected: list[TrajectoryGroup] = []
         begun = 0
-        limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
-        journal = open_journal(
-            self.folder,
-            iteration=self._iteration,
-            rank=self.collector.rank,
-            run=f"{self.seed} {self._iteration} {self.collector.identity()}",
-        )
-        try:
-            while True:
+        run = f"{self.seed} {self._iteration} {self.collector.identity()}"
+        path = journal_path(self.folder, self._iteration, self.collector.rank)
+        with closing(Journal(path, run=run)) as journal:
+            while begun < limit or self._buffer.groups:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
-                picked = self._sampler.next(fresh, iteration=self._iteration) if fresh else []
                 self._buffer.begin(
-                    picked,
+                    self._sampler.next(fresh, iteration=self._iteration),
                     iteration=self._iteration,
                     round=begun,
                     group_size=self.config.group_size,
@@ -319,53 +306,34 @@ class RolloutBatches:
                 )
                 begun += fresh
                 self.collector.roll(self._buffer, journal)
-                scored = self.collector.score(
-                    self._buffer.take_finished(), journal, iteration=self._iteration
-                )
-                self._learn_rates(scored)
-                for s in scored:
-                    is_kept = not self.algorithm.dynamic_sampling or s.has_signal(
-                        self.config.signal_reward
-                    )
+                finished = self._buffer.take_finished()
+                for s in self.collector.score(finished, journal, iteration=self._iteration):
+                    known = [t.is_right for t in s.trajectories if t.is_right is not None]
+                    self._sampler.update(s.index, tries=len(known), successes=sum(known))
+                    is_kept = not dynamic or s.has_signal(self.config.signal_reward)
                     (kept if is_kept else rejected).append(s)
-                enough = len(kept) >= (
-                    wanted if self.algorithm.dynamic_sampling else self.config.updates
-                )
-                if enough or (begun >= limit and not self._buffer.groups):
+                if len(kept) >= (wanted if dynamic else self.config.updates):
                     break
-        finally:
-            journal.close()
         if not kept:  # dynamic sampling found no group with a signal: its step moves nothing
             kept, rejected = rejected[-wanted:], rejected[:-wanted]
         return kept, rejected
 
-    def _learn_rates(self, scored: Sequence[TrajectoryGroup]) -> None:
-        for s in scored:
-            known = [t.is_right for t in s.trajectories if t.is_right is not None]
-            self._sampler.update(s.index, tries=len(known), successes=sum(known))
-
-    def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
+    def _mini_batches(
+        self, groups: Sequence[PromptGroup], metrics: dict[str, Any]
+    ) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left
         out where that is exact."""
         batches: list[StepBatch] = []
-        if not groups:
-            return batches
         for epoch in range(self.config.epochs):
-            order = np.random.default_rng([self.seed, 3, self._iteration, epoch]).permutation(
-                len(groups)
-            )
+            draws = np.random.default_rng([self.seed, 3, self._iteration, epoch])
+            order = draws.permutation(len(groups))
             for part in np.array_split(order, min(self.config.updates, len(groups))):
-                whole = [groups[i] for i in part]
-                first = not batches
-                used = (
-                    [g for g in whole if has_signal(g)]
-                    if self.algorithm.skips(first_update=first)
-                    else whole
-                )
-                used = used or [
-                    min(whole, key=lambda g: g.num_tokens_shared)
-                ]  # its gradient is 0; a step needs a group
-                batches.append(StepBatch(groups=used, counts=count_units(whole)))
+                used = whole = [groups[i] for i in part]
+                if self.algorithm.skips(first_update=not batches):
+                    # where the gradient is 0, a step needs a group all the same
+                    least = min(whole, key=lambda g: g.num_tokens_shared)
+                    used = [g for g in whole if has_signal(g)] or [least]
+                batches.append(StepBatch(groups=used, counts=count_units(whole), metrics=metrics))
         return batches
 
     def check(self, metrics: Mapping[str, float]) -> None:

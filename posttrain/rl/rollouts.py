@@ -13,8 +13,10 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,15 +98,9 @@ def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
     return found.hexdigest()
 
 
-def _sampled(row: dict[str, Any]) -> Sampled:
-    kept = row["kept_ids"]
-    lists = {"token_ids": tuple(row["token_ids"]), "logps": tuple(row["logps"])}
-    return Sampled(**{**row, **lists, "kept_ids": kept and tuple(map(tuple, kept))})
-
-
 def journalled(
     engine: Engine,
-    journal: Journal,
+    journal: Journal | None,
     requests: Sequence[Request],
     sampling: SamplingConfig,
 ) -> list[list[Sampled]]:
@@ -113,12 +109,14 @@ def journalled(
     A call of a reproducible engine is written as a whole. A killed one is repeated whole: only the
     same batch gives the same bits. Of another engine each completion is written when finished.
     """
+    if journal is None:
+        return engine.generate(requests, sampling)
     if engine.is_reproducible:
         entries = journal.once(
             f"generate {digest(requests)}",
             lambda: to_row(engine.generate(requests, sampling)),
         )
-        return [[_sampled(entry) for entry in row] for row in entries]
+        return [[Sampled(**entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
         return (
@@ -139,7 +137,7 @@ def journalled(
             sampling,
             on_finished=lambda i, k, drawn: journal.put(key(left[i], k), to_row(drawn)),
         )
-    return [[_sampled(journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
+    return [[Sampled(**journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
 
 
 log = logging.getLogger(__name__)
@@ -151,6 +149,16 @@ def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: i
     the batch."""
     text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def request_of(group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> Request:
+    """For what comes next in some of a group's trajectories."""
+    prefixes = tuple(tuple(t.token_ids.tolist()) for t in trajectories)
+    return Request(
+        prompt_ids=tuple(group.prompt.ids),
+        seeds=tuple(t.seed for t in trajectories),
+        prefixes=prefixes if any(prefixes) else (),
+    )
 
 
 class RolloutBuffer:
@@ -178,28 +186,6 @@ class RolloutBuffer:
             self.groups.append(
                 TrajectoryGroup(index=index, prompt=prompt, trajectories=trajectories, rank=rank)
             )
-
-    def requests(
-        self, *, rank: int = 0, only: Collection[int] | None = None
-    ) -> list[tuple[Request, Prompt, list[Trajectory]]]:
-        """What ``rank`` draws next, group by group, its prompt, and where it goes. ``only``: seeds
-        of the trajectories that are wanted; None: all that are open."""
-        found = []
-        for group in self.of_rank(rank):
-            open_ones = [
-                t
-                for t in group.trajectories
-                if t.finish_reason is None and (only is None or t.seed in only)
-            ]
-            if open_ones:
-                prefixes = tuple(tuple(t.token_ids.tolist()) for t in open_ones)
-                request = Request(
-                    prompt_ids=tuple(group.prompt.ids),
-                    seeds=tuple(t.seed for t in open_ones),
-                    prefixes=prefixes if any(prefixes) else (),
-                )
-                found.append((request, group.prompt, open_ones))
-        return found
 
     def of_rank(self, rank: int) -> list[TrajectoryGroup]:
         """The groups that ``rank`` holds."""
@@ -260,23 +246,16 @@ class Collector:
 
     def _draw(self, buffer: RolloutBuffer, journal: Journal | None) -> tuple[int, dict[int, Any]]:
         """This rank's part of ``roll``: (tokens that were drawn, {seed: progress})."""
-        tokens, only = 0, None
-        while only is None or only:
-            wanted = buffer.requests(rank=self.rank, only=only)
-            only = set()
-            asked = [request for request, _, _ in wanted]
-            drawn = (
-                self.engine.generate(asked, self.sampling)
-                if journal is None
-                else journalled(self.engine, journal, asked, self.sampling)
-            )
-            for (_, prompt, trajectories), row in zip(wanted, drawn, strict=True):
-                for trajectory, sampled in zip(trajectories, row, strict=True):
-                    trajectory.extend(sampled)
-                    tokens += len(sampled.token_ids)
-                    if self._goes_on(trajectory, prompt):
-                        only.add(trajectory.seed)
         mine = buffer.of_rank(self.rank)
+        tokens, going = 0, [(g, t) for g in mine for t in g.trajectories if not t.finish_reason]
+        while going:
+            by_group = groupby(going, key=itemgetter(0))
+            asked = [request_of(group, [t for _, t in pairs]) for group, pairs in by_group]
+            drawn = journalled(self.engine, journal, asked, self.sampling)
+            for (_, trajectory), sampled in zip(going, chain(*drawn), strict=True):
+                trajectory.extend(sampled)
+                tokens += len(sampled.token_ids)
+            going = [(group, t) for group, t in going if self._goes_on(t, group.prompt)]
         return tokens, {t.seed: t.progress() for g in mine for t in g.trajectories}
 
     def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
@@ -352,8 +331,8 @@ class Collector:
         return [item for items, _ in gathered for item in items]
 
 
-def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
-    return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
+def journal_path(folder: Path, iteration: int, rank: int) -> Path:
+    return folder / f"iteration_{iteration:06d}_rank{rank}.jsonl"
 
 
 def forget_journals(folder: Path, *, before: int) -> None:

@@ -90,16 +90,8 @@ class Request:
     """Tokens that each completion already has (partial rollouts); empty: none has any."""
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids or not self.seeds:
-            raise ValueError(
-                f"A request needs a prompt token and a seed; got {len(self.prompt_ids)} prompt "
-                f"tokens, {len(self.seeds)} seeds."
-            )
-        if self.prefixes and len(self.prefixes) != len(self.seeds):
-            raise ValueError(
-                "A request needs one prefix per seed or none; got "
-                f"{len(self.prefixes)} for {len(self.seeds)}."
-            )
+        assert self.prompt_ids and self.seeds, self
+        assert len(self.prefixes) in (0, len(self.seeds)), self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +99,14 @@ class Sampled:
     """What was drawn for one completion: new tokens only, without prompt and prefix; the stop token
     included."""
 
-    token_ids: tuple[int, ...]
-    logps: tuple[float, ...]
+    token_ids: Sequence[int]
+    logps: Sequence[float]
     """One per token: natural log-prob under the distribution it was drawn from (temperature,
     truncation renormalised); under greedy decoding that of the model at temperature 1."""
     finish_reason: FinishReason
     policy_version: int
     """Number of weight updates that the sampling policy had seen."""
-    kept_ids: tuple[tuple[int, ...], ...] | None = None
+    kept_ids: Sequence[Sequence[int]] | None = None
     """One per token: the ids that truncation left to draw from; None without truncation."""
 
 
@@ -137,9 +129,6 @@ completion is finished."""
 class Engine(Protocol):
     """Draws completions under the present weights of a policy."""
 
-    returns_kept_ids: bool
-    """Whether truncated sampling returns the kept sets; an engine that cannot is refused for
-    training with truncation."""
     is_reproducible: bool
     """Whether the same call under the same weights gives the same completions."""
 

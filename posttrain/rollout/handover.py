@@ -31,6 +31,13 @@ TOLERANCE_NATS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 class ReceiptError(ValueError):
     """The engine does not hold what it was handed. Never tried again: the run stops."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"The vLLM server does not have the trainer's weights: {what}. Nothing was trained on "
+            "it. Is the server that of launch/vllm.sh, of the same model, and reads it the same "
+            "folder?"
+        )
+
 
 class TensorNote(NamedTuple):
     """What is known of one tensor."""
@@ -88,19 +95,19 @@ def check_tensors(sent: Sequence[TensorNote], answers: Sequence[Any], *, held: b
     renewed) are errors.
     """
     if not sent:
-        raise ReceiptError(_wrong("the trainer handed no tensor over"))
+        raise ReceiptError("the trainer handed no tensor over")
     if not answers:
-        raise ReceiptError(_wrong("no worker of the server returned a receipt"))
+        raise ReceiptError("no worker of the server returned a receipt")
     for worker, answer in enumerate(answers):
         if not isinstance(answer, Mapping) or "tensors" not in answer:
-            raise ReceiptError(_wrong(f"worker {worker} returned no receipt, but {answer!r:.100}"))
+            raise ReceiptError(f"worker {worker} returned no receipt, but {answer!r:.100}")
         problem = _first_difference(sent, [TensorNote(*row) for row in answer["tensors"]])
         if problem is None and held and answer.get("differs"):
             problem = f"{answer['differs'][0]} arrived whole, but its model holds something else"
         if problem is None and held and answer.get("missing"):
             problem = f"its parameter {answer['missing'][0]} was renewed by no tensor"
         if problem is not None:
-            raise ReceiptError(_wrong(f"worker {worker}: {problem}"))
+            raise ReceiptError(f"worker {worker}: {problem}")
     return min(int(answer.get("read_back", 0)) for answer in answers)
 
 
@@ -122,13 +129,6 @@ def _first_difference(sent: Sequence[TensorNote], got: Sequence[TensorNote]) -> 
                 hint = f"; that is the content of {also[0]}" if also else ""
                 return f"{wanted.name} has {what} {its}, the trainer sent {mine}{hint}"
     return f"{next(iter(arrived))} arrived, but was not sent" if arrived else None
-
-
-def _wrong(what: str) -> str:
-    return (
-        f"The vLLM server does not have the trainer's weights: {what}. Nothing was trained on it. "
-        "Is the server that of launch/vllm.sh, of the same model, and reads it the same folder?"
-    )
 
 
 def probe_ids(vocabulary: int) -> list[int]:
@@ -156,15 +156,13 @@ def check_probe(mine: Sequence[float], its: Sequence[float], *, dtypes: Iterable
     """Mean |difference| of the probe's log-probs. Raises ReceiptError above the tolerance of the
     coarser of ``dtypes``, and where one is not a number."""
     if len(mine) != len(its):
-        raise ReceiptError(_wrong(f"it gave {len(its)} of the probe's {len(mine)} log-probs"))
+        raise ReceiptError(f"it gave {len(its)} of the probe's {len(mine)} log-probs")
     gap = sum(abs(a - b) for a, b in zip(mine, its, strict=True)) / len(mine)
     limit = max(TOLERANCE_NATS.get(dtype, TOLERANCE_NATS["bfloat16"]) for dtype in dtypes)
     if not gap <= limit:
         raise ReceiptError(
-            _wrong(
-                f"all tensors arrived, but its log-probs of the probe differ from the trainer's by "
-                f"{gap:.3g} nats on the mean token (limit {limit:g})"
-            )
+            f"all tensors arrived, but its log-probs of the probe differ from the trainer's by "
+            f"{gap:.3g} nats on the mean token (limit {limit:g})"
         )
     return gap
 

@@ -175,7 +175,6 @@ class LocalEngine:
     engine.
     """
 
-    returns_kept_ids = True
     is_reproducible = True
 
     def __init__(

@@ -119,7 +119,6 @@ class ServerError(ValueError):
 class VLLMEngine:
     """Draws through the server; ``handover`` brings the policy's weights there."""
 
-    returns_kept_ids = True
     is_reproducible = False
 
     def __init__(
@@ -232,8 +231,10 @@ class VLLMEngine:
             if attempt:
                 log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt)
                 time.sleep(2.0 ** (attempt - 1))
-                problem = self._weights_again()
-                if problem is not None:
+                try:
+                    self._weights_again()
+                except ServerError as error:
+                    problem = error
                     continue
             failed: list[tuple[int, int]] = []
             with ThreadPoolExecutor(self._config.concurrency) as pool:
@@ -259,21 +260,17 @@ class VLLMEngine:
             "run's journal: start the server and the same command again."
         )
 
-    def _weights_again(self) -> ServerError | None:
+    def _weights_again(self) -> None:
         """A server that was restarted has the weights it was started with: they are handed over
-        again. What went wrong, if so."""
-        try:
-            self._check_server()
-            if self._version >= 0:
+        again."""
+        self._check_server()
+        if self._version >= 0:
+            mark = self._server_mark()
+            if mark is None or mark.split()[0] != str(self._version):
+                self._handover.forget()
+                self._load_weights(self._version)
                 mark = self._server_mark()
-                if mark is None or mark.split()[0] != str(self._version):
-                    self._handover.forget()
-                    self._load_weights(self._version)
-                    mark = self._server_mark()
-                self._mark = mark
-        except ServerError as error:
-            return error
-        return None
+            self._mark = mark
 
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
         """One completion, by segments where repetition is looked for. It ends where the local

@@ -30,7 +30,6 @@ from tests.tiny import byte_tokenizer
 class ScriptedEngine:
     """Two tokens for every completion; notes the prompts that it was asked."""
 
-    returns_kept_ids = True
     is_reproducible = True
 
     def __init__(self, finish_reason: str = "stop") -> None:
