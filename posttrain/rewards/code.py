@@ -87,8 +87,7 @@ def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
         given = [given]
     if isinstance(given, Mapping):
         given = _paired(given, column)
-    if not given:
-        return []
+    given = given or []
     if not isinstance(given, list | tuple):
         raise ValueError(
             f"tests in column {column!r} are a list or {{inputs, outputs}}; got "

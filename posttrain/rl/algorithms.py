@@ -212,7 +212,10 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     itself if the advantages do not (beta: RLOO takes the KL off the reward, GRPO has it in the
     loss); one that none has is an error, never ignored.
     """
-    algorithm = ALGORITHMS.get(name) or _import_algorithm(name)
+    wanted = f"--algorithm is one of {', '.join(ALGORITHMS)}, or the dotted path of an Algorithm"
+    algorithm = ALGORITHMS.get(name) or import_name(name, wanted=wanted)
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"{name} is not an Algorithm but a {type(algorithm).__name__}.")
     of_loss, of_advantages = as_loss(algorithm.loss).accepts, algorithm.credit.accepts
     fixed = {"name", "advantages", "loss", "loss_options", "advantage_options"}
     own = {f.name for f in fields(Algorithm)} - fixed - of_advantages
@@ -229,13 +232,3 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
         },
         **{k: v for k, v in options.items() if k in own},
     )
-
-
-def _import_algorithm(name: str) -> Algorithm:
-    known = ", ".join(ALGORITHMS)
-    found = import_name(
-        name, wanted=f"--algorithm is one of {known}, or the dotted path of an Algorithm"
-    )
-    if not isinstance(found, Algorithm):
-        raise ValueError(f"{name} is not an Algorithm but a {type(found).__name__}.")
-    return found

@@ -304,12 +304,8 @@ class Collector:
     def identity(self) -> str:
         """A digest of everything outside of the requests that decides completions and rewards:
         settings, ranks, the engine's weights."""
-        settings = (
-            self.sampling,
-            self.rewards.config,
-            self.rewards.names,
-            type(self.engine).__name__,
-        )
+        config, engine = self.rewards.config, type(self.engine).__name__
+        settings = (self.sampling, config, self.rewards.names, engine)
         weights = fingerprint(self.weights()) if self.weights is not None else ""
         return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
 

@@ -296,10 +296,8 @@ def select(
         return _pairs(answers, by, at_most, filters, counts)
     fit: list[Answer] = []
     for answer in answers:
-        if take != "best" and not answer["correct"]:
-            reason = "not judged" if answer["correct"] is None else "wrong"
-        else:
-            reason = filters.reason(answer, by)
+        judged = {True: "", False: "wrong", None: "not judged"}[answer["correct"]]
+        reason = ("" if take == "best" else judged) or filters.reason(answer, by)
         if not reason and take == "best" and value_of(answer, by) is None:
             reason = "not scored"
         if reason:

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -116,35 +116,28 @@ class ServerError(ValueError):
     does."""
 
 
+@dataclass
 class VLLMEngine:
     """Draws through the server; ``handover`` brings the policy's weights there."""
 
+    config: VLLMConfig
+    _: KW_ONLY
+    handover: Handover
+    stop_ids: Sequence[int]
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Turns ids into text, for stop strings."""
+    is_main: bool = True
+    """This rank hands the weights over."""
+    barrier: Callable[[], None] = lambda: None
+    """Waits for all ranks."""
+    probe: Probe | None = None
+    """None compares checksums only."""
     is_reproducible = False
 
-    def __init__(
-        self,
-        config: VLLMConfig,
-        *,
-        handover: Handover,
-        stop_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
-        is_main: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-        probe: Probe | None = None,
-    ) -> None:
-        """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands
-        the weights over; ``barrier`` waits for all ranks; ``probe``: None compares checksums
-        only."""
-        self._is_main, self._barrier, self._probe = is_main, barrier, probe
+    def __post_init__(self) -> None:
         self._probe_logps: Sequence[float] = ()
         self._ties = _TIES
         self._receipt = Receipt(version=-1)
-        self._config, self._handover, self.stop_ids, self._decode = (
-            config,
-            handover,
-            list(stop_ids),
-            decode,
-        )
         self._version = -1
         self._mark: str | None = None
         self._model = ""
@@ -155,13 +148,13 @@ class VLLMEngine:
         where the server then has others."""
         if version == self._version:
             return self._receipt
-        if self._probe is not None:
-            self._probe_logps = self._probe.logps()  # any rank hands over again after a restart
-        self._barrier()  # nobody samples from the old weights any more
-        if self._is_main:
-            self._handover.take()
+        if self.probe is not None:
+            self._probe_logps = self.probe.logps()  # any rank hands over again after a restart
+        self.barrier()  # nobody samples from the old weights any more
+        if self.is_main:
+            self.handover.take()
             self._load_weights(version)
-        self._barrier()
+        self.barrier()
         self._version, self._mark = version, self._server_mark()
         return self._receipt
 
@@ -169,13 +162,13 @@ class VLLMEngine:
         self._call("POST", "/pause?mode=wait")
         try:
             self._rpc("mark_policy", mark=None)
-            sent = self._handover.send(self._call)
+            sent = self.handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
             answers = self._rpc("policy_receipt")
-            read_back = check_tensors(sent, answers, held=self._config.check_held)
+            read_back = check_tensors(sent, answers, held=self.config.check_held)
         finally:
             self._call("POST", "/resume")
-        gap = self._probe_gap(str(answers[0].get("dtype"))) if self._probe is not None else 0.0
+        gap = self._probe_gap(str(answers[0].get("dtype"))) if self.probe is not None else 0.0
         self._rpc("mark_policy", mark=str(version))
         self._receipt = Receipt(
             version=version,
@@ -187,8 +180,8 @@ class VLLMEngine:
 
     def _probe_gap(self, server_dtype: str) -> float:
         """The server's log-probs of the probe against the trainer's."""
-        assert self._probe is not None
-        ids = list(self._probe.ids)
+        assert self.probe is not None
+        ids = list(self.probe.ids)
         body = {
             "model": self._model,
             "prompt": ids,
@@ -202,7 +195,7 @@ class VLLMEngine:
             float((row or {}).get(str(token), {}).get("logprob", math.nan))
             for token, row in zip(ids[1:], rows, strict=False)
         ]
-        return check_probe(self._probe_logps, its, dtypes=(server_dtype, self._probe.dtype))
+        return check_probe(self._probe_logps, its, dtypes=(server_dtype, self.probe.dtype))
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
         """A method of launch/vllm_reload.py in every worker."""
@@ -227,7 +220,7 @@ class VLLMEngine:
         results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
         problem: Exception | None = None
-        for attempt in range(self._config.retries + 1):
+        for attempt in range(self.config.retries + 1):
             if attempt:
                 log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt)
                 time.sleep(2.0 ** (attempt - 1))
@@ -237,7 +230,7 @@ class VLLMEngine:
                     problem = error
                     continue
             failed: list[tuple[int, int]] = []
-            with ThreadPoolExecutor(self._config.concurrency) as pool:
+            with ThreadPoolExecutor(self.config.concurrency) as pool:
                 futures = {
                     pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left
                 }
@@ -255,7 +248,7 @@ class VLLMEngine:
                 return results
             left = sorted(failed)
         raise ServerError(
-            f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on "
+            f"The vLLM server at {self.config.url} failed {self.config.retries + 1} times on "
             f"{len(left)} completions, the last time with: {problem}. What was finished is in the "
             "run's journal: start the server and the same command again."
         )
@@ -267,7 +260,7 @@ class VLLMEngine:
         if self._version >= 0:
             mark = self._server_mark()
             if mark is None or mark.split()[0] != str(self._version):
-                self._handover.forget()
+                self.handover.forget()
                 self._load_weights(self._version)
                 mark = self._server_mark()
             self._mark = mark
@@ -276,7 +269,7 @@ class VLLMEngine:
         """One completion, by segments where repetition is looked for. It ends where the local
         engine would end it."""
         prefix = request.prefixes[k] if request.prefixes else ()
-        rule = StopRule(sampling, self.stop_ids, self._decode)
+        rule = StopRule(sampling, self.stop_ids, self.decode)
         limit = sampling.max_tokens - len(prefix)
         limit = min(limit, sampling.budget_tokens or limit)
         drawn: list[int] = []
@@ -328,7 +321,7 @@ class VLLMEngine:
             "logprobs": sampling.top_k + self._ties if _returns_kept(sampling) else 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            "stop_token_ids": self.stop_ids,
+            "stop_token_ids": list(self.stop_ids),
             "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }
@@ -362,7 +355,7 @@ class VLLMEngine:
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise ServerError(
-                    f"{self._config.url} refuses a request of {len(body['prompt'])} prompt tokens "
+                    f"{self.config.url} refuses a request of {len(body['prompt'])} prompt tokens "
                     f"and {body['max_tokens']} new ones: "
                     f"{error.read()[:500].decode(errors='replace')}. Was it started with a large "
                     "enough MAX_MODEL_LEN?"
@@ -374,47 +367,47 @@ class VLLMEngine:
 
     def _check_server(self) -> None:
         version = str(self._call("GET", "/version").get("version", "unknown"))
-        if not version.startswith(f"{TESTED}.") and not self._config.any_version:
+        if not version.startswith(f"{TESTED}.") and not self.config.any_version:
             raise ServerError(
-                f"{self._config.url} runs vLLM {version}; its requests were tested with {TESTED}. "
+                f"{self.config.url} runs vLLM {version}; its requests were tested with {TESTED}. "
                 "Install that version (launch/vllm.sh), or set --vllm.any_version true."
             )
         self._model = str(self._call("GET", "/v1/models")["data"][0]["id"])
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """A control request: tried again with growing waits."""
-        for attempt in range(self._config.retries + 1):
+        for attempt in range(self.config.retries + 1):
             try:
                 return self._request(method, path, body)
             except (OSError, HTTPException) as error:
                 problem = error
                 if isinstance(error, urllib.error.HTTPError) and error.code in (400, 404, 405):
                     raise ServerError(
-                        f"{self._config.url}{path} answered {error.code}: not a vLLM server with "
+                        f"{self.config.url}{path} answered {error.code}: not a vLLM server with "
                         "VLLM_SERVER_DEV_MODE=1. Start it with launch/vllm.sh."
                     ) from error
-                if attempt < self._config.retries:
+                if attempt < self.config.retries:
                     time.sleep(2.0**attempt)
         raise ServerError(
-            f"No vLLM server answers at {self._config.url} ({problem}). Start it with "
+            f"No vLLM server answers at {self.config.url} ({problem}). Start it with "
             "launch/vllm.sh MODEL, or set --vllm.url."
         ) from problem
 
     def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            self._config.url.rstrip("/") + path,
+            self.config.url.rstrip("/") + path,
             data=data,
             method=method,
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:  # noqa: S310 - the user's own server
+        with urllib.request.urlopen(request, timeout=self.config.timeout_s) as response:  # noqa: S310 - the user's own server
             text = response.read().decode()
         try:
             answer = json.loads(text) if text.strip() else {}
         except ValueError as error:
             raise ServerError(
-                f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}."
+                f"{self.config.url}{path} answered something that is not JSON: {text[:200]!r}."
             ) from error
         return answer if isinstance(answer, dict) else {"value": answer}
 

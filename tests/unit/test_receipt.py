@@ -267,7 +267,7 @@ def test_a_restarted_server_that_lies_is_not_tried_again(servers, tmp_path):
     server.lie = lambda old, new: {n: t + 1 for n, t in new.items()}
     server.restart()
     request = Request(prompt_ids=(1,), seeds=(2,))
-    trainer.engine._config = VLLMConfig(url=server.url, retries=1)
+    trainer.engine.config = VLLMConfig(url=server.url, retries=1)
     with pytest.raises(ReceiptError, match="embed has checksum"):
         trainer.engine.generate([request], SamplingConfig(max_tokens=2))
 
