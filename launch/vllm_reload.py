@@ -20,7 +20,7 @@ PROCESS = uuid.uuid4().hex
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """As posttrain/rollout/receipt.py makes it."""
+    """As posttrain/rollout/handover.py makes it."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 

@@ -96,11 +96,10 @@ if TYPE_CHECKING:
         VESPO,
         Algorithm,
     )
-    from posttrain.rl.batches import RolloutConfig
+    from posttrain.rl.batches import CurriculumConfig, RolloutConfig
     from posttrain.rl.credit import Credit, Rollout, credit
-    from posttrain.rl.curriculum import CurriculumConfig
-    from posttrain.rl.environment import Environment, SingleTurn
     from posttrain.rl.evaluate import EvaluationConfig
+    from posttrain.rl.trajectory import Environment, SingleTurn
     from posttrain.rollout.engine import SamplingConfig
     from posttrain.rollout.local import LocalConfig
     from posttrain.rollout.vllm import VLLMConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -69,6 +70,26 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     """The end of an error message: `` Did you mean x?``, or nothing where no name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def check_options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """ValueError for an option that is not known: it lists those that are."""
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"{owner} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}."
+            f"{did_you_mean(unknown[0], known)}"
+        )
+
+
+def check_rules(section: str, config: Any, *rules: str) -> None:
+    """ValueError for the first rule, such as "0 < top_p <= 1", that does not hold: it says what the
+    settings are that it names."""
+    values = vars(config)
+    for rule in rules:
+        if not eval(rule, {}, dict(values)):  # the rules are ours
+            named = [name for name in re.findall("[a-z_]+", rule) if name in values]
+            got = ", ".join(f"{name}={values[name]!r}" for name in named)
+            raise ValueError(f"{section} needs {rule}; got {got}.")
 
 
 def shipped(folder: str) -> Path:

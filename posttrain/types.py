@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 
+from posttrain.resolve import check_options
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -535,16 +537,11 @@ class Declared:
     @property
     def accepts(self) -> set[str]:
         """Names of its keyword options."""
-        found = signature(self.function).parameters.values()
-        return {p.name for p in found if p.kind is Parameter.KEYWORD_ONLY}
+        return keyword_options(self.function)
 
     def with_options(self, **options: Any) -> Self:
         """The same with more options set. ValueError for one that it does not have."""
-        if unknown := sorted(set(options) - self.accepts):
-            raise ValueError(
-                f"{self.name} has no option {unknown[0]!r}; it has "
-                f"{', '.join(sorted(self.accepts)) or 'none'}."
-            )
+        check_options(self.name, options, self.accepts)
         return replace(self, options={**self.options, **options}) if options else self
 
 
@@ -573,6 +570,12 @@ class Loss(Declared):
             return self.implicit_beta
         parameter = signature(self.function).parameters.get("beta")
         return float(self.options.get("beta", 0.1 if parameter is None else parameter.default))
+
+
+def keyword_options(function: Callable[..., Any]) -> set[str]:
+    """Names of the arguments that can only be given by keyword."""
+    found = signature(function).parameters.values()
+    return {p.name for p in found if p.kind is Parameter.KEYWORD_ONLY}
 
 
 def wrap(wrapper: Any, function: Callable[..., Any]) -> None:

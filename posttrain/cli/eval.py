@@ -223,9 +223,8 @@ class Answering:
 
     def _make_engine(self, compute: str) -> Any:
         from posttrain.precision import torch_dtype
-        from posttrain.rollout.engines import local_engine, vllm_engine
-        from posttrain.rollout.local import LocalConfig
-        from posttrain.rollout.vllm import VLLMConfig
+        from posttrain.rollout.local import LocalConfig, local_engine
+        from posttrain.rollout.vllm import VLLMConfig, vllm_engine
 
         arguments, shared = self._arguments, (self._policy, self._tokenizer)
         if not arguments.vllm:
@@ -276,9 +275,9 @@ class Answering:
         """Draws and judges."""
         import torch
 
-        from posttrain.rl.environment import SingleTurn
         from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
         from posttrain.rl.rollouts import Collector
+        from posttrain.rl.trajectory import SingleTurn
         from posttrain.rollout.engine import SamplingConfig
 
         arguments = self._arguments

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.eval import Answering, declare_shared, stream_tasks
-from posttrain.files import replace_text, whole_file, write_json
+from posttrain.files import replace_text, write_json
 
 if TYPE_CHECKING:
     from posttrain.rl.evaluate import Evaluation
@@ -44,7 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a line for each part."""
-    from posttrain.rl.samples import sample_rows
+    from posttrain.rl.samples import sample_rows, write_rows
 
     if arguments.part < 1:
         raise ValueError(f"--part is a number of problems >= 1; got {arguments.part}.")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
             if not prompts:
                 continue
             evaluation = answer(prompts, seed=arguments.seed * 10**9 + number)
-            _write(path, sample_rows(evaluation), part)
+            write_rows(path, sample_rows(evaluation), {"problems": _digest(part)})
             seconds = time.perf_counter() - began
             print(f"part {number}: {_told(evaluation, seconds)}", flush=True)
     if totals["too long"]:
@@ -126,7 +126,7 @@ def _continue(out: Path, arguments: argparse.Namespace) -> None:
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    from posttrain.rl.journal import digest
+    from posttrain.rl.rollouts import digest
 
     return digest([json.dumps(row, sort_keys=True, default=str) for row in rows])
 
@@ -138,15 +138,3 @@ def _check_part(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"{path} holds answers to other problems: --task has changed. Give another --out."
         )
-
-
-def _write(
-    path: Path, rows: Sequence[Mapping[str, Any]], problems: Sequence[Mapping[str, Any]]
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(list(rows))
-    table = table.replace_schema_metadata({"problems": _digest(problems)})
-    with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd")

@@ -50,8 +50,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints what came of it."""
     from posttrain.files import whole_file, write_json
-    from posttrain.rl.samples import stored_answers
-    from posttrain.rl.select import Filters, select
+    from posttrain.rl.samples import Filters, select, stored_answers
 
     filters = Filters(**{name: getattr(arguments, name) for name in _FILTERS})
     counts: Counter[str] = Counter()

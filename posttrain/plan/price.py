@@ -26,7 +26,7 @@ from posttrain.plan.states import (
 )
 from posttrain.plan.trace import Device, Setting, cached_elements, trace, twin_of
 from posttrain.precision import bytes_per_element, torch_dtype
-from posttrain.rollout.weights import SamplingLinear, SamplingWeights
+from posttrain.rollout.local import SamplingLinear, SamplingWeights
 from posttrain.training.sharding import ZERO3_WHOLE_BELOW, Kind
 
 Phase = Literal["load", "rollout", "score", "update", "optimizer step", "save", "resume"]

@@ -87,8 +87,7 @@ def tests_of(sample: Mapping[str, Any], column: str) -> list[Test]:
         given = [given]
     if isinstance(given, Mapping):
         given = _paired(given, column)
-    if not given:
-        return []
+    given = given or []
     if not isinstance(given, list | tuple):
         raise ValueError(
             f"tests in column {column!r} are a list or {{inputs, outputs}}; got "
@@ -189,13 +188,11 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def run_sandboxed(
-    program: str, *, stdin: str, timeout_s: float, memory_bytes: int, processes: int
-) -> dict[str, Any]:
-    """What ``sandbox.run`` tells of a program. Raises SandboxRefused where no sandbox can be
-    made."""
-    limits = {"timeout_s": timeout_s, "memory_bytes": memory_bytes, "processes": processes}
-    job = {"program": program, "stdin": stdin, "parent": os.getpid(), **limits}
+def run_sandboxed(program: str, *, stdin: str, timeout_s: float, **limits: Any) -> dict[str, Any]:
+    """What ``sandbox.run`` tells of a program; ``limits``: memory_bytes and processes. Raises
+    SandboxRefused where no sandbox can be made."""
+    task = {"program": program, "stdin": stdin, "parent": os.getpid()}
+    job = {**task, "timeout_s": timeout_s, **limits}
     done = subprocess.run(
         [sys.executable, "-I", str(_SANDBOX)],
         input=json.dumps(job),

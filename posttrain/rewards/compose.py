@@ -7,15 +7,16 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
 
-from posttrain.resolve import did_you_mean, import_name, settings
+from posttrain.resolve import check_options, check_rules, did_you_mean, import_name, settings
 from posttrain.rewards import RIGHT, CompletionText, reward
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.run import START_SECONDS, Outcome, WorkerPool, score_alone, score_together
+from posttrain.types import keyword_options
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,14 @@ class RewardsConfig:
     together."""
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "concurrency", "workers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"rewards.{name} must be > 0; got {getattr(self, name)}.")
-        if not 0 <= self.max_unscored <= 1:
-            raise ValueError(f"rewards.max_unscored is a share in [0, 1]; got {self.max_unscored}.")
+        check_rules(
+            "rewards",
+            self,
+            "timeout_s > 0",
+            "concurrency >= 1",
+            "workers >= 1",
+            "0 <= max_unscored <= 1",
+        )
         used = {name for terms in (self.functions, *self.by_task.values()) for name in terms}
         for what, names in (("options", self.options), ("first_iteration", self.first_iteration)):
             unused = sorted(set(names) - used)
@@ -111,8 +115,6 @@ class Scored:
 
 Group = tuple[Mapping[str, Any], Sequence[CompletionText]]
 """(sample, its completions)"""
-Found = tuple[dict[str, float | None], list[str]]
-"""(what the functions gave for a completion, by name; problems)"""
 Weighted = tuple[Callable[..., Any], float]
 """(reward function, weight)"""
 
@@ -152,7 +154,7 @@ class Rewards:
             )
         self._declared = {name: reward.of(f) for name, f in self.functions.items()}
         for name, options in config.options.items():
-            _check_options(name, self.functions[name], options)
+            check_options(f"The reward {name}", options, keyword_options(self.functions[name]))
         self._pool = WorkerPool(size=config.workers, timeout_s=config.timeout_s)
         self._seen: list[tuple[Mapping[str, Any], Sequence[Scored]]] = []
         self._iteration = -1
@@ -229,26 +231,25 @@ class Rewards:
     def score(self, groups: Sequence[Group], *, iteration: int = 0) -> list[list[Scored]]:
         """[group][completion]. Raises RewardError when more than ``max_unscored`` of the
         iteration's have no total."""
-        found: list[list[Found]] = [[({}, []) for _ in texts] for _, texts in groups]
+        found: list[list[dict[str, Outcome]]] = [[{} for _ in texts] for _, texts in groups]
         for name in self.names:
             both = zip(groups, found, strict=True)
             wanted = [(group, row) for group, row in both if name in self.weights_of(group[0])]
             outcomes = iter(self._run(name, wanted) if wanted else ())
             for (_, texts), row in wanted:
-                for text, (values, problems) in zip(texts, row, strict=True):
-                    outcome = next(outcomes)
-                    values[name] = self._value(name, outcome, text)
-                    if outcome.problem is not None:
-                        problems.append(f"{name}: {outcome.problem}")
+                for text, known in zip(texts, row, strict=True):
+                    known[name] = self._settled(name, next(outcomes), text)
         scored = [
-            [self._scored(sample, *one, iteration) for one in row]
+            [self._scored(sample, known, iteration) for known in row]
             for (sample, _), row in zip(groups, found, strict=True)
         ]
         _warn(groups, scored)
         self._check_unscored(groups, scored, iteration)
         return scored
 
-    def _run(self, name: str, wanted: Sequence[tuple[Group, Sequence[Found]]]) -> list[Outcome]:
+    def _run(
+        self, name: str, wanted: Sequence[tuple[Group, Sequence[Mapping[str, Outcome]]]]
+    ) -> list[Outcome]:
         """The outcomes of the groups' completions, in their order."""
         function = partial(self.functions[name], **self.config.options.get(name, {}))
         pairs = [(sample, text) for (sample, texts), _ in wanted for text in texts]
@@ -256,7 +257,7 @@ class Rewards:
         if self._declared[name].grouped:
             calls = []
             for (sample, texts), row in wanted:
-                before = {n: [values[n] for values, _ in row] for n in row[0][0]}
+                before = {n: [known[n].value for known in row] for n in row[0]}
                 calls.append(partial(function, texts, sample, before))
             return score_together(calls, [len(texts) for (_, texts), _ in wanted], timeout_s)
         if self._declared[name].batched:
@@ -274,27 +275,28 @@ class Rewards:
             return score_alone(calls, self.config.timeout_s, concurrency=self.config.concurrency)
         return self._pool.run(path, pairs, options)
 
-    def _value(self, name: str, outcome: Outcome, text: CompletionText) -> float | None:
+    def _settled(self, name: str, outcome: Outcome, text: CompletionText) -> Outcome:
         value = self._declared[name].on_timeout if outcome.exhausted else outcome.value
         if value is not None and self.config.must_end and text.finish_reason != "stop":
-            return min(value, 0.0)
-        return value
+            value = min(value, 0.0)
+        return replace(outcome, value=value)
 
     def _scored(
-        self,
-        sample: Mapping[str, Any],
-        parts: Mapping[str, float | None],
-        problems: Sequence[str],
-        iteration: int,
+        self, sample: Mapping[str, Any], outcomes: Mapping[str, Outcome], iteration: int
     ) -> Scored:
-        total: float | None = 0.0
+        parts = {name: outcome.value for name, outcome in outcomes.items()}
+        reward: float | None = 0.0
         for name, weight in self.weights_of(sample).items():
-            value = parts[name]
             if weight != 0 and iteration >= self.config.first_iteration.get(name, 0):
-                total = None if value is None or total is None else total + weight * value
+                value = parts[name]
+                reward = None if value is None or reward is None else reward + weight * value
         verifier = self.verifier(sample)  # of another task: the total tells right from wrong
-        verdict = None if verifier is None else parts.get(verifier, total)
-        return Scored(reward=total, parts=parts, problems=tuple(problems), verdict=verdict)
+        return Scored(
+            reward=reward,
+            parts=parts,
+            problems=tuple(f"{name}: {o.problem}" for name, o in outcomes.items() if o.problem),
+            verdict=None if verifier is None else parts.get(verifier, reward),
+        )
 
     def _check_unscored(
         self, groups: Sequence[Group], scored: Sequence[Sequence[Scored]], iteration: int
@@ -372,17 +374,6 @@ def reward_function(name: str) -> Callable[..., Any]:
     if name not in BUILT_IN and "." not in name:
         raise ValueError(f"{wanted}; got {name!r}.{did_you_mean(name, BUILT_IN)}")
     return import_name(BUILT_IN.get(name, name), wanted=wanted)
-
-
-def _check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters.items()
-    known = sorted(n for n, p in parameters if p.kind is p.KEYWORD_ONLY)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"rewards.options.{name} has {unknown}; {name} knows {', '.join(known) or 'none'}."
-            f"{did_you_mean(unknown[0], known)}"
-        )
 
 
 def _dotted_path(function: Callable[..., Any]) -> str | None:

@@ -84,7 +84,8 @@ class WorkerPool:
         self._timeout_s = timeout_s
         self._workers = [_Worker() for _ in range(size)]
         self._idle = list(self._workers)
-        self._threads: ThreadPoolExecutor | None = None
+        # its threads live as long as the workers, which end with their thread
+        self._threads = ThreadPoolExecutor(size)
 
     def run(
         self,
@@ -97,8 +98,6 @@ class WorkerPool:
         that a result does not depend on which worker it was. ``function``: dotted path."""
         call = {"function": function, "options": options, "timeout_s": self._timeout_s}
         tasks = [{**call, "sample": s, "text": text, "drawn": vars(text)} for s, text in pairs]
-        if self._threads is None:  # they live as long as the workers, which end with their thread
-            self._threads = ThreadPoolExecutor(len(self._workers))
         return list(self._threads.map(self._score, tasks))
 
     def _score(self, task: dict[str, Any]) -> Outcome:
@@ -111,9 +110,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the workers; calls that run are waited for."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+        self._threads.shutdown(cancel_futures=True)
+        self._threads = ThreadPoolExecutor(len(self._workers))
         for worker in self._workers:
             worker.stop()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from posttrain.losses import policy
-from posttrain.resolve import did_you_mean, import_name
+from posttrain.resolve import check_options, import_name
 from posttrain.rl.credit import (
     Credit,
     batch_normalised,
@@ -212,18 +212,14 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
     itself if the advantages do not (beta: RLOO takes the KL off the reward, GRPO has it in the
     loss); one that none has is an error, never ignored.
     """
-    algorithm = ALGORITHMS.get(name) or _import_algorithm(name)
+    wanted = f"--algorithm is one of {', '.join(ALGORITHMS)}, or the dotted path of an Algorithm"
+    algorithm = ALGORITHMS.get(name) or import_name(name, wanted=wanted)
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"{name} is not an Algorithm but a {type(algorithm).__name__}.")
     of_loss, of_advantages = as_loss(algorithm.loss).accepts, algorithm.credit.accepts
     fixed = {"name", "advantages", "loss", "loss_options", "advantage_options"}
     own = {f.name for f in fields(Algorithm)} - fixed - of_advantages
-    known = of_loss | of_advantages | own
-    unknown = sorted(set(options) - known)
-    if unknown:
-        hint = did_you_mean(unknown[0], sorted(known))
-        raise ValueError(
-            f"Algorithm {algorithm.name} has no option {unknown[0]!r}; it has "
-            f"{', '.join(sorted(known))}.{hint}"
-        )
+    check_options(f"Algorithm {algorithm.name}", options, of_loss | of_advantages | own)
     return replace(
         algorithm,
         loss_options={
@@ -236,13 +232,3 @@ def resolve_algorithm(name: str, options: Mapping[str, Any]) -> Algorithm:
         },
         **{k: v for k, v in options.items() if k in own},
     )
-
-
-def _import_algorithm(name: str) -> Algorithm:
-    known = ", ".join(ALGORITHMS)
-    found = import_name(
-        name, wanted=f"--algorithm is one of {known}, or the dotted path of an Algorithm"
-    )
-    if not isinstance(found, Algorithm):
-        raise ValueError(f"{name} is not an Algorithm but a {type(found).__name__}.")
-    return found

@@ -1,36 +1,152 @@
 """Where reinforcement learning's batches come from: rollouts under the present policy, scored,
-split into updates.
+split into updates; and which prompts an iteration samples from.
 
 iteration = prompts -> completions -> rewards -> advantages -> ``updates`` mini-batches, ``epochs``
-times.
+times. The choice of prompts is a function of the seed, of how many were drawn, and of the success
+rates seen so far; all of it is in the checkpoint. Kimi k1.5, arXiv:2501.12599 section 2.3.4:
+curriculum (easy to hard), and prioritized sampling proportional to 1 - success rate.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from torch import nn
 
 from posttrain.data.prompts import Prompt
+from posttrain.files import whole_file, write_json_lines
 from posttrain.packing.plan import count_units
-from posttrain.resolve import settings
+from posttrain.resolve import check_rules, settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
-from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-from posttrain.rl.log import RolloutLog, rollout_metrics
-from posttrain.rl.rollouts import Collector, RolloutBuffer, forget_journals, open_journal
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, forget_journals, journal_path
+from posttrain.rl.samples import keep_rollouts, rollout_metrics, show
 from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
 from posttrain.training.forward import ForwardPlan
 from posttrain.training.loop import StepBatch
 from posttrain.training.step import Reference
 from posttrain.types import PromptGroup
+
+
+@settings
+class CurriculumConfig:
+    """The order of prompts."""
+
+    order: Literal["uniform", "curriculum", "prioritized"] = "uniform"
+    """uniform: shuffled epochs. curriculum: uniform up to ``hard_from``, then only the hard ones;
+    without ``hard_from`` from easy to hard. prioritized: drawn with probability proportional to 1 -
+    success rate + floor."""
+    difficulty_column: str = "difficulty"
+    """Column with the difficulty (``posttrain prep difficulty`` writes it): higher is harder, 1 -
+    pass rate for example."""
+    hard_from: int = 0
+    """Curriculum: iteration from which only prompts of at least the median difficulty are drawn
+    (k1.5's ablation: 24)."""
+    floor: float = 0.05
+    """Prioritized: added to 1 - success rate, so that a solved prompt is not lost forever."""
+    prior: float = 0.5
+    """Prioritized: success rate of a prompt that was not sampled yet."""
+
+    def __post_init__(self) -> None:
+        check_rules("curriculum", self, "floor >= 0", "0 <= prior <= 1")
+
+
+class PromptSampler:
+    """``next(count, iteration)`` -> indices of prompts; ``update`` tells what came of them."""
+
+    def __init__(
+        self, config: CurriculumConfig, samples: Sequence[Mapping[str, Any]], *, seed: int
+    ) -> None:
+        self._config, self._seed, self._size = config, seed, len(samples)
+        self._drawn = 0
+        self._tries = np.zeros(self._size)
+        self._successes = np.zeros(self._size)
+        self._by_difficulty = np.arange(self._size)
+        if config.order == "curriculum":
+            missing = next((s for s in samples if s.get(config.difficulty_column) is None), None)
+            if missing is not None:
+                raise ValueError(
+                    f"{missing.get('_where', 'a sample')} has no column "
+                    f"{config.difficulty_column!r}. Estimate it with `posttrain prep difficulty`, "
+                    "or set --curriculum.order uniform."
+                )
+            difficulty = np.array([float(s[config.difficulty_column]) for s in samples])
+            self._by_difficulty = np.argsort(difficulty, kind="stable")
+            self._hard = np.flatnonzero(difficulty >= np.median(difficulty))
+
+    def next(self, count: int, *, iteration: int) -> list[int]:
+        """``count`` indices. A prompt comes twice in one call only where a pass over the data ends
+        in it, or of fewer prompts than ``count``."""
+        config = self._config
+        if config.order == "prioritized":
+            weights = priorities(self.success_rates(), floor=config.floor)
+            draws = np.random.default_rng([self._seed, 1, self._drawn])
+            chosen: list[int] = []
+            while len(chosen) < count:
+                keys = -np.log(draws.random(self._size)) / np.maximum(
+                    weights, 1e-300
+                )  # the smallest win: without replacement
+                chosen += [int(i) for i in np.argsort(keys, kind="stable")[: count - len(chosen)]]
+        elif config.order == "curriculum" and config.hard_from == 0:
+            chosen = [
+                int(self._by_difficulty[(self._drawn + i) % self._size]) for i in range(count)
+            ]
+        else:
+            pool = (
+                self._hard
+                if config.order == "curriculum" and iteration >= config.hard_from
+                else np.arange(self._size)
+            )
+            chosen = [self._shuffled(pool, self._drawn + i) for i in range(count)]
+        self._drawn += count
+        return chosen
+
+    def _shuffled(self, pool: np.ndarray, position: int) -> int:
+        epoch, at = divmod(position, len(pool))
+        order = np.random.default_rng([self._seed, 2, epoch, len(pool)]).permutation(len(pool))
+        return int(pool[order[at]])
+
+    def update(self, prompt: int, *, tries: int, successes: float) -> None:
+        """Counts the completions of a prompt and how many were right."""
+        self._tries[prompt] += tries
+        self._successes[prompt] += successes
+
+    def success_rates(self) -> np.ndarray:
+        """[prompts] share of right completions so far; the prior where there are none."""
+        return np.where(
+            self._tries > 0, self._successes / np.maximum(self._tries, 1), self._config.prior
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON has it; only prompts that were sampled."""
+        seen = np.flatnonzero(self._tries)
+        return {
+            "drawn": self._drawn,
+            "seen": [[int(i), float(self._tries[i]), float(self._successes[i])] for i in seen],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self._drawn = int(state["drawn"])
+        self._tries[:] = 0
+        self._successes[:] = 0
+        for i, tries, successes in state["seen"]:
+            self._tries[i], self._successes[i] = tries, successes
+
+
+def priorities(success_rates: Sequence[float] | np.ndarray, *, floor: float = 0.0) -> np.ndarray:
+    """Probabilities proportional to 1 - s_i + floor (k1.5 has none: what is solved never comes
+    again); uniform if all are 0."""
+    weights = 1.0 - np.asarray(success_rates, dtype=np.float64) + floor
+    return weights / weights.sum() if weights.sum() > 0 else np.full(len(weights), 1 / len(weights))
 
 
 @settings
@@ -58,11 +174,9 @@ class RolloutConfig(CreditConfig):
     """Iterations between tables of samples; 0: none."""
 
     def __post_init__(self) -> None:
-        if min(self.group_size, self.updates, self.epochs) < 1 or self.oversample < 1:
-            raise ValueError(
-                "rollout.group_size, updates, epochs and oversample are >= 1; got "
-                f"{self.group_size}, {self.updates}, {self.epochs}, {self.oversample}."
-            )
+        check_rules(
+            "rollout", self, "group_size >= 1", "updates >= 1", "epochs >= 1", "oversample >= 1"
+        )
 
 
 class MismatchError(UserFacingError):
@@ -97,18 +211,11 @@ class RolloutBatches:
         self._buffer = RolloutBuffer(self.prompts, ranks=collector.accelerator.num_processes)
         samples = [p.sample for p in self.prompts]
         self._sampler = PromptSampler(self.curriculum, samples, seed=self.seed)
-        if collector.sampling.truncates and not collector.engine.returns_kept_ids:
-            raise UserFacingError(
-                "top-k, top-p or min-p leave a part of the vocabulary, and this engine does not "
-                "say which: the trainer could not renormalise its log-probs. Sample from the "
-                "whole distribution, or use --engine local."
-            )
         if self.config.signal_reward and self.config.signal_reward not in names:
             raise UserFacingError(
                 f"rollout.signal_reward is one of the rewards {', '.join(names)}; got "
                 f"{self.config.signal_reward!r}."
             )
-        self._log = RolloutLog(self.folder, rank=collector.rank)
 
     def __iter__(self) -> Self:
         return self
@@ -145,9 +252,13 @@ class RolloutBatches:
             plan=self.plan,
         )
         prepare_s = time.perf_counter() - began
-        self._log.keep(scored, groups, rejected, iteration=self._iteration)
-        if self.config.show_every and self._iteration % self.config.show_every == 0:
-            self._log.show(scored, iteration=self._iteration)
+        every = [*zip(scored, groups, strict=True), *((s, None) for s in rejected)]
+        mine = [(s, group) for s, group in every if s.rank == self.collector.rank]
+        path = self._path("iteration", self._iteration, ".parquet")
+        keep_rollouts(path, mine, iteration=self._iteration)
+        shows = self.config.show_every and self._iteration % self.config.show_every == 0
+        if shows and self.collector.rank == 0:
+            show([s for s in scored if s.rank == 0], iteration=self._iteration)
         drawn = [*scored, *rejected]
         metrics = rollout_metrics(drawn, cost=len(drawn) / len(scored))
         timed = {
@@ -157,40 +268,37 @@ class RolloutBatches:
             "rollout_tokens_per_s": spent["tokens"] / max(spent["rollout_s"], 1e-9),
             "scores_per_s": sum(len(s.trajectories) for s in drawn) / max(spent["reward_s"], 1e-9),
         }
-        batches = self._mini_batches([g for g in groups if g.num_trained])
-        if not batches:
+        trained = [g for g in groups if g.num_trained]
+        if not trained:
             raise UserFacingError(
                 f"Iteration {self._iteration}: no completion can be trained (all unscored, "
                 f"truncated or from older iterations). Look at {self.folder}, raise "
                 "sampling.max_tokens, or turn rollout.mask_truncated off."
             )
-        batches = [replace(b, metrics={"iteration": self._iteration, **metrics}) for b in batches]
-        batches[0] = replace(
-            batches[0],
-            metrics={**batches[0].metrics, **timed},
-            fresh_optimizer=self.algorithm.fresh_optimizer,
-        )
-        return batches
+        first, *others = self._mini_batches(trained, {"iteration": self._iteration, **metrics})
+        fresh = self.algorithm.fresh_optimizer
+        return [replace(first, metrics={**first.metrics, **timed}, fresh_optimizer=fresh), *others]
+
+    def _path(self, what: str, number: int, suffix: str) -> Path:
+        """Of what this process keeps: the first one's files have no rank in their name."""
+        part = f"_rank{self.collector.rank}" if self.collector.rank else ""
+        return self.folder / f"{what}_{number:06d}{part}{suffix}"
 
     def _collect(self) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
         """(groups to train, groups that dynamic sampling leaves out)."""
         wanted = self.batch_size * self.config.updates
+        dynamic = self.algorithm.dynamic_sampling
+        limit = int(self.config.oversample * wanted) if dynamic else wanted
         kept: list[TrajectoryGroup] = []
         rejected: list[TrajectoryGroup] = []
         begun = 0
-        limit = int(self.config.oversample * wanted) if self.algorithm.dynamic_sampling else wanted
-        journal = open_journal(
-            self.folder,
-            iteration=self._iteration,
-            rank=self.collector.rank,
-            run=f"{self.seed} {self._iteration} {self.collector.identity()}",
-        )
-        try:
-            while True:
+        run = f"{self.seed} {self._iteration} {self.collector.identity()}"
+        path = journal_path(self.folder, self._iteration, self.collector.rank)
+        with closing(Journal(path, run=run)) as journal:
+            while begun < limit or self._buffer.groups:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
-                picked = self._sampler.next(fresh, iteration=self._iteration) if fresh else []
                 self._buffer.begin(
-                    picked,
+                    self._sampler.next(fresh, iteration=self._iteration),
                     iteration=self._iteration,
                     round=begun,
                     group_size=self.config.group_size,
@@ -198,53 +306,34 @@ class RolloutBatches:
                 )
                 begun += fresh
                 self.collector.roll(self._buffer, journal)
-                scored = self.collector.score(
-                    self._buffer.take_finished(), journal, iteration=self._iteration
-                )
-                self._learn_rates(scored)
-                for s in scored:
-                    is_kept = not self.algorithm.dynamic_sampling or s.has_signal(
-                        self.config.signal_reward
-                    )
+                finished = self._buffer.take_finished()
+                for s in self.collector.score(finished, journal, iteration=self._iteration):
+                    known = [t.is_right for t in s.trajectories if t.is_right is not None]
+                    self._sampler.update(s.index, tries=len(known), successes=sum(known))
+                    is_kept = not dynamic or s.has_signal(self.config.signal_reward)
                     (kept if is_kept else rejected).append(s)
-                enough = len(kept) >= (
-                    wanted if self.algorithm.dynamic_sampling else self.config.updates
-                )
-                if enough or (begun >= limit and not self._buffer.groups):
+                if len(kept) >= (wanted if dynamic else self.config.updates):
                     break
-        finally:
-            journal.close()
         if not kept:  # dynamic sampling found no group with a signal: its step moves nothing
             kept, rejected = rejected[-wanted:], rejected[:-wanted]
         return kept, rejected
 
-    def _learn_rates(self, scored: Sequence[TrajectoryGroup]) -> None:
-        for s in scored:
-            known = [t.is_right for t in s.trajectories if t.is_right is not None]
-            self._sampler.update(s.index, tries=len(known), successes=sum(known))
-
-    def _mini_batches(self, groups: Sequence[PromptGroup]) -> list[StepBatch]:
+    def _mini_batches(
+        self, groups: Sequence[PromptGroup], metrics: dict[str, Any]
+    ) -> list[StepBatch]:
         """Groups in a random order, cut into ``updates`` parts; groups without a signal are left
         out where that is exact."""
         batches: list[StepBatch] = []
-        if not groups:
-            return batches
         for epoch in range(self.config.epochs):
-            order = np.random.default_rng([self.seed, 3, self._iteration, epoch]).permutation(
-                len(groups)
-            )
+            draws = np.random.default_rng([self.seed, 3, self._iteration, epoch])
+            order = draws.permutation(len(groups))
             for part in np.array_split(order, min(self.config.updates, len(groups))):
-                whole = [groups[i] for i in part]
-                first = not batches
-                used = (
-                    [g for g in whole if has_signal(g)]
-                    if self.algorithm.skips(first_update=first)
-                    else whole
-                )
-                used = used or [
-                    min(whole, key=lambda g: g.num_tokens_shared)
-                ]  # its gradient is 0; a step needs a group
-                batches.append(StepBatch(groups=used, counts=count_units(whole)))
+                used = whole = [groups[i] for i in part]
+                if self.algorithm.skips(first_update=not batches):
+                    # where the gradient is 0, a step needs a group all the same
+                    least = min(whole, key=lambda g: g.num_tokens_shared)
+                    used = [g for g in whole if has_signal(g)] or [least]
+                batches.append(StepBatch(groups=used, counts=count_units(whole), metrics=metrics))
         return batches
 
     def check(self, metrics: Mapping[str, float]) -> None:
@@ -264,7 +353,9 @@ class RolloutBatches:
             return {}
         self.collector.engine.refresh(step)
         found = evaluate_prompts(self.collector, self.held_out, self.evaluation, seed=self.seed)
-        self._log.keep_answers(found, step=step)
+        if self.collector.rank == 0:
+            with whole_file(self._path("held_out", step, ".jsonl")) as partial:
+                write_json_lines(partial, found.rows())
         return found.metrics(powers=self.evaluation.pass_at_powers)
 
     def state_dict(self) -> dict[str, Any]:

@@ -388,17 +388,16 @@ def trained_groups(
     if not any(group.num_trained for group in groups):
         return groups  # all unscored or cut: the iteration says so
     credit, measured = algorithm.credit, groups
-    if credit.reads("reference"):  # taken off the reward of what is scored and not trained, too
+    computes: dict[str, Compute] = {}
+    if proximal or credit.reads("policy") or credit.reads("reference"):
+        computes["logps"] = lambda _, batch: policy(batch)
+    if credit.reads("reference"):
+        assert reference is not None
+        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
+        # taken off the reward of what is scored and not trained, too
         measured = [_group(s, config, version, measured=True) for s in scored]
-    known = _known(
-        scored,
-        measured,
-        credit=credit,
-        proximal=proximal,
-        policy=policy,
-        reference=reference,
-        plan=plan,
-    )
+    with in_eval_mode(policy):
+        known = _known(scored, measured, credit, computes, plan)
     rollouts = [
         [
             _rollout(s, k, measured[g].completions[k], c.num_trained > 0, known.get((g, k), {}))
@@ -472,38 +471,26 @@ def _rollout(
 def _known(
     scored: Sequence[TrajectoryGroup],
     groups: Sequence[PromptGroup],
-    *,
     credit: Credit,
-    proximal: bool,
-    policy: nn.Module,
-    reference: Reference | None,
+    computes: Mapping[str, Compute],
     plan: ForwardPlan,
 ) -> dict[Ref, dict[str, Any]]:
     """{(group, completion): fields of its ``Rollout`` that have something for each token}. Of the
     completions of all ranks what the credit reads, of this rank's own what is kept of them."""
     accelerator = plan.accelerator
-    computes: dict[str, Compute] = {}
-    read_by_credit = credit.reads("policy") or credit.reads("reference")
-    if proximal or read_by_credit:
-        computes["logps"] = lambda _, batch: policy(batch)
-    if credit.reads("reference"):
-        assert reference is not None
-        computes["reference_logps"] = lambda groups, batch: Forward(reference(groups, batch))
     ranks: list[dict[Ref, dict[str, Any]]] = []
     if computes:
-        with in_eval_mode(policy):
-            values = forward_values(plan, plan.deliver(groups), list(computes.values()))
+        values = forward_values(plan, plan.deliver(groups), list(computes.values()))
         by_rank: list[dict[Ref, dict[str, Any]]] = [{} for _ in range(accelerator.num_processes)]
         for ref in values[0]:
             by_rank[scored[ref[0]].rank][ref] = {
                 name: found[ref].logps_T.double().cpu().numpy()
                 for name, found in zip(computes, values, strict=True)
             }
-        ranks += (
-            gather_object(accelerator, dict(ChainMap(*by_rank)))
-            if read_by_credit
-            else exchange(accelerator, by_rank)
-        )
+        if credit.reads("policy") or credit.reads("reference"):
+            ranks += gather_object(accelerator, dict(ChainMap(*by_rank)))
+        else:
+            ranks += exchange(accelerator, by_rank)
     if credit.reads("tokens"):
         ranks += gather_object(accelerator, _said(scored, groups))
     known: dict[Ref, dict[str, Any]] = {}

@@ -6,16 +6,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections import ChainMap, Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.data.prompts import Prompt
-from posttrain.resolve import settings
+from posttrain.resolve import check_rules, settings
 from posttrain.rewards.answers import final_answer
 from posttrain.rewards.compose import Rewards
 from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import TrajectoryGroup
+from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.training.sharding import gather_object
 
@@ -41,11 +41,13 @@ class EvaluationConfig:
     """Report pass@k for k = 2, 4, 8, ... below ``samples`` too."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
-            raise ValueError(
-                "evaluation needs samples >= 1 and temperature >= 0, and more than one sample a "
-                f"temperature > 0; got samples={self.samples}, temperature={self.temperature}."
-            )
+        check_rules(
+            "evaluation",
+            self,
+            "samples >= 1",
+            "temperature >= 0",
+            "temperature > 0 or samples == 1",
+        )
 
     def sampling(self, training: SamplingConfig) -> SamplingConfig:
         """What is drawn with."""
@@ -108,14 +110,10 @@ class Evaluation:
             )
         shares = [statistics.fmean(row) for row in judged]
         drawn = [t for g in self.groups for t in g.trajectories]
-        rewards = [t.reward for t in drawn if t.reward is not None]
-        metrics = {
-            "eval_pass@1": statistics.fmean(shares),
-            "eval_pass@1_ci95": half_width(shares, samples=n),
-        }
+        metrics = {"pass@1": statistics.fmean(shares), "pass@1_ci95": half_width(shares, samples=n)}
         below = [2**i for i in range(1, (n - 1).bit_length())] if powers else []
         for k in [*below, n] if n > 1 else []:
-            metrics[f"eval_pass@{k}"] = statistics.fmean(
+            metrics[f"pass@{k}"] = statistics.fmean(
                 pass_at_k(len(r), sum(r), min(k, len(r))) for r in judged
             )
         if n > 1:
@@ -123,22 +121,31 @@ class Evaluation:
             votes = [
                 (s, row) for s, row in zip(said, self.correct, strict=True) if set(row) != {None}
             ]
-            metrics[f"eval_cons@{n}"] = statistics.fmean(
-                majority_is_right(s, row) for s, row in votes
-            )
-        if rewards:
-            metrics["eval_reward"] = statistics.fmean(rewards)
-        for name in dict.fromkeys(name for t in drawn for name in t.parts):
-            known = [v for t in drawn if (v := t.parts.get(name)) is not None]
-            if known and len(drawn[0].parts) > 1:
-                metrics[f"eval_reward/{name}"] = statistics.fmean(known)
-        unscored = statistics.fmean(ok is None for row in self.correct for ok in row)
-        return {
-            **metrics,
-            **({"eval_unscored": unscored} if unscored else {}),
-            "eval_length": statistics.fmean(len(t.token_ids) for t in drawn),
-            "eval_truncated": statistics.fmean(t.finish_reason == "length" for t in drawn),
-        }
+            metrics[f"cons@{n}"] = statistics.fmean(majority_is_right(s, row) for s, row in votes)
+        means = figures(drawn)
+        if len(drawn[0].parts) < 2:
+            means = {name: value for name, value in means.items() if "/" not in name}
+        unscored = statistics.fmean(t.verdict is None for t in drawn)
+        metrics |= means | ({"unscored": unscored} if unscored else {})
+        return {f"eval_{name}": v for name, v in metrics.items() if not math.isnan(v)}
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """Of those that are not None; nan of none."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else math.nan
+
+
+def figures(drawn: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over completions: what they got in all and of each reward, tokens, and the share that
+    was cut off."""
+    names = dict.fromkeys(name for t in drawn for name in t.parts)
+    return {
+        "reward": mean(t.reward for t in drawn),
+        **{f"reward/{name}": mean(t.parts.get(name) for t in drawn) for name in names},
+        "length": statistics.fmean(len(t.token_ids) for t in drawn),
+        "truncated": statistics.fmean(t.finish_reason == "length" for t in drawn),
+    }
 
 
 def evaluate_prompts(
@@ -182,8 +189,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Chen et al. 2021, arXiv:2107.03374 eq. 1.
     """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}.")
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 

@@ -1,26 +1,144 @@
 """Prompts -> trajectories -> rewards, over all ranks: each samples and scores its share and keeps
-its tokens and texts; all know the lengths and rewards of all."""
+its tokens and texts; all know the lengths and rewards of all.
+
+What cannot be computed again the same way is written to a journal as it comes: rollouts of a
+server, results of rewards. A run that was killed finds in it what the iteration already had and
+goes on from there.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from posttrain.data.prompts import Prompt
 from posttrain.rewards.compose import RewardError, Rewards
-from posttrain.rl.environment import Environment
-from posttrain.rl.journal import Journal, digest, fingerprint, journalled
-from posttrain.rl.trajectory import Trajectory, TrajectoryGroup, from_row, to_row
-from posttrain.rollout.engine import Engine, Request, SamplingConfig
+from posttrain.rl.trajectory import Environment, Trajectory, TrajectoryGroup, from_row, to_row
+from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.training.sharding import gather_object
+
+
+class Journal:
+    """``once(key, compute)``: the value written under the key, else computed now and written. One
+    file of JSON lines per iteration and rank; the last line may be torn: it is dropped."""
+
+    def __init__(self, path: Path, *, run: str) -> None:
+        """``run`` names what decides the values (settings, ranks, weights): a journal of another is
+        discarded."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._values: dict[str, Any] = {}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        good = 0
+        for line in lines[:-1]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if good == 0 and entry != {"run": run}:
+                break
+            if good:
+                self._values[entry["key"]] = entry["value"]
+            good += len(line) + 1
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(good)
+        self._file.seek(good)
+        if not good:
+            self._write({"run": run})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def get(self, key: str) -> Any | None:
+        """The value under the key, or None."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Written before it returns: a killed process loses nothing that was put."""
+        self._values[key] = value
+        self._write({"key": key, "value": value})
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value under the key; computed and put the first time. As JSON has it, also the first
+        time."""
+        if key not in self._values:
+            self.put(key, json.loads(json.dumps(compute())))
+        return self._values[key]
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+
+def digest(value: Any) -> str:
+    """Return a digest of ``repr(value)``."""
+    return hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def fingerprint(weights: Iterable[Tensor], *, per_tensor: int = 64) -> str:
+    """A digest of some elements of every tensor: an update of the weights changes it, and it needs
+    no pass over them."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in weights:
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // per_tensor)].cpu().contiguous()
+        found.update(picked.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def journalled(
+    engine: Engine,
+    journal: Journal | None,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+) -> list[list[Sampled]]:
+    """``engine.generate``, with what the journal has taken from there.
+
+    A call of a reproducible engine is written as a whole. A killed one is repeated whole: only the
+    same batch gives the same bits. Of another engine each completion is written when finished.
+    """
+    if journal is None:
+        return engine.generate(requests, sampling)
+    if engine.is_reproducible:
+        entries = journal.once(
+            f"generate {digest(requests)}",
+            lambda: to_row(engine.generate(requests, sampling)),
+        )
+        return [[Sampled(**entry) for entry in row] for row in entries]
+
+    def key(request: Request, k: int) -> str:
+        return (
+            f"completion {request.seeds[k]} "
+            f"{digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
+        )
+
+    left: list[Request] = []
+    for request in requests:
+        wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
+        if wanted:
+            prefixes = tuple(request.prefixes[k] for k in wanted if request.prefixes)
+            seeds = tuple(request.seeds[k] for k in wanted)
+            left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
+    if left:
+        engine.generate(
+            left,
+            sampling,
+            on_finished=lambda i, k, drawn: journal.put(key(left[i], k), to_row(drawn)),
+        )
+    return [[Sampled(**journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
+
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,6 +149,16 @@ def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: i
     the batch."""
     text = f"{seed}:{iteration}:{round}:{prompt}:{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def request_of(group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> Request:
+    """For what comes next in some of a group's trajectories."""
+    prefixes = tuple(tuple(t.token_ids.tolist()) for t in trajectories)
+    return Request(
+        prompt_ids=tuple(group.prompt.ids),
+        seeds=tuple(t.seed for t in trajectories),
+        prefixes=prefixes if any(prefixes) else (),
+    )
 
 
 class RolloutBuffer:
@@ -58,28 +186,6 @@ class RolloutBuffer:
             self.groups.append(
                 TrajectoryGroup(index=index, prompt=prompt, trajectories=trajectories, rank=rank)
             )
-
-    def requests(
-        self, *, rank: int = 0, only: Collection[int] | None = None
-    ) -> list[tuple[Request, Prompt, list[Trajectory]]]:
-        """What ``rank`` draws next, group by group, its prompt, and where it goes. ``only``: seeds
-        of the trajectories that are wanted; None: all that are open."""
-        found = []
-        for group in self.of_rank(rank):
-            open_ones = [
-                t
-                for t in group.trajectories
-                if t.finish_reason is None and (only is None or t.seed in only)
-            ]
-            if open_ones:
-                prefixes = tuple(tuple(t.token_ids.tolist()) for t in open_ones)
-                request = Request(
-                    prompt_ids=tuple(group.prompt.ids),
-                    seeds=tuple(t.seed for t in open_ones),
-                    prefixes=prefixes if any(prefixes) else (),
-                )
-                found.append((request, group.prompt, open_ones))
-        return found
 
     def of_rank(self, rank: int) -> list[TrajectoryGroup]:
         """The groups that ``rank`` holds."""
@@ -140,23 +246,16 @@ class Collector:
 
     def _draw(self, buffer: RolloutBuffer, journal: Journal | None) -> tuple[int, dict[int, Any]]:
         """This rank's part of ``roll``: (tokens that were drawn, {seed: progress})."""
-        tokens, only = 0, None
-        while only is None or only:
-            wanted = buffer.requests(rank=self.rank, only=only)
-            only = set()
-            asked = [request for request, _, _ in wanted]
-            drawn = (
-                self.engine.generate(asked, self.sampling)
-                if journal is None
-                else journalled(self.engine, journal, asked, self.sampling)
-            )
-            for (_, prompt, trajectories), row in zip(wanted, drawn, strict=True):
-                for trajectory, sampled in zip(trajectories, row, strict=True):
-                    trajectory.extend(sampled)
-                    tokens += len(sampled.token_ids)
-                    if self._goes_on(trajectory, prompt):
-                        only.add(trajectory.seed)
         mine = buffer.of_rank(self.rank)
+        tokens, going = 0, [(g, t) for g in mine for t in g.trajectories if not t.finish_reason]
+        while going:
+            by_group = groupby(going, key=itemgetter(0))
+            asked = [request_of(group, [t for _, t in pairs]) for group, pairs in by_group]
+            drawn = journalled(self.engine, journal, asked, self.sampling)
+            for (_, trajectory), sampled in zip(going, chain(*drawn), strict=True):
+                trajectory.extend(sampled)
+                tokens += len(sampled.token_ids)
+            going = [(group, t) for group, t in going if self._goes_on(t, group.prompt)]
         return tokens, {t.seed: t.progress() for g in mine for t in g.trajectories}
 
     def _goes_on(self, trajectory: Trajectory, prompt: Prompt) -> bool:
@@ -205,12 +304,8 @@ class Collector:
     def identity(self) -> str:
         """A digest of everything outside of the requests that decides completions and rewards:
         settings, ranks, the engine's weights."""
-        settings = (
-            self.sampling,
-            self.rewards.config,
-            self.rewards.names,
-            type(self.engine).__name__,
-        )
+        config, engine = self.rewards.config, type(self.engine).__name__
+        settings = (self.sampling, config, self.rewards.names, engine)
         weights = fingerprint(self.weights()) if self.weights is not None else ""
         return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
 
@@ -232,8 +327,8 @@ class Collector:
         return [item for items, _ in gathered for item in items]
 
 
-def open_journal(folder: Path, *, iteration: int, rank: int, run: str) -> Journal:
-    return Journal(folder / f"iteration_{iteration:06d}_rank{rank}.jsonl", run=run)
+def journal_path(folder: Path, iteration: int, rank: int) -> Path:
+    return folder / f"iteration_{iteration:06d}_rank{rank}.jsonl"
 
 
 def forget_journals(folder: Path, *, before: int) -> None:

@@ -4,35 +4,191 @@ Each prompt is computed once for all its completions, in packed rows. Then all r
 take one token per forward; a finished one leaves at once and a waiting one takes its slot. Who
 enters when depends on the requests alone (never on time or free memory), so the same requests under
 the same weights give the same completions, bit for bit.
+
+It samples with the training model itself, or with a copy in the compute dtype. Training in bfloat16
+keeps float32 weights and casts them in every forward; decoding makes hundreds of forwards between
+two updates. So the copy holds what autocast would cast to (the same log-probs), LoRA merged in.
+Every other weight is shared with the training model: nothing is held twice that is not cast. On a
+CPU the copy is in oneDNN's blocked layout, which products with few rows read a fifth faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
+from posttrain.models.load import end_token_ids
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import Layout, Segments
 from posttrain.packing.decode import DecodeLayout
-from posttrain.resolve import settings
+from posttrain.resolve import check_rules, settings
 from posttrain.rollout.engine import (
+    Engine,
     FinishReason,
     OnFinished,
     Request,
     Sampled,
     SamplingConfig,
+    StopRule,
     check_positions,
+    draw,
 )
-from posttrain.rollout.receipt import Receipt
-from posttrain.rollout.sampling import StopRule, draw
-from posttrain.rollout.weights import SamplingWeights
+from posttrain.rollout.handover import Receipt
+
+log = logging.getLogger(__name__)
+
+
+class SamplingWeights:
+    """``model`` under the policy's present weights, as of the last ``refresh``."""
+
+    def __init__(self, policy: Policy, *, compute: torch.dtype) -> None:
+        self._live = policy.base
+        self.compute = compute
+        self._casts = any(_is_cast(m, compute) for m in self._live.modules())
+        self._pairs: list[tuple[Any, SamplingLinear]] = []
+        self.model: Any = self._copy() if self._casts else self._live
+        self.refresh()
+
+    def _copy(self) -> nn.Module:
+        """A model whose own weights are only those that are cast."""
+        shared: dict[int, Any] = {
+            id(t): t for t in (*self._live.parameters(), *self._live.buffers())
+        }
+        twin = copy.deepcopy(self._live, shared)
+        merged: tuple[str, ...] = ()
+        for name, module in self._live.named_modules():
+            if name.startswith(merged):
+                continue
+            if _is_mergeable(module):
+                merged += (f"{name}.",)
+            elif not _is_cast(module, self.compute):
+                continue
+            linear = SamplingLinear(getattr(module, "base_layer", module), self.compute)
+            parent, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(parent), attribute, linear)
+            self._pairs.append((module, linear))
+        return twin.eval()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the present weights."""
+        for module, linear in self._pairs:
+            linear.take(_merged_weight(module))
+
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        """[B, V] the head on hidden states, before the family's transform."""
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            hidden_BH = hidden_BH.to(head.weight.dtype)
+        with torch.autocast(hidden_BH.device.type, dtype=self.compute, enabled=self._casts):
+            return head(hidden_BH)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, no gradients and no dropout; afterwards every module is in the mode that it was
+        in."""
+        in_training = [module for module in self._live.modules() if module.training]
+        kind = next(self._live.parameters()).device.type
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.autocast(kind, dtype=self.compute, enabled=self._casts):
+                yield
+        finally:
+            for module in in_training:
+                module.training = True
+
+
+class SamplingLinear(nn.Module):
+    """``base`` in the compute dtype; its bias is the training model's."""
+
+    def __init__(self, base: nn.Module, compute: torch.dtype) -> None:
+        super().__init__()
+        self._base: list[Any] = [base]  # in a list: the training layer is no part of this model
+        self._compute = compute
+        on_cpu = next(base.parameters()).device.type == "cpu"
+        self._blocked = on_cpu and compute == torch.bfloat16 and blocked_products_work()
+        self.weight = torch.empty(0)
+
+    def take(self, weight: Tensor) -> None:
+        """From now on computes with these values."""
+        self.weight = torch.empty(0)  # frees the last ones
+        weight = weight.detach().to(self._compute)
+        self.weight = _reorder(weight) if self._blocked else weight
+
+    def forward(self, input_H: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        product = _blocked_linear if self._blocked else nn.functional.linear
+        bias = self._base[0].bias
+        bias = None if bias is None else bias.to(self._compute)
+        return product(input_H.to(self._compute), self.weight, bias)
+
+
+EXPECTED_ROWS = 64
+"""Rows of the products that the blocked layout is made for; others are right as well."""
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
+
+
+def _blocked_linear(input_H: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(input_H, weight, bias, "none", [], "")
+
+
+@cache
+def blocked_products_work() -> bool:
+    """Whether oneDNN's blocked bfloat16 layout works on this CPU, found out by one small product.
+
+    The two operators are private to torch and exist on every x86 build; on a CPU with neither
+    AVX-512 nor avx_ne_convert they raise. Without them the same numbers come from torch's own
+    layout, which is read more slowly.
+    """
+    ones = torch.ones(64, 64, dtype=torch.bfloat16)
+    try:
+        return bool((_blocked_linear(ones[:2], _reorder(ones), None) == 64).all())
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        log.info("sampling reads bfloat16 weights in torch's own layout: %s", reason)
+        return False
+
+
+def _is_cast(module: nn.Module, compute: torch.dtype) -> bool:
+    """A plain linear layer that autocast would cast (also an output head that shares the
+    embedding's weight)."""
+    is_16_bit = compute in (torch.bfloat16, torch.float16)
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and is_16_bit
+
+
+def _is_mergeable(module: Any) -> bool:
+    """A LoRA layer on a plain linear one, without DoRA."""
+    return (
+        hasattr(module, "lora_A")
+        and type(getattr(module, "base_layer", None)) is nn.Linear
+        and not getattr(module, "fan_in_fan_out", False)
+        and not any(getattr(module, "use_dora", {}).values())
+        and not getattr(module, "merged_adapters", [])
+    )
+
+
+def _merged_weight(module: Any) -> Tensor:
+    if type(module) is nn.Linear:
+        return module.weight
+    weight = module.base_layer.weight
+    if not module.disable_adapters:
+        for name in module.active_adapters:
+            weight = weight + module.get_delta_weight(name).to(weight.dtype)
+    return weight
 
 
 @settings
@@ -46,10 +202,11 @@ class LocalConfig:
     where it is too little."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1 or self.kv_cache_gb <= 0:
-            raise ValueError(
-                f"max_rows and kv_cache_gb must be at least 1 and above 0; got {self}."
-            )
+        check_rules("local", self, "max_rows >= 1", "kv_cache_gb > 0")
+
+
+Recorded = dict[int, tuple[Tensor, Tensor]]
+"""{layer: keys and values of a row}"""
 
 
 class RecordingCache(Cache):
@@ -58,7 +215,7 @@ class RecordingCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recorded: Recorded = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -97,12 +254,7 @@ class SlotCache(Cache):
             for layer, store in self._stores.items():
                 self._stores[layer] = F.pad(store, (0, 0, 0, self._room - before))
 
-    def fill(
-        self,
-        slot: int,
-        recorded: dict[int, tuple[Tensor, Tensor]],
-        spans: Sequence[tuple[int, int]],
-    ) -> None:
+    def fill(self, slot: int, recorded: Recorded, spans: Sequence[tuple[int, int]]) -> None:
         """Copies the given spans of a recorded row, one after the other, to the start of a slot."""
         self._grow(sum(end - start for start, end in spans) + 1)
         for layer, both in recorded.items():
@@ -157,16 +309,6 @@ class _Row:
         return len(self.prefix) + len(self.token_ids)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prefilled:
-    """A request whose prompt and prefixes are computed: a recorded row, and the spans of it that
-    each completion starts with."""
-
-    recorded: dict[int, tuple[Tensor, Tensor]]
-    spans: list[list[tuple[int, int]]]
-    """[completion] -> spans, in order."""
-
-
 class LocalEngine:
     """Draws from ``policy``. ``refresh`` after every update of its weights.
 
@@ -175,7 +317,6 @@ class LocalEngine:
     engine.
     """
 
-    returns_kept_ids = True
     is_reproducible = True
 
     def __init__(
@@ -288,7 +429,9 @@ class _Run:
         self._on_finished = on_finished
         self._results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         self._waiting = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))][::-1]
-        self._prefilled: dict[int, _Prefilled] = {}
+        self._prefilled: dict[int, tuple[Recorded, list[list[tuple[int, int]]]]] = {}
+        """Requests whose prompt and prefixes are computed: a recorded row, and the spans of it that
+        each completion starts with."""
         self._rows: list[_Row] = []
         capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
         slots = engine.slots(len(self._waiting), capacity)
@@ -308,16 +451,16 @@ class _Run:
         entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
         self._prefill([i for i in dict(entering) if i not in self._prefilled])
         for i, k in entering:
-            request, done = self._requests[i], self._prefilled[i]
+            request, (recorded, spans) = self._requests[i], self._prefilled[i]
             prefix = request.prefixes[k] if request.prefixes else ()
-            self._cache.fill(len(self._rows), done.recorded, done.spans[k])
+            self._cache.fill(len(self._rows), recorded, spans[k])
             self._rows.append(
                 _Row(
                     request=i,
                     completion=k,
                     seed=request.seeds[k],
                     prefix=prefix,
-                    length=sum(end - start for start, end in done.spans[k]),
+                    length=sum(end - start for start, end in spans[k]),
                     next_input=prefix[-1] if prefix else request.prompt_ids[-1],
                 )
             )
@@ -327,42 +470,24 @@ class _Run:
     def _prefill(self, wanted: Sequence[int]) -> None:
         """Prompts and prefixes without their last token, which is the first input of the decoding;
         several to a row."""
-        rows: list[list[int]] = [[]]
-        tokens = 0
+        row, spans = Segments(), dict[int, list[list[tuple[int, int]]]]()
         for i in wanted:
             request = self._requests[i]
             own = len(request.prompt_ids) + sum(map(len, request.prefixes))
-            if rows[-1] and tokens + own > self._engine.prefill_tokens:
-                rows.append([])
-                tokens = 0
-            rows[-1].append(i)
-            tokens += own
-        for row in rows:
-            self._prefill_row(row)
+            if spans and len(row) + own > self._engine.prefill_tokens:
+                self._compute(row, spans)
+                row, spans = Segments(), {}
+            spans[i] = _add(row, request)
+        self._compute(row, spans)
 
-    def _prefill_row(self, wanted: Sequence[int]) -> None:
-        row = Segments()
-        spans: dict[int, list[list[tuple[int, int]]]] = {}
-        for i in wanted:
-            request = self._requests[i]
-            n = len(request.prompt_ids)
-            prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
-            start = row.add_segment(prompt, first_position=0, prefix=-1)
-            of_prompt = len(row.lengths) - 1
-            spans[i] = []
-            for prefix in request.prefixes or [()] * len(request.seeds):
-                own = [(start, start + (n if prefix else n - 1))]
-                if len(prefix) > 1:
-                    at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)
-                    own.append((at, len(row)))
-                spans[i].append(own)
+    def _compute(self, row: Segments, spans: Mapping[int, list[list[tuple[int, int]]]]) -> None:
         cache = RecordingCache()
         if len(row):
             ids, positions = row.ids[None], row.positions[None]
             device = self._engine.device
             self._engine.hidden(ids.to(device), positions.to(device), cache, row.layout)
-        for i in wanted:
-            self._prefilled[i] = _Prefilled(recorded=cache.recorded, spans=spans[i])
+        for i, its in spans.items():
+            self._prefilled[i] = cache.recorded, its
 
     def _step(self) -> None:
         """One token for every running completion."""
@@ -399,7 +524,7 @@ class _Run:
             logps=tuple(row.logps),
             finish_reason=reason,
             policy_version=self._engine.version,
-            kept_ids=tuple(row.kept_ids) if row.kept_ids else None,
+            kept_ids=tuple(row.kept_ids) or None,
         )
         self._results[row.request][row.completion] = sampled
         if self._on_finished is not None:
@@ -417,3 +542,30 @@ class _Run:
             self._rows[b] = self._rows[last]
             last -= 1
         del self._rows[len(self._rows) - len(gone) :]
+
+
+def _add(row: Segments, request: Request) -> list[list[tuple[int, int]]]:
+    """[completion] the spans of the row, in order, that it starts with."""
+    n, spans = len(request.prompt_ids), []
+    prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
+    start = row.add_segment(prompt, first_position=0, prefix=-1)
+    of_prompt = len(row.lengths) - 1
+    for prefix in request.prefixes or [()] * len(request.seeds):
+        spans.append([(start, start + (n if prefix else n - 1))])
+        if len(prefix) > 1:
+            at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)
+            spans[-1].append((at, len(row)))
+    return spans
+
+
+def local_engine(
+    policy: Policy, tokenizer: Any, config: LocalConfig, *, compute: torch.dtype
+) -> Engine:
+    """The engine in this process; ``compute``: the dtype of training's matrix products."""
+    return LocalEngine(
+        policy,
+        compute=compute,
+        stop_ids=end_token_ids(policy.base, tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        config=config,
+    )

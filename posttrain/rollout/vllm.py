@@ -1,14 +1,15 @@
 """The engine of a running vLLM server (``launch/vllm.sh``): token ids in, token ids out, over HTTP.
 
 The server runs in an environment of its own; this module needs no vLLM. Weights are handed over
-(``rollout/handover.py``) between pausing and resuming the server, and its receipt is compared with
-what was sent (``rollout/receipt.py``). What a completion's log-probs are depends on how the server
-was started: ``--logprobs-mode processed_logprobs`` gives those after temperature and truncation.
-The ids that truncation leaves are those of the likeliest whose log-prob is not -inf.
+between pausing and resuming the server, and its receipt is compared with what was sent
+(``rollout/handover.py``). What a completion's log-probs are depends on how the server was started:
+``--logprobs-mode processed_logprobs`` gives those after temperature and truncation. The ids that
+truncation leaves are those of the likeliest whose log-prob is not -inf.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -17,15 +18,35 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.resolve import settings
-from posttrain.rollout.engine import FinishReason, OnFinished, Request, Sampled, SamplingConfig
-from posttrain.rollout.handover import Handover
-from posttrain.rollout.receipt import Receipt, check_probe, check_tensors
-from posttrain.rollout.sampling import StopRule
+from posttrain.models.load import end_token_ids, save_model
+from posttrain.models.policy import Policy
+from posttrain.models.reference import has_adapters
+from posttrain.precision import torch_dtype
+from posttrain.resolve import check_rules, settings
+from posttrain.rollout.engine import (
+    Engine,
+    FinishReason,
+    OnFinished,
+    Request,
+    Sampled,
+    SamplingConfig,
+    StopRule,
+)
+from posttrain.rollout.handover import (
+    FolderHandover,
+    Handover,
+    NCCLHandover,
+    Receipt,
+    check_probe,
+    check_tensors,
+    probe_ids,
+    probe_logps,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +89,7 @@ class VLLMConfig:
     """Accept a server of another version than the one tested."""
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
-            raise ValueError(
-                "vllm needs concurrency >= 1, timeout_s > 0 and retries >= 0; got "
-                f"{self.concurrency}, {self.timeout_s} and {self.retries}."
-            )
+        check_rules("vllm", self, "concurrency >= 1", "timeout_s > 0", "retries >= 0")
         host, _, port = self.nccl_address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"vllm.nccl_address is HOST:PORT; got {self.nccl_address!r}.")
@@ -99,36 +116,28 @@ class ServerError(ValueError):
     does."""
 
 
+@dataclass
 class VLLMEngine:
     """Draws through the server; ``handover`` brings the policy's weights there."""
 
-    returns_kept_ids = True
+    config: VLLMConfig
+    _: KW_ONLY
+    handover: Handover
+    stop_ids: Sequence[int]
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Turns ids into text, for stop strings."""
+    is_main: bool = True
+    """This rank hands the weights over."""
+    barrier: Callable[[], None] = lambda: None
+    """Waits for all ranks."""
+    probe: Probe | None = None
+    """None compares checksums only."""
     is_reproducible = False
 
-    def __init__(
-        self,
-        config: VLLMConfig,
-        *,
-        handover: Handover,
-        stop_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
-        is_main: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-        probe: Probe | None = None,
-    ) -> None:
-        """``decode`` turns ids into text (needed for stop strings); ``is_main``: this rank hands
-        the weights over; ``barrier`` waits for all ranks; ``probe``: None compares checksums
-        only."""
-        self._is_main, self._barrier, self._probe = is_main, barrier, probe
+    def __post_init__(self) -> None:
         self._probe_logps: Sequence[float] = ()
         self._ties = _TIES
         self._receipt = Receipt(version=-1)
-        self._config, self._handover, self.stop_ids, self._decode = (
-            config,
-            handover,
-            list(stop_ids),
-            decode,
-        )
         self._version = -1
         self._mark: str | None = None
         self._model = ""
@@ -139,13 +148,13 @@ class VLLMEngine:
         where the server then has others."""
         if version == self._version:
             return self._receipt
-        if self._probe is not None:
-            self._probe_logps = self._probe.logps()  # any rank hands over again after a restart
-        self._barrier()  # nobody samples from the old weights any more
-        if self._is_main:
-            self._handover.take()
+        if self.probe is not None:
+            self._probe_logps = self.probe.logps()  # any rank hands over again after a restart
+        self.barrier()  # nobody samples from the old weights any more
+        if self.is_main:
+            self.handover.take()
             self._load_weights(version)
-        self._barrier()
+        self.barrier()
         self._version, self._mark = version, self._server_mark()
         return self._receipt
 
@@ -153,17 +162,17 @@ class VLLMEngine:
         self._call("POST", "/pause?mode=wait")
         try:
             self._rpc("mark_policy", mark=None)
-            self._handover.send(self._call)
+            sent = self.handover.send(self._call)
             self._call("POST", "/reset_prefix_cache")
             answers = self._rpc("policy_receipt")
-            read_back = check_tensors(self._handover.sent, answers, held=self._config.check_held)
+            read_back = check_tensors(sent, answers, held=self.config.check_held)
         finally:
             self._call("POST", "/resume")
-        gap = self._probe_gap(str(answers[0].get("dtype"))) if self._probe is not None else 0.0
+        gap = self._probe_gap(str(answers[0].get("dtype"))) if self.probe is not None else 0.0
         self._rpc("mark_policy", mark=str(version))
         self._receipt = Receipt(
             version=version,
-            tensors=len(self._handover.sent),
+            tensors=len(sent),
             read_back=read_back,
             probe_gap_nats=gap,
         )
@@ -171,8 +180,8 @@ class VLLMEngine:
 
     def _probe_gap(self, server_dtype: str) -> float:
         """The server's log-probs of the probe against the trainer's."""
-        assert self._probe is not None
-        ids = list(self._probe.ids)
+        assert self.probe is not None
+        ids = list(self.probe.ids)
         body = {
             "model": self._model,
             "prompt": ids,
@@ -186,7 +195,7 @@ class VLLMEngine:
             float((row or {}).get(str(token), {}).get("logprob", math.nan))
             for token, row in zip(ids[1:], rows, strict=False)
         ]
-        return check_probe(self._probe_logps, its, dtypes=(server_dtype, self._probe.dtype))
+        return check_probe(self._probe_logps, its, dtypes=(server_dtype, self.probe.dtype))
 
     def _rpc(self, method: str, **arguments: Any) -> list[Any]:
         """A method of launch/vllm_reload.py in every worker."""
@@ -211,15 +220,17 @@ class VLLMEngine:
         results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
         left = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))]
         problem: Exception | None = None
-        for attempt in range(self._config.retries + 1):
+        for attempt in range(self.config.retries + 1):
             if attempt:
                 log.warning("%d completions failed (%s); attempt %d", len(left), problem, attempt)
                 time.sleep(2.0 ** (attempt - 1))
-                problem = self._weights_again()
-                if problem is not None:
+                try:
+                    self._weights_again()
+                except ServerError as error:
+                    problem = error
                     continue
             failed: list[tuple[int, int]] = []
-            with ThreadPoolExecutor(self._config.concurrency) as pool:
+            with ThreadPoolExecutor(self.config.concurrency) as pool:
                 futures = {
                     pool.submit(self._complete, requests[i], k, sampling): (i, k) for i, k in left
                 }
@@ -237,32 +248,28 @@ class VLLMEngine:
                 return results
             left = sorted(failed)
         raise ServerError(
-            f"The vLLM server at {self._config.url} failed {self._config.retries + 1} times on "
+            f"The vLLM server at {self.config.url} failed {self.config.retries + 1} times on "
             f"{len(left)} completions, the last time with: {problem}. What was finished is in the "
             "run's journal: start the server and the same command again."
         )
 
-    def _weights_again(self) -> ServerError | None:
+    def _weights_again(self) -> None:
         """A server that was restarted has the weights it was started with: they are handed over
-        again. What went wrong, if so."""
-        try:
-            self._check_server()
-            if self._version >= 0:
+        again."""
+        self._check_server()
+        if self._version >= 0:
+            mark = self._server_mark()
+            if mark is None or mark.split()[0] != str(self._version):
+                self.handover.forget()
+                self._load_weights(self._version)
                 mark = self._server_mark()
-                if mark is None or mark.split()[0] != str(self._version):
-                    self._handover.forget()
-                    self._load_weights(self._version)
-                    mark = self._server_mark()
-                self._mark = mark
-        except ServerError as error:
-            return error
-        return None
+            self._mark = mark
 
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
         """One completion, by segments where repetition is looked for. It ends where the local
         engine would end it."""
         prefix = request.prefixes[k] if request.prefixes else ()
-        rule = StopRule(sampling, self.stop_ids, self._decode)
+        rule = StopRule(sampling, self.stop_ids, self.decode)
         limit = sampling.max_tokens - len(prefix)
         limit = min(limit, sampling.budget_tokens or limit)
         drawn: list[int] = []
@@ -314,7 +321,7 @@ class VLLMEngine:
             "logprobs": sampling.top_k + self._ties if _returns_kept(sampling) else 0,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            "stop_token_ids": self.stop_ids,
+            "stop_token_ids": list(self.stop_ids),
             "stop": sampling.stop_strings or None,
             "include_stop_str_in_output": True,
         }
@@ -348,7 +355,7 @@ class VLLMEngine:
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise ServerError(
-                    f"{self._config.url} refuses a request of {len(body['prompt'])} prompt tokens "
+                    f"{self.config.url} refuses a request of {len(body['prompt'])} prompt tokens "
                     f"and {body['max_tokens']} new ones: "
                     f"{error.read()[:500].decode(errors='replace')}. Was it started with a large "
                     "enough MAX_MODEL_LEN?"
@@ -360,47 +367,47 @@ class VLLMEngine:
 
     def _check_server(self) -> None:
         version = str(self._call("GET", "/version").get("version", "unknown"))
-        if not version.startswith(f"{TESTED}.") and not self._config.any_version:
+        if not version.startswith(f"{TESTED}.") and not self.config.any_version:
             raise ServerError(
-                f"{self._config.url} runs vLLM {version}; its requests were tested with {TESTED}. "
+                f"{self.config.url} runs vLLM {version}; its requests were tested with {TESTED}. "
                 "Install that version (launch/vllm.sh), or set --vllm.any_version true."
             )
         self._model = str(self._call("GET", "/v1/models")["data"][0]["id"])
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """A control request: tried again with growing waits."""
-        for attempt in range(self._config.retries + 1):
+        for attempt in range(self.config.retries + 1):
             try:
                 return self._request(method, path, body)
             except (OSError, HTTPException) as error:
                 problem = error
                 if isinstance(error, urllib.error.HTTPError) and error.code in (400, 404, 405):
                     raise ServerError(
-                        f"{self._config.url}{path} answered {error.code}: not a vLLM server with "
+                        f"{self.config.url}{path} answered {error.code}: not a vLLM server with "
                         "VLLM_SERVER_DEV_MODE=1. Start it with launch/vllm.sh."
                     ) from error
-                if attempt < self._config.retries:
+                if attempt < self.config.retries:
                     time.sleep(2.0**attempt)
         raise ServerError(
-            f"No vLLM server answers at {self._config.url} ({problem}). Start it with "
+            f"No vLLM server answers at {self.config.url} ({problem}). Start it with "
             "launch/vllm.sh MODEL, or set --vllm.url."
         ) from problem
 
     def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            self._config.url.rstrip("/") + path,
+            self.config.url.rstrip("/") + path,
             data=data,
             method=method,
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=self._config.timeout_s) as response:  # noqa: S310 - the user's own server
+        with urllib.request.urlopen(request, timeout=self.config.timeout_s) as response:  # noqa: S310 - the user's own server
             text = response.read().decode()
         try:
             answer = json.loads(text) if text.strip() else {}
         except ValueError as error:
             raise ServerError(
-                f"{self._config.url}{path} answered something that is not JSON: {text[:200]!r}."
+                f"{self.config.url}{path} answered something that is not JSON: {text[:200]!r}."
             ) from error
         return answer if isinstance(answer, dict) else {"value": answer}
 
@@ -417,3 +424,44 @@ def _kept_ids(top_logprobs: Mapping[str, float], asked: int) -> tuple[int, ...] 
     if len(kept) == len(top_logprobs) >= asked:
         return None
     return tuple(sorted(int(key.removeprefix("token_id:")) for key in kept))
+
+
+def vllm_engine(
+    policy: Policy,
+    tokenizer: Any,
+    config: VLLMConfig,
+    accelerator: Any,
+    *,
+    compute: str,
+    weights_dir: Path,
+) -> Engine:
+    """The engine of a running server, fed with the policy's weights. ``weights_dir``: for
+    ``handover: folder``, where ``config`` names none."""
+    ids = probe_ids(policy.config.get_text_config().vocab_size)
+
+    def merged() -> Any:
+        model: Any = policy.model
+        return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+    handover: Handover
+    if config.handover == "nccl":
+        host, _, port = config.nccl_address.rpartition(":")
+        handover = NCCLHandover(
+            url=config.url, address=host, port=int(port), timeout_s=config.timeout_s, model=merged
+        )
+    else:
+        folder = Path(config.weights_dir) if config.weights_dir else weights_dir
+        handover = FolderHandover(folder, lambda to: save_model(merged(), tokenizer, to))
+    return VLLMEngine(
+        config,
+        handover=handover,
+        stop_ids=end_token_ids(policy.base, tokenizer),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        is_main=accelerator.is_main_process,
+        barrier=accelerator.wait_for_everyone,
+        probe=Probe(
+            ids=ids,
+            logps=lambda: probe_logps(policy.model, ids, compute=torch_dtype(compute)),
+            dtype=compute,
+        ),
+    )

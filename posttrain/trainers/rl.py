@@ -14,15 +14,13 @@ from posttrain.precision import PrecisionPlan, torch_dtype
 from posttrain.resolve import settings
 from posttrain.rewards.compose import Rewards, RewardsConfig, by_name, trl_rewards
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm
-from posttrain.rl.batches import RolloutBatches, RolloutConfig
-from posttrain.rl.curriculum import CurriculumConfig
-from posttrain.rl.environment import Environment, SingleTurn
+from posttrain.rl.batches import CurriculumConfig, RolloutBatches, RolloutConfig
 from posttrain.rl.evaluate import EvaluationConfig
 from posttrain.rl.rollouts import Collector, report_prompts
+from posttrain.rl.trajectory import Environment, SingleTurn
 from posttrain.rollout.engine import SamplingConfig, check_positions
-from posttrain.rollout.engines import local_engine, vllm_engine
-from posttrain.rollout.local import LocalConfig
-from posttrain.rollout.vllm import VLLMConfig
+from posttrain.rollout.local import LocalConfig, local_engine
+from posttrain.rollout.vllm import VLLMConfig, vllm_engine
 from posttrain.trainers.base import BaseConfig, RunData, Trainer, run_reference
 from posttrain.training.config import TrainConfig, set_options
 from posttrain.training.identity import code_digest, source_digest

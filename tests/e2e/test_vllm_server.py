@@ -19,10 +19,8 @@ import pytest
 import torch
 
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer, save_model
-from posttrain.rollout.engine import Request, Sampled, SamplingConfig
-from posttrain.rollout.handover import FolderHandover
-from posttrain.rollout.receipt import ReceiptError, probe_ids, probe_logps
-from posttrain.rollout.sampling import kept_by_truncation
+from posttrain.rollout.engine import Request, Sampled, SamplingConfig, kept_by_truncation
+from posttrain.rollout.handover import FolderHandover, ReceiptError, probe_ids, probe_logps
 from posttrain.rollout.vllm import Probe, VLLMConfig, VLLMEngine
 from posttrain.training.metrics import TIMING_KEYS, read_metrics
 from tests.e2e.launching import REPO, check, command, environment, run

@@ -13,8 +13,7 @@ from posttrain.models.load import ModelConfig, end_token_ids, load_model, save_m
 from posttrain.models.policy import Policy
 from posttrain.packing.plan import PackingConfig
 from posttrain.rl.algorithms import resolve_algorithm
-from posttrain.rollout.engines import local_engine
-from posttrain.rollout.local import LocalConfig
+from posttrain.rollout.local import LocalConfig, local_engine
 from tests.tiny import byte_tokenizer, model_folder
 
 

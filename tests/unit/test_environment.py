@@ -18,9 +18,8 @@ from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rl.algorithms import GRPO
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
-from posttrain.rl.environment import SingleTurn
 from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import Trajectory
+from posttrain.rl.trajectory import SingleTurn, Trajectory
 from posttrain.rollout.engine import SamplingConfig
 from posttrain.rollout.local import LocalEngine
 from posttrain.training.forward import ForwardPlan

@@ -15,12 +15,11 @@ from posttrain.data.prompts import Prompt
 from posttrain.rewards import reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rl.algorithms import DAPO, DR_GRPO, GRPO, KIMI_K15, R1, REINFORCE_PP, RLOO
-from posttrain.rl.batches import RolloutBatches, RolloutConfig
-from posttrain.rl.curriculum import CurriculumConfig, PromptSampler
-from posttrain.rl.environment import SingleTurn
+from posttrain.rl.batches import CurriculumConfig, PromptSampler, RolloutBatches, RolloutConfig
 from posttrain.rl.rollouts import Collector
+from posttrain.rl.trajectory import SingleTurn
 from posttrain.rollout.engine import Sampled, SamplingConfig
-from posttrain.rollout.receipt import ReceiptError
+from posttrain.rollout.handover import ReceiptError
 from posttrain.rollout.vllm import ServerError
 from posttrain.training.config import UserFacingError
 from posttrain.training.forward import ForwardPlan
@@ -31,7 +30,6 @@ from tests.tiny import byte_tokenizer
 class ScriptedEngine:
     """Two tokens for every completion; notes the prompts that it was asked."""
 
-    returns_kept_ids = True
     is_reproducible = True
 
     def __init__(self, finish_reason: str = "stop") -> None:

@@ -15,7 +15,7 @@ from posttrain.data.prompts import Prompt
 from posttrain.models.policy import Policy
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
-from posttrain.rl.rollouts import RolloutBuffer
+from posttrain.rl.rollouts import RolloutBuffer, request_of
 from posttrain.rollout.engine import Request, SamplingConfig
 from posttrain.rollout.local import LocalConfig, LocalEngine
 from posttrain.types import Completion, PromptGroup, Ragged
@@ -359,9 +359,12 @@ def test_ranks_together_draw_bit_for_bit_what_one_draws(family):
         buffer.begin(range(len(prompts)), iteration=0, group_size=3, seed=4)
         while buffer.groups:
             for rank, engine in enumerate(engines):
-                wanted = buffer.requests(rank=rank)
-                rows = engine.generate([request for request, *_ in wanted], sampling)
-                for (*_, open_ones), row in zip(wanted, rows, strict=True):
+                wanted = [
+                    (group, [t for t in group.trajectories if t.finish_reason is None])
+                    for group in buffer.of_rank(rank)
+                ]
+                rows = engine.generate([request_of(*one) for one in wanted], sampling)
+                for (_, open_ones), row in zip(wanted, rows, strict=True):
                     for trajectory, drawn in zip(open_ones, row, strict=True):
                         trajectory.extend(drawn)
             finished += buffer.take_finished()

@@ -14,8 +14,8 @@ from torch import nn
 
 from posttrain.plan import check
 from posttrain.rewards import sandbox
-from posttrain.rollout import weights
-from posttrain.rollout.weights import SamplingLinear
+from posttrain.rollout import local
+from posttrain.rollout.local import SamplingLinear
 from posttrain.training import launch
 
 BF16 = torch.bfloat16
@@ -30,16 +30,16 @@ def without_blocked_products(monkeypatch):
             "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw"
         )
 
-    monkeypatch.setattr(weights, "_reorder", refuses)
-    weights.blocked_products_work.cache_clear()
+    monkeypatch.setattr(local, "_reorder", refuses)
+    local.blocked_products_work.cache_clear()
     yield
     monkeypatch.undo()
-    weights.blocked_products_work.cache_clear()
+    local.blocked_products_work.cache_clear()
 
 
 def test_sampling_in_bfloat16_needs_no_operator_of_onednn(without_blocked_products):
     """The plain path gives the same numbers as the blocked one: an exact product, rounded once."""
-    assert not weights.blocked_products_work()
+    assert not local.blocked_products_work()
     torch.manual_seed(0)
     base, x = nn.Linear(33, 100), torch.randn(70, 33)
     layer = SamplingLinear(base, BF16)
@@ -48,7 +48,7 @@ def test_sampling_in_bfloat16_needs_no_operator_of_onednn(without_blocked_produc
     assert bool(((layer(x).double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all())
 
 
-@pytest.mark.skipif(not weights.blocked_products_work(), reason="this CPU has only the plain path")
+@pytest.mark.skipif(not local.blocked_products_work(), reason="this CPU has only the plain path")
 def test_both_paths_give_the_same_numbers(request):
     torch.manual_seed(0)
     base, x = nn.Linear(64, 48), torch.randn(9, 64)
@@ -64,15 +64,15 @@ def test_both_paths_give_the_same_numbers(request):
 
 
 def test_another_result_of_the_operator_is_not_trusted(monkeypatch):
-    monkeypatch.setattr(weights, "_reorder", lambda weight: weight)
+    monkeypatch.setattr(local, "_reorder", lambda weight: weight)
     monkeypatch.setattr(
-        weights, "_blocked_linear", lambda x, weight, bias: torch.zeros(2, 64, dtype=BF16)
+        local, "_blocked_linear", lambda x, weight, bias: torch.zeros(2, 64, dtype=BF16)
     )
-    weights.blocked_products_work.cache_clear()
+    local.blocked_products_work.cache_clear()
     try:
-        assert not weights.blocked_products_work()
+        assert not local.blocked_products_work()
     finally:
-        weights.blocked_products_work.cache_clear()
+        local.blocked_products_work.cache_clear()
 
 
 @pytest.mark.parametrize("lacks", ["another C library", "one without mallopt"])

@@ -15,8 +15,9 @@ from torch import nn
 
 from posttrain.models.load import ModelConfig, load_model
 from posttrain.rollout.engine import Request, SamplingConfig
-from posttrain.rollout.handover import FolderHandover, NCCLHandover
-from posttrain.rollout.receipt import (
+from posttrain.rollout.handover import (
+    FolderHandover,
+    NCCLHandover,
     ReceiptError,
     check_probe,
     check_tensors,
@@ -266,7 +267,7 @@ def test_a_restarted_server_that_lies_is_not_tried_again(servers, tmp_path):
     server.lie = lambda old, new: {n: t + 1 for n, t in new.items()}
     server.restart()
     request = Request(prompt_ids=(1,), seeds=(2,))
-    trainer.engine._config = VLLMConfig(url=server.url, retries=1)
+    trainer.engine.config = VLLMConfig(url=server.url, retries=1)
     with pytest.raises(ReceiptError, match="embed has checksum"):
         trainer.engine.generate([request], SamplingConfig(max_tokens=2))
 

@@ -19,7 +19,7 @@ from posttrain.rewards.text import (
     repetition_penalty,
     think_answer_format,
 )
-from posttrain.rl.log import rollout_metrics
+from posttrain.rl.samples import rollout_metrics
 from posttrain.rl.trajectory import Trajectory
 from tests.unit.completion_texts import texts
 
@@ -231,7 +231,7 @@ def test_mistakes_in_the_settings():
         Rewards(RewardsConfig(functions={"no_such": 1.0}))
     with pytest.raises(ValueError, match="which rewards.functions and rewards.by_task do not use"):
         RewardsConfig(functions={"math_answer": 1.0}, options={"exact_answer": {}})
-    with pytest.raises(ValueError, match="knows column"):
+    with pytest.raises(ValueError, match="no option .colum.; it has column"):
         Rewards(
             RewardsConfig(functions={"exact_answer": 1.0}, options={"exact_answer": {"colum": "x"}})
         )
@@ -447,8 +447,7 @@ def test_special_tokens_are_part_of_what_a_verifier_reads():
     """<think> is a special token of many tokenizers; only what ends a completion, and padding, is
     taken off."""
     from posttrain.data.prompts import Prompt
-    from posttrain.rl.environment import SingleTurn
-    from posttrain.rl.trajectory import Trajectory
+    from posttrain.rl.trajectory import SingleTurn, Trajectory
     from tests.tiny import byte_tokenizer
 
     tokenizer = byte_tokenizer()

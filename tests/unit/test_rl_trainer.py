@@ -24,7 +24,7 @@ from posttrain import (
 from posttrain.models.load import load_model, load_tokenizer
 from posttrain.rewards.text import think_answer_format
 from posttrain.rl.batches import MismatchError
-from posttrain.rollout import engines
+from posttrain.rollout import local
 from posttrain.rollout.local import LocalEngine
 from posttrain.training.metrics import read_metrics
 from tests.tiny import byte_tokenizer, model_folder
@@ -172,7 +172,7 @@ def test_a_sampler_at_another_temperature_stops_the_run_before_an_update(
             )
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "LocalEngine", Warmer)
+        patch.setattr(local, "LocalEngine", Warmer)
         with pytest.raises(MismatchError, match="do not have the same weights or temperature"):
             run(
                 folder,

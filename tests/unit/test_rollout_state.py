@@ -15,15 +15,18 @@ from posttrain.data.prompts import R1_ZERO_TEMPLATE, Prompt, PromptConfig, promp
 from posttrain.rewards import CompletionText, reward
 from posttrain.rewards.compose import Rewards, RewardsConfig
 from posttrain.rl.algorithms import resolve_algorithm
-from posttrain.rl.batches import RolloutBatches, RolloutConfig
-from posttrain.rl.curriculum import CurriculumConfig, PromptSampler, priorities
-from posttrain.rl.environment import SingleTurn
+from posttrain.rl.batches import (
+    CurriculumConfig,
+    PromptSampler,
+    RolloutBatches,
+    RolloutConfig,
+    priorities,
+)
 from posttrain.rl.evaluate import Evaluation, half_width, pass_at_k
-from posttrain.rl.journal import Journal, journalled
-from posttrain.rl.rollouts import Collector, RolloutBuffer
-from posttrain.rl.trajectory import Trajectory, TrajectoryGroup
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, journalled, request_of
+from posttrain.rl.trajectory import SingleTurn, Trajectory, TrajectoryGroup, to_row
 from posttrain.rollout.engine import Request, Sampled, SamplingConfig
-from posttrain.rollout.receipt import Receipt
+from posttrain.rollout.handover import Receipt
 from posttrain.training.forward import ForwardPlan
 from tests.tiny import byte_tokenizer
 
@@ -112,8 +115,6 @@ def test_curriculum_goes_from_easy_to_hard_or_from_uniform_to_hard():
 class FakeEngine:
     """Counts its calls; the test is about the journal, not about sampling."""
 
-    returns_kept_ids = True
-
     def __init__(self, *, fail_after=10**9, is_reproducible=True):
         self.drawn, self.fail_after, self.is_reproducible = 0, fail_after, is_reproducible
 
@@ -158,13 +159,13 @@ def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, is_reprod
     def draw(run, **options):
         engine = FakeEngine(is_reproducible=is_reproducible, **options)
         drawn = journalled(engine, Journal(path, run=run), requests, SamplingConfig())
-        return drawn, engine.drawn
+        return to_row(drawn), engine.drawn
 
     with pytest.raises(ConnectionError):
         draw("a", fail_after=3)
     with path.open("ab") as torn:
         torn.write(b'{"key": "torn')
-    wanted = FakeEngine().generate(requests, SamplingConfig())
+    wanted = to_row(FakeEngine().generate(requests, SamplingConfig()))
     assert draw("a") == (wanted, 4 if is_reproducible else 1)
     assert draw("a") == (wanted, 0)
     assert draw("b")[1] == 4
@@ -279,14 +280,17 @@ def test_a_buffer_keeps_segments_and_their_versions():
     buffer.begin([3], iteration=0, group_size=2, seed=0)
     first = Sampled(token_ids=(5, 6), logps=(-1.0, -2.0), finish_reason="budget", policy_version=1)
     done = Sampled(token_ids=(7,), logps=(-3.0,), finish_reason="stop", policy_version=1)
-    ((request, _, open_ones),) = buffer.requests()
+    (group,) = buffer.of_rank(0)
+    open_ones, request = group.trajectories, request_of(group, group.trajectories)
     assert request.prompt_ids == (9,) and request.prefixes == () and len(set(request.seeds)) == 2
     open_ones[0].extend(first)
     open_ones[1].extend(done)
     assert buffer.take_finished() == []
     restored = RolloutBuffer(prompts)
     restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
-    ((request, _, open_ones),) = restored.requests()
+    (group,) = restored.of_rank(0)
+    open_ones = [t for t in group.trajectories if t.finish_reason is None]
+    request = request_of(group, open_ones)
     assert request.prefixes == ((5, 6),)
     open_ones[0].extend(
         Sampled(token_ids=(8,), logps=(-4.0,), finish_reason="stop", policy_version=2)

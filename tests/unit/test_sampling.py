@@ -8,8 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from posttrain.rollout.engine import SamplingConfig
-from posttrain.rollout.sampling import StopRule, draw, kept_by_truncation, repeats
+from posttrain.rollout.engine import SamplingConfig, StopRule, draw, kept_by_truncation, repeats
 
 
 def many(logits: torch.Tensor, sampling: SamplingConfig, count: int, *, start: int = 0):

@@ -19,8 +19,7 @@ from posttrain.plan.price import memory_plan
 from posttrain.precision import PRECISIONS
 from posttrain.rewards.compose import RewardsConfig
 from posttrain.rollout.engine import Request, SamplingConfig
-from posttrain.rollout.local import LocalEngine
-from posttrain.rollout.weights import SamplingLinear, SamplingWeights
+from posttrain.rollout.local import LocalEngine, SamplingLinear, SamplingWeights
 from posttrain.trainers.rl import RLConfig
 from posttrain.types import Completion, PromptGroup
 from tests.helpers import tiny_llama

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.cli.main import main
 from posttrain.cli.select import training_row
-from posttrain.rl.select import Filters, select
+from posttrain.rl.samples import Filters, select
 
 
 def answer(tokens: int, correct: bool | None, text: str = "fine", **more) -> dict:

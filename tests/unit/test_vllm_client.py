@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.rollout.engine import Request, SamplingConfig
-from posttrain.rollout.handover import FolderHandover, NCCLHandover
-from posttrain.rollout.receipt import notes_of
+from posttrain.rollout.handover import FolderHandover, NCCLHandover, notes_of
 from posttrain.rollout.vllm import ServerError, VLLMConfig, VLLMEngine
 
 REQUESTS = [Request(prompt_ids=(1, 2), seeds=(10, 11)), Request(prompt_ids=(3,), seeds=(12, 13))]
