@@ -372,7 +372,7 @@ def pair_figures(
     from posttrain.data import DataConfig, load_groups
     from posttrain.models.heads import is_reward_model, load_scorer
     from posttrain.models.merge import load_to_answer
-    from posttrain.models.reference import adapters_off, has_adapters
+    from posttrain.models.policy import adapters_off, has_adapters
     from posttrain.rl.evaluate import half_width
 
     accelerator = Accelerator(mixed_precision="no")

@@ -34,8 +34,7 @@ from posttrain.losses.sft import sft
 from posttrain.models import logprobs
 from posttrain.models.dropout import base_model
 from posttrain.models.heads import Scorer
-from posttrain.models.policy import Policy, plain_attention
-from posttrain.models.reference import freeze
+from posttrain.models.policy import Policy, freeze, plain_attention
 from posttrain.packing import attention
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import PackingConfig, plan_step

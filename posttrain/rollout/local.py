@@ -30,8 +30,8 @@ from transformers import Cache
 from posttrain.models.load import end_token_ids
 from posttrain.models.logprobs import LogitTransform, logit_transform
 from posttrain.models.policy import Policy
+from posttrain.packing.attention import DecodeLayout
 from posttrain.packing.batch import Layout, Segments
-from posttrain.packing.decode import DecodeLayout
 from posttrain.resolve import check_rules, settings
 from posttrain.rollout.engine import (
     Engine,

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.models.load import end_token_ids, save_model
-from posttrain.models.policy import Policy
-from posttrain.models.reference import has_adapters
+from posttrain.models.policy import Policy, has_adapters
 from posttrain.precision import torch_dtype
 from posttrain.resolve import check_rules, settings
 from posttrain.rollout.engine import (

@@ -13,8 +13,7 @@ from posttrain.losses.distillation import DivergenceKind, TeacherDivergence, dis
 from posttrain.losses.reduce import weighted_sum
 from posttrain.models.load import ModelConfig, load_model, load_tokenizer
 from posttrain.models.logprobs import compute_dtype
-from posttrain.models.policy import Policy
-from posttrain.models.reference import freeze
+from posttrain.models.policy import Policy, freeze
 from posttrain.resolve import settings
 from posttrain.rewards import reward
 from posttrain.rl.algorithms import Algorithm, resolve_algorithm

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from posttrain.models.load import save_model
-from posttrain.models.policy import Policy
-from posttrain.models.reference import has_adapters
+from posttrain.models.policy import Policy, has_adapters
 from posttrain.models.sharding import whole_state
 from posttrain.packing.plan import PackingConfig, StepPlan, count_units
 from posttrain.precision import PrecisionPlan

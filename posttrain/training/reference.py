@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from posttrain.data.tokenise import sequence_key
 from posttrain.files import cache_root, whole_file
-from posttrain.models.policy import Policy, in_eval_mode
-from posttrain.models.reference import (
+from posttrain.models.policy import (
+    Policy,
     adapters_off,
     freeze,
     frozen_copy,
     has_adapters,
+    in_eval_mode,
     weights_digest,
 )
 from posttrain.models.sharding import local, mix_into, reshard, shard_frozen

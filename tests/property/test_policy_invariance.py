@@ -13,8 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.models.policy import Policy
-from posttrain.models.reference import frozen_copy
+from posttrain.models.policy import Policy, frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
 from posttrain.rl.algorithms import ALGORITHMS, resolve_algorithm
 from posttrain.rl.credit import group_normalised, has_signal, sampled_reverse_kl, token_returns

@@ -15,8 +15,7 @@ from torch.nn.functional import logsigmoid
 from posttrain.losses.preference import dpo, kto, rpo
 from posttrain.losses.reward import bradley_terry
 from posttrain.models.heads import Scorer
-from posttrain.models.policy import Policy
-from posttrain.models.reference import frozen_copy
+from posttrain.models.policy import Policy, frozen_copy
 from posttrain.packing.plan import PackingConfig, count_units, plan_step, row_tokens
 from posttrain.training.forward import ForwardPlan, batch_mean, evaluate
 from posttrain.training.step import step_gradient

@@ -13,8 +13,7 @@ import transformers
 from posttrain import OptimizerConfig, SFTConfig, SFTTrainer, TrainConfig
 from posttrain.models.heads import Scorer
 from posttrain.models.load import ModelConfig, load_model
-from posttrain.models.policy import Policy
-from posttrain.models.reference import frozen_copy
+from posttrain.models.policy import Policy, frozen_copy
 from posttrain.packing.batch import pack
 from posttrain.packing.plan import PackingConfig, plan_step
 from posttrain.training.metrics import read_metrics

@@ -8,8 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain.models.policy import Policy
-from posttrain.models.reference import freeze, frozen_copy, weights_digest
+from posttrain.models.policy import Policy, freeze, frozen_copy, weights_digest
 from posttrain.packing.batch import GroupPart, pack
 from posttrain.packing.plan import PackingConfig
 from posttrain.precision import resolve_precision
