@@ -26,7 +26,7 @@ from posttrain.resolve import check_rules, settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, forget_journals, journal_path
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer
 from posttrain.rl.samples import keep_rollouts, rollout_metrics, show
 from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
@@ -293,7 +293,7 @@ class RolloutBatches:
         rejected: list[TrajectoryGroup] = []
         begun = 0
         run = f"{self.seed} {self._iteration} {self.collector.identity()}"
-        path = journal_path(self.folder, self._iteration, self.collector.rank)
+        path = self.folder / f"iteration_{self._iteration:06d}_rank{self.collector.rank}.jsonl"
         with closing(Journal(path, run=run)) as journal:
             while begun < limit or self._buffer.groups:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
@@ -378,5 +378,7 @@ class RolloutBatches:
 
     def saved(self) -> None:
         """A checkpoint with the present state is in place: what was drawn before is not needed."""
-        if self.collector.rank == 0:
-            forget_journals(self.folder, before=self._iteration)
+        journals = self.folder.glob("iteration_*.jsonl") if self.collector.rank == 0 else ()
+        for path in journals:
+            if int(path.name.split("_")[1]) < self._iteration:
+                path.unlink(missing_ok=True)
