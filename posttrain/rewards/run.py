@@ -138,11 +138,11 @@ class _Worker:
                 limit_s = task["timeout_s"]
                 late = _outcome(_OutOfTime(limit_s))
                 dead = Outcome(problem=problem, exhausted=True)
+            outcome, died = late, False
         except (EOFError, OSError):
-            self.stop()
-            return dead, True
+            outcome, died = dead, True
         self.stop()
-        return late, False
+        return outcome, died
 
     def _pipe(self) -> Connection:
         if self._running is None:
