@@ -463,13 +463,15 @@ def _output(output: Any) -> Any:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in eval mode (dropout off); afterwards in the mode that it was in."""
-    was_training = module.training
+    """Inside, the module is in eval mode (dropout off); afterwards each of its parts is in the mode
+    that it was in."""
+    in_training = [part for part in module.modules() if part.training]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part in in_training:
+            part.training = True
 
 
 @contextmanager

@@ -191,8 +191,7 @@ def _chosen(text: str) -> str | None:
 
 def _unset(text: str) -> str:
     """Without LaTeX that only sets a text, and dollars."""
-    setting = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"
-    return re.sub(setting, r"\1", text).replace("$", "")
+    return _LETTERS.sub(r"\1", _TEXT.sub(r"\1", text)).replace("$", "")
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[^\s{]))")

@@ -259,10 +259,10 @@ class Rewards:
             for (sample, texts), row in wanted:
                 before = {n: [known[n].value for known in row] for n in row[0]}
                 calls.append(partial(function, texts, sample, before))
-            return score_together(calls, [len(texts) for (_, texts), _ in wanted], timeout_s)
+            return score_together(calls, timeout_s)
         if self._declared[name].batched:
             call = partial(function, [text for _, text in pairs], [sample for sample, _ in pairs])
-            return score_together([call], [len(pairs)], START_SECONDS + timeout_s * len(pairs))
+            return score_together([call], START_SECONDS + timeout_s * len(pairs))
         return self._score_alone(name, pairs)
 
     def _score_alone(

@@ -33,7 +33,7 @@ def reward_model(
     """
     import torch
 
-    from posttrain.data import ChatEncoder, DataConfig
+    from posttrain.data import Answer, ChatEncoder, DataConfig, Sample, read_prompt
     from posttrain.data.tokenise import RowEncoder
     from posttrain.packing.batch import pack
     from posttrain.packing.plan import plan_step
@@ -43,8 +43,19 @@ def reward_model(
     encoder = RowEncoder(encoder=ChatEncoder(tokenizer), config=config, purpose="reward")
 
     def encoded(indices: list[int]) -> PromptGroup | None:
-        answers = [str(completions[i]) for i in indices]
-        return _encoded(encoder, samples[indices[0]], answers, prompt_column)
+        """A prompt with its answers; None if they do not fit."""
+        row = samples[indices[0]]
+        values = {k: v for k, v in row.items() if k != "_where"}
+        read = read_prompt(values, column=prompt_column if prompt_column in row else None)
+        turns = [[{"role": "assistant", "content": str(completions[i])}] for i in indices]
+        sample = Sample(
+            prompt=read.prompt,
+            tools=read.tools,
+            answers=[Answer(messages=turn, label=True) for turn in turns],
+            layout="labelled",
+            is_text=len(read.prompt) == 1 and not read.tools,
+        )
+        return encoder.encode(sample, {"file": row.get("_where", "<memory>"), "row": 0}).group
 
     by_prompt: dict[int, list[int]] = {}
     for i, (text, sample) in enumerate(zip(completions, samples, strict=True)):
@@ -67,25 +78,6 @@ def reward_model(
             for (g, k), value in zip(batch.refs, scorer(batch).logps_T.tolist(), strict=True):
                 scores[groups[g][1][k]] = value
     return scores
-
-
-def _encoded(
-    encoder: Any, row: Mapping[str, Any], texts: list[str], prompt_column: str
-) -> PromptGroup | None:
-    """The prompt of the row with the texts as answers; None if they do not fit."""
-    from posttrain.data import Answer, Sample, read_prompt
-
-    values = {k: v for k, v in row.items() if k != "_where"}
-    read = read_prompt(values, column=prompt_column if prompt_column in row else None)
-    turns = [[{"role": "assistant", "content": text}] for text in texts]
-    sample = Sample(
-        prompt=read.prompt,
-        tools=read.tools,
-        answers=[Answer(messages=turn, label=True) for turn in turns],
-        layout="labelled",
-        is_text=len(read.prompt) == 1 and not read.tools,
-    )
-    return encoder.encode(sample, {"file": row.get("_where", "<memory>"), "row": 0}).group
 
 
 @lru_cache(maxsize=2)

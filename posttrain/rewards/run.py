@@ -138,11 +138,11 @@ class _Worker:
                 limit_s = task["timeout_s"]
                 late = _outcome(_OutOfTime(limit_s))
                 dead = Outcome(problem=problem, exhausted=True)
+            outcome, died = late, False
         except (EOFError, OSError):
-            self.stop()
-            return dead, True
+            outcome, died = dead, True
         self.stop()
-        return late, False
+        return outcome, died
 
     def _pipe(self) -> Connection:
         if self._running is None:
@@ -214,23 +214,22 @@ def score_alone(calls: Sequence[Call], timeout_s: float, *, concurrency: int) ->
     return [_outcome(found) for found in _finish(calls, timeout_s, concurrency)]
 
 
-def score_together(calls: Sequence[Call], counts: Sequence[int], timeout_s: float) -> list[Outcome]:
-    """The outcomes of calls, one after the other, that score ``counts`` completions: their values,
-    or for each the failure of its call."""
-
-    def listed(call: Call, count: int) -> list[Any]:
-        values = list(call())
-        if len(values) != count:
-            raise ValueError(f"returned {len(values)} values for {count} completions")
-        return values
-
-    pairs = zip(calls, counts, strict=True)
-    found = _finish([partial(listed, *pair) for pair in pairs], timeout_s, 1)
+def score_together(calls: Sequence[partial[Any]], timeout_s: float) -> list[Outcome]:
+    """The outcomes of calls, one after the other, each of all completions in its first argument:
+    their values, or for each the failure of its call."""
+    found = _finish([partial(_listed, call) for call in calls], timeout_s, 1)
     return [
         _outcome(value)
-        for values, count in zip(found, counts, strict=True)
-        for value in ([values] * count if isinstance(values, BaseException) else values)
+        for values, call in zip(found, calls, strict=True)
+        for value in (values if isinstance(values, list) else [values] * len(call.args[0]))
     ]
+
+
+def _listed(call: partial[Any]) -> list[Any]:
+    values, count = list(call()), len(call.args[0])
+    if len(values) != count:
+        raise ValueError(f"returned {len(values)} values for {count} completions")
+    return values
 
 
 def _finish(calls: Sequence[Call], timeout_s: float, concurrency: int) -> list[Any]:

@@ -26,7 +26,7 @@ from posttrain.resolve import check_rules, settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, forget_journals, journal_path
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer
 from posttrain.rl.samples import keep_rollouts, rollout_metrics, show
 from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
@@ -67,8 +67,8 @@ class PromptSampler:
     ) -> None:
         self._config, self._seed, self._size = config, seed, len(samples)
         self._drawn = 0
-        self._tries = np.zeros(self._size)
-        self._successes = np.zeros(self._size)
+        self._counts = np.zeros((self._size, 2))
+        """[prompts] (completions, how many were right)"""
         self._by_difficulty = np.arange(self._size)
         if config.order == "curriculum":
             missing = next((s for s in samples if s.get(config.difficulty_column) is None), None)
@@ -91,20 +91,15 @@ class PromptSampler:
             draws = np.random.default_rng([self._seed, 1, self._drawn])
             chosen: list[int] = []
             while len(chosen) < count:
-                keys = -np.log(draws.random(self._size)) / np.maximum(
-                    weights, 1e-300
-                )  # the smallest win: without replacement
+                # the smallest win: without replacement
+                keys = -np.log(draws.random(self._size)) / np.maximum(weights, 1e-300)
                 chosen += [int(i) for i in np.argsort(keys, kind="stable")[: count - len(chosen)]]
         elif config.order == "curriculum" and config.hard_from == 0:
-            chosen = [
-                int(self._by_difficulty[(self._drawn + i) % self._size]) for i in range(count)
-            ]
+            at = (self._drawn + np.arange(count)) % self._size
+            chosen = self._by_difficulty[at].tolist()
         else:
-            pool = (
-                self._hard
-                if config.order == "curriculum" and iteration >= config.hard_from
-                else np.arange(self._size)
-            )
+            is_hard = config.order == "curriculum" and iteration >= config.hard_from
+            pool = self._hard if is_hard else np.arange(self._size)
             chosen = [self._shuffled(pool, self._drawn + i) for i in range(count)]
         self._drawn += count
         return chosen
@@ -116,30 +111,24 @@ class PromptSampler:
 
     def update(self, prompt: int, *, tries: int, successes: float) -> None:
         """Counts the completions of a prompt and how many were right."""
-        self._tries[prompt] += tries
-        self._successes[prompt] += successes
+        self._counts[prompt] += (tries, successes)
 
     def success_rates(self) -> np.ndarray:
         """[prompts] share of right completions so far; the prior where there are none."""
-        return np.where(
-            self._tries > 0, self._successes / np.maximum(self._tries, 1), self._config.prior
-        )
+        tries, successes = self._counts.T
+        return np.where(tries > 0, successes / np.maximum(tries, 1), self._config.prior)
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON has it; only prompts that were sampled."""
-        seen = np.flatnonzero(self._tries)
-        return {
-            "drawn": self._drawn,
-            "seen": [[int(i), float(self._tries[i]), float(self._successes[i])] for i in seen],
-        }
+        seen = np.flatnonzero(self._counts[:, 0])
+        return {"drawn": self._drawn, "seen": [[int(i), *self._counts[i].tolist()] for i in seen]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self._drawn = int(state["drawn"])
-        self._tries[:] = 0
-        self._successes[:] = 0
-        for i, tries, successes in state["seen"]:
-            self._tries[i], self._successes[i] = tries, successes
+        self._counts[:] = 0
+        for i, *counts in state["seen"]:
+            self._counts[i] = counts
 
 
 def priorities(success_rates: Sequence[float] | np.ndarray, *, floor: float = 0.0) -> np.ndarray:
@@ -293,7 +282,7 @@ class RolloutBatches:
         rejected: list[TrajectoryGroup] = []
         begun = 0
         run = f"{self.seed} {self._iteration} {self.collector.identity()}"
-        path = journal_path(self.folder, self._iteration, self.collector.rank)
+        path = self.folder / f"iteration_{self._iteration:06d}_rank{self.collector.rank}.jsonl"
         with closing(Journal(path, run=run)) as journal:
             while begun < limit or self._buffer.groups:
                 fresh = max(min(wanted - len(kept), limit - begun) - len(self._buffer.groups), 0)
@@ -378,5 +367,7 @@ class RolloutBatches:
 
     def saved(self) -> None:
         """A checkpoint with the present state is in place: what was drawn before is not needed."""
-        if self.collector.rank == 0:
-            forget_journals(self.folder, before=self._iteration)
+        journals = self.folder.glob("iteration_*.jsonl") if self.collector.rank == 0 else ()
+        for path in journals:
+            if int(path.name.split("_")[1]) < self._iteration:
+                path.unlink(missing_ok=True)

@@ -289,9 +289,7 @@ class Collector:
             def compute() -> Any:
                 return to_row(self.rewards.score(pairs, iteration=iteration))
 
-            rows = (
-                compute() if journal is None else journal.once(f"rewards {digest(pairs)}", compute)
-            )
+            rows = journal.once(f"rewards {digest(pairs)}", compute) if journal else compute()
             return list(zip(mine, rows, strict=True))
 
         for i, rows in self._from_all(score):
@@ -325,17 +323,6 @@ class Collector:
         if failed is not None:
             raise RewardError(failed)
         return [item for items, _ in gathered for item in items]
-
-
-def journal_path(folder: Path, iteration: int, rank: int) -> Path:
-    return folder / f"iteration_{iteration:06d}_rank{rank}.jsonl"
-
-
-def forget_journals(folder: Path, *, before: int) -> None:
-    """Delete the journals of iterations that a checkpoint has behind it."""
-    for path in folder.glob("iteration_*.jsonl"):
-        if int(path.name.split("_")[1]) < before:
-            path.unlink(missing_ok=True)
 
 
 _LOOKED_AT = 1000

@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -146,7 +146,7 @@ def rescore(
 ) -> Evaluation:
     """Stored answers, judged by ``rewards``. ``problems``: rows by where they are from, for answers
     that are stored without them."""
-    pairs, lengths = [], []
+    pairs = []
     for where, answers in stored_answers(sources):
         sample = problems.get(where) or json.loads(answers[0].get("row") or "null")
         if sample is None:
@@ -154,15 +154,16 @@ def rescore(
                 f"The answers to {where!r} are stored without their problem, and --task has no "
                 "such row. Name the file of rows that was answered, as it was named then."
             )
-        tokens = [a["tokens"] if "tokens" in a else len(a["token_ids"]) for a in answers]
         texts = [
-            CompletionText(a["text"], num_tokens=n, finish_reason=a["finish_reason"] or "stop")
-            for a, n in zip(answers, tokens, strict=True)
+            CompletionText(
+                a["text"],
+                num_tokens=a["tokens"] if "tokens" in a else len(a["token_ids"]),
+                finish_reason=a["finish_reason"] or "stop",
+            )
+            for a in answers
         ]
         values = {k: v for k, v in sample.items() if k != "_where"}
         pairs.append(({**with_answer(values, read_prompt(values)), "_where": where}, texts))
-        lengths.append(tokens)
-    scored = rewards.score(pairs)
     groups = [
         TrajectoryGroup(
             index=i,
@@ -170,15 +171,15 @@ def rescore(
             trajectories=[
                 Trajectory(
                     seed=k,
-                    token_ids=np.zeros(n, np.int64),
+                    token_ids=np.zeros(text.num_tokens, np.int64),
                     finish_reason=text.finish_reason,  # type: ignore[arg-type]
                     text=text,
-                    **vars(s),
+                    **vars(scored),
                 )
-                for k, (text, n, s) in enumerate(zip(texts, lengths[i], scored[i], strict=True))
+                for k, (text, scored) in enumerate(zip(texts, row, strict=True))
             ],
         )
-        for i, (sample, texts) in enumerate(pairs)
+        for i, ((sample, texts), row) in enumerate(zip(pairs, rewards.score(pairs), strict=True))
     ]
     return Evaluation(groups=groups)
 
@@ -294,16 +295,15 @@ def select(
     """
     if take == "pairs":
         return _pairs(answers, by, at_most, filters, counts)
-    fit: list[Answer] = []
-    for answer in answers:
+
+    def unfit(answer: Answer) -> str:
         judged = {True: "", False: "wrong", None: "not judged"}[answer["correct"]]
-        reason = ("" if take == "best" else judged) or filters.reason(answer, by)
-        if not reason and take == "best" and value_of(answer, by) is None:
-            reason = "not scored"
-        if reason:
-            counts[reason] += 1
-        else:
-            fit.append(answer)
+        if take != "best":
+            return judged or filters.reason(answer, by)
+        scored = value_of(answer, by) is not None
+        return filters.reason(answer, by) or ("" if scored else "not scored")
+
+    fit = _left(answers, unfit, counts)
     if take == "shortest":
         fit.sort(key=num_tokens)
     elif take == "best":
@@ -313,16 +313,19 @@ def select(
     return fit[:limit]
 
 
+def _left(
+    answers: Sequence[Answer], reason: Callable[[Answer], str], counts: Counter[str]
+) -> list[Answer]:
+    """Those without a reason against them; the others are counted by it."""
+    reasons = [reason(answer) for answer in answers]
+    counts.update(why for why in reasons if why)
+    return [answer for answer, why in zip(answers, reasons, strict=True) if not why]
+
+
 def _pairs(
     answers: Sequence[Answer], by: str, at_most: int, filters: Filters, counts: Counter[str]
 ) -> list[tuple[Answer, Answer]]:
-    whole: list[Answer] = []
-    for answer in answers:
-        reason = "not judged" if answer["correct"] is None else is_broken(answer)
-        if reason:
-            counts[reason] += 1
-        else:
-            whole.append(answer)
+    whole = _left(answers, lambda a: "not judged" if a["correct"] is None else is_broken(a), counts)
     fit = [a for a in whole if a["correct"] and not filters.reason(a, by)]
     if not fit:
         counts["of a problem without a right answer that fits"] += len(whole)

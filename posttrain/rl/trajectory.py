@@ -95,12 +95,8 @@ class Trajectory:
             setattr(self, name, np.concatenate(both))
         self.trained = self.sampled
         if kept is not None:
-            before = self.kept_ids or Ragged.of([])
-            after = Ragged.of(kept)
-            self.kept_ids = Ragged(
-                values=np.concatenate([before.values, after.values]),
-                ends=np.concatenate([before.ends, after.ends + len(before.values)]),
-            )
+            before = self.kept_ids.tolist() if self.kept_ids else ()
+            self.kept_ids = Ragged.of([*before, *kept])
 
     def progress(self) -> tuple[Any, ...]:
         """What the other ranks need to know: how many tokens, by which policies, how it ended, and

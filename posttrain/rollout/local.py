@@ -29,7 +29,7 @@ from transformers import Cache
 
 from posttrain.models.load import end_token_ids
 from posttrain.models.logprobs import LogitTransform, logit_transform
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, in_eval_mode
 from posttrain.packing.attention import DecodeLayout
 from posttrain.packing.batch import Layout, Segments
 from posttrain.resolve import check_rules, settings
@@ -96,17 +96,11 @@ class SamplingWeights:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, no gradients and no dropout; afterwards every module is in the mode that it was
-        in."""
-        in_training = [module for module in self._live.modules() if module.training]
+        """Inside, no gradients and no dropout."""
         kind = next(self._live.parameters()).device.type
-        self.model.eval()
-        try:
-            with torch.no_grad(), torch.autocast(kind, dtype=self.compute, enabled=self._casts):
-                yield
-        finally:
-            for module in in_training:
-                module.training = True
+        autocast = torch.autocast(kind, dtype=self.compute, enabled=self._casts)
+        with in_eval_mode(self._live), torch.no_grad(), autocast:
+            yield
 
 
 class SamplingLinear(nn.Module):
