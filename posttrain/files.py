@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -73,6 +74,12 @@ def is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def free_name_beside(folder: Path) -> Path:
+    """``<name>.old-1``, or the next number that is free."""
+    names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
+    return next(path for path in names if not path.exists())
 
 
 def refuse_filled(out: Path) -> None:

@@ -53,9 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     from posttrain.plan.price import memory_plan
     from posttrain.plan.report import gigabytes, listed, parse_bytes, show, to_json
 
-    limit: float | None = None
-    if arguments.device_memory:
-        limit = parse_bytes(arguments.device_memory)
+    asked = arguments.device_memory
+    limit: float | None = parse_bytes(asked) if asked else None
     with redirect_stdout(sys.stderr):  # libraries that announce themselves
         from posttrain.plan.check import device_bytes
 
@@ -108,29 +107,23 @@ def _solve(
 
     if limit is None:
         raise ValueError("--solve needs the memory of a device: --device-memory 80GB.")
-    answers: dict[str, Any] = {}
     if arguments.solve == "cheapest-zero":
         found = price.cheapest_zero(job, limit, num_devices=devices)
-        answers["stage"] = None if found is None else ZERO_STAGE[found]
-        lines = [f"nothing fits: {price.advice(job, limit)}"]
-        if found is not None:
-            lines = [f"ZeRO-{answers['stage']} is enough"]
-    elif arguments.solve == "max-tokens":
-        room = limit * (1 - price.SOLVER_MARGIN)
-        for kind in kinds:
-            tokens = price.max_tokens(job.sharded(kind, devices), room)
-            answers[str(ZERO_STAGE[kind])] = tokens
-        lines = [
-            f"ZeRO-{s}: --packing.max_tokens {n}" if n else f"ZeRO-{s}: nothing fits"
-            for s, n in answers.items()
-        ]
+        answers: dict[str, Any] = {"stage": None if found is None else ZERO_STAGE[found]}
+        is_enough = f"ZeRO-{answers['stage']} is enough"
+        lines = [f"nothing fits: {price.advice(job, limit)}" if found is None else is_enough]
     else:
-        for kind in kinds:
-            answers[str(ZERO_STAGE[kind])] = price.min_devices(job, limit, sharding=kind)
-        lines = [
-            f"ZeRO-{s}: {n} devices" if n else f"ZeRO-{s}: no number of devices is enough"
-            for s, n in answers.items()
-        ]
+        if arguments.solve == "max-tokens":
+            said, nothing = "--packing.max_tokens {}", "nothing fits"
+            room = limit * (1 - price.SOLVER_MARGIN)
+            numbers: list[int | None] = [
+                price.max_tokens(job.sharded(kind, devices), room) for kind in kinds
+            ]
+        else:
+            said, nothing = "{} devices", "no number of devices is enough"
+            numbers = [price.min_devices(job, limit, sharding=kind) for kind in kinds]
+        answers = {str(ZERO_STAGE[k]): n for k, n in zip(kinds, numbers, strict=True)}
+        lines = [f"ZeRO-{s}: {said.format(n) if n else nothing}" for s, n in answers.items()]
     if arguments.json:
         return json.dumps(
             {"solve": arguments.solve, "limit_bytes": limit, "devices": devices, "answers": answers}
@@ -175,7 +168,7 @@ def _job(arguments: argparse.Namespace, *, is_elsewhere: bool) -> tuple[Job, int
         )
     if arguments.offload:
         job = replace(job, offload=frozenset({arguments.offload}))
-    longest = config.sampling.max_tokens if is_rl else (config.data.max_length or 0)
+    longest = config.sampling.max_tokens if is_rl else config.data.max_length
     return job, max(64, longest)
 
 
@@ -240,11 +233,6 @@ def _said(path: str, settings: list[str]) -> dict[str, Any]:
     """The settings by their first name: those of the file, and what the command line says."""
     import yaml
 
-    if not Path(path).is_file():
-        raise ValueError(
-            f"There is no settings file {path!r}. Give one such as "
-            "recipes/configs/sft_smollm2.yaml."
-        )
     said: dict[str, Any] = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     for option, after in zip(settings, [*settings[1:], ""], strict=False):
         if option.startswith("--"):

@@ -22,8 +22,8 @@ import psutil
 import yaml
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from posttrain.files import is_locked, replace_text
-from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage
+from posttrain.files import free_name_beside, is_locked, replace_text
+from posttrain.pipeline.stages import OUT_OPTIONS, TRAINERS, Stage, merged
 
 _MARK = "POSTTRAIN_STAGE"
 """Environment variable of every process of a stage: a killed pipeline leaves them behind."""
@@ -195,8 +195,7 @@ class Pipeline:
         if folder.exists() and not goes_on:
             if stage.command in TRAINERS:
                 _drop_checkpoints(folder)
-            numbers = (n for n in range(1, 10**6) if not _aside(folder, n).exists())
-            os.rename(folder, _aside(folder, next(numbers)))
+            folder.rename(free_name_beside(folder))
         elif folder.exists() and stage.command not in _GOES_ON:
             shutil.rmtree(folder)
         if stage.command not in TRAINERS:  # those make their own
@@ -229,10 +228,9 @@ class Pipeline:
         """What is executed, after ``posttrain`` or ``python``. A trainer's settings are written
         into a file."""
         if stage.command in TRAINERS:
-            settings = json.loads(json.dumps(stage.settings))
-            settings.setdefault("train", {}).update(run_dir=str(self.root), name=stage.name)
+            place = {"train": {"run_dir": str(self.root), "name": stage.name}}
             path = self.records / f"{stage.name}.yaml"
-            replace_text(path, yaml.safe_dump(settings, sort_keys=False))
+            replace_text(path, yaml.safe_dump(merged(stage.settings, place), sort_keys=False))
             launch = ["--launch", stage.launch] if stage.launch else []
             launch += ["--processes", str(stage.processes)] if stage.processes else []
             command = ["posttrain", *stage.words, "--config", str(path), *launch]
@@ -272,9 +270,10 @@ class Pipeline:
 
     def _described(self, stage: Stage) -> dict[str, Any]:
         verdict = self.verdict(stage)
-        figures = stage.outputs.get("figures")
-        is_ours = stage.command in ("eval", "sample", "select")  # a script's may be anything
-        is_there = is_ours and verdict.state == "done" and figures is not None and figures.exists()
+        figures: dict[str, float] = {}
+        if verdict.state == "done" and stage.command in ("eval", "sample", "select"):
+            found = json.loads(stage.outputs["figures"].read_text())
+            figures = {_NAMES[name]: value for name, value in found.items() if name in _NAMES}
         return {
             "name": stage.name,
             "command": stage.decides["run"],
@@ -283,7 +282,7 @@ class Pipeline:
             "seconds": verdict.seconds or None,
             "needs": stage.needs,
             "folder": str(stage.folder.relative_to(self.root)),
-            "figures": _figures(json.loads(figures.read_text())) if is_there and figures else {},
+            "figures": figures,
         }
 
 
@@ -315,24 +314,19 @@ _NAMES = {
     "eval_length": "mean_tokens",
     "eval_reward/think_answer_format": "format_rate",
     "eval_truncated": "truncated",
+    "eval_reward/reward_model": "reward_model",
+    "eval_reward/llm_judge": "llm_judge",
     "margin_nats": "margin_nats",
     "answers": "answers",
     "rows": "rows",
 }
+"""Figures that are compared over stages, and what they are called there."""
 
 
 def _missing(stage: Stage) -> list[Path]:
     """Outputs that are not there, but for those that not every run of its command has."""
     optional = {"best", "test"} if stage.command != "python" else set()
     return [p for n, p in stage.outputs.items() if n not in optional and not p.exists()]
-
-
-def _figures(found: dict[str, Any]) -> dict[str, float]:
-    """What is compared over stages, of what eval, sample and select wrote."""
-    named = {_NAMES[name]: value for name, value in found.items() if name in _NAMES}
-    scores = {k.partition("/")[2]: v for k, v in found.items() if k.startswith("eval_reward/")}
-    others = {k: v for k, v in scores.items() if k in ("reward_model", "llm_judge")}
-    return {**named, **others}
 
 
 def option(name: str, value: Any) -> list[str]:
@@ -367,10 +361,6 @@ def _drop_checkpoints(folder: Path) -> None:
     """Of a finished run, or of one that is another by now: nothing goes on from them, and each is
     several times its model."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-def _aside(folder: Path, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.old-{number}")
 
 
 def _tail(path: Path, lines: int) -> str:

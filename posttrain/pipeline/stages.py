@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -37,12 +38,8 @@ OUT_OPTIONS: dict[str, dict[str, str]] = {
 a script gets ``${out}``."""
 OUTPUTS: dict[str, dict[str, str]] = {
     **dict.fromkeys(TRAINERS, {"model": "final", "best": "best", "run": ""}),
-    "merge": {"model": "model"},
-    "sample": {"samples": "samples", "figures": "figures.json"},
-    "select": {"rows": "rows.jsonl", "figures": "figures.json"},
-    "eval": {"answers": "answers.jsonl", "figures": "figures.json"},
+    **{name: {Path(o).stem: o for o in out.values()} for name, out in OUT_OPTIONS.items()},
     **dict.fromkeys(("prep pairs", "prep sft"), {"train": "rows/train", "test": "rows/test"}),
-    **dict.fromkeys(("prep difficulty", "prep tests"), {"rows": "rows.jsonl"}),
 }
 """What each command leaves there, by the name that other stages use."""
 _KEYS = "run config settings launch processes outputs needs only slurm".split()
@@ -109,13 +106,11 @@ def read_stages(
         for key in ("config", "needs", "only"):
             if not isinstance(raw.get(key, []), list):
                 raise ValueError(f"{path}, stage {name}: {key} is a list; got {raw[key]!r}.")
-    wanted = {n: s for n, s in named.items() if size in s.get("only", [size])}
-    done: dict[str, Stage] = {}
-    for name, raw in wanted.items():
-        if not re.fullmatch(r"\w+", name):
-            raise ValueError(f"{path}: a stage's name is letters, digits and _; got {name!r}.")
-        done[name] = _Resolver(name, values, done, named, text.get("settings", {}), root).stage(raw)
-    return list(done.values())
+    file = _File(values=values, named=named, shared=text.get("settings", {}), root=root)
+    for name, raw in named.items():
+        if size in raw.get("only", [size]):
+            file.done[name] = file.stage(name, raw)
+    return list(file.done.values())
 
 
 def _of_size(sizes: Mapping[str, Any], size: str, quick: bool, path: Path) -> dict[str, Any]:
@@ -138,17 +133,21 @@ def _refuse_unknown(given: Any, known: Sequence[str], *, where: str) -> None:
 
 
 @dataclass
-class _Resolver:
-    """Puts values into one stage, and notes which stages they are of."""
+class _File:
+    """Puts values into the stages one after another, and notes which stages they are of."""
 
-    name: str
     values: Mapping[str, Any]
-    done: Mapping[str, Stage]
     named: Mapping[str, Any]
     shared: Mapping[str, Any]
     root: Path
+    done: dict[str, Stage] = field(default_factory=dict)
+    digest: Callable[[Path], str] = field(default_factory=lambda: cache(content_digest))
+    """Of a file, once for all stages."""
 
-    def stage(self, raw: Mapping[str, Any]) -> Stage:
+    def stage(self, name: str, raw: Mapping[str, Any]) -> Stage:
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"A stage's name is letters, digits and _; got {name!r}.")
+        self.name = name
         self.needs: dict[str, None] = {}
         self._open: set[str] = set()
         folder = self.root / self.name
@@ -257,7 +256,7 @@ class _Resolver:
         arguments = words[len(command_of(words).split()) :]
         found = {path for word in texts([arguments, settings]) if (path := _file(word)) is not None}
         files = {
-            str(path).removeprefix(here): content_digest(path)
+            str(path).removeprefix(here): self.digest(path)
             for path in sorted(found)
             if not str(path).startswith(inside)
         }
@@ -290,10 +289,10 @@ def _file(text: str) -> Path | None:
     if os.path.exists(text):
         return Path(text)
     parts = text.split(".")[:-1]
-    module = (
-        Path(*parts).with_suffix(".py") if parts and all(map(str.isidentifier, parts)) else None
-    )
-    return module if module and module.is_file() else None
+    if parts and all(map(str.isidentifier, parts)):
+        module = Path(*parts).with_suffix(".py")
+        return module if module.is_file() else None
+    return None
 
 
 def merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ THEME: dict[str, Any] = {
         "labelFontSize": 11,
         "titleFontSize": 11,
         "labelLimit": 260,
+        "title": None,
+        "orient": "bottom",
+        "columns": 3,
         "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
     },
     "view": {"stroke": "transparent"},
@@ -126,18 +129,12 @@ def lines(
     if share and largest == 0:
         scale = alt.Scale(domain=[0, 0.01])
     y = alt.Y("value:Q").title(y_title or None).axis(axis).scale(scale)
-    legend = alt.Legend(
-        title=None, orient="bottom", columns=1 if max(map(len, labels)) > 22 else 2, symbolSize=60
-    )
+    legend = alt.Legend(columns=1 if max(map(len, labels)) > 22 else 2, symbolSize=60)
     shows_legend = len(labels) > 1 or (by_run and len(dashes) > 1)
     colour = alt.Color("label:N").scale(domain=labels).legend(legend if shows_legend else None)
-    dash = (
-        alt.StrokeDash("dash:N")
-        .scale(domain=dashes)
-        .legend(alt.Legend(title=None, orient="bottom", columns=2) if len(dashes) > 1 else None)
-    )
     line = base.mark_line(strokeWidth=1.6, clip=True).encode(x=x, y=y, color=colour, detail="id:N")
-    line = line.encode(strokeDash=dash) if len(dashes) > 1 else line
+    if len(dashes) > 1:
+        line = line.encode(strokeDash=alt.StrokeDash("dash:N").scale(domain=dashes))
     marks = [line]
     if any(r["dot"] for r in rows):
         points = base.transform_filter("datum.dot").mark_point(filled=True, size=46, opacity=1)
@@ -146,7 +143,7 @@ def lines(
         bars = base.transform_filter("datum.low !== null").mark_rule(strokeWidth=1.4)
         low = alt.Y("low:Q").title(y_title or None).axis(axis)
         marks.append(bars.encode(x=x, y=low, y2="high:Q", color=colour))
-    return finished(alt.layer(*marks, *_crosshair(rows, x, share)))
+    return finished(alt.layer(*marks, _crosshair(rows, x, share)))
 
 
 def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str, Any]]:
@@ -173,7 +170,7 @@ def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str,
     return rows
 
 
-def _crosshair(rows: Rows, x: Any, share: bool) -> list[Any]:
+def _crosshair(rows: Rows, x: Any, share: bool) -> Any:
     """A rule at the step next to the pointer, and what every series is there. Series go by ids
     (their names may hold dots, which Vega would read as fields of fields)."""
     import altair as alt
@@ -186,14 +183,13 @@ def _crosshair(rows: Rows, x: Any, share: bool) -> list[Any]:
     tips = [alt.Tooltip("step:Q", format=",")]
     tips += [alt.Tooltip(f"{k}:Q", title=v, format=digits) for k, v in list(named.items())[:12]]
     shown = alt.when(near).then(alt.value(0.7)).otherwise(alt.value(0))
-    rule = (
+    return (
         encoded(rows)
         .transform_pivot("id", value="value", groupby=["step"])
         .mark_rule(color="#8a8f98")
         .encode(x=x, opacity=shown, tooltip=tips)
         .add_params(near)
     )
-    return [rule]
 
 
 def stacked(
@@ -214,7 +210,6 @@ def stacked(
         return None
     parts = list(order or dict.fromkeys(r[part] for r in rows))
     names = list(dict.fromkeys(r[y] for r in rows))
-    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
     axis = alt.Axis(ticks=False, domain=False, labelLimit=150)
     bars = (
         encoded(rows)
@@ -222,7 +217,7 @@ def stacked(
         .encode(
             x=alt.X(f"{x}:Q").title(x_title).axis(format=",.3~g"),
             y=alt.Y(f"{y}:N").title(None).sort(names).axis(axis),
-            color=alt.Color(f"{part}:N").scale(domain=parts).legend(legend),
+            color=alt.Color(f"{part}:N").scale(domain=parts),
             order=alt.Order("order:Q"),
             tooltip=[
                 alt.Tooltip(f"{y}:N", title="of"),
@@ -252,12 +247,11 @@ def stacked_over_steps(rows: Rows, *, y_title: str) -> dict[str, Any] | None:
     kind = base.mark_area(interpolate="step") if many else base.mark_bar()
     x = alt.X("step:Q" if many else "step:O").title("step")
     x = x.axis(tickMinStep=1) if many else x.axis(labelAngle=0, labelOverlap=True)
-    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
     return finished(
         kind.encode(
             x=x,
             y=alt.Y("seconds:Q").title(y_title),
-            color=alt.Color("phase:N").scale(domain=phases).legend(legend),
+            color=alt.Color("phase:N").scale(domain=phases),
             tooltip=[
                 alt.Tooltip("step:Q"),
                 alt.Tooltip("phase:N"),
@@ -280,8 +274,7 @@ def histogram(
     if x_scale == "log":
         axis.values = sorted({r["low"] for r in rows})
     scale = alt.Scale(type=x_scale, nice=False)  # type: ignore[arg-type]
-    colour = alt.Color("side:N").scale(domain=sides)
-    legend = alt.Legend(title=None, orient="bottom", symbolType="square")
+    legend = alt.Legend() if len(sides) > 1 else None
     bars = (
         encoded(rows)
         .mark_bar(opacity=0.55, strokeWidth=1)
@@ -290,7 +283,7 @@ def histogram(
             x2="high:Q",
             y2=alt.Y2Datum(0),
             y=alt.Y("count:Q").title(y_title).stack(None).axis(format="~s"),
-            color=colour.legend(legend if len(sides) > 1 else None),
+            color=alt.Color("side:N").scale(domain=sides).legend(legend),
             tooltip=[
                 alt.Tooltip("side:N"),
                 alt.Tooltip("low:Q", title="from", format=",.3~g"),

@@ -6,7 +6,6 @@ runs/<name>/  config.yaml  about.json  metrics.jsonl  checkpoints/step_N/  final
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from posttrain.files import whole_file, whole_folder, write_json
+from posttrain.files import free_name_beside, whole_file, whole_folder, write_json
 from posttrain.resolve import flat
 from posttrain.training import checkpoint
 from posttrain.training.config import TrainConfig
@@ -132,12 +131,11 @@ class RunFolder:
             self._put_aside()
 
     def _put_aside(self) -> None:
-        """Moves what an earlier run left to <name>.old-1, or the next number that is free."""
+        """Moves what an earlier run left to <name>.old-1 or so."""
         left = [path for path in self.path.iterdir() if path.name != ".lock"]
         if not left:
             return
-        names = (self.path.with_name(f"{self.path.name}.old-{n}") for n in itertools.count(1))
-        old = next(path for path in names if not path.exists())
+        old = free_name_beside(self.path)
         old.mkdir()
         for path in left:
             path.rename(old / path.name)
