@@ -123,7 +123,7 @@ if TYPE_CHECKING:
         loss,
     )
 
-_NAMES = {
+NAMES = {
     "data": "DataConfig",
     "data.prompts": "PromptConfig",
     "losses.distillation": "distillation",
@@ -165,7 +165,8 @@ _NAMES = {
     "types": "BatchStatistic Completion Forward Logps Loss LossOutput LossTerm Pair "
     "PromptGroup as_loss loss",
 }
-_HOME = {name: f"posttrain.{module}" for module, names in _NAMES.items() for name in names.split()}
+"""{module: its public names}"""
+_HOME = {name: f"posttrain.{module}" for module, names in NAMES.items() for name in names.split()}
 __all__ = list(_HOME)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+from posttrain import NAMES
 from posttrain.resolve import check_options, check_rules, did_you_mean, import_name, settings
 from posttrain.rewards import RIGHT, CompletionText, reward
 from posttrain.rewards.answers import final_answer
@@ -22,14 +23,8 @@ log = logging.getLogger(__name__)
 
 BUILT_IN = {
     name: f"posttrain.rewards.{module}.{name}"
-    for module, names in {
-        "answers": "math_answer numeric_answer exact_answer choice_answer gym_answer",
-        "code": "code_tests",
-        "text": "think_answer_format language_consistency k15_length overlong_penalty "
-        "cosine_length repetition_penalty",
-        "model": "reward_model llm_judge",
-    }.items()
-    for name in names.split()
+    for module in ("answers", "code", "text", "model")
+    for name in NAMES[f"rewards.{module}"].split()
 }
 
 
