@@ -119,16 +119,14 @@ def journalled(
         return [[Sampled(**entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
-        return (
-            f"completion {request.seeds[k]} "
-            f"{digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
-        )
+        known = digest((request.prompt_ids, request.prefixes[k]))
+        return f"completion {request.seeds[k]} {known}"
 
     left: list[Request] = []
     for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            prefixes = tuple(request.prefixes[k] for k in wanted if request.prefixes)
+            prefixes = tuple(request.prefixes[k] for k in wanted)
             seeds = tuple(request.seeds[k] for k in wanted)
             left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
@@ -153,11 +151,10 @@ def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: i
 
 def request_of(group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> Request:
     """For what comes next in some of a group's trajectories."""
-    prefixes = tuple(tuple(t.token_ids.tolist()) for t in trajectories)
     return Request(
         prompt_ids=tuple(group.prompt.ids),
         seeds=tuple(t.seed for t in trajectories),
-        prefixes=prefixes if any(prefixes) else (),
+        prefixes=tuple(tuple(t.token_ids.tolist()) for t in trajectories),
     )
 
 

@@ -446,7 +446,7 @@ class _Run:
         self._prefill([i for i in dict(entering) if i not in self._prefilled])
         for i, k in entering:
             request, (recorded, spans) = self._requests[i], self._prefilled[i]
-            prefix = request.prefixes[k] if request.prefixes else ()
+            prefix = request.prefixes[k]
             self._cache.fill(len(self._rows), recorded, spans[k])
             self._rows.append(
                 _Row(
@@ -544,7 +544,7 @@ def _add(row: Segments, request: Request) -> list[list[tuple[int, int]]]:
     prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
     start = row.add_segment(prompt, first_position=0, prefix=-1)
     of_prompt = len(row.lengths) - 1
-    for prefix in request.prefixes or [()] * len(request.seeds):
+    for prefix in request.prefixes:
         spans.append([(start, start + (n if prefix else n - 1))])
         if len(prefix) > 1:
             at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)

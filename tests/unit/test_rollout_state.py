@@ -282,7 +282,9 @@ def test_a_buffer_keeps_segments_and_their_versions():
     done = Sampled(token_ids=(7,), logps=(-3.0,), finish_reason="stop", policy_version=1)
     (group,) = buffer.of_rank(0)
     open_ones, request = group.trajectories, request_of(group, group.trajectories)
-    assert request.prompt_ids == (9,) and request.prefixes == () and len(set(request.seeds)) == 2
+    assert (
+        request.prompt_ids == (9,) and request.prefixes == ((), ()) and len(set(request.seeds)) == 2
+    )
     open_ones[0].extend(first)
     open_ones[1].extend(done)
     assert buffer.take_finished() == []
