@@ -134,15 +134,15 @@ def _homes() -> dict[str, str]:
     return {n.name: str(i.module) for i in imports for n in i.names if "posttrain" in str(i.module)}
 
 
-_HOME = _homes()
-__all__ = list(_HOME)
+HOME = _homes()
+__all__ = list(HOME)
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name from where it lives: `import posttrain` itself takes no time."""
-    if name not in _HOME:
+    if name not in HOME:
         raise AttributeError(f"module 'posttrain' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -68,7 +68,7 @@ def test_every_loss_is_in_the_table_with_its_true_defaults():
     assert of_pages == {name: options(loss) for name, loss in public.items()}
     of_policies = {n for n, value in vars(policy).items() if isinstance(value, Loss)}
     others = {"objective", "distillation", "loss", "as_loss"}
-    losses = {n for n in posttrain.__all__ if "losses" in posttrain._HOME[n]} - others
+    losses = {n for n in posttrain.__all__ if "losses" in posttrain.HOME[n]} - others
     assert losses - of_policies == set(public)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+from posttrain import HOME
 from posttrain.resolve import check_options, check_rules, did_you_mean, import_name, settings
 from posttrain.rewards import RIGHT, CompletionText, reward
 from posttrain.rewards.answers import final_answer
@@ -20,17 +21,8 @@ from posttrain.types import keyword_options
 
 log = logging.getLogger(__name__)
 
-BUILT_IN = {
-    name: f"posttrain.rewards.{module}.{name}"
-    for module, names in {
-        "answers": "math_answer numeric_answer exact_answer choice_answer gym_answer",
-        "code": "code_tests",
-        "text": "think_answer_format language_consistency k15_length overlong_penalty "
-        "cosine_length repetition_penalty",
-        "model": "reward_model llm_judge",
-    }.items()
-    for name in names.split()
-}
+_MODULES = {f"posttrain.rewards.{module}" for module in ("answers", "code", "text", "model")}
+BUILT_IN = {name: f"{home}.{name}" for name, home in HOME.items() if home in _MODULES}
 
 
 class RewardError(ValueError):

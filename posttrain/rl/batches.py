@@ -26,7 +26,7 @@ from posttrain.resolve import check_rules, settings
 from posttrain.rl.algorithms import Algorithm
 from posttrain.rl.credit import CreditConfig, has_signal, trained_groups
 from posttrain.rl.evaluate import EvaluationConfig, evaluate_prompts
-from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer
+from posttrain.rl.rollouts import Collector, Journal, RolloutBuffer, digest, fingerprint
 from posttrain.rl.samples import keep_rollouts, rollout_metrics, show
 from posttrain.rl.trajectory import TrajectoryGroup, from_row, to_row
 from posttrain.training.config import UserFacingError
@@ -273,6 +273,14 @@ class RolloutBatches:
         part = f"_rank{self.collector.rank}" if self.collector.rank else ""
         return self.folder / f"{what}_{number:06d}{part}{suffix}"
 
+    def identity(self) -> str:
+        """A digest of everything outside of the requests that decides completions and rewards:
+        settings, ranks, the policy's weights."""
+        c = self.collector
+        settings = (c.sampling, c.rewards.config, c.rewards.names, type(c.engine).__name__)
+        weights = fingerprint(self.policy.parameters())
+        return f"{digest(settings)} {c.accelerator.num_processes} {weights}"
+
     def _collect(self) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
         """(groups to train, groups that dynamic sampling leaves out)."""
         wanted = self.batch_size * self.config.updates
@@ -281,7 +289,7 @@ class RolloutBatches:
         kept: list[TrajectoryGroup] = []
         rejected: list[TrajectoryGroup] = []
         begun = 0
-        run = f"{self.seed} {self._iteration} {self.collector.identity()}"
+        run = f"{self.seed} {self._iteration} {self.identity()}"
         path = self.folder / f"iteration_{self._iteration:06d}_rank{self.collector.rank}.jsonl"
         with closing(Journal(path, run=run)) as journal:
             while begun < limit or self._buffer.groups:

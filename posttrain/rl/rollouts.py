@@ -29,6 +29,9 @@ from posttrain.rl.trajectory import Environment, Trajectory, TrajectoryGroup, fr
 from posttrain.rollout.engine import Engine, Request, Sampled, SamplingConfig
 from posttrain.training.sharding import gather_object
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 class Journal:
     """``once(key, compute)``: the value written under the key, else computed now and written. One
@@ -119,16 +122,14 @@ def journalled(
         return [[Sampled(**entry) for entry in row] for row in entries]
 
     def key(request: Request, k: int) -> str:
-        return (
-            f"completion {request.seeds[k]} "
-            f"{digest((request.prompt_ids, request.prefixes[k] if request.prefixes else ()))}"
-        )
+        known = digest((request.prompt_ids, request.prefixes[k]))
+        return f"completion {request.seeds[k]} {known}"
 
     left: list[Request] = []
     for request in requests:
         wanted = [k for k in range(len(request.seeds)) if journal.get(key(request, k)) is None]
         if wanted:
-            prefixes = tuple(request.prefixes[k] for k in wanted if request.prefixes)
+            prefixes = tuple(request.prefixes[k] for k in wanted)
             seeds = tuple(request.seeds[k] for k in wanted)
             left.append(Request(prompt_ids=request.prompt_ids, seeds=seeds, prefixes=prefixes))
     if left:
@@ -140,10 +141,6 @@ def journalled(
     return [[Sampled(**journal.get(key(r, k))) for k in range(len(r.seeds))] for r in requests]  # type: ignore[arg-type]
 
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
 def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: int) -> int:
     """The 64-bit key of one completion's random stream: its tokens do not depend on what else is in
     the batch."""
@@ -153,11 +150,10 @@ def stream_seed(seed: int, *, iteration: int, round: int, prompt: int, sample: i
 
 def request_of(group: TrajectoryGroup, trajectories: Sequence[Trajectory]) -> Request:
     """For what comes next in some of a group's trajectories."""
-    prefixes = tuple(tuple(t.token_ids.tolist()) for t in trajectories)
     return Request(
         prompt_ids=tuple(group.prompt.ids),
         seeds=tuple(t.seed for t in trajectories),
-        prefixes=prefixes if any(prefixes) else (),
+        prefixes=tuple(tuple(t.token_ids.tolist()) for t in trajectories),
     )
 
 
@@ -222,8 +218,6 @@ class Collector:
     environment: Environment
     rewards: Rewards
     sampling: SamplingConfig
-    weights: Callable[[], Iterable[Tensor]] | None = None
-    """The policy's parameters: a journal of other weights is not used again."""
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """rollout_s and reward_s on this rank, tokens on all."""
 
@@ -298,14 +292,6 @@ class Collector:
                 vars(trajectory).update(row)
         self.spent["reward_s"] += time.perf_counter() - began
         return groups
-
-    def identity(self) -> str:
-        """A digest of everything outside of the requests that decides completions and rewards:
-        settings, ranks, the engine's weights."""
-        config, engine = self.rewards.config, type(self.engine).__name__
-        settings = (self.sampling, config, self.rewards.names, engine)
-        weights = fingerprint(self.weights()) if self.weights is not None else ""
-        return f"{digest(settings)} {self.accelerator.num_processes} {weights}"
 
     def _from_all(self, compute: Callable[[], list[T]]) -> list[T]:
         """Join what every rank computes. What one rank raises, all raise: none waits for another

@@ -87,11 +87,11 @@ class Request:
     """One non-negative 64-bit integer per completion; position t of a completion draws from (seed,
     t)."""
     prefixes: tuple[tuple[int, ...], ...] = ()
-    """Tokens that each completion already has (partial rollouts); empty: none has any."""
+    """Tokens that each completion already has (partial rollouts). Default: none has any."""
 
     def __post_init__(self) -> None:
-        assert self.prompt_ids and self.seeds, self
-        assert len(self.prefixes) in (0, len(self.seeds)), self
+        vars(self).update(prefixes=self.prefixes or ((),) * len(self.seeds))
+        assert self.prompt_ids and self.seeds and len(self.prefixes) == len(self.seeds), self
 
 
 @dataclass(frozen=True, kw_only=True)

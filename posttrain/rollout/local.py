@@ -18,7 +18,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -303,40 +303,36 @@ class _Row:
         return len(self.prefix) + len(self.token_ids)
 
 
+@dataclass
 class LocalEngine:
     """Draws from ``policy``. ``refresh`` after every update of its weights.
 
-    ``compute``: dtype of the matrix products, as in training (autocast's). Raises ValueError for a
-    model that cannot run packed (``models/policy.py`` says which): sample from those with the vLLM
-    engine.
+    Raises ValueError for a model that cannot run packed (``models/policy.py`` says which): sample
+    from those with the vLLM engine.
     """
 
+    policy: Policy
+    _: KW_ONLY
+    compute: torch.dtype
+    """Of the matrix products, as in training (autocast's)."""
+    stop_ids: Sequence[int]
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Ids to text, for stop strings."""
+    config: LocalConfig = field(default_factory=LocalConfig)
+    version: int = 0
+    """Updates that the weights have seen."""
     is_reproducible = True
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        compute: torch.dtype,
-        stop_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
-        config: LocalConfig | None = None,
-    ) -> None:
-        """``decode``: ids to text, for stop strings."""
-        if policy.forward_mode.backend is None:
-            why = policy.forward_mode.reason
-            raise ValueError(f"This model cannot be sampled here: {why}. Use a vLLM server.")
-        self._policy = policy
-        self._config = config or LocalConfig()
-        self.stop_ids, self._decode = tuple(stop_ids), decode
-        self._transform: LogitTransform = replace(logit_transform(policy.config), temperature=1.0)
-        self._weights = SamplingWeights(policy, compute=compute)
-        self.version = 0
-        """Updates that the weights have seen."""
-        self.kv_dtype = self._weights.compute
-        self.prefill_tokens = policy.packing.max_tokens
-        """Most tokens of a row of prompts."""
-        self.device = next(policy.parameters()).device
+    def __post_init__(self) -> None:
+        mode = self.policy.forward_mode
+        if mode.backend is None:
+            raise ValueError(
+                f"This model cannot be sampled here: {mode.reason}. Use a vLLM server."
+            )
+        transform = logit_transform(self.policy.config)
+        self._transform: LogitTransform = replace(transform, temperature=1.0)
+        self._weights = SamplingWeights(self.policy, compute=self.compute)
+        self.device = next(self.policy.parameters()).device
 
     def refresh(self, version: int) -> Receipt:
         """From now on samples come from the policy's present weights, which are the result of
@@ -355,7 +351,7 @@ class LocalEngine:
         """[request][completion]; see ``engine.Engine``."""
         if not requests:
             return []
-        stop = StopRule(sampling, self.stop_ids, self._decode)
+        stop = StopRule(sampling, self.stop_ids, self.decode)
         self._check_lengths(requests, sampling)
         with self._weights.sampling():
             return _Run(self, requests, sampling, stop, on_finished).to_the_end()
@@ -363,27 +359,27 @@ class LocalEngine:
     def _check_lengths(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
         longest = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
         shortest = min(len(r.prompt_ids) for r in requests)
-        limit = self._policy.forward_mode.length_limit
+        limit = self.policy.forward_mode.length_limit
         if limit is not None and shortest <= limit < longest:
             raise ValueError(
                 f"This model has other positions above {limit} tokens: {shortest} and {longest} "
                 "cannot be sampled together. Lower sampling.max_tokens, or use a vLLM server."
             )
-        check_positions(self._policy.config, longest)
+        check_positions(self.policy.config, longest)
 
     def slots(self, completions: int, capacity: int) -> int:
         """How many of ``completions``, of at most ``capacity`` tokens, run at the same time."""
-        config = self._policy.config.get_text_config()
+        config = self.policy.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
-        each = 2 * config.num_hidden_layers * heads * width * capacity * self.kv_dtype.itemsize
-        fit = int(self._config.kv_cache_gb * 1e9 // each)
+        each = 2 * config.num_hidden_layers * heads * width * capacity * self.compute.itemsize
+        fit = int(self.config.kv_cache_gb * 1e9 // each)
         if fit < 1:
             raise ValueError(
                 f"Keys and values of {capacity} tokens take {each / 1e9:.2f} GB, the budget is "
-                f"{self._config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
+                f"{self.config.kv_cache_gb:g} GB. Raise kv_cache_gb or lower sampling.max_tokens."
             )
-        return min(fit, self._config.max_rows, completions)
+        return min(fit, self.config.max_rows, completions)
 
     def hidden(
         self, ids: Tensor, positions: Tensor, cache: Any, layout: Layout | DecodeLayout
@@ -408,28 +404,27 @@ class LocalEngine:
             )
 
 
+@dataclass
 class _Run:
     """One call of ``generate``."""
 
-    def __init__(
-        self,
-        engine: LocalEngine,
-        requests: Sequence[Request],
-        sampling: SamplingConfig,
-        stop: StopRule,
-        on_finished: OnFinished | None,
-    ) -> None:
-        self._engine, self._requests, self._sampling, self._stop = engine, requests, sampling, stop
-        self._on_finished = on_finished
-        self._results: list[list[Any]] = [[None] * len(r.seeds) for r in requests]
-        self._waiting = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds))][::-1]
+    engine: LocalEngine
+    requests: Sequence[Request]
+    sampling: SamplingConfig
+    stop: StopRule
+    on_finished: OnFinished | None
+
+    def __post_init__(self) -> None:
+        self._results: list[list[Any]] = [[None] * len(r.seeds) for r in self.requests]
+        order = [(i, k) for i, r in enumerate(self.requests) for k in range(len(r.seeds))]
+        self._waiting = order[::-1]
         self._prefilled: dict[int, tuple[Recorded, list[list[tuple[int, int]]]]] = {}
         """Requests whose prompt and prefixes are computed: a recorded row, and the spans of it that
         each completion starts with."""
         self._rows: list[_Row] = []
-        capacity = max(len(r.prompt_ids) for r in requests) + sampling.max_tokens
-        slots = engine.slots(len(self._waiting), capacity)
-        self._cache = SlotCache(slots=slots, capacity=capacity, dtype=engine.kv_dtype)
+        capacity = max(len(r.prompt_ids) for r in self.requests) + self.sampling.max_tokens
+        slots = self.engine.slots(len(order), capacity)
+        self._cache = SlotCache(slots=slots, capacity=capacity, dtype=self.engine.compute)
 
     def to_the_end(self) -> list[list[Sampled]]:
         """[request][completion], once all are drawn."""
@@ -445,8 +440,8 @@ class _Run:
         entering = [self._waiting.pop() for _ in range(min(free, len(self._waiting)))]
         self._prefill([i for i in dict(entering) if i not in self._prefilled])
         for i, k in entering:
-            request, (recorded, spans) = self._requests[i], self._prefilled[i]
-            prefix = request.prefixes[k] if request.prefixes else ()
+            request, (recorded, spans) = self.requests[i], self._prefilled[i]
+            prefix = request.prefixes[k]
             self._cache.fill(len(self._rows), recorded, spans[k])
             self._rows.append(
                 _Row(
@@ -466,9 +461,9 @@ class _Run:
         several to a row."""
         row, spans = Segments(), dict[int, list[list[tuple[int, int]]]]()
         for i in wanted:
-            request = self._requests[i]
+            request = self.requests[i]
             own = len(request.prompt_ids) + sum(map(len, request.prefixes))
-            if spans and len(row) + own > self._engine.prefill_tokens:
+            if spans and len(row) + own > self.engine.policy.packing.max_tokens:
                 self._compute(row, spans)
                 row, spans = Segments(), {}
             spans[i] = _add(row, request)
@@ -478,22 +473,22 @@ class _Run:
         cache = RecordingCache()
         if len(row):
             ids, positions = row.ids[None], row.positions[None]
-            device = self._engine.device
-            self._engine.hidden(ids.to(device), positions.to(device), cache, row.layout)
+            device = self.engine.device
+            self.engine.hidden(ids.to(device), positions.to(device), cache, row.layout)
         for i, its in spans.items():
             self._prefilled[i] = cache.recorded, its
 
     def _step(self) -> None:
         """One token for every running completion."""
-        rows, device = self._rows, self._engine.device
+        rows, device = self._rows, self.engine.device
         lengths = torch.tensor([r.length for r in rows], device=device)
         num_keys = self._cache.begin_step(lengths, max(r.length for r in rows) + 1)
         inputs = torch.tensor([[r.next_input] for r in rows], device=device)
         layout = DecodeLayout(num_keys_B=lengths + 1, longest=num_keys)
-        hidden = self._engine.hidden(inputs, lengths[:, None], self._cache, layout)
+        hidden = self.engine.hidden(inputs, lengths[:, None], self._cache, layout)
         drawn = draw(
-            self._engine.logits(hidden[:, 0]),
-            self._sampling,
+            self.engine.logits(hidden[:, 0]),
+            self.sampling,
             seeds=[r.seed for r in rows],
             positions=[r.position for r in rows],
         )
@@ -506,7 +501,7 @@ class _Run:
             row.logps.append(logps[b])
             if drawn.kept_BV is not None:
                 row.kept_ids.append(tuple(drawn.kept_BV[b].nonzero()[:, 0].tolist()))
-            reason = self._stop.reason(row.prefix, row.token_ids)
+            reason = self.stop.reason(row.prefix, row.token_ids)
             if reason is not None:
                 finished.add(b)
                 self._finish(row, reason)
@@ -517,12 +512,12 @@ class _Run:
             token_ids=tuple(row.token_ids),
             logps=tuple(row.logps),
             finish_reason=reason,
-            policy_version=self._engine.version,
+            policy_version=self.engine.version,
             kept_ids=tuple(row.kept_ids) or None,
         )
         self._results[row.request][row.completion] = sampled
-        if self._on_finished is not None:
-            self._on_finished(row.request, row.completion, sampled)
+        if self.on_finished is not None:
+            self.on_finished(row.request, row.completion, sampled)
 
     def _close_gaps(self, gone: set[int]) -> None:
         """The last running rows move into the slots of those that left."""
@@ -544,7 +539,7 @@ def _add(row: Segments, request: Request) -> list[list[tuple[int, int]]]:
     prompt = request.prompt_ids if any(request.prefixes) else request.prompt_ids[:-1]
     start = row.add_segment(prompt, first_position=0, prefix=-1)
     of_prompt = len(row.lengths) - 1
-    for prefix in request.prefixes or [()] * len(request.seeds):
+    for prefix in request.prefixes:
         spans.append([(start, start + (n if prefix else n - 1))])
         if len(prefix) > 1:
             at = row.add_segment(prefix[:-1], first_position=n, prefix=of_prompt)

@@ -267,7 +267,7 @@ class VLLMEngine:
     def _complete(self, request: Request, k: int, sampling: SamplingConfig) -> Sampled:
         """One completion, by segments where repetition is looked for. It ends where the local
         engine would end it."""
-        prefix = request.prefixes[k] if request.prefixes else ()
+        prefix = request.prefixes[k]
         rule = StopRule(sampling, self.stop_ids, self.decode)
         limit = sampling.max_tokens - len(prefix)
         limit = min(limit, sampling.budget_tokens or limit)

@@ -291,7 +291,6 @@ class RLTrainer(Trainer):
             or SingleTurn(loop.tokenizer, tuple(getattr(engine, "stop_ids", ()))),
             rewards=self._rewards,
             sampling=config.sampling,
-            weights=policy.parameters,
         )
         return RolloutBatches(
             config=config.rollout,

@@ -171,7 +171,7 @@ def test_a_journal_gives_back_what_was_drawn_before_the_kill(tmp_path, is_reprod
     assert draw("b")[1] == 4
 
 
-def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
+def test_a_journal_is_only_for_the_same_settings_ranks_and_weights(tmp_path):
     """Another learning rate gives other weights: what the killed run drew must not be trained under
     them."""
 
@@ -185,13 +185,24 @@ def test_a_journal_is_only_for_the_same_settings_ranks_and_weights():
             optimizer = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr=change)
             model(torch.ones(1, 40)).square().sum().backward()
             optimizer.step()
-        return Collector(
-            accelerator=accelerator(cpu=True),
-            engine=FakeEngine(),
-            environment=SingleTurn(None),
-            rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
-            sampling=sampling or SamplingConfig(),
-            weights=model.parameters,
+        return RolloutBatches(
+            config=RolloutConfig(),
+            algorithm=resolve_algorithm("grpo", {}),
+            batch_size=1,
+            seed=0,
+            prompts=[],
+            curriculum=CurriculumConfig(),
+            collector=Collector(
+                accelerator=accelerator(cpu=True),
+                engine=FakeEngine(),
+                environment=SingleTurn(None),
+                rewards=Rewards(RewardsConfig(functions={"exact_answer": weight})),
+                sampling=sampling or SamplingConfig(),
+            ),
+            policy=model,
+            reference=None,
+            plan=None,
+            folder=tmp_path,
         ).identity()
 
     assert identity() == identity()
@@ -282,7 +293,9 @@ def test_a_buffer_keeps_segments_and_their_versions():
     done = Sampled(token_ids=(7,), logps=(-3.0,), finish_reason="stop", policy_version=1)
     (group,) = buffer.of_rank(0)
     open_ones, request = group.trajectories, request_of(group, group.trajectories)
-    assert request.prompt_ids == (9,) and request.prefixes == () and len(set(request.seeds)) == 2
+    assert (
+        request.prompt_ids == (9,) and request.prefixes == ((), ()) and len(set(request.seeds)) == 2
+    )
     open_ones[0].extend(first)
     open_ones[1].extend(done)
     assert buffer.take_finished() == []
