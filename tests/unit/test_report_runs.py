@@ -114,7 +114,7 @@ def test_memory_is_planned_by_item_and_measured(tmp_path):
     page = page_of(run_folder(tmp_path / "run"), out=tmp_path / "r.html")
     memory = specs(page)[titles(page).index("Memory planned and measured")]
     rows = values(memory)
-    assert {(r["phase"], r["item"]): r["GB"] for r in rows if "item" in r} == {
+    assert {(r["bar"], r["part"]): r["value"] for r in rows if "bar" in r} == {
         ("load", "weights"): 1.0,
         ("update", "weights"): 1.0,
         ("update", "gradients"): 2.0,
