@@ -165,14 +165,8 @@ def _tokenizer(name: str) -> Any:
 _TESTS_OPTIONS: dict[str, tuple[Any, str]] = {
     "--cases-column": ("inputs", "list of standard inputs (default: inputs)"),
     "--solutions-column": ("solutions", "list of right Python programs (default: solutions)"),
-    "--agree": (
-        0.7,
-        "share of the programs that must print the same for a test to be kept (k1.5: 7 of 10)",
-    ),
-    "--passing": (
-        0.9,
-        "share that must pass every kept test for a problem to be kept (k1.5: 9 of 10)",
-    ),
+    "--agree": (0.7, "share of the programs that must agree on a kept test (k1.5: 7 of 10)"),
+    "--passing": (0.9, "share that must pass all kept tests of a kept problem (k1.5: 9 of 10)"),
     "--timeout": (5.0, "seconds for a program and an input (default: 5)"),
     "--memory-mb": (512, "10^6 bytes for a program (default: 512)"),
     "--workers": (os.cpu_count() or 1, "programs that run at the same time"),
