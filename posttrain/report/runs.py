@@ -23,8 +23,7 @@ from posttrain.report.page import (
     tag,
     with_interval,
 )
-from posttrain.report.run import Run, is_done
-from posttrain.report.samples import read_samples
+from posttrain.report.run import Run, is_done, read_samples
 from posttrain.types import is_held_out
 
 _KEY_FIGURES = {
@@ -41,10 +40,8 @@ ALL = 1000
 _OWN = ("train.name", "train.run_dir")
 _COUNTS = {
     "read": "rows read",
-    "kept": "kept",
     "truncated": "completions cut",
     "dropped": "rejected",
-    "tokens": "tokens",
     "trained_tokens": "tokens trained",
     "too long": "rejected: prompt longer than data.max_prompt_length",
 }
@@ -244,18 +241,10 @@ _NAMES = {
     "groups_without_signal": "groups with equal rewards",
     "kl_reference_nats": "to the reference",
     "divergence/teacher_nats": "to the teacher",
-    "entropy_nats": "entropy",
-    "surprise_nats": "surprise",
     "nll_nats": "surprise (negative log-likelihood)",
-    "clipped_low": "below",
-    "clipped_high": "above",
-    "sampler_ratio_above_2": "sampler's ratio above 2",
-    "sampler_mismatch_nats": "mean gap",
     "tokens_per_s": "whole step",
     "rollout_tokens_per_s": "sampling",
     "update_tokens_per_s": "update",
-    "grad_norm": "norm",
-    "lr": "learning rate",
 }
 PHASES = {
     "rollout_s": "sampling",

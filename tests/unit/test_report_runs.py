@@ -19,9 +19,8 @@ pytest.importorskip("vl_convert")
 from posttrain.cli import report as command
 from posttrain.cli.main import main
 from posttrain.report.page import duration, escape, json_script, number, tag
-from posttrain.report.run import read_run, read_runs
+from posttrain.report.run import read_run, read_runs, read_samples
 from posttrain.report.runs import CURVES, label, phases
-from posttrain.report.samples import read_samples
 from tests.report_folders import EVIL, TEXTS, add_samples, run_folder
 
 
