@@ -113,6 +113,12 @@ def find_shipped(name: str, folder: str, option: str) -> Path:
     )
 
 
+def among(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about a name that is none of those known."""
+    names = list(known)
+    return f"known: {', '.join(names) or 'none'}.{did_you_mean(name, names)}"
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def settings(cls: type[C]) -> type[C]:
     """A frozen keyword-only dataclass. TypeError for an unknown keyword names the nearest field,

@@ -125,9 +125,6 @@ def _rescored(arguments: argparse.Namespace) -> Evaluation:
 
 def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> None:
     """Prints the figures; writes them and the answers where asked to."""
-    from rich.console import Console
-    from rich.table import Table
-
     metrics = evaluation.metrics(powers=arguments.pass_at_powers)
     if arguments.reward == "reward_model":  # a score says nothing of right and wrong
         metrics = {name: value for name, value in metrics.items() if "@" not in name}
@@ -136,16 +133,12 @@ def report(evaluation: Evaluation, what: str, arguments: argparse.Namespace) -> 
     print(f"{what}: {len(evaluation.groups)} problems, {answers} of each")
     if arguments.figures:
         write_json(Path(arguments.figures), {"problems": len(evaluation.groups), **metrics})
-    table = Table(show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
     interval = metrics.pop("eval_pass@1_ci95", 0.0)
     for name, value in metrics.items():
         is_share = "@" in name or name in ("eval_truncated", "eval_unscored")
         text = f"{value:.1%}" if is_share else f"{value:.3f}"
         text += f" ± {interval:.1%}" if name == "eval_pass@1" else ""
-        table.add_row(name.removeprefix("eval_"), text)
-    Console().print(table)
+        print(f"  {name.removeprefix('eval_'):24} {text:>15}")
     if arguments.out:
         write_json_lines(Path(arguments.out), evaluation.rows())
 

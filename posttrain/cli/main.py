@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from posttrain.cli import chat, pipeline, plan, prep, report, sample, select, train
+from posttrain.cli import chat, pipeline, plan, prep, report, sample, train
 from posttrain.cli import eval as evaluation
 from posttrain.resolve import did_you_mean
 
@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, Declare, Run]] = {
     "report": ("a page of a run, of several, or of a pipeline", report.declare, report.run),
     "chat": ("talk to a model, or to two side by side", chat.declare, chat.run),
     "sample": ("draw and verify several answers of each problem", sample.declare, sample.run),
-    "select": ("make training rows of sampled answers", select.declare, select.run),
+    "select": ("make training rows of sampled answers", sample.declare_select, sample.run_select),
     "pipeline": ("run whole recipes of stages", pipeline.declare, pipeline.run),
     "merge": (
         "make a plain model of a LoRA adapter, or the average of models",

@@ -19,7 +19,7 @@ import yaml
 from posttrain.cli import eval as evaluation
 from posttrain.cli.train import TRAINERS, classes_of
 from posttrain.report.page import duration
-from posttrain.resolve import find_shipped
+from posttrain.resolve import among, find_shipped
 
 if TYPE_CHECKING:
     from posttrain.pipeline.run import Pipeline, Show
@@ -115,14 +115,10 @@ def _run(pipeline: Pipeline, arguments: argparse.Namespace) -> None:
 
 
 def _chosen(pipeline: Pipeline, names: Sequence[str]) -> dict[str, Stage]:
-    from posttrain.resolve import did_you_mean
-
     stages = {stage.name: stage for stage in pipeline.stages}
     for name in names:
         if name not in stages:
-            known = ", ".join(stages)
-            hint = did_you_mean(name, stages)
-            raise ValueError(f"There is no stage {name!r}; there are {known}.{hint}")
+            raise ValueError(f"There is no stage {name!r}; {among(name, stages)}")
     return stages
 
 

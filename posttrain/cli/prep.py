@@ -11,51 +11,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from posttrain.cli import eval as evaluation
-from posttrain.data.config import PrepConfig, Strategy
+from posttrain.data.config import PrepConfig
 from posttrain.data.messages import message_text
 from posttrain.files import replace_text, write_json_lines
 
-_HELP = {
-    "format": "layout of the rows (default: by their columns)",
-    "columns": "rename columns, e.g. prompt=question chosen=good rejected=bad",
-    "carry": "columns that change nothing: not read, written along; '*': all others, not written",
-    "test_fraction": "share of prompts for test/ (default: 0)",
-    "seed": "of the split and of strategy random (default: 0)",
-    "decontaminate": "leave out what overlaps with these files",
-    "ngram": "words that make an overlap (default: 13)",
-    "near_duplicates": "prompts alike by MinHash: split: kept on one side; drop: the first stays "
-    "(default: off)",
-    "threshold": "Jaccard similarity of near-duplicates (default: 0.8)",
-    "max_chars": "longest prompt + answer, characters",
-    "max_tokens": "longest prompt + answer, tokens; needs --tokenizer",
-    "tokenizer": "embedded model, folder or hub id whose tokenizer counts",
-    "split": "split of hub ids (default: train)",
-    "strict": "stop at the first bad row",
-    "workers": "processes; the output does not depend on it (default: 2)",
-}
-_HELP_OF_PAIRS = {
-    "layout": "pairs; groups: one row per prompt, ranked; labelled: one row per answer, for KTO",
-    "strategy": "which pairs are made of K answers (default: best-worst)",
-    "ties": "pairs of equal rank (default: drop)",
-    "min_margin": "least score difference of a pair",
-}
-_KINDS: dict[str, dict[str, Any]] = {
-    "columns": {"nargs": "+", "action": "extend", "metavar": "OURS=YOURS"},
-    "carry": {"nargs": "+", "metavar": "COLUMN"},
-    "decontaminate": {"nargs": "+", "metavar": "EVAL"},
-    "near_duplicates": {"choices": ("off", "split", "drop")},
-    "layout": {"choices": ("pairs", "groups", "labelled")},
-    "strategy": {"choices": get_args(Strategy)},
-    "ties": {"choices": ("drop", "keep")},
-    "strict": {"action": "store_true"},
-    "max_chars": {"type": int, "metavar": "N"},
-    "max_tokens": {"type": int, "metavar": "N"},
-    "min_margin": {"type": float, "metavar": "X"},
-    "tokenizer": {"metavar": "M"},
-}
+_OF_PAIRS = ("strategy", "ties", "min_margin")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +28,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     pairs = kinds.add_parser("pairs", help="comparisons for DPO, reward models and KTO")
     sft = kinds.add_parser("sft", help="demonstrations: the best answer of each prompt")
-    for sub, helps in ((pairs, _HELP | _HELP_OF_PAIRS), (sft, _HELP)):
-        sources = "JSONL, JSON, CSV (also .gz), Parquet, a folder, a hub id"
-        sub.add_argument("inputs", nargs="+", metavar="RAW", help=sources)
-        target = "folder to write; must not exist, or be empty"
-        sub.add_argument("--out", required=True, metavar="DIR", help=target)
-        for name, text in helps.items():
-            flag, default = f"--{name.replace('_', '-')}", getattr(PrepConfig, name, [])
-            kind = _KINDS.get(name) or {"type": type(default)}
-            sub.add_argument(flag, default=default, help=text, **kind)
+    layouts = "groups: one row per prompt, ranked; labelled: one row per answer, for KTO"
+    choices = ("pairs", "groups", "labelled")
+    pairs.add_argument("--layout", default="pairs", choices=choices, help=layouts)
+    _declare_fields(pairs, left_out=("layout",))
+    _declare_fields(sft, left_out=("layout", *_OF_PAIRS))
     difficulty = kinds.add_parser(
         "difficulty", help="write a model's pass rate beside each problem"
     )
@@ -85,6 +44,35 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("folder", metavar="DIR")
     show.add_argument("--n", type=int, default=3, help="rows (default: 3)")
+
+
+def _declare_fields(parser: argparse.ArgumentParser, *, left_out: Sequence[str]) -> None:
+    """Every field of PrepConfig with its docstring: the inputs by place, the others as options."""
+    from docstring_parser import parse_from_object
+
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    for field in parse_from_object(PrepConfig).params:
+        name, text = field.arg_name, str(field.description)
+        if name == "inputs":
+            parser.add_argument("inputs", nargs="+", metavar="RAW", help=text)
+        elif name == "out":
+            parser.add_argument("--out", required=True, metavar="DIR", help=text)
+        elif name not in left_out:
+            kind = _kind(PrepConfig.__annotations__[name])
+            default = getattr(PrepConfig, name, [])
+            flag = f"--{name.replace('_', '-')}"
+            parser.add_argument(flag, default=default, help=text, **kind)
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """A type as argparse is told of it."""
+    if type(None) in get_args(hint):
+        hint = get_args(hint)[0]
+    if hint is bool:
+        return {"action": "store_true"}
+    if get_origin(hint) in (list, dict):
+        return {"nargs": "+", "action": "extend"}
+    return {"choices": get_args(hint)} if get_origin(hint) is Literal else {"type": hint}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -177,14 +165,8 @@ def _tokenizer(name: str) -> Any:
 _TESTS_OPTIONS: dict[str, tuple[Any, str]] = {
     "--cases-column": ("inputs", "list of standard inputs (default: inputs)"),
     "--solutions-column": ("solutions", "list of right Python programs (default: solutions)"),
-    "--agree": (
-        0.7,
-        "share of the programs that must print the same for a test to be kept (k1.5: 7 of 10)",
-    ),
-    "--passing": (
-        0.9,
-        "share that must pass every kept test for a problem to be kept (k1.5: 9 of 10)",
-    ),
+    "--agree": (0.7, "share of the programs that must agree on a kept test (k1.5: 7 of 10)"),
+    "--passing": (0.9, "share that must pass all kept tests of a kept problem (k1.5: 9 of 10)"),
     "--timeout": (5.0, "seconds for a program and an input (default: 5)"),
     "--memory-mb": (512, "10^6 bytes for a program (default: 512)"),
     "--workers": (os.cpu_count() or 1, "programs that run at the same time"),

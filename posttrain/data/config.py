@@ -161,7 +161,7 @@ class PrepConfig:
     format: Format = "auto"
     """A layout of ``posttrain.data.layouts``; auto: from each row's columns."""
     columns: dict[str, str] | None = None
-    """{column of a layout: column of the files}."""
+    """{column of a layout: column of the files}; as an option prompt=question chosen=good."""
     carry: list[str] = field(default_factory=list)
     """Columns that change nothing: not read, and written beside each row. "*": all that the layout
     does not read."""
@@ -194,7 +194,7 @@ class PrepConfig:
     max_tokens: int | None = None
     """Longest prompt + answer under the tokenizer's chat template, tokens. None: no limit."""
     tokenizer: str | None = None
-    """Embedded model, folder or hub id whose tokenizer counts."""
+    """Embedded model, folder or hub id whose tokenizer counts for max_tokens."""
     split: str = "train"
     """Split of hub ids."""
     strict: bool = False

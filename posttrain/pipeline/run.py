@@ -105,35 +105,36 @@ class Pipeline:
                 return
             self._check_needs(stage)
             end_leftovers(stage)
-            self._make_room(stage, goes_on=record.get("identity") == stage.identity)
+            goes_on = record.get("identity") == stage.identity
+            self._make_room(stage, goes_on=goes_on)
             command = self.command(stage)
             record = {
                 "identity": stage.identity,
                 "decides": stage.decides,
                 "state": "running",
-                "began": time.time(),
-                "seconds": before.seconds if record.get("identity") == stage.identity else 0.0,
+                "seconds": before.seconds if goes_on else 0.0,
                 "command": shlex.join(command),
             }
             self._write(stage, record)
             began = time.monotonic()
-            problem = None
             try:
                 code = self._execute(command, self.log(stage), _mark(stage), tell)
-                problem = None if self._is_interrupted else self._problem(stage, code)
             finally:
                 end_leftovers(stage)
                 record["seconds"] += time.monotonic() - began
-                if problem is not None:
-                    record |= {"state": "failed" if problem else "done", "problem": problem}
                 self._write(stage, record)
-                if problem == "" and stage.command in TRAINERS:
-                    _drop_checkpoints(stage.folder)
-        if problem:
-            raise StageFailed(
-                f"Stage {stage.name} failed. What it printed is in {self.log(stage)}; its end:\n"
-                f"{problem}"
-            )
+            if self._is_interrupted:
+                return
+            problem = self._problem(stage, code)
+            state = "failed" if problem else "done"
+            self._write(stage, record | {"state": state, "problem": problem})
+            if problem:
+                raise StageFailed(
+                    f"Stage {stage.name} failed. What it printed is in {self.log(stage)}; its "
+                    f"end:\n{problem}"
+                )
+            if stage.command in TRAINERS:
+                _drop_checkpoints(stage.folder)
 
     def run_all(
         self, stages: Sequence[Stage], *, jobs: int = 1, show: Show = lambda _: nullcontext(_ignore)

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from posttrain.files import content_digest
-from posttrain.resolve import did_you_mean, find_shipped, flat
+from posttrain.resolve import among, find_shipped, flat
 
 TRAINERS = ("sft", "dpo", "reward", "rl", "distill")
 OUT_OPTIONS: dict[str, dict[str, str]] = {
@@ -97,8 +97,7 @@ def read_stages(
     values = {"here": str(path.parent), **text.get("variables", {})}
     values |= _of_size(text.get("sizes", {}), size, quick, path)
     if unknown := sorted(variables.keys() - values.keys()):
-        hint = did_you_mean(unknown[0], values)
-        raise ValueError(f"{path} has no variable {unknown[0]!r}; it has {sorted(values)}.{hint}")
+        raise ValueError(f"{path} has no variable {unknown[0]!r}; {among(unknown[0], values)}")
     values |= variables
     named = text["stages"]
     for name, raw in named.items():
@@ -128,8 +127,7 @@ def _refuse_unknown(given: Any, known: Sequence[str], *, where: str) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{where} is a mapping with the keys {', '.join(known)}; got {given!r}.")
     for key in given.keys() - set(known):
-        hint = did_you_mean(str(key), known)
-        raise ValueError(f"{where} has an unknown key {key!r}; known: {', '.join(known)}.{hint}")
+        raise ValueError(f"{where} has an unknown key {key!r}; {among(str(key), known)}")
 
 
 @dataclass
@@ -159,11 +157,8 @@ class _File:
         words = [str(self._put_in(word)) for word in shlex.split(run)]
         command = command_of(words)
         if command not in OUTPUTS and command != "python":
-            known = [*OUTPUTS, "python"]
-            raise ValueError(
-                f"Stage {self.name} runs {command!r}; a stage is one of {', '.join(known)}."
-                f"{did_you_mean(command, known)}"
-            )
+            known = among(command, [*OUTPUTS, "python"])
+            raise ValueError(f"Stage {self.name} runs {command!r}, which is no command; {known}")
         settings: dict[str, Any] = {}
         for file in raw.get("config", []):
             shared = self.shared[file] if file in self.shared else self._read(file)
@@ -218,9 +213,8 @@ class _File:
             return value
         stage, dot, output = name.partition(".")
         if not dot:
-            known = ["out", *self.values, *self.done]
-            hint = did_you_mean(name, known)
-            raise ValueError(f"Stage {self.name}: there is no variable ${{{name}}}.{hint}")
+            known = among(name, ["out", *self.values, *self.done])
+            raise ValueError(f"Stage {self.name}: there is no variable ${{{name}}}; {known}")
         needed = self._stage(stage)
         outputs = needed.outputs
         is_kept = needed.settings.get("train", {}).get("best_metric")
@@ -229,18 +223,16 @@ class _File:
                 f"Stage {self.name}: ${{{name}}} is there only if {stage} sets train.best_metric."
             )
         if output not in outputs:
-            raise ValueError(
-                f"Stage {self.name}: ${{{name}}} is no output; {stage} has {', '.join(outputs)}."
-                f"{did_you_mean(output, outputs)}"
-            )
+            known = among(output, outputs)
+            raise ValueError(f"Stage {self.name}: ${{{name}}} is no output of {stage}; {known}")
         return str(outputs[output])
 
     def _stage(self, name: str) -> Stage:
         if name not in self.done:
             why = "is not before it" if name in self.named else "is not there"
+            known = among(name, self.done)
             raise ValueError(
-                f"Stage {self.name} needs stage {name!r}, which {why} (in this size); before it "
-                f"are {', '.join(self.done) or 'none'}.{did_you_mean(name, self.done)}"
+                f"Stage {self.name} needs stage {name!r}, which {why} (in this size); {known}"
             )
         self.needs[name] = None
         return self.done[name]

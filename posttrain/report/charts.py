@@ -4,6 +4,7 @@ for light and for dark."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 PALETTE = """
@@ -90,11 +91,15 @@ def point_with_interval(rows: Rows) -> dict[str, Any] | None:
     return finished(alt.layer(rule, point, *names), height=280)
 
 
-def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
+Points = Sequence[tuple[int, float, float | None]]
+"""(step, value, half of its interval)."""
+
+
+def thinned(points: Points) -> list[tuple[int, float, float | None]]:
     """At most ``MOST_POINTS`` points: means over neighbours."""
-    size = -(-len(points) // MOST_POINTS)
-    groups = [points[i : i + size] for i in range(0, len(points), max(size, 1))]
-    return [(g[-1][0], sum(v for _, v in g) / len(g)) for g in groups]
+    size = max(1, -(-len(points) // MOST_POINTS))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(g[-1][0], fmean(value for _, value, _ in g), g[-1][2]) for g in groups]
 
 
 def lines(
@@ -105,7 +110,7 @@ def lines(
 ) -> dict[str, Any] | None:
     """Curves over steps, with all values at a step when the pointer is near. None without a point.
 
-    ``series``: ``{"run", "name", "held_out", "points": [(step, value)], "ci95": {step: half}}``.
+    ``series``: ``{"run", "name", "held_out", "points": Points}``.
     ``unit``: of the values; a ``share`` is shown as per cent. ``runs``: of several runs,
     which then have the colours, and names have dashes; else names have colours.
     """
@@ -147,27 +152,22 @@ def lines(
 
 
 def _rows_of(s: Mapping[str, Any], name: str, *, by_run: bool) -> list[dict[str, Any]]:
-    half = s.get("ci95") or {}
     points = thinned(s["points"])
     label, dash = (s["run"], s["name"]) if by_run else (s["name"], "")
-    said = f"{s['run']}: {s['name']}" if by_run else s["name"]
-    rows = []
-    for step, value in points:
-        around = half.get(step)
-        rows.append(
-            {
-                "id": name,
-                "step": step,
-                "value": value,
-                "label": label,
-                "dash": dash,
-                "said": said,
-                "dot": bool(s.get("held_out")) or len(points) == 1,
-                "low": None if around is None else value - around,
-                "high": None if around is None else value + around,
-            }
-        )
-    return rows
+    return [
+        {
+            "id": name,
+            "step": step,
+            "value": value,
+            "label": label,
+            "dash": dash,
+            "said": f"{s['run']}: {s['name']}" if by_run else s["name"],
+            "dot": s["held_out"] or len(points) == 1,
+            "low": None if half is None else value - half,
+            "high": None if half is None else value + half,
+        }
+        for step, value, half in points
+    ]
 
 
 def _crosshair(rows: Rows, x: Any, share: bool) -> Any:
@@ -193,42 +193,35 @@ def _crosshair(rows: Rows, x: Any, share: bool) -> Any:
 
 
 def stacked(
-    rows: Rows,
-    *,
-    x: str,
-    y: str,
-    part: str,
-    x_title: str,
-    order: Sequence[str] | None = None,
-    mark: float | None = None,
-    mark_text: str = "",
+    rows: Rows, *, x_title: str, mark: tuple[float, str] | None = None
 ) -> dict[str, Any] | None:
-    """Horizontal bars of parts, one for each ``y``, and a rule at ``mark``."""
+    """Horizontal bars: each ``bar`` has parts of some ``value``, in some ``order``. ``mark``: where
+    there is a rule, and what it says."""
     import altair as alt
 
     if not rows:
         return None
-    parts = list(order or dict.fromkeys(r[part] for r in rows))
-    names = list(dict.fromkeys(r[y] for r in rows))
+    parts = dict.fromkeys(r["part"] for r in sorted(rows, key=lambda r: r["order"]))
+    names = list(dict.fromkeys(r["bar"] for r in rows))
     axis = alt.Axis(ticks=False, domain=False, labelLimit=150)
     bars = (
         encoded(rows)
         .mark_bar(height=16)
         .encode(
-            x=alt.X(f"{x}:Q").title(x_title).axis(format=",.3~g"),
-            y=alt.Y(f"{y}:N").title(None).sort(names).axis(axis),
-            color=alt.Color(f"{part}:N").scale(domain=parts),
+            x=alt.X("value:Q").title(x_title).axis(format=",.3~g"),
+            y=alt.Y("bar:N").title(None).sort(names).axis(axis),
+            color=alt.Color("part:N").scale(domain=list(parts)),
             order=alt.Order("order:Q"),
             tooltip=[
-                alt.Tooltip(f"{y}:N", title="of"),
-                alt.Tooltip(f"{part}:N", title="part"),
-                alt.Tooltip(f"{x}:Q", title=x_title, format=",.3~g"),
+                alt.Tooltip("bar:N", title="of"),
+                alt.Tooltip("part:N"),
+                alt.Tooltip("value:Q", title=x_title, format=",.3~g"),
             ],
         )
     )
     marks = [bars]
     if mark is not None:
-        at = encoded([{"at": mark, "said": mark_text}])
+        at = encoded([{"at": mark[0], "said": mark[1]}])
         rule = at.mark_rule(strokeDash=[4, 3], strokeWidth=1.6, color="#d9534f")
         text = at.mark_text(align="right", dx=-5, dy=-4, baseline="bottom", color="#d9534f")
         marks += [rule.encode(x="at:Q"), text.encode(x="at:Q", y=alt.value(0), text="said:N")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,7 @@ from posttrain.report.page import (
     tag,
     with_interval,
 )
-from posttrain.report.run import Run, is_done
-from posttrain.report.samples import read_samples
+from posttrain.report.run import Run, is_done, read_samples
 from posttrain.types import is_held_out
 
 _KEY_FIGURES = {
@@ -40,10 +40,8 @@ ALL = 1000
 _OWN = ("train.name", "train.run_dir")
 _COUNTS = {
     "read": "rows read",
-    "kept": "kept",
     "truncated": "completions cut",
     "dropped": "rejected",
-    "tokens": "tokens",
     "trained_tokens": "tokens trained",
     "too long": "rejected: prompt longer than data.max_prompt_length",
 }
@@ -101,7 +99,7 @@ def _summary(run: Run) -> list[Any]:
     values = [line for line in lines if line.get(name) is not None]
     first, last = (_figure(name, line) for line in (values[0], values[-1])) if values else ("", "")
     spent = sum(s for step in run.steps for _, s in phases(step))
-    measured = (run.about.get("memory") or {}).get("measured_bytes")
+    measured = (run.about.get("memory", {})).get("measured_bytes")
     return [
         run.name,
         " of ".join(filter(None, [run.about.get("method"), run.settings.get("model.name")])),
@@ -243,18 +241,10 @@ _NAMES = {
     "groups_without_signal": "groups with equal rewards",
     "kl_reference_nats": "to the reference",
     "divergence/teacher_nats": "to the teacher",
-    "entropy_nats": "entropy",
-    "surprise_nats": "surprise",
     "nll_nats": "surprise (negative log-likelihood)",
-    "clipped_low": "below",
-    "clipped_high": "above",
-    "sampler_ratio_above_2": "sampler's ratio above 2",
-    "sampler_mismatch_nats": "mean gap",
     "tokens_per_s": "whole step",
     "rollout_tokens_per_s": "sampling",
     "update_tokens_per_s": "update",
-    "grad_norm": "norm",
-    "lr": "learning rate",
 }
 PHASES = {
     "rollout_s": "sampling",
@@ -308,13 +298,11 @@ def _chart(curve: Curve, names: Sequence[str], runs: Sequence[Run]) -> Html:
 def _series(run: Run, name: str) -> dict[str, Any]:
     held = is_held_out(name)
     found = [s for s in (run.held_out if held else run.steps) if _is_number(s.get(name))]
-    half = f"{name}_ci95"
     return {
         "run": run.name,
         "name": label(name),
         "held_out": held,
-        "points": [(s["step"], s[name]) for s in found],
-        "ci95": {s["step"]: s[half] for s in found if s.get(half) is not None},
+        "points": [(s["step"], s[name], s.get(f"{name}_ci95")) for s in found],
     }
 
 
@@ -335,23 +323,20 @@ def phases(step: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def time_charts(runs: Sequence[Run]) -> list[Html]:
     """Seconds of each phase: in all by run, and by step of a single run."""
-    total: dict[tuple[str, str], float] = {}
+    total: dict[tuple[str, str], float] = defaultdict(float)
     by_step = []
     for run in runs:
         for step in run.steps:
             for phase, seconds in phases(step):
-                key = (run.name, phase)
-                total[key] = total.get(key, 0.0) + seconds
+                total[run.name, phase] += seconds
                 by_step.append({"step": step["step"], "phase": phase, "seconds": seconds})
     order = [*PHASES.values(), "training step", "other"]
     rows = [
-        {"run": run, "phase": phase, "seconds": s, "order": order.index(phase)}
+        {"bar": run, "part": phase, "value": s, "order": order.index(phase)}
         for (run, phase), s in total.items()
     ]
-    used = [p for p in order if any(r["phase"] == p for r in rows)]
-    bars = stacked(rows, x="seconds", y="run", part="phase", x_title="seconds", order=used)
     note = "of all logged steps; held-out evaluations and checkpoints are not in it"
-    shown = [chart(bars, "Time by phase", note)]
+    shown = [chart(stacked(rows, x_title="seconds"), "Time by phase", note)]
     if len(runs) == 1 and len({r["step"] for r in by_step}) > 1:
         steps = stacked_over_steps(by_step, y_title="seconds")
         shown.append(chart(steps, "Time by step"))
@@ -362,24 +347,16 @@ def memory_charts(runs: Sequence[Run]) -> list[Html]:
     """The plan by phase and item of each run, and what was measured."""
     shown = []
     for run in runs:
-        memory = run.about.get("memory") or {}
+        memory = run.about.get("memory", {})
         rows = [
-            {"phase": phase, "item": item, "GB": n / 1e9, "order": i}
-            for phase, items in (memory.get("planned_bytes") or {}).items()
+            {"bar": phase, "part": item, "value": n / 1e9, "order": i}
+            for phase, items in memory.get("planned_bytes", {}).items()
             for i, (item, n) in enumerate(items.items())
             if n
         ]
         measured = memory.get("measured_bytes")
-        at = None if measured is None else measured / 1e9
-        spec = stacked(
-            rows,
-            x="GB",
-            y="phase",
-            part="item",
-            x_title="GB (1e9 bytes) per process",
-            mark=at,
-            mark_text="" if at is None else f"measured {at:.2f} GB",
-        )
+        mark = (measured / 1e9, f"measured {measured / 1e9:.2f} GB") if measured else None
+        spec = stacked(rows, x_title="GB (1e9 bytes) per process", mark=mark)
         where = f"{run.name}: " if len(runs) > 1 else ""
         note = f"{where}the plan by phase and item, and the {memory.get('measured', 'peak')}"
         shown.append(chart(spec, "Memory planned and measured", note))

@@ -19,9 +19,8 @@ pytest.importorskip("vl_convert")
 from posttrain.cli import report as command
 from posttrain.cli.main import main
 from posttrain.report.page import duration, escape, json_script, number, tag
-from posttrain.report.run import read_run, read_runs
+from posttrain.report.run import read_run, read_runs, read_samples
 from posttrain.report.runs import CURVES, label, phases
-from posttrain.report.samples import read_samples
 from tests.report_folders import EVIL, TEXTS, add_samples, run_folder
 
 
@@ -114,7 +113,7 @@ def test_memory_is_planned_by_item_and_measured(tmp_path):
     page = page_of(run_folder(tmp_path / "run"), out=tmp_path / "r.html")
     memory = specs(page)[titles(page).index("Memory planned and measured")]
     rows = values(memory)
-    assert {(r["phase"], r["item"]): r["GB"] for r in rows if "item" in r} == {
+    assert {(r["bar"], r["part"]): r["value"] for r in rows if "bar" in r} == {
         ("load", "weights"): 1.0,
         ("update", "weights"): 1.0,
         ("update", "gradients"): 2.0,

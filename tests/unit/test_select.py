@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.cli.main import main
-from posttrain.cli.select import training_row
+from posttrain.cli.sample import training_row
 from posttrain.rl.samples import Filters, select
 
 
