@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.eval import Answering, declare_shared, stream_tasks
-from posttrain.files import replace_text, write_json
+from posttrain.files import replace_text, whole_file, write_json
 
 if TYPE_CHECKING:
     from posttrain.rl.evaluate import Evaluation
