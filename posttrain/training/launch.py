@@ -39,22 +39,26 @@ def keep_freed_memory() -> None:
 
 
 class FreedMemory:
-    """Gives kept memory back once it has grown by a twentieth over the first steps: with lengths
-    that differ from step to step, the holes between blocks do (by half in 24 steps of RL)."""
+    """Gives kept memory back: with lengths that differ from step to step, the holes between blocks
+    grow (by half in 24 steps of RL, whose two phases also leave each other holes)."""
 
     def __init__(self) -> None:
         self._checks, self._usual = 0, 0
 
     def check(self) -> None:
-        """Between two steps."""
+        """Between two steps: once it has grown by a twentieth over the first ones."""
         process = psutil.Process()
         self._checks += 1
         if self._checks <= 3:  # the first step makes the moments
             self._usual = process.memory_info().rss
         elif process.memory_info().rss > 1.05 * self._usual:
-            with suppress(OSError, AttributeError):  # another C library
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            self.give_back()
             self._usual = max(self._usual, process.memory_info().rss)  # what is in use has grown
+
+    def give_back(self) -> None:
+        """All of it, between phases of seconds: its page faults cost a hundredth of them."""
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def check_launch(environment: Mapping[str, str], num_processes: int) -> None:

@@ -376,12 +376,13 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step: the whole of training, top to bottom."""
         began = time.perf_counter()
-        self._freed.check()
-        batch = (
-            StepBatch(groups=self.batches(step - 1))
-            if self._sampled is None
-            else next(self._sampled)
-        )
+        if self._sampled is None:
+            self._freed.check()
+            batch = StepBatch(groups=self.batches(step - 1))
+        else:
+            self._freed.give_back()
+            batch = next(self._sampled)
+            self._freed.give_back()
         groups = batch.groups
         sampled = time.perf_counter()
         plan = self.forward_plan.split(groups, coupled=self.loss.couples_completions)
