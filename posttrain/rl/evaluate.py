@@ -72,12 +72,6 @@ class Evaluation:
         """[problem][answer]; None: could not be judged, and is in no figure of right answers."""
         return [[t.is_right for t in g.trajectories] for g in self.groups]
 
-    @property
-    def judged(self) -> list[list[bool]]:
-        """The answers of each problem that could be judged; problems without any are left out."""
-        known = [[ok for ok in row if ok is not None] for row in self.correct]
-        return [row for row in known if row]
-
     def rows(self) -> list[dict[str, Any]]:
         """One for each answer: where its problem is from, what was said, and how it was judged."""
         return [
@@ -101,7 +95,8 @@ class Evaluation:
         eval_truncated, and where there are such eval_unscored, the share of answers that could not
         be judged. ``powers``: eval_pass@k for k = 2, 4, 8, ... < samples too. Raises ValueError
         where none could be judged."""
-        n, judged = len(self.correct[0]), self.judged
+        n, known = len(self.correct[0]), [[x for x in row if x is not None] for row in self.correct]
+        judged = [row for row in known if row]
         if not judged:
             where = self.groups[0].prompt.sample.get("_where", "the first problem")
             raise ValueError(
