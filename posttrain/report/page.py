@@ -157,7 +157,7 @@ def check_installed() -> None:
         raise ValueError(f"{INSTALL} ({error})") from error
 
 
-def number(value: Any, *, digits: int = 3) -> str:
+def number(value: Any) -> str:
     """A figure for people: ``1,234``, ``0.0123``, ``–`` for None; texts stay as they are."""
     if value is None:
         return "–"
@@ -165,7 +165,7 @@ def number(value: Any, *, digits: int = 3) -> str:
         return value if isinstance(value, str) else str(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:.3g}"
 
 
 def with_interval(value: Any, half_width: float | None, *, is_share: bool) -> str:
