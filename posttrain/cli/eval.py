@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,17 +202,16 @@ class Answering:
 
         self._arguments, self._state = arguments, PartialState()
         self.rewards, self._reward = verifiers(arguments)
+        self._ends = ExitStack()
+        self._ends.enter_context(closing(self.rewards))
         model, self._tokenizer, device = load_here(arguments.model)
         packing = PackingConfig(max_tokens=8192)
         self._policy = Policy(model, packing, device_type=device.type)
-        self._handed: tempfile.TemporaryDirectory[str] | None = None
         self._engine = self._make_engine(default_precision(device.type).compute)
 
     def close(self) -> None:
         """Ends the rewards' workers; deletes what a server was handed."""
-        self.rewards.close()
-        if self._handed is not None:
-            self._handed.cleanup()
+        self._ends.close()
 
     def _make_engine(self, compute: str) -> Any:
         from posttrain.precision import torch_dtype
@@ -223,13 +222,13 @@ class Answering:
         if not arguments.vllm:
             config = LocalConfig(max_rows=arguments.max_rows)
             return local_engine(*shared, config, compute=torch_dtype(compute))
-        self._handed = tempfile.TemporaryDirectory(prefix="posttrain_weights_")
+        handed = tempfile.TemporaryDirectory(prefix="posttrain_weights_")
         engine = vllm_engine(
             *shared,
             VLLMConfig(url=arguments.vllm, concurrency=arguments.max_rows),
             self._state,
             compute=compute,
-            weights_dir=Path(self._handed.name),
+            weights_dir=Path(self._ends.enter_context(handed)),
         )
         engine.refresh(0)
         return engine

@@ -56,7 +56,7 @@ def _declare_fields(parser: argparse.ArgumentParser, *, left_out: Sequence[str])
         if name == "inputs":
             parser.add_argument("inputs", nargs="+", metavar="RAW", help=text)
         elif name == "out":
-            parser.add_argument("--out", required=True, metavar="DIR", help=text)
+            parser.add_argument("--out", required=True, type=Path, metavar="DIR", help=text)
         elif name not in left_out:
             kind = _kind(PrepConfig.__annotations__[name])
             default = getattr(PrepConfig, name, [])
@@ -92,7 +92,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "kind")}
     values["columns"] = _renamings(values["columns"] or ())
-    values["out"] = Path(arguments.out)
     config = PrepConfig(**{"layout": "sft", **values})
     counter = None if config.tokenizer is None else partial(count_tokens, config.tokenizer)
     manifest = prepare(config, count_tokens=counter)

@@ -228,61 +228,37 @@ def stacked(
     return finished(alt.layer(*marks), height=30 * len(names) + 8)
 
 
-def stacked_over_steps(rows: Rows, *, y_title: str) -> dict[str, Any] | None:
-    """``seconds`` of each ``phase`` by ``step``: bars of few steps, areas of many."""
-    import altair as alt
-
-    if not rows:
-        return None
-    phases = list(dict.fromkeys(r["phase"] for r in rows))
-    many = len({r["step"] for r in rows}) > 40
-    base = encoded(rows)
-    kind = base.mark_area(interpolate="step") if many else base.mark_bar()
-    x = alt.X("step:Q" if many else "step:O").title("step")
-    x = x.axis(tickMinStep=1) if many else x.axis(labelAngle=0, labelOverlap=True)
-    return finished(
-        kind.encode(
-            x=x,
-            y=alt.Y("seconds:Q").title(y_title),
-            color=alt.Color("phase:N").scale(domain=phases),
-            tooltip=[
-                alt.Tooltip("step:Q"),
-                alt.Tooltip("phase:N"),
-                alt.Tooltip("seconds:Q", format=".3~g"),
-            ],
-        )
-    )
-
-
-def histogram(
-    rows: Rows, *, x_title: str, y_title: str, x_scale: str = "linear"
+def bars(
+    rows: Rows, *, x_title: str, y_title: str, is_by_step: bool = False, x_scale: str = "linear"
 ) -> dict[str, Any] | None:
-    """Bars from ``low`` to ``high`` of ``count``, for each ``side`` one above the other."""
+    """Bars from ``low`` to ``high``, which is ``said``, and from ``bottom`` to ``top``, of a
+    ``value``, in the colour of their ``part``."""
     import altair as alt
 
     if not rows:
         return None
-    sides = list(dict.fromkeys(r["side"] for r in rows))
+    parts = list(dict.fromkeys(r["part"] for r in rows))
     axis = alt.Axis(format=",~g", labelOverlap=True)
     if x_scale == "log":
         axis.values = sorted({r["low"] for r in rows})
     scale = alt.Scale(type=x_scale, nice=False)  # type: ignore[arg-type]
-    legend = alt.Legend() if len(sides) > 1 else None
-    bars = (
+    if is_by_step:
+        axis.tickMinStep, scale.zero = 1, False
+    return finished(
         encoded(rows)
-        .mark_bar(opacity=0.55, strokeWidth=1)
+        .mark_bar(opacity=1 if is_by_step else 0.55, strokeWidth=1)
         .encode(
             x=alt.X("low:Q").title(x_title).scale(scale).axis(axis),
             x2="high:Q",
-            y2=alt.Y2Datum(0),
-            y=alt.Y("count:Q").title(y_title).stack(None).axis(format="~s"),
-            color=alt.Color("side:N").scale(domain=sides).legend(legend),
+            y=alt.Y("bottom:Q").title(y_title).axis(format="~s"),
+            y2="top:Q",
+            color=alt.Color("part:N")
+            .scale(domain=parts)
+            .legend(alt.Legend() if len(parts) > 1 else None),
             tooltip=[
-                alt.Tooltip("side:N"),
-                alt.Tooltip("low:Q", title="from", format=",.3~g"),
-                alt.Tooltip("high:Q", title="to", format=",.3~g"),
-                alt.Tooltip("count:Q", title=y_title, format=","),
+                alt.Tooltip("part:N"),
+                alt.Tooltip("said:N", title=x_title),
+                alt.Tooltip("value:Q", title=y_title, format=",.3~g"),
             ],
         )
     )
-    return finished(bars)

@@ -22,30 +22,20 @@ class Html(str):
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Html:
-    """``<name ...>children</name>``; ``class_`` is the attribute class. None and False are left
-    out."""
+    """``<name ...>children</name>``; ``class_`` is the attribute class. None is left out."""
     given = {k.rstrip("_").replace("_", "-"): v for k, v in attributes.items()}
-    written = "".join(
-        f' {k}="{escape(v)}"' for k, v in given.items() if v is not None and v is not False
-    )
+    written = "".join(f' {k}="{escape(v)}"' for k, v in given.items() if v is not None)
     return Html(f"<{name}{written}>{join(*children)}</{name}>")
 
 
 def join(*children: Any) -> Html:
-    """All children in a row; lists are flattened."""
-    parts = (
-        join(*child) if isinstance(child, (list, tuple)) else escape(child)
-        for child in children
-        if child is not None
-    )
-    return Html("".join(parts))
+    """All children in a row."""
+    return Html("".join(escape(child) for child in children if child is not None))
 
 
 def escape(value: Any) -> str:
     """The value as text that no parser takes for HTML."""
-    if isinstance(value, Html):
-        return value
-    return html.escape(str(value))
+    return value if isinstance(value, Html) else html.escape(str(value))
 
 
 def section(title: str, *children: Any) -> Html:
@@ -157,7 +147,7 @@ def check_installed() -> None:
         raise ValueError(f"{INSTALL} ({error})") from error
 
 
-def number(value: Any, *, digits: int = 3) -> str:
+def number(value: Any) -> str:
     """A figure for people: ``1,234``, ``0.0123``, ``–`` for None; texts stay as they are."""
     if value is None:
         return "–"
@@ -165,7 +155,7 @@ def number(value: Any, *, digits: int = 3) -> str:
         return value if isinstance(value, str) else str(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:.3g}"
 
 
 def with_interval(value: Any, half_width: float | None, *, is_share: bool) -> str:

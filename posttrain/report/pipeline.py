@@ -150,8 +150,8 @@ def graph(stages: Sequence[Stage], links: Mapping[str, str], *, style: str | Non
     boxes = [_box(s, places[s["name"]], links.get(s["name"])) for s in stages]
     return tag(
         "svg",
-        [_arrow(way, [places[thing] for thing in way]) for way in ways],
-        boxes,
+        *(_arrow(way, [places[thing] for thing in way]) for way in ways),
+        *boxes,
         xmlns="http://www.w3.org/2000/svg",
         viewBox=f"{left - _WIDTH / 2 - 2} -2 {width} {height}",
         width=width,

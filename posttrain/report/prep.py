@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain.data.messages import Message, message_text
 from posttrain.data.prep.rows import Values, parts_of
-from posttrain.report.charts import histogram
+from posttrain.report.charts import bars
 from posttrain.report.page import Html, chart, columns_by_use, join, page, section, table, tag
 
 MANIFEST = "manifest.json"
@@ -65,13 +65,13 @@ def _statistics(found: Mapping[str, Any]) -> list[Html]:
     if not found:
         return []
     lengths = [
-        {"side": side, "low": 2 ** int(b), "high": 2 ** (int(b) + 1), "count": n}
+        _bin(side, 2 ** int(b), 2 ** (int(b) + 1), n)
         for side, bins in found["characters"].items()
         for b, n in bins.items()
     ]
-    margins = [{"side": "", "low": a, "high": b, "count": n} for a, b, n in found["margins"]]
-    by_length = histogram(lengths, x_title="characters", y_title="answers", x_scale="log")
-    by_margin = histogram(margins, x_title="margin", y_title="pairs")
+    margins = [_bin("", *given) for given in found["margins"]]
+    by_length = bars(lengths, x_title="characters", y_title="answers", x_scale="log")
+    by_margin = bars(margins, x_title="margin", y_title="pairs")
     return [
         _length_bias(found["longer_is_chosen"], found["pairs_of_unequal_length"]),
         tag(
@@ -81,6 +81,11 @@ def _statistics(found: Mapping[str, Any]) -> list[Html]:
             class_="charts",
         ),
     ]
+
+
+def _bin(side: str, low: float, high: float, count: int) -> dict[str, Any]:
+    place = {"low": low, "high": high, "said": f"{low:,g} to {high:,g}", "bottom": 0, "top": count}
+    return {"part": side, "value": count, **place}
 
 
 def length_bias(longer: int, pairs: int) -> tuple[float, bool]:

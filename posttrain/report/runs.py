@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from posttrain.report.charts import lines, stacked, stacked_over_steps
+from posttrain.report.charts import bars, lines, stacked
 from posttrain.report.page import (
     Html,
     chart,
@@ -327,9 +327,12 @@ def time_charts(runs: Sequence[Run]) -> list[Html]:
     by_step = []
     for run in runs:
         for step in run.steps:
+            at, bottom = step["step"], 0.0
             for phase, seconds in phases(step):
                 total[run.name, phase] += seconds
-                by_step.append({"step": step["step"], "phase": phase, "seconds": seconds})
+                place = {"low": at - 0.4, "high": at + 0.4, "said": at, "bottom": bottom}
+                bottom += seconds
+                by_step.append({"part": phase, "value": seconds, "top": bottom, **place})
     order = [*PHASES.values(), "training step", "other"]
     rows = [
         {"bar": run, "part": phase, "value": s, "order": order.index(phase)}
@@ -337,8 +340,8 @@ def time_charts(runs: Sequence[Run]) -> list[Html]:
     ]
     note = "of all logged steps; held-out evaluations and checkpoints are not in it"
     shown = [chart(stacked(rows, x_title="seconds"), "Time by phase", note)]
-    if len(runs) == 1 and len({r["step"] for r in by_step}) > 1:
-        steps = stacked_over_steps(by_step, y_title="seconds")
+    if len(runs) == 1 and len({r["said"] for r in by_step}) > 1:
+        steps = bars(by_step, x_title="step", y_title="seconds", is_by_step=True)
         shown.append(chart(steps, "Time by step"))
     return shown
 

@@ -467,11 +467,11 @@ def test_the_report_has_counts_in_words_histograms_and_ten_rows_as_text(tmp_path
     assert "rows written for training</td>" in page and "written_train" not in page
     specs = [json.loads(s) for s in re.findall('class="spec">(.*?)</script>', page)]
     lengths, margins = ([r for rows in s["datasets"].values() for r in rows] for s in specs)
-    assert {(r["side"], r["low"], r["high"], r["count"]) for r in lengths} == {
+    assert {(r["part"], r["low"], r["high"], r["value"]) for r in lengths} == {
         ("chosen", 16, 32, 50),
         ("rejected", 4, 8, 50),
     }
-    assert sum(r["count"] for r in margins) == 50 and margins[0]["low"] == 0.0
+    assert sum(r["value"] for r in margins) == 50 and margins[0]["low"] == 0.0
     assert page.count('<div class="card">') == 10 and page.count("p1 &lt;script&gt;") <= 1
     assert not re.search(r"p\d+ <script>", page)
 
