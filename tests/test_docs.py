@@ -248,7 +248,7 @@ def mappings():
 
 def options_of_losses() -> set[str]:
     known = {"weight"}
-    for home in ("preference", "policy", "reward", "sft", "unpaired"):
+    for home in ("preference", "policy", "reward", "sft"):
         for value in vars(importlib.import_module(f"posttrain.losses.{home}")).values():
             if isinstance(value, Loss) or str(getattr(value, "__module__", "")).endswith(home):
                 known |= as_loss(value).accepts if callable(value) else set()
