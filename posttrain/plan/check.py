@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from posttrain.plan.job import job_of
-from posttrain.plan.price import MemoryPlan, memory_plan
+from posttrain.plan.price import MemoryPlan, memory_plan, with_rows_of
 from posttrain.plan.report import gigabytes, listed, one_line, verdict
 from posttrain.plan.trace import Method
 from posttrain.precision import PrecisionPlan
@@ -66,7 +66,7 @@ class MemoryCheck:
 
     def finish(self, accelerator: Any, *, longest_row: int) -> dict[str, Any]:
         """Predicted against measured, in one line; where no row filled its budget, for the longest
-        one too, if that could make a percent. Returns what was measured, for about.json."""
+        one too, if that could make a twentieth. Returns what was measured, for about.json."""
         if not self.is_main or self.plan is None:
             return {}
         on_cuda, budget = accelerator.device.type == "cuda", self.plan.job.max_tokens
@@ -83,11 +83,9 @@ class MemoryCheck:
         predicted, error = against(self.plan)
         line = f"memory: predicted {predicted}, measured {gigabytes(measured)} {name} ({error})"
         update = self.plan.phases["update"]
-        of_rows = sum(update.get(name, 0) for name in ("activations", "logits", "allocator"))
-        if 0 < longest_row < budget and 100 * of_rows > measured:  # else the same to 1 %
-            update = memory_plan(self.plan.job.with_tokens(longest_row)).phases["update"]
-            shorter = replace(self.plan, phases={**self.plan.phases, "update": update})
-            predicted, error = against(shorter)
+        of_rows = sum(update.get(name, 0) for name in ("activations", "logits"))
+        if 0 < longest_row < budget and 20 * of_rows > measured:  # else the same to 5 %
+            predicted, error = against(with_rows_of(self.plan, longest_row))
             line += (
                 f"; the longest row had {longest_row} of {budget} tokens, predicted {predicted} "
                 f"({error})"

@@ -24,7 +24,7 @@ from posttrain.plan.states import (
     run_states,
     sent_bytes,
 )
-from posttrain.plan.trace import Device, Setting, cached_elements, trace, twin_of
+from posttrain.plan.trace import CATEGORIES, Device, Setting, cached_elements, trace, twin_of
 from posttrain.precision import bytes_per_element, torch_dtype
 from posttrain.rollout.local import SamplingLinear, SamplingWeights
 from posttrain.training.sharding import ZERO3_WHOLE_BELOW, Kind
@@ -140,6 +140,14 @@ def memory_plan(job: Job) -> MemoryPlan:
         moment=traced.moment,
         is_estimate=traced.is_estimate,
     )
+
+
+def with_rows_of(plan: MemoryPlan, tokens: int) -> MemoryPlan:
+    """The plan of a run whose rows have at most so many tokens: another update."""
+    update, traced = plan.phases["update"], plan.job.with_tokens(tokens).trace()
+    kept = {n: b for n, b in update.items() if n not in (*CATEGORIES[2:], "libraries", "allocator")}
+    priced = _with_overheads(kept | traced.items, plan.job.device)
+    return replace(plan, phases={**plan.phases, "update": priced})
 
 
 def _states(job: Job, parameters: Sequence[Parameter]) -> dict[str, int]:

@@ -418,5 +418,7 @@ def test_the_end_of_a_run_compares_the_longest_row_too(job, capsys, monkeypatch)
             )
         monkeypatch.setattr(check, "peak_rss_bytes", lambda: 10**15)
         done.finish(SimpleNamespace(device=SimpleNamespace(type="cpu")), longest_row=1000)
-        assert "longest row" not in capsys.readouterr().out, "it is no percent of what was measured"
+        assert "longest row" not in capsys.readouterr().out, (
+            "it is no twentieth of what was measured"
+        )
         monkeypatch.setattr(check, "peak_rss_bytes", lambda: 200 * 10**9)
