@@ -250,8 +250,11 @@ def last_rollouts(folder: Path) -> float:
 
 
 def num_steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"grad_norm"') if path.exists() else 0
+    try:  # a run that begins anew removes it
+        text = (folder / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return 0
+    return text.count('"grad_norm"')
 
 
 MOMENTS = [(last_rollouts, 0.7), (num_steps, 0.15)] * 2
