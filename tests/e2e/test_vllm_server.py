@@ -187,10 +187,10 @@ def test_the_receipt_of_a_real_server(server, policy, tmp_path):
         receipt = client.refresh(version)
         assert receipt.tensors == len(load_file(file)) > 15 and receipt.read_back >= 6
         assert receipt.probe_gap_nats < 2e-5
-    send = client._handover.send
+    send = client.handover.send
 
     def changed(call):
-        send(call)
+        sent = send(call)
         tensors = load_file(file)
         tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] *= 1.001
         save_file(tensors, file, metadata={"format": "pt"})
@@ -198,13 +198,14 @@ def test_the_receipt_of_a_real_server(server, policy, tmp_path):
         call("POST", "/collective_rpc", {"method": "mark_policy", "kwargs": {"mark": None}})
         kwargs = {"weights_path": path}
         call("POST", "/collective_rpc", {"method": "reload_policy", "kwargs": kwargs})
+        return sent
 
-    client._handover.send = changed
+    client.handover.send = changed
     with pytest.raises(ReceiptError, match="layers.1.self_attn.k_proj.weight has checksum"):
         client.refresh(3)
-    client._handover.send = send
+    client.handover.send = send
     client._probe_logps = [
-        p - 0.01 for p in probe_logps(model, client._probe.ids, compute=torch.float32)
+        p - 0.01 for p in probe_logps(model, client.probe.ids, compute=torch.float32)
     ]
     with pytest.raises(ReceiptError, match="log-probs of the probe differ .* by 0.01 nats"):
         client._load_weights(4)
