@@ -86,7 +86,7 @@ def point_with_interval(rows: Rows) -> dict[str, Any] | None:
         base.transform_filter(alt.datum.above == above)
         .mark_text(align="left", dx=8, dy=dy, fontSize=12)
         .encode(x=x, y="accuracy:Q", text="stage:N")
-        for above, dy in ((True, -8), (False, 12))
+        for above, dy in ((True, -8), (False, 12))[: len(rows)]  # an empty layer is a warning
     ]
     return finished(alt.layer(rule, point, *names), height=280)
 
