@@ -232,10 +232,8 @@ def _display(pipeline: Pipeline, count: int) -> Iterator[Show]:
 def _submit(pipeline: Pipeline, stages: list[Stage], arguments: argparse.Namespace) -> None:
     from posttrain.pipeline.slurm import queued_jobs, submit
 
-    states, queued = (
-        {s.name: pipeline.verdict(s).state for s in pipeline.stages},
-        queued_jobs(pipeline),
-    )
+    states = {s.name: pipeline.verdict(s).state for s in pipeline.stages}
+    queued = queued_jobs(pipeline)
     for name, job in queued.items():
         print(f"{name}: job {job}, submitted before")
     left = [s for s in stages if states[s.name] not in ("done", "running") and s.name not in queued]

@@ -250,11 +250,11 @@ class Rewards:
             calls = []
             for (sample, texts), row in wanted:
                 before = {n: [known[n].value for known in row] for n in row[0]}
-                calls.append(partial(function, texts, sample, before))
+                calls.append((partial(function, texts, sample, before), len(texts)))
             return score_together(calls, timeout_s)
         if self._declared[name].batched:
             call = partial(function, [text for _, text in pairs], [sample for sample, _ in pairs])
-            return score_together([call], START_SECONDS + timeout_s * len(pairs))
+            return score_together([(call, len(pairs))], START_SECONDS + timeout_s * len(pairs))
         return self._score_alone(name, pairs)
 
     def _score_alone(

@@ -214,19 +214,19 @@ def score_alone(calls: Sequence[Call], timeout_s: float, *, concurrency: int) ->
     return [_outcome(found) for found in _finish(calls, timeout_s, concurrency)]
 
 
-def score_together(calls: Sequence[partial[Any]], timeout_s: float) -> list[Outcome]:
-    """The outcomes of calls, one after the other, each of all completions in its first argument:
-    their values, or for each the failure of its call."""
-    found = _finish([partial(_listed, call) for call in calls], timeout_s, 1)
+def score_together(calls: Sequence[tuple[Call, int]], timeout_s: float) -> list[Outcome]:
+    """The outcomes of calls, one after the other, each with the number of completions that it
+    scores: their values, or for each the failure of its call."""
+    found = _finish([partial(_listed, *call) for call in calls], timeout_s, 1)
     return [
         _outcome(value)
-        for values, call in zip(found, calls, strict=True)
-        for value in (values if isinstance(values, list) else [values] * len(call.args[0]))
+        for values, (_, count) in zip(found, calls, strict=True)
+        for value in (values if isinstance(values, list) else [values] * count)
     ]
 
 
-def _listed(call: partial[Any]) -> list[Any]:
-    values, count = list(call()), len(call.args[0])
+def _listed(call: Call, count: int) -> list[Any]:
+    values = list(call())
     if len(values) != count:
         raise ValueError(f"returned {len(values)} values for {count} completions")
     return values

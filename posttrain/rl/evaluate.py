@@ -184,7 +184,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Chen et al. 2021, arXiv:2107.03374 eq. 1.
     """
-    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 

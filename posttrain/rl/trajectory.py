@@ -95,8 +95,10 @@ class Trajectory:
             setattr(self, name, np.concatenate(both))
         self.trained = self.sampled
         if kept is not None:
-            before = self.kept_ids.tolist() if self.kept_ids else ()
-            self.kept_ids = Ragged.of([*before, *kept])
+            before, after = self.kept_ids or Ragged.of([]), Ragged.of(kept)
+            values = np.concatenate([before.values, after.values])
+            ends = np.concatenate([before.ends, after.ends + len(before.values)])
+            self.kept_ids = Ragged(values=values, ends=ends)
 
     def progress(self) -> tuple[Any, ...]:
         """What the other ranks need to know: how many tokens, by which policies, how it ended, and

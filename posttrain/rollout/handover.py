@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ Call = Callable[..., dict[str, Any]]
 """(method, path, body) -> the server's answer; raises ServerError."""
 
 
-class Handover:
+class Handover(Protocol):
     """Called on the main process only, while no rank samples."""
 
     def take(self) -> None:
@@ -180,13 +180,12 @@ class Handover:
     def send(self, call: Call) -> Sequence[TensorNote]:
         """They go into the paused server; again after a restart of it. Returns what was sent, for
         the comparison with the server's receipt."""
-        raise NotImplementedError
 
     def forget(self) -> None:
         """The server may be another one now: connections to it are gone."""
 
 
-class FolderHandover(Handover):
+class FolderHandover:
     """A folder of safetensors that the server reloads in place, through launch/vllm_reload.py
     (every device)."""
 
@@ -203,12 +202,16 @@ class FolderHandover(Handover):
     def send(self, call: Call) -> Sequence[TensorNote]:
         """The server reads the folder."""
         folder = self._folder / "current"
+        sent = notes_of_folder(folder)
         arguments = {"weights_path": str(folder.resolve())}
         call("POST", "/collective_rpc", {"method": "reload_policy", "kwargs": arguments})
-        return notes_of_folder(folder)
+        return sent
+
+    def forget(self) -> None:
+        """A folder has no connection."""
 
 
-class NCCLHandover(Handover):
+class NCCLHandover:
     """vLLM's own trainer endpoint: every weight is broadcast to the server's workers, nothing
     touches a disk (CUDA). The live weights are sent: they do not change while an iteration samples.
 
@@ -231,6 +234,9 @@ class NCCLHandover(Handover):
         self._model = model
         self._endpoint: Any = None
 
+    def take(self) -> None:
+        """Nothing to keep: the live weights are sent."""
+
     def send(self, call: Call) -> Sequence[TensorNote]:
         """Opens the process group on the first call; then broadcasts."""
         from vllm.distributed.weight_transfer.base import ModuleSource
@@ -250,9 +256,10 @@ class NCCLHandover(Handover):
                 client=HTTPVLLMWeightSyncClient(self._url, timeout=self._timeout_s),
                 source=source,
             )
+        sent = notes_of(source)
         self._endpoint.source = source
         self._endpoint.send_weights()
-        return notes_of(source)
+        return sent
 
     def forget(self) -> None:
         """Leaves the process group of the server that is gone."""

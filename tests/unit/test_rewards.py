@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,25 @@ def test_every_kind_of_function_is_composed_with_its_weight(rewards_of):
     assert plain[0].reward == pytest.approx(0.5 * 2 + 2.0 + 2 * (2 + 2) + 4 * 0.25)
     assert plain[1].reward is None and "asynchronous: raised ValueError" in plain[1].problems[0]
     assert long[0].reward == pytest.approx(0.5 * 3 + 2.0 + 0.1 * 10 + 2 * (1 + 3) + 1)
+
+
+def test_functions_of_several_completions_may_be_partials_with_arguments_of_their_own(rewards_of):
+    def scaled(factor, completions, *rest):
+        return [factor * len(c) for c in completions]
+
+    def forgetful(factor, completions, *rest):
+        return [1.0]
+
+    given = {
+        "batched": (reward(batched=True)(partial(scaled, 2.0)), 1.0),
+        "grouped": (reward(grouped=True)(partial(scaled, 10.0)), 1.0),
+    }
+    (scored,) = rewards_of(RewardsConfig(), given=given).score([({}, texts("ab", "abc"))])
+    assert [s.reward for s in scored] == [24.0, 36.0]
+    given = {"batched": (reward(batched=True)(partial(forgetful, "a")), 1.0)}
+    rewards = rewards_of(RewardsConfig(max_unscored=1.0), given=given)
+    (scored,) = rewards.score([({}, texts("ab", "abc"))])
+    assert all("returned 1 values for 2 completions" in s.problems[0] for s in scored)
 
 
 def test_a_weight_can_start_later_and_is_logged_before(rewards_of):
